@@ -1,0 +1,110 @@
+"""Uniform: b-bit integers on a uniform grid, with a step size that is learnt along with the weights."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lilliput.code.base import Code
+from lilliput.code.stored import Grid, Plain, Stored
+from lilliput.quant.ranges import fit
+
+
+class Uniform(Code):
+    """W = s (clip(round(w / s) + z, low, high) - z), one step size s (and zero point z) per tensor, channel or group.
+
+    theta = (w, log2 s): the gradient passes the rounding straight through (Bengio 2013), which gives the step size the
+    gradient of learned step size quantization. s is rounded to float16, as it is stored. Symmetric grids (z = 0) have
+    levels -(2^(b-1) - 1) .. 2^(b-1) - 1; affine ones 0 .. 2^b - 1.
+
+    bits: 2 to 8 (16 at most). per: "tensor", "channel" (first axis) or a group size dividing the values of an output.
+    range: how s is fitted when attached: "minmax", "percentile" or "mse" (lilliput.quant.ranges).
+
+    Sources: Jacob et al., CVPR 2018, arXiv:1712.05877, equation 1; Esser et al., Learned step size quantization,
+    ICLR 2020, arXiv:1902.08153, equations 1 to 3.
+
+    Raises ValueError for bits out of range, and for a group that does not divide.
+
+    >>> Uniform(2, per="tensor", range="minmax").decode(torch.tensor([[0.9, -0.2]]), torch.zeros(1, 1))
+    tensor([[1., -0.]])
+    """
+
+    zero_point: Tensor
+
+    def __init__(self, bits: int = 8, per: str | int = "channel", symmetric: bool = True, range: str = "mse") -> None:
+        super().__init__()
+        if not 2 <= bits <= 16:
+            raise ValueError(f"Uniform: bits must be from 2 to 16, got {bits}. For ternary weights use 2.")
+        if not (isinstance(per, int) or per in ("tensor", "channel")):
+            raise ValueError(f"Uniform: per must be 'tensor', 'channel' or a group size, got {per!r}.")
+        self.bits, self.per, self.symmetric, self.range = bits, per, symmetric, range
+        self.register_buffer("zero_point", torch.zeros(()))
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The lowest and highest code."""
+        top = 2 ** (self.bits - 1) - 1
+        return (-top, top) if self.symmetric else (0, 2**self.bits - 1)
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        if self.per == "tensor":
+            return weight.reshape(1, -1)
+        if self.per == "channel":
+            return weight.reshape(len(weight), -1)
+        size = int(self.per)
+        if (weight.numel() // len(weight)) % size:
+            raise ValueError(f"Uniform: a group must divide the {weight.numel() // len(weight)} values of an output, "
+                             f"got {size}. Choose a divisor or per='channel'.")
+        return weight.reshape(-1, size)
+
+    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        scale, zero = fit(self._rows(weight), self.limits, self.symmetric, self.range)
+        self.zero_point = zero
+        return weight, scale.clamp(2.0**-14, 65504.0).log2()
+
+    def _scale(self, log_scale: Tensor) -> Tensor:
+        scale = log_scale.exp2()
+        return scale + (scale.half().float() - scale).detach()
+
+    def decode(self, *theta: Tensor) -> Tensor:
+        weight, log_scale = theta
+        scale, (low, high) = self._scale(log_scale), self.limits
+        x = self._rows(weight) / scale
+        if not self.symmetric:
+            x = x + self.zero_point
+        x = x.clamp(low, high)
+        x = x + (x.round() - x).detach()
+        if not self.symmetric:
+            x = x - self.zero_point
+        return (x * scale).reshape(weight.shape)
+
+    def pack(self, *theta: Stored) -> Stored:
+        weight = torch.from_numpy(np.array(theta[0].decode()))
+        scale = self._scale(torch.from_numpy(np.array(theta[1].decode())))
+        rows = self._rows(weight) / scale
+        zero = None if self.symmetric else self.zero_point.to(torch.int64)
+        x = rows if zero is None else rows + zero
+        codes_ = x.clamp(*self.limits).round().to(torch.int64).reshape(weight.shape).numpy()
+        if self.per == "tensor":
+            shape: tuple[int, ...] = (1,) * weight.dim()
+        elif self.per == "channel":
+            shape = (len(weight),) + (1,) * (weight.dim() - 1)
+        else:
+            shape = (len(weight), -1, 1)
+        group = self.per if isinstance(self.per, int) else None
+        return Grid(codes_, self.bits, scale.reshape(shape).numpy(),
+                    None if zero is None else zero.reshape(shape).numpy(), group)
+
+
+class Half(Code):
+    """Sixteen-bit floats: W = float16(w), the gradient passed straight through. For biases and step sizes.
+
+    >>> Half().decode(torch.tensor([1.0001]))
+    tensor([1.])
+    """
+
+    def decode(self, *theta: Tensor) -> Tensor:
+        weight = theta[0]
+        return weight + (weight.half().float() - weight).detach()
+
+    def pack(self, *theta: Stored) -> Stored:
+        return Plain(theta[0].decode().astype(np.float16))

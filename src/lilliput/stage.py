@@ -1,0 +1,84 @@
+"""Stage: one thing done to a model. A frozen dataclass of plain values, called as (model, task, reference) -> model."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lilliput.task import Task, call, leaves, length, predict, take
+
+
+class Stage(ABC):
+    """One thing done to a model: prune once, factorise, train, remove channels.
+
+    A stage is plain data (it hashes, prints, stores, compares) and never changes its argument. A `structural` one
+    changes shapes and is given plain tensors. `version` rises when its result changes.
+    """
+
+    version: ClassVar[int] = 1
+    structural: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, model: nn.Module, task: Task, reference: "Reference") -> nn.Module:
+        """A new model."""
+
+
+@dataclass
+class Reference:
+    """The dense model and its outputs, computed once per (example, augmentation) and kept in `load` and `save`.
+
+    load(draw) gives the stored outputs of an augmentation or None; save(draw, outputs) keeps them.
+    """
+
+    model: nn.Module
+    task: Task
+    load: Callable[[int], Tensor | None] = lambda draw: None
+    save: Callable[[int, Tensor], None] = lambda draw, outputs: None
+
+    def __post_init__(self) -> None:
+        self._outputs: dict[int, Tensor] = {}
+        self._known: dict[int, Tensor] = {}
+        self.model.eval()
+
+    def outputs(self, index: Tensor, draw: int) -> Tensor:
+        """The dense model's outputs for training examples `index` under augmentation `draw`."""
+        draw = draw % self.task.draws
+        if draw not in self._outputs:
+            self._prepare(draw)
+        known, table = self._known[draw], self._outputs[draw]
+        missing = index[~known[index]]
+        if len(missing):
+            table[missing] = predict(self.model, self.task.inputs(missing, draw)).to(table.dtype)
+            known[missing] = True
+            if bool(known.all()):
+                self.save(draw, table)
+        return table[index]
+
+    def _prepare(self, draw: int) -> None:
+        stored, count = self.load(draw), self.task.examples
+        if stored is None:
+            with torch.no_grad():
+                shape = call(self.model, self.task.example).shape[1:]
+            stored, known = torch.zeros(count, *shape), torch.zeros(count, dtype=torch.bool)
+        else:
+            known = torch.ones(count, dtype=torch.bool)
+        self._known[draw] = known
+        self._outputs[draw] = stored
+
+
+def calibration(task: Task, examples: int = 256) -> Any:
+    """The first `examples` training inputs, evenly spread, without augmentation: what statistics are taken from."""
+    inputs, _ = task.split("train")
+    count = length(inputs)
+    return take(inputs, torch.linspace(0, count - 1, min(examples, count)).long())
+
+
+def on(inputs: Any, device: torch.device) -> Any:
+    """The same inputs on a device."""
+    if isinstance(inputs, dict):
+        return {name: value.to(device) for name, value in inputs.items()}
+    moved = tuple(value.to(device) for value in leaves(inputs))
+    return moved if isinstance(inputs, tuple) else moved[0]

@@ -1,0 +1,149 @@
+"""Train: the one training loop. Distillation, pruning and quantizing happen in it as rules."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lilliput.code.base import copy_model
+from lilliput.rule import Rule, State
+from lilliput.schedule import Cosine, Schedule, at
+from lilliput.stage import Reference, Stage
+from lilliput.task import Task, call
+
+CHECKPOINT_SECONDS = 30.0
+
+
+class Diverged(ArithmeticError):
+    """The loss became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Train(Stage):
+    """Train for `steps` optimizer steps: supervised * (the task's loss) + what the rules add.
+
+    lr: a number or schedule of the step. until: stop there, at a rung of the same schedule (None: run it to the end);
+    training on from a rung gives the same numbers as never having stopped. optimizer: "adamw" or "sgd" (momentum 0.9,
+    Nesterov). weight_decay applies to tensors of two and more dimensions. clip: largest norm of the whole gradient.
+
+    Raises ValueError for steps or until below 1; Diverged when the loss is not finite.
+    """
+
+    steps: int
+    lr: float | Schedule = field(default_factory=lambda: Cosine(3e-3))
+    rules: tuple[Rule, ...] = ()
+    supervised: float = 1.0
+    batch_size: int | None = None
+    optimizer: str = "adamw"
+    weight_decay: float = 1e-4
+    clip: float = 5.0
+    seed: int = 0
+    until: int | None = None
+
+    expensive: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or (self.until is not None and not 1 <= self.until <= self.steps):
+            raise ValueError(f"Train: steps must be at least 1 and until between 1 and steps, got steps={self.steps}, "
+                             f"until={self.until}.")
+        if self.optimizer not in ("adamw", "sgd"):
+            raise ValueError(f"Train: optimizer must be 'adamw' or 'sgd', got {self.optimizer!r}.")
+
+    def __call__(self, model: nn.Module, task: Task, reference: Reference) -> nn.Module:
+        return fit(self, model, task, reference)
+
+
+def _optimizer(stage: Train, model: nn.Module) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("Train: the model must have a trainable parameter, got none. Unfreeze one.")
+    matrices = [p for p in trained if p.dim() > 1 and p.shape[-1] > 1 or p.dim() > 2]
+    chosen = {id(p) for p in matrices}
+    groups = [{"params": matrices, "weight_decay": stage.weight_decay},
+              {"params": [p for p in trained if id(p) not in chosen], "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if stage.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True, foreach=True)
+    return torch.optim.AdamW(groups, lr=1e-3, fused=True)
+
+
+def fit(
+    stage: Train,
+    model: nn.Module,
+    task: Task,
+    reference: Reference,
+    *,
+    load: Callable[[], dict[str, Any] | None] = lambda: None,
+    save: Callable[[dict[str, Any]], None] = lambda checkpoint: None,
+    stop: Callable[[int], bool] = lambda step: False,
+) -> nn.Module:
+    """Run `stage` on a copy of `model`; `load` and `save` keep the checkpoints, `stop(step)` ends it early.
+
+    A checkpoint holds the model, the optimizer, every rule's state and the step; with batches that are a pure function
+    of (seed, step) the rest of the training is the same as if it had never been interrupted.
+    """
+    model = copy_model(model)
+    device = next(model.parameters()).device
+    model.train()
+    states = [rule.begin(model, task, reference, stage.steps) for rule in stage.rules]
+    optimizer = _optimizer(stage, model)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    first, until = 0, stage.until or stage.steps
+    checkpoint = load()
+    if checkpoint is not None and checkpoint["step"] <= until:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        states, first = checkpoint["rules"], checkpoint["step"]
+    torch.manual_seed(stage.seed * 7919 + first)
+    saved = time.monotonic()
+    step = first
+    for batch in task.batches(until, stage.seed, stage.batch_size, first):
+        lr = at(stage.lr, step, stage.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        output = call(model, batch.inputs)
+        loss = _loss(stage, states, model, task, batch, output, reference)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        for i, rule in enumerate(stage.rules):
+            states[i] = rule.on_grad(states[i], model, step, stage.steps)
+        if stage.clip:
+            norm = nn.utils.clip_grad_norm_(parameters, stage.clip, foreach=True)
+            if step % 20 == 0 and not bool(torch.isfinite(norm)):
+                raise Diverged(f"Train: the loss must stay finite, got a gradient of norm {float(norm)} at step "
+                               f"{step}. Lower the learning rate.")
+        optimizer.step()
+        for i, rule in enumerate(stage.rules):
+            states[i] = rule.on_step(states[i], model, step, stage.steps)
+        step += 1
+        if stop(step):
+            break
+        if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            save(_checkpoint(model, optimizer, states, step))
+            saved = time.monotonic()
+    if not all(bool(torch.isfinite(p).all()) for p in parameters):
+        raise Diverged("Train: the weights must stay finite, got NaN or infinity. Lower the learning rate.")
+    if step < stage.steps:
+        save(_checkpoint(model, optimizer, states, step))
+    else:
+        for rule, state in zip(stage.rules, states, strict=True):
+            rule.end(state, model)
+    model.to(device).eval()
+    return model
+
+
+def _loss(stage: Train, states: list[State], model: nn.Module, task: Task, batch: Any, output: Tensor,
+          reference: Reference) -> Tensor:
+    loss = task.supervised(output, batch) * stage.supervised if stage.supervised else output.sum() * 0
+    for rule, state in zip(stage.rules, states, strict=True):
+        added = rule.penalty(state, model, batch, output, reference)
+        if added is not None:
+            loss = loss + added
+    return loss
+
+
+def _checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, states: list[State], step: int) -> dict[str, Any]:
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rules": states, "step": step}
