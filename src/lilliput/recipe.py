@@ -1,0 +1,158 @@
+"""Recipe: a tuple of stages, as plain data both ways, and the key under which each prefix is stored."""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lilliput import registry
+from lilliput.stage import Stage
+from lilliput.task import Task, source
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Stages in the order in which they are applied.
+
+    >>> from lilliput import Prune
+    >>> Recipe.of((Prune(0.5),).__iter__()).data()[0]["stage"]
+    'Prune'
+    """
+
+    stages: tuple[Stage, ...] = ()
+
+    @classmethod
+    def of(cls, stages: Iterator[Stage]) -> "Recipe":
+        """A recipe of any iterable of stages."""
+        return cls(tuple(stages))
+
+    def __add__(self, stage: Stage) -> "Recipe":
+        return Recipe((*self.stages, stage))
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+    def data(self) -> list[dict[str, Any]]:
+        """Plain data: one dictionary a stage, settings that have their default left out."""
+        return [plain(stage) for stage in self.stages]
+
+    @classmethod
+    def parse(cls, data: list[dict[str, Any]]) -> "Recipe":
+        """A recipe from plain data; raises KeyError or ValueError for an unknown stage or setting."""
+        return cls(tuple(_object(item) for item in data))
+
+    def toml(self) -> str:
+        """The recipe as TOML: one [[stages]] table each."""
+        return "\n".join(f"[[stages]]\n{_table(stage)}" for stage in self.data())
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Recipe":
+        """A recipe from a TOML or JSON file."""
+        text = Path(path).read_text(encoding="utf-8")
+        data = json.loads(text) if str(path).endswith(".json") else tomllib.loads(text)
+        stages = data.get("stages") if isinstance(data, dict) else data
+        if not isinstance(stages, list):
+            raise ValueError(f"Recipe: {path} must hold a list of stages, got {type(stages).__name__}. "
+                             "Write one [[stages]] table for each.")
+        return cls.parse(stages)
+
+    def describe(self) -> str:
+        """A short line for people."""
+        return " -> ".join(_short(stage) for stage in self.stages) or "dense"
+
+
+def plain(value: Any) -> Any:
+    """A stage, rule or schedule as a dictionary with its type under "stage"; anything plain as it is."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kept = {}
+        for field in dataclasses.fields(value):
+            mine = getattr(value, field.name)
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if mine != default and mine is not None:
+                kept[field.name] = plain(mine)
+        return {"stage": type(value).__name__, **kept}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    return value
+
+
+def _object(value: Any) -> Any:
+    if isinstance(value, dict):
+        settings = dict(value)
+        if "stage" not in settings:
+            raise ValueError(f"Recipe: each table must name its stage, got {sorted(settings)}. Add stage = \"...\".")
+        kind = registry.lookup(settings.pop("stage"))
+        known = {field.name for field in dataclasses.fields(kind)}
+        if unknown := set(settings) - known:
+            raise ValueError(f"Recipe: {kind.__name__} takes {sorted(known)}, got {sorted(unknown)}.")
+        return kind(**{name: _object(item) for name, item in settings.items()})
+    if isinstance(value, list):
+        return tuple(_object(item) for item in value)
+    return value
+
+
+def _table(data: dict[str, Any]) -> str:
+    return "".join(f"{name} = {_toml(value)}\n" for name, value in data.items())
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{name} = {_toml(item)}" for name, item in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value)
+
+
+def _short(stage: Stage) -> str:
+    data = plain(stage)
+    name = data.pop("stage")
+    shown = [f"{key}={item}" if not isinstance(item, list | dict) else key for key, item in data.items()]
+    return f"{name}({', '.join(shown)})"
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A hash of every tensor of a model and of its forward source: where every key starts."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    for kind in sorted({type(module) for module in model.modules()}, key=lambda kind: kind.__qualname__):
+        if not inspect.getmodule(kind) or not str(getattr(kind, "__module__", "")).startswith("torch."):
+            digest.update(source(kind).encode())
+    return digest.hexdigest()
+
+
+def start_key(model: nn.Module, task: Task, seed: int) -> str:
+    """The key of the empty recipe: weights, forward source, task, seed, torch's minor version."""
+    version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
+    return _hash(weights_hash(model), task.fingerprint, str(seed), version)
+
+
+def next_key(key: str, stage: Stage) -> str:
+    """The key of a prefix one stage longer; a method's `version` is part of it."""
+    return _hash(key, json.dumps(plain(stage), sort_keys=True), json.dumps(sorted(versions(stage))))
+
+
+def versions(value: Any) -> set[str]:
+    """Name and version of every method that a stage uses."""
+    found: set[str] = set()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        found.add(f"{type(value).__name__} {getattr(value, 'version', 1)}")
+        for field in dataclasses.fields(value):
+            found |= versions(getattr(value, field.name))
+    elif isinstance(value, tuple):
+        for item in value:
+            found |= versions(item)
+    return found
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=12).hexdigest()

@@ -1,0 +1,126 @@
+"""Store: a folder of tensors and records, written so that a kill at any moment loses nothing that was finished.
+
+KEY's tensors are written first, its JSON record last, each by atomic rename: the JSON is the commit mark.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from lilliput.errors import StoreError
+
+
+class Store:
+    """A folder that keeps records and tensors by key.
+
+    Raises StoreError when the folder cannot be written. A corrupt file is set aside as NAME.corrupt and named in
+    `damaged`; the rest is used.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.damaged: list[str] = []
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"Store: {folder} must be a folder that can be written, got: {error.strerror}. "
+                             "Choose another with --out.") from error
+
+    def record(self, key: str) -> dict[str, Any] | None:
+        """The record of a key, or None."""
+        path = self.folder / f"{key}.json"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(data, dict):
+                raise ValueError("not an object")
+            return data
+        except FileNotFoundError:
+            return None
+        except (ValueError, UnicodeDecodeError):
+            self._set_aside(path)
+            return None
+
+    def tensors(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors of a key, or None."""
+        path = self.folder / f"{key}.safetensors"
+        try:
+            return load_file(path)
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError, ValueError):
+            self._set_aside(path)
+            return None
+
+    def put(self, key: str, record: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
+        """Keep tensors, then the record that makes them count."""
+        if tensors is not None:
+            plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+            data = save(plain)
+            write(self.folder / f"{key}.safetensors", lambda file: file.write(data))
+        text = json.dumps(record, indent=1, allow_nan=False, default=_number).encode()
+        write(self.folder / f"{key}.json", lambda file: file.write(text))
+
+    def checkpoint(self, key: str) -> dict[str, Any] | None:
+        """The checkpoint of an unfinished training, or None; read with weights_only, so nothing in it is executed."""
+        path = self.folder / f"{key}.ckpt"
+        try:
+            loaded: dict[str, Any] = torch.load(path, weights_only=True)
+            return loaded
+        except FileNotFoundError:
+            return None
+        except Exception:  # noqa: BLE001  a truncated file raises any of a dozen types; all mean: start again
+            self._set_aside(path)
+            return None
+
+    def keep_checkpoint(self, key: str, checkpoint: dict[str, Any]) -> None:
+        """Replace the checkpoint of a training."""
+        write(self.folder / f"{key}.ckpt", lambda file: torch.save(checkpoint, file))
+
+    def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every readable record with its key."""
+        for path in sorted(self.folder.glob("*.json")):
+            record = self.record(path.stem)
+            if record is not None:
+                yield path.stem, record
+
+    def _set_aside(self, path: Path) -> None:
+        self.damaged.append(path.name)
+        with contextlib.suppress(OSError):
+            path.replace(path.with_name(path.name + ".corrupt"))
+
+
+def _number(value: Any) -> Any:
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"Store: a record must hold plain data, got {type(value).__name__}.")
+
+
+def write(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
+    """Write a file whole or not at all: a temporary file beside it, synced, then renamed.
+
+    Raises StoreError, with what was there before still in place.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            fill(file)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise StoreError(f"Store: {path} could not be written: {error.strerror or error}. What was there before is "
+                         "unharmed. Free some space or choose another folder with --out.") from error
