@@ -1,0 +1,107 @@
+"""lilliput: a trained neural network in, a many times smaller and faster one out, with the measured proof.
+
+The public names, in reading order. They are imported when first used, so that `import lilliput` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    # the main job
+    "shrink": "lilliput.search.shrink",
+    "Result": "lilliput.search.shrink",
+    "load": "lilliput.export.pack",
+    "run": "lilliput.run",
+    # the nouns
+    "Task": "lilliput.task",
+    "Code": "lilliput.code.base",
+    "Stage": "lilliput.stage",
+    "Rule": "lilliput.rule",
+    "Recipe": "lilliput.recipe",
+    "Reference": "lilliput.stage",
+    "Store": "lilliput.store",
+    "Train": "lilliput.train",
+    # codes
+    "attach": "lilliput.code.base",
+    "realize": "lilliput.code.base",
+    "build": "lilliput.code.base",
+    "codes": "lilliput.code.base",
+    "storage": "lilliput.code.base",
+    "Masked": "lilliput.code.masked",
+    "Uniform": "lilliput.code.uniform",
+    "Half": "lilliput.code.uniform",
+    "LowRank": "lilliput.code.low_rank",
+    # methods
+    "Prune": "lilliput.prune.prune",
+    "Quantize": "lilliput.quant.quantize",
+    "QuantizeActivations": "lilliput.code.output",
+    "Factorize": "lilliput.factor.svd",
+    "Distill": "lilliput.distill.logits",
+    "Features": "lilliput.distill.features",
+    "FoldBatchNorm": "lilliput.graph.fold",
+    "Student": "lilliput.graph.students",
+    # schedules
+    "Cosine": "lilliput.schedule",
+    "Cubic": "lilliput.schedule",
+    "Linear": "lilliput.schedule",
+    # failures
+    "FloorNotMet": "lilliput.errors",
+    "NotSupported": "lilliput.errors",
+    "ExportError": "lilliput.errors",
+    "StoreError": "lilliput.errors",
+}
+
+__all__ = ["__version__", *_NAMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'lilliput' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_NAMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from lilliput.code.base import Code as Code
+    from lilliput.code.base import attach as attach
+    from lilliput.code.base import build as build
+    from lilliput.code.base import codes as codes
+    from lilliput.code.base import realize as realize
+    from lilliput.code.base import storage as storage
+    from lilliput.code.low_rank import LowRank as LowRank
+    from lilliput.code.masked import Masked as Masked
+    from lilliput.code.output import QuantizeActivations as QuantizeActivations
+    from lilliput.code.uniform import Half as Half
+    from lilliput.code.uniform import Uniform as Uniform
+    from lilliput.distill.features import Features as Features
+    from lilliput.distill.logits import Distill as Distill
+    from lilliput.errors import ExportError as ExportError
+    from lilliput.errors import FloorNotMet as FloorNotMet
+    from lilliput.errors import NotSupported as NotSupported
+    from lilliput.errors import StoreError as StoreError
+    from lilliput.export.pack import load as load
+    from lilliput.factor.svd import Factorize as Factorize
+    from lilliput.graph.fold import FoldBatchNorm as FoldBatchNorm
+    from lilliput.graph.students import Student as Student
+    from lilliput.prune.prune import Prune as Prune
+    from lilliput.quant.quantize import Quantize as Quantize
+    from lilliput.recipe import Recipe as Recipe
+    from lilliput.rule import Rule as Rule
+    from lilliput.run import run as run
+    from lilliput.schedule import Cosine as Cosine
+    from lilliput.schedule import Cubic as Cubic
+    from lilliput.schedule import Linear as Linear
+    from lilliput.search.shrink import Result as Result
+    from lilliput.search.shrink import shrink as shrink
+    from lilliput.stage import Reference as Reference
+    from lilliput.stage import Stage as Stage
+    from lilliput.store import Store as Store
+    from lilliput.task import Task as Task
+    from lilliput.train import Train as Train

@@ -1,0 +1,125 @@
+"""run: apply a recipe to a copy of a model. What was trained before is read from the store, not trained again."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor, nn
+
+from lilliput.code.base import codes, copy_model, realize
+from lilliput.recipe import Recipe, next_key, start_key
+from lilliput.stage import Reference, Stage
+from lilliput.store import Store
+from lilliput.task import Task
+from lilliput.train import Train, fit
+
+
+def run(
+    model: nn.Module,
+    task: Task,
+    recipe: Recipe | tuple[Stage, ...] | list[Stage],
+    store: Store | str | Path | None = None,
+    *,
+    seed: int = 0,
+    reference: Reference | None = None,
+) -> nn.Module:
+    """The model that a recipe makes of `model`, which stays as it is.
+
+    store: a folder in which trainings and their checkpoints are kept; a run that was killed continues from there.
+    Stages that change shapes are given plain tensors: codes are realized first.
+
+    >>> import torch, lilliput
+    >>> net = torch.nn.Linear(4, 2); x, y = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
+    >>> small = run(net, lilliput.Task("toy", (x, y), (x, y)), [lilliput.Prune(0.5)])
+    >>> int((small.weight == 0).sum())
+    4
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe(tuple(recipe))
+    if store is None:
+        with TemporaryDirectory() as folder:
+            return Workshop(model, task, Store(folder), seed, reference).make(recipe)
+    return Workshop(model, task, store if isinstance(store, Store) else Store(store), seed, reference).make(recipe)
+
+
+class Workshop:
+    """Everything that runs of recipes on one model and task share: the dense model's outputs, the store, the keys."""
+
+    def __init__(self, model: nn.Module, task: Task, store: Store, seed: int = 0,
+                 reference: Reference | None = None) -> None:
+        self.model, self.task, self.store, self.seed = model, task, store, seed
+        self.start = start_key(model, task, seed)
+        self.reference = reference or self._reference()
+        self.trained_s = 0.0
+        self.steps = 0
+
+    def _reference(self) -> Reference:
+        def load(draw: int) -> Tensor | None:
+            found = self.store.tensors(f"outputs-{self.start}-{draw}")
+            return None if found is None else found["outputs"]
+
+        def save(draw: int, outputs: Tensor) -> None:
+            self.store.put(f"outputs-{self.start}-{draw}", {"kind": "outputs", "draw": draw}, {"outputs": outputs})
+
+        dense = copy_model(self.model).requires_grad_(False)
+        return Reference(dense, self.task, load, save)
+
+    def key(self, recipe: Recipe) -> str:
+        """The key of a recipe's result."""
+        key = self.start
+        for stage in recipe.stages:
+            key = next_key(key, stage)
+        return key
+
+    def make(self, recipe: Recipe, stop: Callable[[int], bool] = lambda step: False) -> nn.Module:
+        """The model of a recipe; `stop(step)` ends a training early, whose result is then not kept."""
+        model, key = copy_model(self.model).eval(), self.start
+        for stage in recipe.stages:
+            before, key = key, next_key(key, stage)
+            if isinstance(stage, Train):
+                model = self._train(model, stage, before, key, stop)
+                continue
+            if stage.structural and codes(model):
+                model = realize(model)
+            model = stage(model, self.task, self.reference)
+        return model
+
+    def _train(self, model: nn.Module, stage: Train, before: str, key: str, stop: Callable[[int], bool]) -> nn.Module:
+        found = self.store.tensors(key) if self.store.record(key) else None
+        if found is not None:
+            return self._restored(model, stage, found)
+        schedule = next_key(before, replace(stage, until=None))
+        began, first = time.monotonic(), 0
+        cut = False
+
+        def load() -> dict[str, Any] | None:
+            nonlocal first
+            checkpoint = self.store.checkpoint(schedule)
+            if checkpoint is not None:
+                first = checkpoint["step"]
+            return checkpoint
+
+        def halt(step: int) -> bool:
+            nonlocal cut
+            cut = stop(step)
+            return cut
+
+        result = fit(stage, model, self.task, self.reference, load=load, stop=halt,
+                     save=lambda checkpoint: self.store.keep_checkpoint(schedule, checkpoint))
+        seconds = time.monotonic() - began
+        steps = (stage.until or stage.steps) - first
+        self.trained_s += seconds
+        if not cut:
+            self.steps += max(0, steps)
+            self.store.put(key, {"kind": "train", "steps": steps, "seconds": round(seconds, 3)}, result.state_dict())
+        return result
+
+    def _restored(self, model: nn.Module, stage: Train, tensors: dict[str, Tensor]) -> nn.Module:
+        model = copy_model(model)
+        states = [rule.begin(model, self.task, self.reference, stage.steps) for rule in stage.rules]
+        for rule, state in zip(stage.rules, states, strict=True):
+            rule.end(state, model)
+        model.load_state_dict(tensors)
+        return model.eval()

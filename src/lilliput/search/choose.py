@@ -1,0 +1,134 @@
+"""Choosing: which point of a search to hand over, corrected for the optimism of having chosen among many.
+
+A search over many points on few examples certifies losers: the smallest point that seems to meet the floor is, more
+often than not, one that was lucky on these examples. So the whole choice is repeated on bootstrap draws of the
+validation examples, and each winner is scored on the examples that its draw left out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lilliput.task import Score, Task
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen and how sure it is. All drops are in points of the metric, positive is worse.
+
+    winner: index of the chosen point, or None where nothing meets the question. drops and corrected: one for each
+    point; interval: the central 95% of each point's corrected drop over the draws, (points, 2). optimism: how much
+    better a winner looks on the examples that it was chosen on. eligible: who meets the floor.
+    """
+
+    winner: int | None
+    drops: Floats
+    corrected: Floats
+    interval: Floats
+    optimism: float
+    eligible: NDArray[np.bool_]
+
+
+def choose(
+    task: Task,
+    dense: Score,
+    scores: Sequence[Score],
+    price: Sequence[float],
+    *,
+    floor: float | None,
+    fits: Sequence[bool] | None = None,
+    distance: Sequence[float] | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Choice:
+    """The cheapest point whose corrected drop meets the floor; without a floor, the best point that fits.
+
+    With D_p the drop of point p over all examples, w(b) the winner on bootstrap draw b, and D_p(b), D_p(-b) the drop
+    on the draw and on what it left out: optimism = mean over b of max(0, D_w(b)(-b) - D_w(b)(b)); corrected_p = D_p +
+    optimism; p is eligible when corrected_p <= floor.
+
+    price: what is to be small (bytes, milliseconds). fits: which points may win at all. distance: mean divergence
+    from the dense outputs, which ranks points of equal price, and all points where there is no floor.
+
+    Source: Efron and Tibshirani, An introduction to the bootstrap, 1993, chapter 17 (optimism, the .632 family).
+    """
+    count = len(scores)
+    if not count:
+        none = np.zeros(0)
+        return Choice(None, none, none, np.zeros((0, 2)), 0.0, np.zeros(0, bool))
+    able = np.ones(count, bool) if fits is None else np.asarray(fits, bool)
+    cheap = np.asarray(price, float)
+    tie = np.zeros(count) if distance is None else np.asarray(distance, float)
+    drops = np.array([task.loss_of(dense.value, score.value) for score in scores])
+    inside, outside = _resampled(task, dense, scores, draws, seed)
+
+    def pick(row: Floats, limit: float | None) -> int | None:
+        allowed = able if limit is None else able & (row <= limit + 1e-12)
+        if not allowed.any():
+            return None
+        candidates = np.flatnonzero(allowed)
+        order = np.lexsort((tie[candidates], cheap[candidates])) if limit is not None else np.lexsort(
+            (cheap[candidates], row[candidates], tie[candidates]))
+        return int(candidates[order[0]])
+
+    gaps = []
+    for row, left_out in zip(inside, outside, strict=True):
+        winner = pick(row, floor)
+        if winner is not None and np.isfinite(left_out[winner]):
+            gaps.append(left_out[winner] - row[winner])
+    optimism = max(0.0, float(np.mean(gaps))) if gaps else 0.0
+    corrected = drops + optimism
+    interval = np.quantile(inside, [0.025, 0.975], axis=0).T + optimism
+    eligible = able if floor is None else able & (corrected <= floor + 1e-12)
+    return Choice(pick(corrected, floor), drops, corrected, interval, optimism, eligible)
+
+
+def _resampled(task: Task, dense: Score, scores: Sequence[Score], draws: int, seed: int) -> tuple[Floats, Floats]:
+    """Drops of every point on `draws` bootstrap draws and on the examples that each left out, (draws, points)."""
+    generator = np.random.default_rng(seed)
+    if dense.outcomes is not None and all(score.outcomes is not None for score in scores):
+        gap = np.stack([_losses(task, dense, score) for score in scores], 1)  # (n, points), positive is worse
+        n = len(gap)
+        inside, outside = np.empty((draws, len(scores))), np.empty((draws, len(scores)))
+        for b in range(draws):
+            counts = np.bincount(generator.integers(0, n, n), minlength=n).astype(float)
+            out = (counts == 0).astype(float)
+            inside[b] = counts @ gap / n
+            outside[b] = out @ gap / max(1.0, out.sum())
+        return inside, outside
+    n, draws = len(dense.outputs), min(draws, 200)
+    inside, outside = np.empty((draws, len(scores))), np.empty((draws, len(scores)))
+    for b in range(draws):
+        index = generator.integers(0, n, n)
+        left = np.setdiff1d(np.arange(n), index)
+        for rows, target in ((index, inside), (left, outside)):
+            base = task.rate(dense.outputs, "val", rows).value
+            target[b] = [task.loss_of(base, task.rate(score.outputs, "val", rows).value) for score in scores]
+    return inside, outside
+
+
+def _losses(task: Task, dense: Score, score: Score) -> Floats:
+    assert dense.outcomes is not None and score.outcomes is not None
+    difference = dense.outcomes - score.outcomes
+    return difference if task.higher_is_better else -difference
+
+
+def examples_for(task: Task, dense: Score, score: Score, interval: Floats) -> int | None:
+    """How many validation examples would halve the interval's width: it shrinks with the square root of their number.
+    """
+    width = float(interval[1] - interval[0])
+    return None if width <= 0 else 4 * len(dense.outputs if dense.outcomes is None else dense.outcomes)
+
+
+def front(costs: Sequence[Sequence[float]]) -> list[int]:
+    """The indices that no other point beats on every axis; all axes are to be small."""
+    points = np.asarray(costs, float)
+    return [i for i, p in enumerate(points)
+            if not any(bool((q <= p).all() and (q < p).any()) for q in points)
+            and not any(bool((points[j] == p).all()) for j in range(i))]
+
+
