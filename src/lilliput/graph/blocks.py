@@ -1,0 +1,173 @@
+"""Whole residual blocks and layers that can go, because what leaves them has the shape of what enters."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lilliput.graph.trace import Call, Left, calls, copied, frozen, holders, named, replace_, run, shapes, tied
+
+_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Skip(nn.Module):
+    """What stands where a block was: its first tensor leaves as it came, inside a tuple of one if the block gave tuples."""
+
+    def __init__(self, in_tuple: bool) -> None:
+        super().__init__()
+        self.in_tuple = in_tuple
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        return (x,) if self.in_tuple else x
+
+    def extra_repr(self) -> str:
+        return f"in_tuple={self.in_tuple}"
+
+
+def removable(model: nn.Module, example: Any) -> list[str]:
+    """Paths of the blocks that `remove_blocks` can take out one by one, in the order in which they run.
+
+    A block is a module with parameters, called once, whose (first) tensor out has the shape of its (first) tensor in: the
+    entries of a list of blocks where there is one (a transformer's layers, the blocks of a stage), else the outermost
+    module that is no mere sequence; a lone Linear or Conv only as an entry of a sequence. Each was tried on the example.
+
+    >>> class Block(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 4)
+    ...     def forward(self, x):
+    ...         return x + self.b(self.a(x).relu())
+    >>> removable(nn.Sequential(nn.Linear(3, 4), Block(), Block(), nn.Linear(4, 2)), torch.rand(1, 3))
+    ['1', '2']
+    """
+    work = copied(model, "removable")
+    seen = calls(work, example)
+    fits = {name for name, c in seen.items() if c.count == 1 and c.shape_in is not None and c.shape_in == c.shape_out}
+    before = run(work, example)
+    order = list(seen)
+    names = [name for name, _ in _candidates(work, "", fits)]
+    return [name for name in sorted(names, key=order.index) if not _why(work, example, name, seen, before)]
+
+
+def blocks_left(model: nn.Module, example: Any) -> tuple[Left, ...]:
+    """Entries of lists of blocks that `removable` leaves out, each with the reason."""
+    work = copied(model, "blocks_left")
+    seen, free = calls(work, example), set(removable(model, example))
+    before, found = run(work, example), []
+    for name, module in work.named_modules():
+        parent = work.get_submodule(name.rpartition(".")[0]) if name else module
+        inside = any(name == f or name.startswith(f"{f}.") or f.startswith(f"{name}.") for f in free)
+        if name and isinstance(parent, _LISTS) and not inside and name in seen and list(module.children()):
+            if any(True for _ in module.parameters()):
+                found.append(
+                    Left(name, _reason(seen[name]) or _why(work, example, name, seen, before) or "it is one of a chain")
+                )
+    return tuple(found)
+
+
+def _reason(seen: Call) -> str:
+    if seen.count > 1:
+        return f"it is called {seen.count} times"
+    if seen.shape_in != seen.shape_out:
+        return f"it turns the shape {_shape(seen.shape_in)} into {_shape(seen.shape_out)}"
+    return ""
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return str(tuple(shape)) if shape is not None else "none"
+
+
+def _candidates(module: nn.Module, path: str, fits: set[str]) -> list[tuple[str, bool]]:
+    """(path, in a list of its kind) of what could go below and including `module`."""
+    below = [(name, child, f"{path}.{name}" if path else name) for name, child in module.named_children()]
+    inner = {full: _candidates(child, full, fits) for _, child, full in below}
+    fit = path in fits and any(True for _ in module.parameters())
+    if not below:
+        return [(path, False)] if fit and isinstance(module, _LAYERS) else []
+    found = [c for part in inner.values() for c in part]
+    if type(module) in _LISTS:
+        alike = len({type(child) for _, child, _ in below}) == 1 and type(below[0][1]) not in (*_LISTS, *_LAYERS)
+        found = [(name, listed or (alike and name in inner)) for name, listed in found]
+        return found or ([(path, False)] if fit else [])
+    # A custom module: its sequences and lone layers are its own business, only lists of like blocks look outside.
+    children = {full: child for _, child, full in below}
+    own = [
+        (name, listed)
+        for name, listed in found
+        if listed or not (name in children and isinstance(children[name], (nn.Sequential, *_LAYERS)))
+    ]
+    if not path:
+        return own
+    if fit:
+        return [c for c in own if c[1]] or [(path, False)]
+    return own
+
+
+def _why(model: nn.Module, example: Any, name: str, seen: Mapping[str, Call], before: list[Tensor]) -> str:
+    """Why the block cannot go; empty when it can."""
+    block = model.get_submodule(name)
+    shared = tied(model)
+    for inner, module in block.named_modules():
+        full = f"{name}.{inner}" if inner else name
+        if full in shared:
+            return f"{full} shares a parameter with another layer"
+        if frozen(module):
+            return f"{full} is frozen"
+    try:
+        after = _without(model, seen, [name])
+        return "" if shapes(run(after, example)) == shapes(before) else "the output's shape depends on it"
+    except Exception as error:  # whatever a stranger's forward raises
+        return f"the model fails without it ({str(error).strip().splitlines()[0] if str(error) else error!r})"
+
+
+def remove_blocks(model: nn.Module, example: Any, names: Iterable[str]) -> nn.Module:
+    """A copy without the named blocks: an `nn.Identity` (a `Skip` for calls with more arguments) stands in their place.
+
+    Other names stay as they are, except in an `nn.TransformerEncoder`, whose forward looks into its first layer: there the
+    entries are deleted and the later ones move up.
+
+    Raises KeyError for an unknown name, ValueError for a block that must stay.
+
+    >>> net = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
+    >>> remove_blocks(net, torch.rand(1, 3), ["1"])[1]
+    Identity()
+    """
+    names = list(dict.fromkeys(names))
+    work = copied(model, "remove_blocks")
+    seen = calls(work, example)
+    for name in names:
+        named(model, name, "remove_blocks")
+        if name not in seen:
+            raise ValueError(f"remove_blocks: '{name}' must run on the example, it does not. Leave it out.")
+    smaller = _without(model, seen, names)
+    before = shapes(run(work, example))
+    try:
+        after = shapes(run(smaller, example))
+    except Exception as error:
+        raise ValueError(
+            f"remove_blocks: the model does not run without {names} ({error}). See removable()."
+        ) from error
+    if after != before:
+        raise ValueError(f"remove_blocks: the output must keep its shape {before}, got {after} without {names}.")
+    return smaller
+
+
+def _without(model: nn.Module, seen: Mapping[str, Call], names: list[str]) -> nn.Module:
+    smaller = copied(model, "remove_blocks")
+    lists = {id(m.layers): m for m in smaller.modules() if isinstance(m, nn.TransformerEncoder)}
+    gone: dict[int, list[nn.Module]] = {}
+    for name in names:
+        parent, last = holders(smaller, name)
+        block = getattr(parent, last) if not isinstance(parent, nn.ModuleDict) else parent[last]
+        if id(parent) in lists:
+            gone.setdefault(id(parent), []).append(block)
+        else:
+            replace_(smaller, block, nn.Identity() if seen[name].plain else Skip(seen[name].in_tuple))
+    for key, blocks in gone.items():
+        encoder = lists[key]
+        encoder.layers = nn.ModuleList(layer for layer in encoder.layers if layer not in blocks)
+        encoder.num_layers = len(encoder.layers)
+    return smaller

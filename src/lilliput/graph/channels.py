@@ -1,0 +1,382 @@
+"""Channels that must go together, found by Torch-Pruning's dependency graph, and networks without some of them."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lilliput.errors import near
+from lilliput.graph import recurrent, slicing
+from lilliput.graph.trace import Left, agree, calls, copied, evaluating, frozen, replace_, run, shapes, tensors, tied
+from lilliput.task import call
+
+
+@dataclass(frozen=True)
+class Part:
+    """One side of one layer: position index[k] of that side belongs to the group's channel channel[k]."""
+
+    layer: str
+    side: str  # "out": the layer makes the channel (or passes it on); "in": it reads it
+    index: tuple[int, ...]
+    channel: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels of several layers that must go together, because additions and such join them.
+
+    name: the first layer that makes them. size: how many there are. classes: one label a channel; where labels differ (a
+    grouped convolution, a group norm) each must keep equally many. reason: why none may go; empty when some may.
+    """
+
+    name: str
+    size: int
+    parts: tuple[Part, ...]
+    classes: tuple[int, ...]
+    reason: str = ""
+
+    @property
+    def removable(self) -> bool:
+        return not self.reason
+
+    @property
+    def multiple(self) -> int:
+        """Widths are multiples of this."""
+        return max(len(set(self.classes)), 1)
+
+    def __str__(self) -> str:
+        made = list(dict.fromkeys(p.layer for p in self.parts if p.side == "out"))
+        read = list(dict.fromkeys(p.layer for p in self.parts if p.side == "in"))
+        text = f"{self.size} channels made by {_listed(made)}" + (f", read by {_listed(read)}" if read else "")
+        if self.multiple > 1:
+            text += f", equally many in each of {self.multiple} runs"
+        return f"{text}; they stay: {self.reason}." if self.reason else f"{text}."
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" and {names[-1]}" if names else "nothing"
+
+
+def left(groups: Iterable[Group]) -> tuple[Left, ...]:
+    """The groups that stay, each with its reason."""
+    return tuple(Left(g.name, g.reason) for g in groups if g.reason)
+
+
+def groups(model: nn.Module, example: Any) -> tuple[Group, ...]:
+    """The model's channel groups, in the order of its layers; those that must stay say why.
+
+    Torch-Pruning follows one run's autograd graph to find what is joined. Because it reads an unknown operation as one that
+    keeps channels apart, every group is then tried: half of its channels are removed, and the narrower network must
+    compute exactly what the wide one does with the readers of those channels set to zero. Layer and group norms, which see all
+    channels at once, are taken out of both for the comparison. What does not pass is left alone with the reason.
+
+    Raises NotSupported when the model holds codes (realize it first).
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> [str(g) for g in groups(net, torch.rand(1, 4))]
+    ['8 channels made by 0, read by 2.', '2 channels made by 2; they stay: they are the output.']
+
+    Source: Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023, arXiv:2301.12900.
+    """
+    work = copied(model, "groups")
+    try:
+        found = _dependencies(work, example)
+    except Exception as error:  # whatever a stranger's forward raises: nothing of this model can be followed
+        why = f"the model could not be followed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        return tuple(
+            _whole(name, module, why)
+            for name, module in work.named_modules()
+            if any(True for _ in module.parameters(recurse=False))
+        )
+    seen = calls(work, example)
+    found = [replace(g, reason=g.reason or _reason(work, g, seen)) for g in found]
+    return tuple(_tried(model, example, found) + _unseen(work, found))
+
+
+def _whole(name: str, module: nn.Module, why: str) -> Group:
+    known = isinstance(module, slicing.KNOWN) and not slicing.reason(module)
+    size = slicing.width(module, "out") if known else 0
+    everything = tuple(range(size))
+    return Group(name, size, (Part(name, "out", everything, everything),), (0,) * size, why)
+
+
+def _unseen(model: nn.Module, found: list[Group]) -> list[Group]:
+    """Layers with parameters that no group mentions."""
+    made = {p.layer for g in found for p in g.parts if p.side == "out"}
+    return [
+        _whole(name, module, slicing.reason(module) or "no run of the example joins it to the output")
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+        and name not in made
+        and not any(
+            name.startswith(f"{other}.") for other, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)
+        )
+    ]
+
+
+def _dependencies(model: nn.Module, example: Any) -> list[Group]:
+    """Groups as Torch-Pruning sees them, in plain data; static reasons that need its graph are set."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch_pruning as tp
+
+    work = copied(model, "groups")
+    for p in work.parameters():
+        p.requires_grad_(p.is_floating_point())
+    standing: dict[str, str] = {}
+    for name, module in list(work.named_modules()):
+        if isinstance(module, nn.RNNBase) and not module.proj_size:
+            replace_(work, module, recurrent.StandIn(module))
+            standing[f"{name}.linear" if name else "linear"] = name
+    ends: set[Any] = set()
+
+    def forward(net: nn.Module, inputs: Any) -> list[Tensor]:
+        outputs = [t for t in tensors(call(net, inputs)) if t.grad_fn is not None]
+        ends.update(t.grad_fn for t in outputs)
+        return outputs
+
+    tables = {nn.EmbeddingBag: tp.pruner.function.EmbeddingPruner()}
+    roots = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.EmbeddingBag)
+    found: list[Group] = []
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    with warnings.catch_warnings(), torch.enable_grad(), evaluating(work):
+        warnings.simplefilter("ignore")
+        graph = tp.DependencyGraph().build_dependency(
+            work, example, forward_fn=forward, customized_pruners=tables, verbose=False
+        )
+        names = {module: standing.get(name, name) for name, module in work.named_modules()}
+        for group in graph.get_all_groups(root_module_types=roots):
+            found.append(_plain(group, graph, names, order, ends))
+    return sorted(found, key=lambda g: order.get(g.name, len(order)))
+
+
+def _plain(group: Any, graph: Any, names: dict[nn.Module, str], order: dict[str, int], ends: set[Any]) -> Group:
+    sides: dict[tuple[str, str], dict[int, int]] = {}
+    size, why = len(group[0].idxs), ""
+    for item in group:
+        target = item.dep.target
+        if target.module in names:
+            side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
+            positions = sides.setdefault((names[target.module], side), {})
+            for position, root in zip(item.idxs, item.root_idxs, strict=True):
+                if root is None or positions.setdefault(int(position), int(root)) != int(root):
+                    why = why or "one of its positions mixes two channels"
+        elif isinstance(target.module, nn.Parameter):
+            owner = graph._param_to_name.get(target.module, "a module")
+            why = why or f"they meet the parameter {owner} of a custom module"
+        if type(target.module).__name__ == "_OutputOp" or (target.grad_fn in ends and target.module in names):
+            if target.grad_fn in ends and (target.module not in names or side == "out"):
+                why = why or "they are the output"
+    parts = [
+        Part(layer, side, tuple(sorted(positions)), tuple(positions[i] for i in sorted(positions)))
+        for (layer, side), positions in sides.items()
+    ]
+    parts.sort(key=lambda p: (order.get(p.layer, len(order)), p.side))
+    makers = [p.layer for p in parts if p.side == "out"]
+    return Group(makers[0], size, tuple(parts), (0,) * size, why)
+
+
+def _reason(model: nn.Module, group: Group, seen: Mapping[str, Any]) -> str:
+    shared = tied(model)
+    modules = dict(model.named_modules())
+    for part in group.parts:
+        layer = modules[part.layer]
+        if part.layer in shared:
+            return f"{part.layer} shares a parameter with another layer"
+        if part.layer in seen and seen[part.layer].count > 1:
+            return f"{part.layer} is called {seen[part.layer].count} times"
+        if frozen(layer):
+            return f"{part.layer} is frozen"
+        if why := slicing.reason(layer):
+            return f"{part.layer}: {why}"
+    return ""
+
+
+def _labelled(model: nn.Module, group: Group) -> Group:
+    """The group with its classes: channels of one class may replace each other, and every class keeps equally many."""
+    modules = dict(model.named_modules())
+    labels = torch.zeros(group.size, dtype=torch.long)
+    for part in group.parts:
+        layer = modules[part.layer]
+        runs = slicing.partitions(layer)
+        if runs == 1 or (isinstance(layer, nn.GroupNorm) and runs == 1):
+            continue
+        total = slicing.width(layer, part.side)
+        if len(part.index) != total:
+            return replace(group, reason=f"{part.layer} divides more channels than these into {runs} runs")
+        mine = torch.zeros(group.size, dtype=torch.long)
+        mine[torch.tensor(part.channel)] = torch.tensor(part.index) // (total // runs)
+        labels = labels * runs + mine
+    _, inverse, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    if len(set(counts.tolist())) > 1:
+        return replace(group, reason="the layers divide these channels into runs that do not match")
+    if len(counts) > 1 and len(counts) == group.size:
+        return replace(group, reason="every channel is a run of its own")
+    return replace(group, classes=tuple(inverse.tolist()))
+
+
+def _tried(model: nn.Module, example: Any, found: list[Group]) -> list[Group]:
+    found = [_labelled(model, g) if g.removable else g for g in found]
+    found = [replace(g, reason="there is only one") if g.removable and g.size < 2 else g for g in found]
+    candidates = [g for g in found if g.removable]
+    awake = _awake(copied(model, "groups"))
+    dense = run(awake, example)
+    if not candidates or not _trial(awake, example, candidates, dense):
+        return found
+    return [replace(g, reason=_trial(awake, example, [g], dense)) if g.removable else g for g in found]
+
+
+def _awake(model: nn.Module) -> nn.Module:
+    """Parameters that are all zero hide what is joined to what: the copy that is tried gets small numbers instead."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.is_floating_point() and p.numel() and not p.any():
+                p.copy_(torch.randn(p.shape, generator=draw) / max(p[0].numel() if p.ndim else 1, 1) ** 0.5)
+    return model
+
+
+def _half(group: Group) -> Tensor:
+    order = torch.randperm(group.size, generator=torch.Generator().manual_seed(group.size))
+    return choose(group, order.float(), max(group.size // (2 * group.multiple), 1) * group.multiple)
+
+
+def _trial(model: nn.Module, example: Any, candidates: list[Group], dense: list[Tensor]) -> str:
+    """Why removing half of the candidates' channels does not work; empty when it does."""
+    keep = {g.name: _half(g) for g in candidates}
+    narrow = copied(model, "groups")
+    try:
+        _narrow_(narrow, candidates, keep)
+        outputs = run(narrow, example)
+    except Exception as error:  # whatever a stranger's forward raises when its sizes change
+        return f"the model fails without some of them ({str(error).strip().splitlines()[0] if str(error) else error!r})"
+    if shapes(outputs) != shapes(dense):
+        return "the output's shape depends on them"
+    silent = copied(model, "groups")
+    _silence_(silent, candidates, keep)
+    mixed = [
+        p.layer
+        for g in candidates
+        for p in g.parts
+        if isinstance(model.get_submodule(p.layer), (nn.LayerNorm, nn.GroupNorm))
+    ]
+    for name in dict.fromkeys(mixed):
+        for net in (narrow, silent):
+            replace_(net, net.get_submodule(name), nn.Identity())
+    if mixed:
+        outputs = run(narrow, example)
+    expected = run(silent, example)
+    if all(bool(t.isfinite().all()) for t in expected) and not agree(expected, outputs, 1e-3):
+        return "an operation mixes them, so that removing one is not the same as ignoring it"
+    return ""
+
+
+def _indices(model: nn.Module, groups: Iterable[Group], keep: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
+    """For each side of each layer that changes, the positions that stay."""
+    modules = dict(model.named_modules())
+    masks: dict[tuple[str, str], Tensor] = {}
+    for group in groups:
+        stays = torch.zeros(group.size, dtype=torch.bool)
+        stays[keep[group.name]] = True
+        for part in group.parts:
+            size = slicing.width(modules[part.layer], part.side)
+            if isinstance(modules[part.layer], nn.PReLU) and size == 1:
+                continue
+            mask = masks.setdefault((part.layer, part.side), torch.ones(size, dtype=torch.bool))
+            mask[torch.tensor(part.index)] &= stays[torch.tensor(part.channel)]
+    return {key: mask.nonzero().flatten() for key, mask in masks.items()}
+
+
+def _narrow_(model: nn.Module, groups: Iterable[Group], keep: Mapping[str, Tensor]) -> None:
+    indices = _indices(model, groups, keep)
+    modules = dict(model.named_modules())
+    for name in dict.fromkeys(layer for layer, _ in indices):
+        slicing.narrow_(modules[name], indices.get((name, "out")), indices.get((name, "in")))
+
+
+def _silence_(model: nn.Module, groups: Iterable[Group], keep: Mapping[str, Tensor]) -> None:
+    modules = dict(model.named_modules())
+    for (name, side), stays in _indices(model, groups, keep).items():
+        layer = modules[name]
+        gone = torch.ones(slicing.width(layer, side), dtype=torch.bool)
+        gone[stays] = False
+        if side == "in":
+            slicing.silence_(layer, gone.nonzero().flatten())
+        elif isinstance(layer, nn.RNNBase):
+            recurrent.silence_(layer, gone.nonzero().flatten())
+
+
+def remove_channels(
+    model: nn.Module, example: Any, keep: Mapping[str, Tensor], found: tuple[Group, ...] | None = None
+) -> nn.Module:
+    """A copy with only the channels keep[name] of each named group; a plain module that trains and exports.
+
+    keep: group name -> sorted indices of the channels that stay (a group that is not named keeps all). found: what
+    `groups(model, example)` returned, to save the time of finding it again.
+
+    Raises KeyError for a name that is no group, ValueError for one that must stay, for indices outside the group and for
+    unequal runs, NotSupported when the model holds codes, RuntimeError when the result does not run.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> remove_channels(net, torch.rand(1, 4), {"0": torch.tensor([1, 5])})[2]
+    Linear(in_features=2, out_features=2, bias=True)
+    """
+    found = groups(model, example) if found is None else found
+    known = {g.name: g for g in found}
+    chosen: dict[str, Tensor] = {}
+    for name, kept in keep.items():
+        if name not in known:
+            raise KeyError(f"remove_channels: no group '{name}'. {near(name, known)}")
+        chosen[name] = _checked(known[name], kept)
+    smaller = copied(model, "remove_channels")
+    with torch.no_grad():
+        _narrow_(smaller, [known[n] for n in chosen], chosen)
+    before = shapes(run(copied(model, "remove_channels"), example))
+    try:
+        after = shapes(run(smaller, example))
+    except Exception as error:
+        raise RuntimeError(
+            f"remove_channels: the narrower model does not run ({error}). Keep other channels."
+        ) from error
+    if after != before:
+        raise RuntimeError(
+            f"remove_channels: the output must keep the shape {before}, got {after}. Keep other channels."
+        )
+    return smaller
+
+
+def _checked(group: Group, kept: Tensor) -> Tensor:
+    if len(kept) == group.size and torch.equal(kept.long(), torch.arange(group.size)):
+        return kept.long()
+    if group.reason:
+        raise ValueError(f"remove_channels: {Left(group.name, group.reason)}. Leave it out of keep.")
+    kept = kept.long()
+    if not len(kept) or bool((kept[1:] <= kept[:-1]).any()) or int(kept[0]) < 0 or int(kept[-1]) >= group.size:
+        raise ValueError(
+            f"remove_channels: {group.name} must keep sorted indices in [0, {group.size}), at least one, got {kept.tolist()}."
+        )
+    counts = torch.bincount(torch.tensor(group.classes)[kept], minlength=group.multiple)
+    if len(set(counts.tolist())) > 1:
+        raise ValueError(
+            f"remove_channels: {group.name} must keep equally many channels in each of its {group.multiple} runs, got "
+            f"{counts.tolist()}. Use choose(group, scores, count)."
+        )
+    return kept
+
+
+def choose(group: Group, scores: Tensor, count: int) -> Tensor:
+    """The sorted indices of the `count` channels with the highest scores, equally many from each run of the group."""
+    if not 0 < count <= group.size or count % group.multiple:
+        raise ValueError(
+            f"choose: {group.name} must keep a multiple of {group.multiple} in [1, {group.size}], got {count}."
+        )
+    classes = torch.tensor(group.classes)
+    per = count // group.multiple
+    picked = []
+    for label in range(group.multiple):
+        members = (classes == label).nonzero().flatten()
+        picked.append(members[scores[members].argsort(descending=True, stable=True)[:per]])
+    return cast(Tensor, torch.cat(picked).sort().values)

@@ -1,0 +1,162 @@
+"""What every change of a graph starts from: a plain copy of the model, and what one run of it shows."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lilliput.errors import NotSupported, near
+from lilliput.task import call
+
+
+@dataclass(frozen=True)
+class Left:
+    """A part of a model that stays as it is, and why."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} is left alone: {self.reason}"
+
+
+def copied(model: nn.Module, who: str) -> nn.Module:
+    """A deep copy to change. Raises NotSupported where a tensor is decoded: a graph is changed on plain tensors only."""
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            raise NotSupported(f"{who}: the model must hold plain tensors, got a coded '{name}'. Call realize(model).")
+    return copy.deepcopy(model)
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The floating-point and integer tensors in what a model returned, in order."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, dict):
+        output = list(output.values())
+    if isinstance(output, (tuple, list)):
+        return [t for part in output for t in tensors(part)]
+    return []
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every module's own mode again after it; random numbers drawn inside leave no trace."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def run(model: nn.Module, example: Any) -> list[Tensor]:
+    """The model's output tensors on the example, in eval mode and without gradients."""
+    with evaluating(model), torch.no_grad():
+        return tensors(call(model, example))
+
+
+def shapes(outputs: list[Tensor]) -> list[torch.Size]:
+    """Their shapes, in order."""
+    return [t.shape for t in outputs]
+
+
+def agree(a: list[Tensor], b: list[Tensor], tolerance: float) -> bool:
+    """Whether two runs gave the same up to `tolerance` times the largest value (at least 1e-3)."""
+    return shapes(a) == shapes(b) and all(
+        bool((x.double() - y.double()).abs().max() <= tolerance * max(float(x.double().abs().max()), 1e-3))
+        for x, y in zip(a, b, strict=True)
+        if x.numel()
+    )
+
+
+def holders(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds `path`, and the attribute's name in it."""
+    parent, _, last = path.rpartition(".")
+    return model.get_submodule(parent), last
+
+
+def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever the model holds `old`, so that a module with two names stays one."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            parent, last = holders(model, name)
+            setattr(parent, last, new)
+
+
+def named(model: nn.Module, name: str, who: str) -> nn.Module:
+    """The submodule at `name`; KeyError with near misses."""
+    known = dict(model.named_modules(remove_duplicate=False))
+    if name not in known:
+        raise KeyError(f"{who}: no module '{name}'. {near(name, [n for n in known if n])}")
+    return known[name]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One module as a run saw it: how often it was called, and the shapes of its first tensors in and out."""
+
+    name: str
+    count: int
+    inputs: int
+    shape_in: torch.Size | None
+    shape_out: torch.Size | None
+    plain: bool  # one positional tensor in, one tensor out
+    in_tuple: bool  # a tuple out
+
+
+def calls(model: nn.Module, example: Any) -> dict[str, Call]:
+    """Every submodule that the example reaches, in the order of first calls."""
+    seen: dict[str, Call] = {}
+    order: list[str] = []
+
+    def before(name: str) -> Any:
+        return lambda module, args: order.append(name)
+
+    def after(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            ins, outs = tensors([args, kwargs]), tensors(output)
+            seen[name] = Call(
+                name,
+                seen[name].count + 1 if name in seen else 1,
+                len(ins),
+                ins[0].shape if ins else None,
+                outs[0].shape if outs else None,
+                len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(output, Tensor),
+                isinstance(output, tuple),
+            )
+
+        return hook
+
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(before(name)))
+            handles.append(module.register_forward_hook(after(name), with_kwargs=True))
+        run(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: seen[name] for name in dict.fromkeys(order) if name in seen}
+
+
+def tied(model: nn.Module) -> set[str]:
+    """Names of modules that share a parameter's storage with another module, or hold one under two names."""
+    owners: dict[tuple[int, int], set[tuple[str, str]]] = {}
+    for path, module in model.named_modules():
+        for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            if p.numel():
+                owners.setdefault((p.untyped_storage().data_ptr(), p.storage_offset()), set()).add((path, name))
+    return {path for group in owners.values() if len(group) > 1 for path, _ in group}
+
+
+def frozen(module: nn.Module) -> bool:
+    """Whether the module holds a parameter of its own that takes no gradient."""
+    return any(not p.requires_grad for p in module.parameters(recurse=False))
