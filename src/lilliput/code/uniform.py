@@ -25,7 +25,7 @@ class Uniform(Code):
     Raises ValueError for bits out of range, and for a group that does not divide.
 
     >>> Uniform(2, per="tensor", range="minmax").decode(torch.tensor([[0.9, -0.2]]), torch.zeros(1, 1))
-    tensor([[1., -0.]])
+    tensor([[1., 0.]])
     """
 
     zero_point: Tensor

@@ -1,0 +1,1 @@
+"""Factorisation: one tensor as a product of smaller ones."""

@@ -33,9 +33,9 @@ def minmax(rows: Tensor, limits: Limits, symmetric: bool) -> tuple[Tensor, Tenso
 
 
 def percentile(rows: Tensor, limits: Limits, symmetric: bool, share: float = 0.999) -> tuple[Tensor, Tensor]:
-    """The range that holds the central `share` of each row's values."""
-    ends = torch.tensor([1 - share, share], dtype=rows.dtype)
-    low, high = rows.quantile(ends, dim=1).unsqueeze(-1).unbind(0)
+    """The range that holds the central `share` of each row's values, zeros (pruned, and exact on any grid) left out."""
+    ends = torch.tensor([1 - share, share], dtype=rows.dtype, device=rows.device)
+    low, high = rows.masked_fill(rows == 0, torch.nan).nanquantile(ends, dim=1).nan_to_num(0.0).unsqueeze(-1).unbind(0)
     return _grid(low, high, limits, symmetric)
 
 
@@ -50,7 +50,8 @@ def mse(rows: Tensor, limits: Limits, symmetric: bool) -> tuple[Tensor, Tensor]:
         s, z = _grid(low * shrink, high * shrink, limits, symmetric)
         error = (quantize(rows, s, z, limits) - rows).square().sum(1, True)
         better = error < best
-        best, scale, zero = torch.where(better, error, best), torch.where(better, s, scale), torch.where(better, z, zero)
+        best = torch.where(better, error, best)
+        scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
     return scale, zero
 
 

@@ -1,0 +1,55 @@
+"""Allocations: how sparse each tensor becomes. Functions (scores by name, sparsity) -> sparsity by name."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from lilliput.prune.patterns import drop
+
+Scores = Mapping[str, Tensor]
+
+
+def uniform(scores: Scores, sparsity: float) -> dict[str, float]:
+    """The same sparsity everywhere."""
+    return {name: sparsity for name in scores}
+
+
+def erk(scores: Scores, sparsity: float) -> dict[str, float]:
+    """Erdos-Renyi-Kernel: the density of (out, in, kh, kw) is e (out + in + kh + kw) / (out in kh kw), at most 1, with
+    e such that the whole has the sparsity asked for.
+
+    Source: Evci, Gale, Menick, Castro and Elsen, Rigging the lottery, ICML 2020, arXiv:1911.11134, section 3, (1).
+
+    >>> erk({"a": torch.zeros(8, 2), "b": torch.zeros(8, 8)}, 0.25)
+    {'a': 0.0, 'b': 0.3125}
+    """
+    size = {name: score.numel() for name, score in scores.items()}
+    raw = {name: sum(score.shape) / score.numel() for name, score in scores.items()}
+    kept = (1 - sparsity) * sum(size.values())
+    dense: set[str] = set()
+    while True:
+        thinned = [name for name in scores if name not in dense]
+        e = (kept - sum(size[name] for name in dense)) / max(sum(raw[name] * size[name] for name in thinned), 1e-12)
+        over = {name for name in thinned if e * raw[name] > 1}
+        if not over:
+            return {name: 0.0 if name in dense else 1 - e * raw[name] for name in scores}
+        dense |= over
+
+
+def global_(scores: Scores, sparsity: float) -> dict[str, float]:
+    """One threshold over all scores: what matters least anywhere goes first. The total is exact.
+
+    Source: Frankle and Carbin, The lottery ticket hypothesis, ICLR 2019, arXiv:1803.03635, section 3 (global pruning).
+
+    >>> global_({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}, 0.5)
+    {'a': 1.0, 'b': 0.0}
+    """
+    flat = torch.cat([score.flatten() for score in scores.values()])
+    kept = drop(flat, round(sparsity * len(flat)))
+    parts = kept.split([score.numel() for score in scores.values()])
+    return {name: 1 - float(part.double().mean()) for name, part in zip(scores, parts, strict=True)}
+
+
+ALLOCATIONS: dict[str, Callable[[Scores, float], dict[str, float]]] = {
+    "uniform": uniform, "erk": erk, "global": global_}

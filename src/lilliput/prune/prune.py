@@ -1,0 +1,215 @@
+"""Prune: set the weights that matter least to zero, at once or gradually while training."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lilliput.calibrate import FROM_DATA, Statistics, statistics
+from lilliput.code.base import attach, codes, copy_model, find, holders, parameter_names
+from lilliput.code.masked import Masked
+from lilliput.errors import NotSupported, near
+from lilliput.prune import patterns, scores
+from lilliput.prune.allocations import ALLOCATIONS
+from lilliput.rule import Rule, State
+from lilliput.schedule import Cubic, Schedule, at
+from lilliput.stage import Reference, Stage
+from lilliput.task import Task
+
+
+@dataclass(frozen=True)
+class Prune(Stage, Rule):
+    """Zeros where a score is lowest: W = m * theta, m keeping a fraction 1 - sparsity of the entries.
+
+    As a stage it prunes once. As a rule it starts dense and raises the sparsity by a schedule (a number s means
+    Cubic(s)), taking new masks every `every` steps; what was dropped stays dropped.
+
+    sparsity: the fraction that becomes zero, in [0, 1), or a schedule of the step. score: a name in
+    `lilliput.prune.scores.SCORES`. pattern: "elements", "rows", "channel", "2:4" (any N:M) or "block 4x1" (any size).
+    allocation: "global" (one threshold), "erk", "uniform", or pairs (tensor, final sparsity), which need no `sparsity`.
+    where: which tensors; those that are tied, or that the pattern does not divide, are left alone (see `left`).
+    seed: of the random score.
+
+    Raises ValueError for settings out of range, or when there is no tensor left to prune; NotSupported for a tensor
+    that is already quantized or factorised.
+
+    >>> net = Prune(0.75)(nn.Linear(4, 4), None, None)
+    >>> int((net.weight == 0).sum())
+    12
+
+    Source: Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878, equation 1.
+    """
+
+    sparsity: float | Schedule | None = None
+    score: str = "magnitude"
+    pattern: str = "elements"
+    allocation: str | tuple[tuple[str, float], ...] = "global"
+    where: str = "*"
+    every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        pattern, given = patterns.parse(self.pattern), self.allocation
+        scores.lookup(self.score)
+        if isinstance(given, str) and given not in ALLOCATIONS:
+            raise ValueError(f"Prune: allocation must be pairs (name, sparsity) or a known name, got {given!r}. "
+                             f"{near(given, ALLOCATIONS)}")
+        if self.sparsity is None and isinstance(given, str):
+            raise ValueError("Prune: sparsity must be given, got None. Write Prune(0.9) for 90% zeros.")
+        pairs = () if isinstance(given, str) else given
+        for value in [] if self.sparsity is None else [at(self.sparsity, 0, 1), at(self.sparsity, 1, 1)]:
+            _check(value, pattern.most, self.pattern)
+        for _, value in pairs:
+            _check(value, pattern.most, self.pattern)
+        if self.every < 1:
+            raise ValueError(f"Prune: every must be at least 1 step, got {self.every}.")
+
+    def left(self, model: nn.Module) -> dict[str, str]:
+        """The tensors that `where` takes in but that are left alone, each with the reason."""
+        return self._sort(model)[1]
+
+    def __call__(self, model: nn.Module, task: Task | None, reference: Reference | None) -> nn.Module:
+        model = copy_model(model)
+        names = self._attach(model)
+        needs = scores.needs(scores.lookup(self.score))
+        known = statistics(model, task, names, needs, seed=self.seed) if needs else {name: {} for name in names}
+        self._mask(model, names, known, at(self._schedule, 1, 1))
+        return model
+
+    def begin(self, model: nn.Module, task: Task | None, reference: Reference | None, steps: int) -> State:
+        names = self._attach(model)
+        needs = set(scores.needs(scores.lookup(self.score)))
+        state: State = {"sparsity": torch.zeros((), dtype=torch.float64)}
+        # The gradient is read from the training itself; the rest is measured once, before it.
+        if needs - {"gradient"}:
+            if task is None and needs & set(FROM_DATA):
+                raise ValueError(f"Prune: a task must be given for the score {self.score!r}, got None. Pass task=.")
+            for name, known in statistics(model, task, names, needs - {"gradient"}, seed=self.seed).items():
+                state |= {f"{need} {name}": value for need, value in known.items()}
+        return state
+
+    def on_grad(self, state: State, model: nn.Module, step: int, steps: int) -> State:
+        if "gradient" not in scores.needs(scores.lookup(self.score)):
+            return state
+        state = dict(state)
+        for name in self._masked(model):
+            gradient = _theta(model, name).grad
+            if gradient is not None:
+                key = f"gradient {name}"
+                mean = state.get(key, torch.zeros_like(gradient))
+                state[key] = (0.9 * mean.square() + 0.1 * gradient.square()).sqrt()
+        return state
+
+    def on_step(self, state: State, model: nn.Module, step: int, steps: int) -> State:
+        done = step + 1
+        sparsity = at(self._schedule, done, steps)
+        if (done % self.every and done < steps) or sparsity == float(state["sparsity"]):
+            return state
+        known: Statistics = {name: {} for name in self._masked(model)}
+        for key, value in state.items():
+            need, _, name = key.partition(" ")
+            if name in known:
+                known[name][need] = value
+        self._mask(model, list(known), known, sparsity)
+        return {**state, "sparsity": torch.tensor(sparsity, dtype=torch.float64)}
+
+    @property
+    def _schedule(self) -> Schedule:
+        """How far the pruning has come: of the sparsity, or of the whole way where the pairs give the amounts."""
+        if self.sparsity is None:
+            return Cubic(1.0)
+        return Cubic(float(self.sparsity)) if isinstance(self.sparsity, int | float) else self.sparsity
+
+    def _sort(self, model: nn.Module) -> tuple[list[str], dict[str, str]]:
+        tensors, kept, left = parameter_names(model), [], {}
+        pattern = patterns.parse(self.pattern)
+        if isinstance(self.allocation, str):
+            names = find(model, self.where, who="Prune")
+        else:
+            names = [name for name, _ in self.allocation]
+            for name in names:
+                if name not in tensors:
+                    raise ValueError(f"Prune: allocation must name tensors of the model, got {name!r}. "
+                                     f"{near(name, tensors)}")
+        seen = codes(model)
+        for name in names:
+            if name not in seen and len(holders(model, name)) > 1:
+                left[name] = "its weights are tied to another layer's"
+                continue
+            try:
+                pattern.check(tuple(tensors[name].shape))
+            except ValueError as error:
+                left[name] = str(error)
+                continue
+            if name in seen and not isinstance(seen[name][0], Masked):
+                raise NotSupported(f"Prune: {name} must be plain or masked, but is stored by "
+                                   f"{type(seen[name][0]).__name__}. Prune first, then quantize or factorise.")
+            kept.append(name)
+        if not kept:
+            raise ValueError(f"Prune: some tensor must be left to prune, got none of {names[:3]}: "
+                             f"{next(iter(left.values()), 'the allocation is empty')}.")
+        return kept, left
+
+    def _attach(self, model: nn.Module) -> list[str]:
+        names, _ = self._sort(model)
+        pattern, coded = patterns.parse(self.pattern), codes(model)
+        for name in names:
+            module, attribute = holders(model, name)[0]
+            weight = getattr(module, attribute)
+            if name not in coded:
+                attach(model, name, Masked(torch.ones_like(weight, dtype=torch.bool),
+                                           pattern.block(tuple(weight.shape))))
+        return names
+
+    def _masked(self, model: nn.Module) -> dict[str, Masked]:
+        wanted = None if isinstance(self.allocation, str) else {name for name, _ in self.allocation}
+        found = {name: chain[0] for name, chain in codes(model).items() if isinstance(chain[0], Masked)}
+        if wanted is None:
+            wanted = set(find(model, self.where, who="Prune"))
+        return {name: code for name, code in found.items() if name in wanted}
+
+    @torch.no_grad()
+    def _mask(self, model: nn.Module, names: list[str], known: Statistics, sparsity: float) -> None:
+        """New masks at an overall sparsity (with pairs: at that share of the way to their amounts)."""
+        pattern, score, masked = patterns.parse(self.pattern), scores.lookup(self.score), self._masked(model)
+        rated: dict[str, Tensor] = {}
+        for name in names:
+            if set(scores.needs(score)) <= set(known[name]):
+                module, attribute = holders(model, name)[0]
+                rated[name] = score(getattr(module, attribute), **known[name]) * masked[name].mask
+        if not rated:
+            raise ValueError(f"Prune: score {self.score!r} must have its statistics for some tensor, got none for "
+                             f"{names[:3]}. Use score='magnitude' for these.")
+        if isinstance(self.allocation, str):
+            pooled = {name: pattern.pooled(value) for name, value in rated.items()}
+            amounts = ALLOCATIONS[self.allocation](pooled, sparsity)
+        else:
+            share = sparsity / at(self._schedule, 1, 1)
+            amounts = {name: amount * share for name, amount in self.allocation if name in rated}
+        for name, value in rated.items():
+            old = masked[name]
+            block = pattern.block(tuple(value.shape))
+            if old.block != block:
+                # Entries that went one by one lie across the blocks; positions are then stored entry by entry.
+                old.block = block if bool(old.mask.all()) else None
+            old.mask.copy_(pattern(value, amounts[name]) & old.mask)
+
+
+def _check(sparsity: float, most: float, pattern: str) -> None:
+    if not 0 <= sparsity < 1:
+        hint = f"For {sparsity:g}% write {sparsity / 100:g}." if 1 < sparsity < 100 else "It is the fraction of zeros."
+        raise ValueError(f"Prune: sparsity must be in [0, 1), got {sparsity:g}. {hint}")
+    if sparsity > most + 1e-9:
+        raise ValueError(f"Prune: sparsity must be at most {most:g} with pattern {pattern!r}, got {sparsity:g}.")
+
+
+def _theta(model: nn.Module, name: str) -> Tensor:
+    """The trained tensor behind a mask."""
+    path, _, attribute = name.rpartition(".")
+    holder: Any = cast(Any, model.get_submodule(path)).parametrizations[attribute]
+    while parametrize.is_parametrized(holder):
+        holder = holder.parametrizations["original"]
+    theta: Tensor = holder.original if getattr(holder, "is_tensor", True) else holder.original0
+    return theta
