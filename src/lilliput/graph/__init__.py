@@ -3,19 +3,34 @@
 from lilliput.graph.blocks import Skip, blocks_left, removable, remove_blocks
 from lilliput.graph.channels import Group, Part, choose, groups, left, remove_channels
 from lilliput.graph.fold import fold_batchnorm
+from lilliput.graph.stride import earlier_stride, set_stride
+from lilliput.graph.students import reset, student
 from lilliput.graph.trace import Left
+from lilliput.graph.widths import Size, Sizes, kept, magnitude, rounded, taylor, uniform, widths
 
 __all__ = [
     "Group",
     "Left",
     "Part",
+    "Size",
+    "Sizes",
     "Skip",
     "blocks_left",
     "choose",
+    "earlier_stride",
     "fold_batchnorm",
     "groups",
+    "kept",
     "left",
+    "magnitude",
     "removable",
     "remove_blocks",
     "remove_channels",
+    "reset",
+    "rounded",
+    "set_stride",
+    "student",
+    "taylor",
+    "uniform",
+    "widths",
 ]

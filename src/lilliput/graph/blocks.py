@@ -6,14 +6,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lilliput.graph.trace import Call, Left, calls, copied, frozen, holders, named, replace_, run, shapes, tied
+from lilliput.graph.trace import (
+    Call,
+    Left,
+    calls,
+    copied,
+    first_line,
+    frozen,
+    holders,
+    named,
+    replace_,
+    run,
+    shapes,
+    tied,
+)
 
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Skip(nn.Module):
-    """What stands where a block was: its first tensor leaves as it came, inside a tuple of one if the block gave tuples."""
+    """What stands where a block was: its first tensor leaves as it came, in a tuple of one if the block gave tuples."""
 
     def __init__(self, in_tuple: bool) -> None:
         super().__init__()
@@ -30,9 +43,9 @@ class Skip(nn.Module):
 def removable(model: nn.Module, example: Any) -> list[str]:
     """Paths of the blocks that `remove_blocks` can take out one by one, in the order in which they run.
 
-    A block is a module with parameters, called once, whose (first) tensor out has the shape of its (first) tensor in: the
+    A block is a module with parameters, called once, whose first tensor out has the shape of its first tensor in: the
     entries of a list of blocks where there is one (a transformer's layers, the blocks of a stage), else the outermost
-    module that is no mere sequence; a lone Linear or Conv only as an entry of a sequence. Each was tried on the example.
+    module that is no mere sequence; a lone Linear or Conv only as an entry of a sequence. Each was tried.
 
     >>> class Block(nn.Module):
     ...     def __init__(self):
@@ -49,22 +62,20 @@ def removable(model: nn.Module, example: Any) -> list[str]:
     before = run(work, example)
     order = list(seen)
     names = [name for name, _ in _candidates(work, "", fits)]
-    return [name for name in sorted(names, key=order.index) if not _why(work, example, name, seen, before)]
+    return [name for name in sorted(names, key=order.index) if not _why(work, name, example, seen, before)]
 
 
 def blocks_left(model: nn.Module, example: Any) -> tuple[Left, ...]:
     """Entries of lists of blocks that `removable` leaves out, each with the reason."""
     work = copied(model, "blocks_left")
-    seen, free = calls(work, example), set(removable(model, example))
-    before, found = run(work, example), []
+    seen, free, before = calls(work, example), removable(model, example), run(work, example)
+    found = []
     for name, module in work.named_modules():
-        parent = work.get_submodule(name.rpartition(".")[0]) if name else module
-        inside = any(name == f or name.startswith(f"{f}.") or f.startswith(f"{name}.") for f in free)
-        if name and isinstance(parent, _LISTS) and not inside and name in seen and list(module.children()):
-            if any(True for _ in module.parameters()):
-                found.append(
-                    Left(name, _reason(seen[name]) or _why(work, example, name, seen, before) or "it is one of a chain")
-                )
+        listed = bool(name) and isinstance(holders(work, name)[0], _LISTS) and any(True for _ in module.children())
+        related = any(f"{name}.".startswith(f"{f}.") or f.startswith(f"{name}.") for f in free)
+        if listed and not related and name in seen and any(True for _ in module.parameters()):
+            why = _reason(seen[name]) or _why(work, name, example, seen, before) or "it is part of a block"
+            found.append(Left(name, why))
     return tuple(found)
 
 
@@ -106,28 +117,28 @@ def _candidates(module: nn.Module, path: str, fits: set[str]) -> list[tuple[str,
     return own
 
 
-def _why(model: nn.Module, example: Any, name: str, seen: Mapping[str, Call], before: list[Tensor]) -> str:
+def _why(model: nn.Module, name: str, example: Any, seen: Mapping[str, Call], before: list[Tensor]) -> str:
     """Why the block cannot go; empty when it can."""
     block = model.get_submodule(name)
-    shared = tied(model)
-    for inner, module in block.named_modules():
+    shared, still = tied(model), frozen(model)
+    for inner, _ in block.named_modules():
         full = f"{name}.{inner}" if inner else name
         if full in shared:
             return f"{full} shares a parameter with another layer"
-        if frozen(module):
+        if full in still:
             return f"{full} is frozen"
     try:
         after = _without(model, seen, [name])
         return "" if shapes(run(after, example)) == shapes(before) else "the output's shape depends on it"
     except Exception as error:  # whatever a stranger's forward raises
-        return f"the model fails without it ({str(error).strip().splitlines()[0] if str(error) else error!r})"
+        return f"the model fails without it ({first_line(error)})"
 
 
 def remove_blocks(model: nn.Module, example: Any, names: Iterable[str]) -> nn.Module:
     """A copy without the named blocks: an `nn.Identity` (a `Skip` for calls with more arguments) stands in their place.
 
-    Other names stay as they are, except in an `nn.TransformerEncoder`, whose forward looks into its first layer: there the
-    entries are deleted and the later ones move up.
+    Other names stay as they are, except in an `nn.TransformerEncoder`, whose forward looks into its first layer: there
+    the entries are deleted and the later ones move up.
 
     Raises KeyError for an unknown name, ValueError for a block that must stay.
 
@@ -147,9 +158,7 @@ def remove_blocks(model: nn.Module, example: Any, names: Iterable[str]) -> nn.Mo
     try:
         after = shapes(run(smaller, example))
     except Exception as error:
-        raise ValueError(
-            f"remove_blocks: the model does not run without {names} ({error}). See removable()."
-        ) from error
+        raise ValueError(f"remove_blocks: the model does not run without {names} ({error}).") from error
     if after != before:
         raise ValueError(f"remove_blocks: the output must keep its shape {before}, got {after} without {names}.")
     return smaller

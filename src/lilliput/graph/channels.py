@@ -3,14 +3,28 @@
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lilliput.errors import near
 from lilliput.graph import recurrent, slicing
-from lilliput.graph.trace import Left, agree, calls, copied, evaluating, frozen, replace_, run, shapes, tensors, tied
+from lilliput.graph.trace import (
+    Call,
+    Left,
+    agree,
+    calls,
+    copied,
+    evaluating,
+    first_line,
+    frozen,
+    replace_,
+    run,
+    shapes,
+    tensors,
+    tied,
+)
 from lilliput.task import call
 
 
@@ -28,8 +42,8 @@ class Part:
 class Group:
     """Channels of several layers that must go together, because additions and such join them.
 
-    name: the first layer that makes them. size: how many there are. classes: one label a channel; where labels differ (a
-    grouped convolution, a group norm) each must keep equally many. reason: why none may go; empty when some may.
+    name: the first layer that makes them. size: how many there are. classes: one label a channel; where labels differ
+    (a grouped convolution, a group norm) each must keep equally many. reason: why none may go; empty when some may.
     """
 
     name: str
@@ -68,10 +82,10 @@ def left(groups: Iterable[Group]) -> tuple[Left, ...]:
 def groups(model: nn.Module, example: Any) -> tuple[Group, ...]:
     """The model's channel groups, in the order of its layers; those that must stay say why.
 
-    Torch-Pruning follows one run's autograd graph to find what is joined. Because it reads an unknown operation as one that
-    keeps channels apart, every group is then tried: half of its channels are removed, and the narrower network must
-    compute exactly what the wide one does with the readers of those channels set to zero. Layer and group norms, which see all
-    channels at once, are taken out of both for the comparison. What does not pass is left alone with the reason.
+    Torch-Pruning follows one run's autograd graph to find what is joined. Because it reads an unknown operation as one
+    that keeps channels apart, every group is then tried: half of its channels are removed, and the narrower network
+    must compute exactly what the wide one does with the readers of those channels set to zero. Layer and group norms,
+    which see all channels at once, are taken out of both for that. What does not pass is left alone with the reason.
 
     Raises NotSupported when the model holds codes (realize it first).
 
@@ -85,7 +99,7 @@ def groups(model: nn.Module, example: Any) -> tuple[Group, ...]:
     try:
         found = _dependencies(work, example)
     except Exception as error:  # whatever a stranger's forward raises: nothing of this model can be followed
-        why = f"the model could not be followed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        why = f"the model could not be followed ({type(error).__name__}: {first_line(error)})"
         return tuple(
             _whole(name, module, why)
             for name, module in work.named_modules()
@@ -106,14 +120,11 @@ def _whole(name: str, module: nn.Module, why: str) -> Group:
 def _unseen(model: nn.Module, found: list[Group]) -> list[Group]:
     """Layers with parameters that no group mentions."""
     made = {p.layer for g in found for p in g.parts if p.side == "out"}
+    heads = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention))
     return [
         _whole(name, module, slicing.reason(module) or "no run of the example joins it to the output")
         for name, module in model.named_modules()
-        if any(True for _ in module.parameters(recurse=False))
-        and name not in made
-        and not any(
-            name.startswith(f"{other}.") for other, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)
-        )
+        if any(True for _ in module.parameters(recurse=False)) and name not in made and not name.startswith(heads)
     ]
 
 
@@ -167,9 +178,9 @@ def _plain(group: Any, graph: Any, names: dict[nn.Module, str], order: dict[str,
         elif isinstance(target.module, nn.Parameter):
             owner = graph._param_to_name.get(target.module, "a module")
             why = why or f"they meet the parameter {owner} of a custom module"
-        if type(target.module).__name__ == "_OutputOp" or (target.grad_fn in ends and target.module in names):
-            if target.grad_fn in ends and (target.module not in names or side == "out"):
-                why = why or "they are the output"
+        makes = target.module not in names or side == "out"
+        if target.grad_fn in ends and makes:
+            why = why or "they are the output"
     parts = [
         Part(layer, side, tuple(sorted(positions)), tuple(positions[i] for i in sorted(positions)))
         for (layer, side), positions in sides.items()
@@ -179,8 +190,8 @@ def _plain(group: Any, graph: Any, names: dict[nn.Module, str], order: dict[str,
     return Group(makers[0], size, tuple(parts), (0,) * size, why)
 
 
-def _reason(model: nn.Module, group: Group, seen: Mapping[str, Any]) -> str:
-    shared = tied(model)
+def _reason(model: nn.Module, group: Group, seen: Mapping[str, Call]) -> str:
+    shared, still = tied(model), frozen(model)
     modules = dict(model.named_modules())
     for part in group.parts:
         layer = modules[part.layer]
@@ -188,7 +199,7 @@ def _reason(model: nn.Module, group: Group, seen: Mapping[str, Any]) -> str:
             return f"{part.layer} shares a parameter with another layer"
         if part.layer in seen and seen[part.layer].count > 1:
             return f"{part.layer} is called {seen[part.layer].count} times"
-        if frozen(layer):
+        if part.layer in still:
             return f"{part.layer} is frozen"
         if why := slicing.reason(layer):
             return f"{part.layer}: {why}"
@@ -202,7 +213,7 @@ def _labelled(model: nn.Module, group: Group) -> Group:
     for part in group.parts:
         layer = modules[part.layer]
         runs = slicing.partitions(layer)
-        if runs == 1 or (isinstance(layer, nn.GroupNorm) and runs == 1):
+        if runs == 1:
             continue
         total = slicing.width(layer, part.side)
         if len(part.index) != total:
@@ -252,18 +263,15 @@ def _trial(model: nn.Module, example: Any, candidates: list[Group], dense: list[
         _narrow_(narrow, candidates, keep)
         outputs = run(narrow, example)
     except Exception as error:  # whatever a stranger's forward raises when its sizes change
-        return f"the model fails without some of them ({str(error).strip().splitlines()[0] if str(error) else error!r})"
+        return f"the model fails without some of them ({first_line(error)})"
     if shapes(outputs) != shapes(dense):
         return "the output's shape depends on them"
     silent = copied(model, "groups")
     _silence_(silent, candidates, keep)
     mixed = [
-        p.layer
-        for g in candidates
-        for p in g.parts
-        if isinstance(model.get_submodule(p.layer), (nn.LayerNorm, nn.GroupNorm))
+        name for name in _layers(candidates) if isinstance(model.get_submodule(name), (nn.LayerNorm, nn.GroupNorm))
     ]
-    for name in dict.fromkeys(mixed):
+    for name in mixed:
         for net in (narrow, silent):
             replace_(net, net.get_submodule(name), nn.Identity())
     if mixed:
@@ -272,6 +280,10 @@ def _trial(model: nn.Module, example: Any, candidates: list[Group], dense: list[
     if all(bool(t.isfinite().all()) for t in expected) and not agree(expected, outputs, 1e-3):
         return "an operation mixes them, so that removing one is not the same as ignoring it"
     return ""
+
+
+def _layers(found: Iterable[Group]) -> list[str]:
+    return list(dict.fromkeys(part.layer for group in found for part in group.parts))
 
 
 def _indices(model: nn.Module, groups: Iterable[Group], keep: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
@@ -317,8 +329,8 @@ def remove_channels(
     keep: group name -> sorted indices of the channels that stay (a group that is not named keeps all). found: what
     `groups(model, example)` returned, to save the time of finding it again.
 
-    Raises KeyError for a name that is no group, ValueError for one that must stay, for indices outside the group and for
-    unequal runs, NotSupported when the model holds codes, RuntimeError when the result does not run.
+    Raises KeyError for a name that is no group; ValueError for one that must stay, for indices outside the group and
+    for unequal runs; NotSupported when the model holds codes; RuntimeError when the result does not run.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> remove_channels(net, torch.rand(1, 4), {"0": torch.tensor([1, 5])})[2]
@@ -356,7 +368,8 @@ def _checked(group: Group, kept: Tensor) -> Tensor:
     kept = kept.long()
     if not len(kept) or bool((kept[1:] <= kept[:-1]).any()) or int(kept[0]) < 0 or int(kept[-1]) >= group.size:
         raise ValueError(
-            f"remove_channels: {group.name} must keep sorted indices in [0, {group.size}), at least one, got {kept.tolist()}."
+            f"remove_channels: {group.name} must keep sorted indices in [0, {group.size}), at least one, "
+            f"got {kept.tolist()}."
         )
     counts = torch.bincount(torch.tensor(group.classes)[kept], minlength=group.multiple)
     if len(set(counts.tolist())) > 1:
@@ -379,4 +392,4 @@ def choose(group: Group, scores: Tensor, count: int) -> Tensor:
     for label in range(group.multiple):
         members = (classes == label).nonzero().flatten()
         picked.append(members[scores[members].argsort(descending=True, stable=True)[:per]])
-    return cast(Tensor, torch.cat(picked).sort().values)
+    return torch.cat(picked).sort().values

@@ -19,13 +19,13 @@ _LOOKS = {"__get__", "size", "dim", "ndimension", "numel", "stride", "is_floatin
 def fold_batchnorm(model: nn.Module, example: Any) -> nn.Module:
     """A copy in which every batch norm that alone reads a Conv, ConvTranspose or Linear is folded into it.
 
-    With gamma and beta the norm's weight and bias, m and v its running mean and variance, each output channel of W, b becomes
+    With gamma and beta the norm's weight and bias, m and v its running mean and variance, each output channel becomes
 
         W' = W * gamma / sqrt(v + eps)        b' = (b - m) * gamma / sqrt(v + eps) + beta
 
-    and the norm an `nn.Identity`, so names stay. A norm that follows something else, a layer that is called twice, that is
-    tied or whose output is read elsewhere too stays as it is. The copy computes what the model computes in eval mode; a
-    pair whose folding changes the output beyond rounding is undone. One run with the example finds the pairs.
+    and the norm an `nn.Identity`, so names stay. A norm that follows something else, or a layer that is called twice,
+    tied, or read elsewhere too, stays as it is. The copy computes what the model computes in eval mode; a pair whose
+    folding changes the output beyond rounding is undone. One run with the example finds the pairs.
 
     Raises NotSupported when the model holds codes (realize it first).
 

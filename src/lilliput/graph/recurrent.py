@@ -14,8 +14,8 @@ def reason(layer: nn.RNNBase) -> str:
 class StandIn(nn.Module):
     """A linear map with the recurrent layer's interface and shapes, for reading the graph around the layer.
 
-    Both directions and every layer show the same `hidden_size` units, because a recurrent module has one such size: keeping
-    unit i keeps it in every layer and direction.
+    Both directions and every layer show the same `hidden_size` units, because a recurrent module has one such size:
+    keeping unit i keeps it in every layer and direction.
     """
 
     def __init__(self, layer: nn.RNNBase) -> None:
@@ -37,9 +37,9 @@ class StandIn(nn.Module):
 def narrow_(layer: nn.RNNBase, hidden: Tensor | None, inputs: Tensor | None) -> None:
     """Keep the hidden units `hidden` of every layer and direction, and the input columns `inputs`; None keeps all.
 
-    The gates lie one after the other in the rows of weight_ih (gates * hidden, in), weight_hh (gates * hidden, hidden) and
-    their biases, so unit i owns the rows i, i + hidden, ...; its own output returns as a column of weight_hh and, in a
-    stacked layer, as columns of the next layer's weight_ih.
+    The gates lie one after the other in the rows of weight_ih (gates * hidden, in), weight_hh (gates * hidden, hidden)
+    and their biases, so unit i owns the rows i, i + hidden, ...; its own output returns as a column of weight_hh and,
+    in a stacked layer, as columns of the next layer's weight_ih.
     """
     size = layer.hidden_size
     directions = 2 if layer.bidirectional else 1
@@ -64,7 +64,7 @@ def narrow_(layer: nn.RNNBase, hidden: Tensor | None, inputs: Tensor | None) -> 
 
 
 def silence_(layer: nn.RNNBase, hidden: Tensor) -> None:
-    """Zero every column that reads the hidden units `hidden` inside the layer: they still run, nobody inside hears them."""
+    """Zero every column that reads the hidden units `hidden` inside the layer: they run, nobody inside hears them."""
     size = layer.hidden_size
     with torch.no_grad():
         for name in [n for group in layer._all_weights for n in group]:

@@ -37,11 +37,8 @@ def reason(layer: nn.Module) -> str:
     if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1:
         return "a LayerNorm over several dimensions mixes channels with positions"
     if isinstance(layer, (*CONVS, *TRANSPOSED)) and layer.groups > 1 and not depthwise(layer):
-        if isinstance(layer, TRANSPOSED) or 1 in (
-            layer.in_channels // layer.groups,
-            layer.out_channels // layer.groups,
-        ):
-            return "its groups are too narrow to lose channels evenly"
+        per = (layer.in_channels // layer.groups, layer.out_channels // layer.groups)
+        return "its groups are too narrow to lose channels evenly" if 1 in per or isinstance(layer, TRANSPOSED) else ""
     return ""
 
 
@@ -160,3 +157,23 @@ def silence_(layer: nn.Module, inputs: Tensor) -> None:
                 rows[i // per, :, i % per] = 0
         else:
             weight.index_fill_(cast(int, channels(layer, "in", "weight")), inputs, 0)
+
+
+def per_channel(layer: nn.Module, side: str, tensor: str, values: Tensor) -> Tensor | None:
+    """Sums of `values`, one a number of the parameter `tensor`, over each channel of a side; None where it has none."""
+    if isinstance(layer, nn.RNNBase):
+        return _per_unit(layer, side, tensor, values)
+    dim = channels(layer, side, tensor)
+    if dim is None:
+        return None
+    if side == "in" and isinstance(layer, CONVS) and layer.groups > 1:
+        columns: Tensor = values.unflatten(0, (layer.groups, -1)).transpose(1, 2)
+        return columns.flatten(2).sum(-1).flatten()
+    return values.transpose(0, dim).flatten(1).sum(-1) if values.ndim > 1 else values
+
+
+def _per_unit(layer: nn.RNNBase, side: str, tensor: str, values: Tensor) -> Tensor | None:
+    if side == "in":
+        return values.sum(0) if tensor.startswith("weight_ih_l0") else None
+    rows: Tensor = values.reshape(-1, layer.hidden_size, *values.shape[1:]).transpose(0, 1).flatten(1).sum(-1)
+    return rows + values.sum(0) if tensor.startswith("weight_hh") else rows

@@ -26,7 +26,10 @@ class Left:
 
 
 def copied(model: nn.Module, who: str) -> nn.Module:
-    """A deep copy to change. Raises NotSupported where a tensor is decoded: a graph is changed on plain tensors only."""
+    """A deep copy to change.
+
+    Raises NotSupported where a tensor is decoded: a graph is changed on plain tensors only.
+    """
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
             raise NotSupported(f"{who}: the model must hold plain tensors, got a coded '{name}'. Call realize(model).")
@@ -96,7 +99,8 @@ def named(model: nn.Module, name: str, who: str) -> nn.Module:
     known = dict(model.named_modules(remove_duplicate=False))
     if name not in known:
         raise KeyError(f"{who}: no module '{name}'. {near(name, [n for n in known if n])}")
-    return known[name]
+    module: nn.Module = known[name]
+    return module
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,17 @@ def tied(model: nn.Module) -> set[str]:
     return {path for group in owners.values() if len(group) > 1 for path, _ in group}
 
 
-def frozen(module: nn.Module) -> bool:
-    """Whether the module holds a parameter of its own that takes no gradient."""
-    return any(not p.requires_grad for p in module.parameters(recurse=False))
+def frozen(model: nn.Module) -> set[str]:
+    """Names of modules with a parameter of their own that takes no gradient; none where the whole model takes none."""
+    if not any(p.requires_grad for p in model.parameters()):
+        return set()
+    return {
+        name
+        for name, module in model.named_modules()
+        if any(not p.requires_grad for p in module.parameters(recurse=False))
+    }
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says, for a reason."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

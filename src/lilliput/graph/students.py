@@ -1,0 +1,74 @@
+"""Students: narrower and shallower copies of a network, with weights inherited from it or drawn anew."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lilliput.errors import near
+from lilliput.graph.blocks import remove_blocks
+from lilliput.graph.channels import groups, remove_channels
+from lilliput.graph.stride import set_stride
+from lilliput.graph.trace import copied
+from lilliput.graph.widths import Scores, kept, magnitude, rounded, uniform
+
+
+def student(
+    model: nn.Module,
+    example: Any,
+    *,
+    remove: Iterable[str] = (),
+    stride: Iterable[str] = (),
+    pool: Iterable[str] = (),
+    width: float = 1.0,
+    widths: Mapping[str, int] | None = None,
+    multiple: int = 1,
+    scores: Scores | None = None,
+    init: str = "dense",
+    seed: int = 0,
+) -> nn.Module:
+    """A smaller copy: first without whole blocks, then with earlier strides, then with fewer channels.
+
+    remove: paths of blocks that go (see `removable`). stride: convolutions that take twice their stride, pool: those
+    that read an input of half the size (see `set_stride`). width: the share of every group's channels that stays,
+    rounded to `multiple`; widths: counts by group name instead (a group that its blocks took with them is skipped).
+    The channels with the highest `scores` stay (default: magnitude). init: "dense" inherits the weights, "random" calls
+    each module's `reset_parameters` under a generator seeded with `seed`.
+
+    Raises what its parts raise: KeyError for unknown names, ValueError for what cannot go.
+
+    >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+    >>> student(net, torch.rand(1, 4), remove=["2"], width=0.5)[4]
+    Linear(in_features=8, out_features=2, bias=True)
+    """
+    if init not in ("dense", "random"):
+        raise ValueError(f'student: init must be "dense" or "random", got {init!r}.')
+    gone = tuple(remove)
+    small = remove_blocks(model, example, gone) if gone else copied(model, "student")
+    for name in stride:
+        small = set_stride(small, example, name, 2)
+    for name in pool:
+        small = set_stride(small, example, name, 2, pool=True)
+    if widths is not None or width != 1.0:
+        found = groups(small, example)
+        counts = uniform(found, width, multiple)
+        if widths is not None:
+            known, before = {g.name: g for g in found}, dict(model.named_modules())
+            if unknown := [name for name in widths if name not in known and name not in before]:
+                raise KeyError(f"student: no group '{unknown[0]}'. {near(unknown[0], known)}")
+            counts |= {name: rounded(known[name], count) for name, count in widths.items() if name in known}
+        best = {**magnitude(small, found), **(scores or {})}
+        small = remove_channels(small, example, kept(found, best, counts), found)
+    return reset(small, seed) if init == "random" else small
+
+
+def reset(model: nn.Module, seed: int) -> nn.Module:
+    """A copy with new random weights: every module's own `reset_parameters`, drawn from `seed` alone."""
+    fresh = copied(model, "reset")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in fresh.modules():
+            if callable(draw := getattr(module, "reset_parameters", None)):
+                draw()
+    return fresh

@@ -1,0 +1,268 @@
+"""How many channels each group keeps, and which: importance, a uniform multiplier, an allocation under a budget."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lilliput.graph import slicing
+from lilliput.graph.channels import Group, choose
+from lilliput.graph.trace import copied, evaluating, tensors
+from lilliput.task import call, leaves
+
+Scores = Mapping[str, Tensor]
+
+
+def magnitude(model: nn.Module, found: Iterable[Group]) -> dict[str, Tensor]:
+    """One score a channel: the L2 norm of everything the group's layers hold for it, each group's divided by its sum.
+
+    s_c = sqrt(sum over coupled tensors of ||W_c||^2); shapes (size,). Layers that only normalise are not counted, since
+    the layer before them sets the scale.
+
+    >>> from lilliput.graph.channels import groups
+    >>> net = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 1, bias=False))
+    >>> _ = net[0].weight.data.copy_(torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 1.0]])), net[1].weight.data.fill_(0)
+    >>> magnitude(net, groups(net, torch.rand(1, 2)))["0"].tolist()
+    [0.75, 0.0, 0.25]
+
+    Source: Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, arXiv:1608.08710, over the groups of Fang et
+    al., DepGraph, CVPR 2023, arXiv:2301.12900, equation 4.
+    """
+    modules = dict(model.named_modules())
+    scores = {}
+    for group in found:
+        total = torch.zeros(group.size)
+        for sums in _sums(modules, group, lambda p: p.detach().float() ** 2):
+            total += sums
+        total = total.sqrt()
+        scores[group.name] = total / total.sum() if float(total.sum()) > 0 else torch.full_like(total, 1 / group.size)
+    return scores
+
+
+def taylor(
+    model: nn.Module, found: Iterable[Group], losses: Callable[[nn.Module], Iterable[Tensor]]
+) -> dict[str, Tensor]:
+    """One score a channel: the squared first-order change of the loss when the channel's weights go to zero.
+
+    s_c = sum over batches and coupled tensors of (sum over the channel of g * w)^2; shapes (size,), comparable between
+    groups. losses(model) yields one scalar loss a batch, computed on the copy it is given, in eval mode:
+    `lambda net: (task.loss(net(b.inputs), b.targets) for b in task.batches(8, seed=0))`.
+
+    Source: Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, arXiv:1906.10771, equation 8.
+    """
+    found = tuple(found)
+    work = copied(model, "taylor")
+    for p in work.parameters():
+        p.requires_grad_(p.is_floating_point())
+    modules = dict(work.named_modules())
+    scores = {group.name: torch.zeros(group.size) for group in found}
+    with evaluating(work), torch.enable_grad():
+        for loss in losses(work):
+            work.zero_grad()
+            loss.backward()
+            for group in found:
+                for sums in _sums(modules, group, _product):
+                    scores[group.name] += sums**2
+    return scores
+
+
+def _product(p: Tensor) -> Tensor:
+    return (p.detach() * p.grad).float() if p.grad is not None else torch.zeros(p.shape)
+
+
+def _sums(modules: dict[str, nn.Module], group: Group, each: Callable[[Tensor], Tensor]) -> Iterable[Tensor]:
+    """For every coupled tensor, the sum of each(parameter) over each of the group's channels."""
+    for part in group.parts:
+        layer = modules[part.layer]
+        if not isinstance(layer, (*slicing.MAPS, *slicing.TABLES)):
+            continue
+        for name, p in layer.named_parameters(recurse=False):
+            sums = slicing.per_channel(layer, part.side, name, each(p))
+            if sums is not None:
+                yield torch.zeros(group.size).index_add_(0, torch.tensor(part.channel), sums[torch.tensor(part.index)])
+
+
+def kept(found: Iterable[Group], scores: Scores, counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """What `remove_channels` takes: for each group whose count is below its size, the best channels, sorted."""
+    return {
+        g.name: choose(g, scores[g.name], counts[g.name])
+        for g in found
+        if g.removable and counts.get(g.name, g.size) < g.size
+    }
+
+
+def rounded(group: Group, count: float, round_to: int = 1) -> int:
+    """The width next to `count` that is a multiple of `round_to` and of the group's runs; at most its size, never 0."""
+    step = math.lcm(group.multiple, round_to)
+    if group.reason or step > group.size:  # too narrow for the rounding: only the runs bind
+        step = group.multiple
+    if group.reason or count >= group.size:
+        return group.size
+    return min(max(round(count / step), 1) * step, group.size // step * step)
+
+
+def uniform(found: Iterable[Group], multiplier: float, round_to: int = 8) -> dict[str, int]:
+    """The same share of every group: multiplier * size, rounded to `round_to`; groups that stay keep all.
+
+    Raises ValueError unless 0 < multiplier <= 1.
+    """
+    if not 0 < multiplier <= 1:
+        raise ValueError(f"uniform: multiplier must be in (0, 1], got {multiplier}. For half the channels write 0.5.")
+    return {g.name: rounded(g, multiplier * g.size, round_to) for g in found}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Values (parameters) and multiply-accumulates of one example."""
+
+    values: float
+    macs: float
+
+
+class Sizes:
+    """Values and MACs of a model as a function of its groups' widths, without building it.
+
+    >>> from lilliput.graph.channels import groups
+    >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.rand(1, 4)
+    >>> Sizes(net, x, groups(net, x))({"0": 4})
+    Size(values=30.0, macs=24.0)
+    """
+
+    def __init__(self, model: nn.Module, example: Any, found: Iterable[Group]) -> None:
+        self.groups = {g.name: g for g in found}
+        self.modules = {n: m for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
+        self.positions = _positions(copied(model, "Sizes"), example)
+        self.sides: dict[str, list[tuple[str, str, float]]] = {}  # group -> (layer, side, positions a channel)
+        for g in self.groups.values():
+            self.sides[g.name] = [(p.layer, p.side, len(p.index) / len(set(p.channel))) for p in g.parts if p.index]
+        self.touched = {name: {layer for layer, _, _ in sides} for name, sides in self.sides.items()}
+
+    def __call__(self, counts: Mapping[str, int]) -> Size:
+        shares = self._shares(counts)
+        sizes = [self._layer(name, shares) for name in self.modules]
+        return Size(sum(s.values for s in sizes), sum(s.macs for s in sizes))
+
+    def saving(self, counts: Mapping[str, int], name: str, count: int) -> Size:
+        """What taking group `name` from counts[name] to `count` saves."""
+        now, then = self._shares(counts), self._shares({**counts, name: count})
+        before = [self._layer(layer, now) for layer in self.touched[name] if layer in self.modules]
+        after = [self._layer(layer, then) for layer in self.touched[name] if layer in self.modules]
+        return Size(
+            sum(s.values for s in before) - sum(s.values for s in after),
+            sum(s.macs for s in before) - sum(s.macs for s in after),
+        )
+
+    def _shares(self, counts: Mapping[str, int]) -> dict[tuple[str, str], float]:
+        gone: dict[tuple[str, str], float] = {}
+        for name, count in counts.items():
+            for layer, side, per in self.sides[name]:
+                gone[layer, side] = gone.get((layer, side), 0.0) + (self.groups[name].size - count) * per
+        return {(n, s): 1 - x / slicing.width(self.modules[n], s) for (n, s), x in gone.items() if x}
+
+    def _layer(self, name: str, shares: Mapping[tuple[str, str], float]) -> Size:
+        layer, out, into = self.modules[name], shares.get((name, "out"), 1.0), shares.get((name, "in"), 1.0)
+        values = weights = 0.0
+        for tensor, p in layer.named_parameters(recurse=False):
+            if isinstance(layer, nn.RNNBase) and p.ndim == 2:
+                share = out * (into if tensor.startswith("weight_ih_l0") else out)
+            elif isinstance(layer, slicing.MAPS) and p.ndim > 1 and not slicing.depthwise(layer):
+                share = out * into
+            else:
+                share = out
+            values += p.numel() * share
+            weights += p.numel() * share if p.ndim > 1 else 0
+        return Size(values, weights * self.positions.get(name, 0.0))
+
+
+def _positions(model: nn.Module, example: Any) -> dict[str, float]:
+    """How often each linear, convolutional or recurrent layer applies its weights to one example."""
+    found: dict[str, float] = {}
+    batch = max(len(leaves(example)[0]), 1)
+
+    def hook(name: str) -> Any:
+        def seen(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            into, out = tensors(list(args)), tensors(output)
+            if into and out:
+                side = "in" if isinstance(module, (*slicing.TRANSPOSED, nn.RNNBase)) else "out"
+                tensor = into[0] if side == "in" else out[0]
+                found[name] = found.get(name, 0.0) + tensor.numel() / slicing.width(module, side) / batch
+
+        return seen
+
+    handles = [m.register_forward_hook(hook(n)) for n, m in model.named_modules() if isinstance(m, slicing.MAPS)]
+    try:
+        with evaluating(model), torch.no_grad():
+            call(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def widths(
+    model: nn.Module,
+    example: Any,
+    found: Iterable[Group],
+    target: float,
+    scores: Scores,
+    *,
+    of: Literal["values", "macs"] = "values",
+    round_to: int = 8,
+    sensitivity: Mapping[str, Mapping[int, float]] | None = None,
+) -> dict[str, int]:
+    """Counts under which the model has at most `target` of its values or MACs, losing as little as possible.
+
+    Greedy: take the step to the next narrower width that costs least per value (or MAC) saved, until the target is met
+    or nothing can be narrower. A group's loss at width k is sensitivity[name][k] where it was measured (linear between
+    the measured widths), else total * -log(sum of the k largest scores / total), which is about the discarded score at
+    first and grows without bound as the group empties.
+
+    Raises ValueError unless 0 < target <= 1.
+    """
+    if not 0 < target <= 1:
+        raise ValueError(f"widths: target must be in (0, 1], got {target}. For a quarter write 0.25.")
+    free = [g for g in found if g.removable]
+    sizes = Sizes(model, example, free)
+    counts = {g.name: g.size for g in free}
+    losses = {g.name: _curve(g, scores, (sensitivity or {}).get(g.name)) for g in free}
+    size = getattr(sizes(counts), of)
+    goal = target * size
+    while size > goal:
+        best: tuple[float, str, int, float] | None = None
+        for g in free:
+            count = _narrower(g, counts[g.name], round_to)
+            if count < counts[g.name]:
+                saved = getattr(sizes.saving(counts, g.name, count), of)
+                price = (losses[g.name](count) - losses[g.name](counts[g.name])) / max(saved, 1e-9)
+                if best is None or price < best[0]:
+                    best = (price, g.name, count, saved)
+        if best is None:
+            break
+        counts[best[1]], size = best[2], size - best[3]
+    return counts
+
+
+def _narrower(group: Group, count: int, round_to: int) -> int:
+    step = math.lcm(group.multiple, round_to)
+    step = group.multiple if step > group.size else step
+    return max((count - 1) // step * step, 0) or count
+
+
+def _curve(group: Group, scores: Scores, measured: Mapping[int, float] | None) -> Callable[[int], float]:
+    if measured:
+        points = sorted({**measured, group.size: measured.get(group.size, 0.0)}.items())
+
+        def between(count: int) -> float:
+            low = max((p for p in points if p[0] <= count), default=points[0])
+            high = min((p for p in points if p[0] >= count), default=points[-1])
+            if low[0] == high[0]:
+                return low[1] if count >= low[0] else low[1] * low[0] / count
+            return low[1] + (high[1] - low[1]) * (count - low[0]) / (high[0] - low[0])
+
+        return between
+    best = scores[group.name].double().clamp(min=0).sort(descending=True).values.cumsum(0)
+    total = float(best[-1])
+    return lambda count: -total * math.log(max(float(best[count - 1]) / total, 1e-12)) if total > 0 else 0.0
