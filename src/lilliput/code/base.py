@@ -216,9 +216,13 @@ def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy whose coded modules have classes of their own, so that realizing it leaves the original alone.
 
     `deepcopy` shares the class that a parametrization injects; removing it from the copy would delete the property
-    from the original.
+    from the original. A coded recurrent layer keeps its last decoded weights, which cannot be copied; the copy decodes
+    its own.
     """
-    result = copy.deepcopy(model)
+    memo: dict[int, Any] = {id(module._flat_weights): [None] * len(module._flat_weights)
+                            for module in model.modules() if isinstance(module, nn.RNNBase)
+                            and parametrize.is_parametrized(module)}
+    result = copy.deepcopy(model, memo)
     for _, module in result.named_modules():
         if parametrize.is_parametrized(module):
             shared = type(module)
@@ -237,6 +241,8 @@ def realize(model: nn.Module) -> nn.Module:
                 trains = any(original.requires_grad for original in _originals(module, attribute))
                 _strip(module, attribute)
                 setattr(module, attribute, nn.Parameter(dense, requires_grad=trains))
+            if isinstance(module, nn.RNNBase):
+                module._init_flat_weights()
     return result
 
 
