@@ -1,0 +1,59 @@
+# make demo             makes .venv, installs lilliput, shrinks a trained network and says where the report is
+# make test             the same .venv with what the tests need, then the whole test suite
+# Settings: VENV=.venv  PYTHON=python3.12  ARGS="for the demo or for pytest"
+#           TORCH=torch==2.12.0 installs that one; TORCH= keeps the torch that .venv or PYTHON already has.
+
+VENV ?= .venv
+ARGS ?=
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+SCRIPTS := $(VENV)/bin
+INSTALL = $(SCRIPTS)/python -m pip install --constraint $(VENV)/constraints.txt --editable
+
+export OMP_NUM_THREADS = 1
+
+.PHONY: demo test lint doctest examples evidence docs readme constraints clean
+
+demo: $(VENV)/demo.installed
+	$(SCRIPTS)/lilliput demo $(ARGS)
+
+test: $(VENV)/dev.installed
+	@$(SCRIPTS)/python -m pytest $(ARGS)
+
+# torch is installed by its own rule, so that a constraint on it never undoes the user's choice.
+$(VENV)/torch.installed: constraints.txt scripts/venv.sh
+	@sh scripts/venv.sh "$(VENV)" "$(TORCH)" "$(PYTHON)"
+	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	@touch $@
+
+$(VENV)/%.installed: $(VENV)/torch.installed pyproject.toml
+	$(INSTALL) ".[$*]"
+	@touch $@
+
+lint: $(VENV)/dev.installed
+	$(SCRIPTS)/ruff check .
+	$(SCRIPTS)/mypy
+
+doctest: $(VENV)/dev.installed
+	$(SCRIPTS)/python -m pytest --doctest-modules src/lilliput
+
+examples: $(VENV)/dev.installed
+	@set -e; for file in examples/*.py; do echo "$$file"; $(SCRIPTS)/python "$$file"; done
+
+evidence: $(VENV)/dev.installed
+	$(SCRIPTS)/lilliput evidence --quick $(ARGS)
+
+docs: $(VENV)/docs.installed
+	$(SCRIPTS)/mkdocs build --strict
+
+# The generated parts of README.md and RESULTS.md, from the records in results/.
+readme: $(VENV)/docs.installed
+	$(SCRIPTS)/python scripts/readme.py
+	$(SCRIPTS)/python scripts/results.py
+
+# The oldest supported Python decides, since a version that it can install all the others can too.
+constraints:
+	sh scripts/constraints.sh "$(PYTHON)" > constraints.new
+	mv constraints.new constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache
