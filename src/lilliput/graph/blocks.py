@@ -18,6 +18,7 @@ from lilliput.graph.trace import (
     replace_,
     run,
     shapes,
+    sketch,
     tied,
 )
 
@@ -128,7 +129,8 @@ def _why(model: nn.Module, name: str, example: Any, seen: Mapping[str, Call], be
         if full in still:
             return f"{full} is frozen"
     try:
-        after = _without(model, seen, [name])
+        after = sketch(model)
+        _without_(after, seen, [name])
         return "" if shapes(run(after, example)) == shapes(before) else "the output's shape depends on it"
     except Exception as error:  # whatever a stranger's forward raises
         return f"the model fails without it ({first_line(error)})"
@@ -153,7 +155,8 @@ def remove_blocks(model: nn.Module, example: Any, names: Iterable[str]) -> nn.Mo
         named(model, name, "remove_blocks")
         if name not in seen:
             raise ValueError(f"remove_blocks: '{name}' must run on the example, it does not. Leave it out.")
-    smaller = _without(model, seen, names)
+    smaller = copied(model, "remove_blocks")
+    _without_(smaller, seen, names)
     before = shapes(run(work, example))
     try:
         after = shapes(run(smaller, example))
@@ -164,19 +167,17 @@ def remove_blocks(model: nn.Module, example: Any, names: Iterable[str]) -> nn.Mo
     return smaller
 
 
-def _without(model: nn.Module, seen: Mapping[str, Call], names: list[str]) -> nn.Module:
-    smaller = copied(model, "remove_blocks")
-    lists = {id(m.layers): m for m in smaller.modules() if isinstance(m, nn.TransformerEncoder)}
+def _without_(model: nn.Module, seen: Mapping[str, Call], names: list[str]) -> None:
+    lists = {id(m.layers): m for m in model.modules() if isinstance(m, nn.TransformerEncoder)}
     gone: dict[int, list[nn.Module]] = {}
     for name in names:
-        parent, last = holders(smaller, name)
+        parent, last = holders(model, name)
         block = getattr(parent, last) if not isinstance(parent, nn.ModuleDict) else parent[last]
         if id(parent) in lists:
             gone.setdefault(id(parent), []).append(block)
         else:
-            replace_(smaller, block, nn.Identity() if seen[name].plain else Skip(seen[name].in_tuple))
+            replace_(model, block, nn.Identity() if seen[name].plain else Skip(seen[name].in_tuple))
     for key, blocks in gone.items():
         encoder = lists[key]
         encoder.layers = nn.ModuleList(layer for layer in encoder.layers if layer not in blocks)
         encoder.num_layers = len(encoder.layers)
-    return smaller

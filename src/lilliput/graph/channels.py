@@ -22,6 +22,7 @@ from lilliput.graph.trace import (
     replace_,
     run,
     shapes,
+    sketch,
     tensors,
     tied,
 )
@@ -64,6 +65,8 @@ class Group:
     def __str__(self) -> str:
         made = list(dict.fromkeys(p.layer for p in self.parts if p.side == "out"))
         read = list(dict.fromkeys(p.layer for p in self.parts if p.side == "in"))
+        if not self.parts:
+            return f"{self.name} stays: {self.reason}."
         text = f"{self.size} channels made by {_listed(made)}" + (f", read by {_listed(read)}" if read else "")
         if self.multiple > 1:
             text += f", equally many in each of {self.multiple} runs"
@@ -112,9 +115,11 @@ def groups(model: nn.Module, example: Any) -> tuple[Group, ...]:
 
 def _whole(name: str, module: nn.Module, why: str) -> Group:
     known = isinstance(module, slicing.KNOWN) and not slicing.reason(module)
-    size = slicing.width(module, "out") if known else 0
-    everything = tuple(range(size))
-    return Group(name, size, (Part(name, "out", everything, everything),), (0,) * size, why)
+    if not known:
+        parameter = next(iter(dict(module.named_parameters(recurse=False))))
+        return Group(f"{name}.{parameter}" if name else parameter, 0, (), (), why)
+    everything = tuple(range(slicing.width(module, "out")))
+    return Group(name, len(everything), (Part(name, "out", everything, everything),), (0,) * len(everything), why)
 
 
 def _unseen(model: nn.Module, found: list[Group]) -> list[Group]:
@@ -258,7 +263,7 @@ def _half(group: Group) -> Tensor:
 def _trial(model: nn.Module, example: Any, candidates: list[Group], dense: list[Tensor]) -> str:
     """Why removing half of the candidates' channels does not work; empty when it does."""
     keep = {g.name: _half(g) for g in candidates}
-    narrow = copied(model, "groups")
+    narrow = sketch(model)
     try:
         _narrow_(narrow, candidates, keep)
         outputs = run(narrow, example)
@@ -266,7 +271,7 @@ def _trial(model: nn.Module, example: Any, candidates: list[Group], dense: list[
         return f"the model fails without some of them ({first_line(error)})"
     if shapes(outputs) != shapes(dense):
         return "the output's shape depends on them"
-    silent = copied(model, "groups")
+    silent = sketch(model)
     _silence_(silent, candidates, keep)
     mixed = [
         name for name in _layers(candidates) if isinstance(model.get_submodule(name), (nn.LayerNorm, nn.GroupNorm))

@@ -66,11 +66,11 @@ def narrow_(layer: nn.RNNBase, hidden: Tensor | None, inputs: Tensor | None) -> 
 def silence_(layer: nn.RNNBase, hidden: Tensor) -> None:
     """Zero every column that reads the hidden units `hidden` inside the layer: they run, nobody inside hears them."""
     size = layer.hidden_size
-    with torch.no_grad():
-        for name in [n for group in layer._all_weights for n in group]:
-            w = cast(Tensor, getattr(layer, name))
-            if name.startswith("weight_hh"):
-                w[:, hidden] = 0
-            elif name.startswith("weight_ih") and not name.startswith("weight_ih_l0"):
-                for d in range(w.shape[1] // size):
-                    w[:, hidden + d * size] = 0
+    for name in [n for group in layer._all_weights for n in group]:
+        w = cast(Tensor, getattr(layer, name)).detach().clone()
+        if name.startswith("weight_hh"):
+            w[:, hidden] = 0
+        elif name.startswith("weight_ih") and not name.startswith("weight_ih_l0"):
+            for d in range(w.shape[1] // size):
+                w[:, hidden + d * size] = 0
+        setattr(layer, name, nn.Parameter(w))

@@ -143,20 +143,19 @@ def _grouped(weight: Tensor, inputs: Tensor, groups: int, size: int) -> Tensor:
 
 def silence_(layer: nn.Module, inputs: Tensor) -> None:
     """Zero what reads the input channels `inputs`: the same function as removing them, at the old size."""
-    with torch.no_grad():
-        if isinstance(layer, nn.RNNBase):
-            cast(Tensor, layer.weight_ih_l0)[:, inputs] = 0
-            if layer.bidirectional:
-                cast(Tensor, layer.weight_ih_l0_reverse)[:, inputs] = 0
-            return
-        weight = cast(Tensor, layer.weight)
-        if isinstance(layer, CONVS) and layer.groups > 1:
-            per = layer.in_channels // layer.groups
-            rows = weight.unflatten(0, (layer.groups, -1))
-            for i in inputs.tolist():
-                rows[i // per, :, i % per] = 0
-        else:
-            weight.index_fill_(cast(int, channels(layer, "in", "weight")), inputs, 0)
+    if isinstance(layer, nn.RNNBase):
+        for name in [n for n in _names(layer) if n.startswith("weight_ih_l0")]:
+            _parameter_(layer, name, cast(Tensor, getattr(layer, name)).detach().index_fill(1, inputs, 0))
+        return
+    weight = cast(Tensor, layer.weight).detach().clone()
+    if isinstance(layer, CONVS) and layer.groups > 1:
+        per = layer.in_channels // layer.groups
+        rows = weight.unflatten(0, (layer.groups, -1))
+        for i in inputs.tolist():
+            rows[i // per, :, i % per] = 0
+    else:
+        weight.index_fill_(cast(int, channels(layer, "in", "weight")), inputs, 0)
+    _parameter_(layer, "weight", weight)
 
 
 def per_channel(layer: nn.Module, side: str, tensor: str, values: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lilliput.graph.slicing import CONVS
-from lilliput.graph.trace import Call, calls, copied, named, replace_, run, shapes, tied
+from lilliput.graph.trace import Call, calls, copied, named, replace_, run, shapes, sketch, tied
 
 _POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -21,7 +21,7 @@ class _Pooled:
 
     def forward(self, input: Tensor) -> Tensor:
         pool = cast(Any, _POOLS[cast(Any, self).weight.ndim - 2])
-        return cast(Tensor, super().forward(pool(input, self.pool, ceil_mode=True)))  # type: ignore[misc]
+        return cast(Tensor, super().forward(pool(input, self.pool)))  # type: ignore[misc]
 
 
 class PooledConv1d(_Pooled, nn.Conv1d):
@@ -56,7 +56,7 @@ def earlier_stride(model: nn.Module, example: Any, stride: int = 2) -> list[str]
         if shape is None or min(shape[2:], default=1) < 2 * stride:  # nothing but a few positions would be left
             continue
         try:
-            if shapes(run(_strided(work, example, name, stride, False, seen), example)) == before:
+            if shapes(_stride_(sketch(work), example, name, stride, False, seen)) == before:
                 found.append(name)
         except Exception:  # whatever a stranger's forward raises: this one is no candidate
             continue
@@ -82,8 +82,8 @@ def set_stride(model: nn.Module, example: Any, name: str, stride: int = 2, *, po
     work = copied(model, "set_stride")
     before = shapes(run(work, example))
     try:
-        changed = _strided(work, example, name, stride, pool, calls(work, example))
-        after = shapes(run(changed, example))
+        changed = copied(model, "set_stride")
+        after = shapes(_stride_(changed, example, name, stride, pool, calls(work, example)))
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"set_stride: the model does not run with {name} changed ({error}).") from error
     if after != before:
@@ -91,9 +91,9 @@ def set_stride(model: nn.Module, example: Any, name: str, stride: int = 2, *, po
     return changed
 
 
-def _strided(model: nn.Module, example: Any, name: str, stride: int, pool: bool, seen: dict[str, Call]) -> nn.Module:
-    changed = copied(model, "set_stride")
-    layer = cast(Any, changed.get_submodule(name))
+def _stride_(model: nn.Module, example: Any, name: str, stride: int, pool: bool, seen: dict[str, Call]) -> list[Tensor]:
+    """Change the model; its outputs then."""
+    layer = cast(Any, model.get_submodule(name))
     if not isinstance(layer, CONVS):
         raise ValueError(f"set_stride: {name} must be a convolution, got {type(layer).__name__}.")
     if not pool:
@@ -102,14 +102,13 @@ def _strided(model: nn.Module, example: Any, name: str, stride: int, pool: bool,
         pooled = _POOLED[type(layer)].__new__(_POOLED[type(layer)])
         pooled.__dict__.update(layer.__dict__)
         cast(Any, pooled).pool = stride
-        replace_(changed, layer, pooled)
+        replace_(model, layer, pooled)
     else:
         raise ValueError(f"set_stride: pooling goes before a Conv1d or Conv2d, got {type(layer).__name__} for {name}.")
-    _refit_(changed, example, seen)
-    return changed
+    return _refit_(model, example, seen)
 
 
-def _refit_(model: nn.Module, example: Any, seen: dict[str, Call]) -> None:
+def _refit_(model: nn.Module, example: Any, seen: dict[str, Call]) -> list[Tensor]:
     """Resample the columns of the one Linear that reads flattened positions, where the new run shows fewer of them."""
     maps: list[tuple[str, torch.Size]] = []
     reader: list[tuple[nn.Linear, int]] = []
@@ -128,8 +127,7 @@ def _refit_(model: nn.Module, example: Any, seen: dict[str, Call]) -> None:
     handles = [m.register_forward_hook(after(n)) for n, m in model.named_modules()]
     handles += [m.register_forward_pre_hook(before) for m in model.modules() if isinstance(m, nn.Linear)]
     try:
-        run(model, example)
-        return
+        return run(model, example)
     except RuntimeError:
         if len(reader) != 1 or not maps:
             raise
@@ -142,7 +140,7 @@ def _refit_(model: nn.Module, example: Any, seen: dict[str, Call]) -> None:
         alike = old is not None and len(old) == len(shape) and old[1] == shape[1]
         if old is not None and alike and (old[1:].numel(), shape[1:].numel()) == (linear.in_features, features):
             _resample_(linear, old[1], old[2:], shape[2:])
-            return
+            return run(model, example)
     raise ValueError("the layer that reads the positions could not be matched with the map before it")
 
 

@@ -103,6 +103,12 @@ def named(model: nn.Module, name: str, who: str) -> nn.Module:
     return module
 
 
+def sketch(model: nn.Module) -> nn.Module:
+    """A copy that shares the model's tensors, for trials that replace tensors and never write into them."""
+    held = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(t): t for t in held})
+
+
 @dataclass(frozen=True)
 class Call:
     """One module as a run saw it: how often it was called, and the shapes of its first tensors in and out."""

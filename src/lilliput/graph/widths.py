@@ -17,10 +17,11 @@ Scores = Mapping[str, Tensor]
 
 
 def magnitude(model: nn.Module, found: Iterable[Group]) -> dict[str, Tensor]:
-    """One score a channel: the L2 norm of everything the group's layers hold for it, each group's divided by its sum.
+    """One score a channel: the L2 norm of everything the group's layers hold for it, as a share of the group.
 
-    s_c = sqrt(sum over coupled tensors of ||W_c||^2); shapes (size,). Layers that only normalise are not counted, since
-    the layer before them sets the scale.
+    s_c = sqrt(sum over coupled tensors of ||W_c||^2), then s * n / sum(s), with n the number of layers that make the
+    group's channels: a channel that many layers make is dearer. Shapes (size,). Layers that only normalise are not
+    counted, since the layer before them sets the scale.
 
     >>> from lilliput.graph.channels import groups
     >>> net = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 1, bias=False))
@@ -38,7 +39,9 @@ def magnitude(model: nn.Module, found: Iterable[Group]) -> dict[str, Tensor]:
         for sums in _sums(modules, group, lambda p: p.detach().float() ** 2):
             total += sums
         total = total.sqrt()
-        scores[group.name] = total / total.sum() if float(total.sum()) > 0 else torch.full_like(total, 1 / group.size)
+        makers = sum(p.side == "out" and isinstance(modules[p.layer], slicing.MAPS) for p in group.parts) or 1
+        share = total / total.sum() if float(total.sum()) > 0 else torch.full_like(total, 1 / max(group.size, 1))
+        scores[group.name] = share * makers
     return scores
 
 
@@ -134,36 +137,50 @@ class Sizes:
     def __init__(self, model: nn.Module, example: Any, found: Iterable[Group]) -> None:
         self.groups = {g.name: g for g in found}
         self.modules = {n: m for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
+        self.counted: dict[str, set[str]] = {}  # layer -> its parameters that no layer before it holds too
+        held: set[int] = set()
+        for name, module in self.modules.items():
+            mine = {n: p for n, p in module.named_parameters(recurse=False) if id(p) not in held}
+            self.counted[name] = set(mine)
+            held |= {id(p) for p in mine.values()}
         self.positions = _positions(copied(model, "Sizes"), example)
         self.sides: dict[str, list[tuple[str, str, float]]] = {}  # group -> (layer, side, positions a channel)
         for g in self.groups.values():
             self.sides[g.name] = [(p.layer, p.side, len(p.index) / len(set(p.channel))) for p in g.parts if p.index]
-        self.touched = {name: {layer for layer, _, _ in sides} for name, sides in self.sides.items()}
+        self.joins: dict[str, list[tuple[str, str, float]]] = {}  # layer -> (group, side, positions a channel)
+        for group, sides in self.sides.items():
+            for layer, side, per in sides:
+                self.joins.setdefault(layer, []).append((group, side, per))
 
     def __call__(self, counts: Mapping[str, int]) -> Size:
-        shares = self._shares(counts)
-        sizes = [self._layer(name, shares) for name in self.modules]
-        return Size(sum(s.values for s in sizes), sum(s.macs for s in sizes))
+        return self._sum(self.modules, counts)
+
+    def touched(self, name: str) -> set[str]:
+        """The layers that a group's width changes."""
+        return {layer for layer, _, _ in self.sides[name]}
 
     def saving(self, counts: Mapping[str, int], name: str, count: int) -> Size:
         """What taking group `name` from counts[name] to `count` saves."""
-        now, then = self._shares(counts), self._shares({**counts, name: count})
-        before = [self._layer(layer, now) for layer in self.touched[name] if layer in self.modules]
-        after = [self._layer(layer, then) for layer in self.touched[name] if layer in self.modules]
-        return Size(
-            sum(s.values for s in before) - sum(s.values for s in after),
-            sum(s.macs for s in before) - sum(s.macs for s in after),
+        layers = self.touched(name)
+        now, then = self._sum(layers, counts), self._sum(layers, {**counts, name: count})
+        return Size(now.values - then.values, now.macs - then.macs)
+
+    def _sum(self, layers: Iterable[str], counts: Mapping[str, int]) -> Size:
+        sizes = [
+            self._layer(name, self._share(name, "out", counts), self._share(name, "in", counts)) for name in layers
+        ]
+        return Size(sum(s.values for s in sizes), sum(s.macs for s in sizes))
+
+    def _share(self, layer: str, side: str, counts: Mapping[str, int]) -> float:
+        gone = sum(
+            (self.groups[g].size - counts.get(g, self.groups[g].size)) * per
+            for g, s, per in self.joins.get(layer, ())
+            if s == side
         )
+        return 1 - gone / slicing.width(self.modules[layer], side) if gone else 1.0
 
-    def _shares(self, counts: Mapping[str, int]) -> dict[tuple[str, str], float]:
-        gone: dict[tuple[str, str], float] = {}
-        for name, count in counts.items():
-            for layer, side, per in self.sides[name]:
-                gone[layer, side] = gone.get((layer, side), 0.0) + (self.groups[name].size - count) * per
-        return {(n, s): 1 - x / slicing.width(self.modules[n], s) for (n, s), x in gone.items() if x}
-
-    def _layer(self, name: str, shares: Mapping[tuple[str, str], float]) -> Size:
-        layer, out, into = self.modules[name], shares.get((name, "out"), 1.0), shares.get((name, "in"), 1.0)
+    def _layer(self, name: str, out: float, into: float) -> Size:
+        layer = self.modules[name]
         values = weights = 0.0
         for tensor, p in layer.named_parameters(recurse=False):
             if isinstance(layer, nn.RNNBase) and p.ndim == 2:
@@ -172,7 +189,7 @@ class Sizes:
                 share = out * into
             else:
                 share = out
-            values += p.numel() * share
+            values += p.numel() * share if tensor in self.counted[name] else 0
             weights += p.numel() * share if p.ndim > 1 else 0
         return Size(values, weights * self.positions.get(name, 0.0))
 
@@ -230,18 +247,19 @@ def widths(
     losses = {g.name: _curve(g, scores, (sensitivity or {}).get(g.name)) for g in free}
     size = getattr(sizes(counts), of)
     goal = target * size
+    steps: dict[str, tuple[float, int, float]] = {}  # group -> (price, next width, what it saves)
+    stale = {g.name: g for g in free}
     while size > goal:
-        best: tuple[float, str, int, float] | None = None
-        for g in free:
-            count = _narrower(g, counts[g.name], round_to)
-            if count < counts[g.name]:
-                saved = getattr(sizes.saving(counts, g.name, count), of)
-                price = (losses[g.name](count) - losses[g.name](counts[g.name])) / max(saved, 1e-9)
-                if best is None or price < best[0]:
-                    best = (price, g.name, count, saved)
-        if best is None:
+        for name, g in stale.items():
+            count = _narrower(g, counts[name], round_to)
+            saved = getattr(sizes.saving(counts, name, count), of)
+            steps[name] = ((losses[name](count) - losses[name](counts[name])) / max(saved, 1e-9), count, saved)
+        name = min((n for n in steps if steps[n][1] < counts[n]), key=lambda n: steps[n][0], default="")
+        if name not in counts:
             break
-        counts[best[1]], size = best[2], size - best[3]
+        size -= steps[name][2]
+        counts[name] = steps[name][1]
+        stale = {g.name: g for g in free if sizes.touched(g.name) & sizes.touched(name)}
     return counts
 
 
