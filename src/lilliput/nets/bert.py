@@ -1,0 +1,87 @@
+"""A bidirectional transformer that embeds sentences."""
+
+import math
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Attention(nn.Module):
+    """Self-attention over the tokens that `bias` leaves in, (n, length, width) -> the same.
+
+    softmax(Q K^T / sqrt(d) + bias) V for each head of d = width / heads columns, then a linear map. bias is
+    (n, 1, 1, length): zero for a token, very negative for padding.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        n, length, width = x.shape
+        shape = (n, length, self.heads, width // self.heads)
+        q, k, v = (part(x).view(shape).transpose(1, 2) for part in (self.query, self.key, self.value))
+        weights = ((q @ k.transpose(2, 3)) * (1 / math.sqrt(shape[3])) + bias).softmax(-1)
+        y: Tensor = self.output((weights @ v).transpose(1, 2).reshape(n, length, width))
+        return y
+
+
+class Layer(nn.Module):
+    """Attention and a feed-forward network, each added to its input and then normalised (the post-norm of BERT)."""
+
+    def __init__(self, width: int, heads: int, hidden: int, eps: float) -> None:
+        super().__init__()
+        self.attention, self.attention_norm = Attention(width, heads), nn.LayerNorm(width, eps)
+        self.wide, self.narrow = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.narrow_norm = nn.LayerNorm(width, eps)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        x = self.attention_norm(x + self.attention(x, bias))
+        y: Tensor = self.narrow_norm(x + self.narrow(F.gelu(self.wide(x))))
+        return y
+
+
+class SentenceBert(nn.Module):
+    """Unit vectors for texts: (n, length) token ids and their mask, int64 -> (n, width).
+
+    The mean of the last layer over the tokens that the mask keeps, divided by its norm. With the default arguments it
+    has the shape of all-MiniLM-L6-v2: 22,564,992 values. The row for the first of BERT's two token types, the only
+    one that single texts use, is part of `position`.
+
+    Example:
+        >>> import torch
+        >>> from lilliput.nets.bert import SentenceBert
+        >>> net = SentenceBert(words=100, layers=1)
+        >>> vector = net(torch.tensor([[5, 7, 0]]), torch.tensor([[1, 1, 0]]))
+        >>> vector.shape, round(vector.norm().item(), 4)
+        (torch.Size([1, 384]), 1.0)
+
+    Source: J. Devlin et al. BERT. NAACL 2019. arXiv:1810.04805; N. Reimers, I. Gurevych. Sentence-BERT. EMNLP 2019.
+    arXiv:1908.10084; W. Wang et al. MiniLM. NeurIPS 2020. arXiv:2002.10957.
+    """
+
+    def __init__(
+        self,
+        words: int = 30522,
+        positions: int = 512,
+        width: int = 384,
+        layers: int = 6,
+        heads: int = 12,
+        hidden: int = 1536,
+        eps: float = 1e-12,
+    ) -> None:
+        super().__init__()
+        self.word, self.position = nn.Embedding(words, width), nn.Embedding(positions, width)
+        self.norm = nn.LayerNorm(width, eps)
+        self.layers = nn.ModuleList(Layer(width, heads, hidden, eps) for _ in range(layers))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        kept = attention_mask.to(self.word.weight.dtype)
+        bias = (1 - kept)[:, None, None, :] * -1e9
+        x = self.norm(self.word(input_ids) + self.position.weight[: input_ids.shape[1]])
+        for layer in self.layers:
+            x = layer(x, bias)
+        mean = (x * kept[:, :, None]).sum(1) / kept.sum(1, keepdim=True).clamp_min(1.0)
+        return F.normalize(mean, dim=1)
