@@ -40,8 +40,8 @@ _NAMES = {
     "Factorize": "lilliput.factor.svd",
     "Distill": "lilliput.distill.logits",
     "Features": "lilliput.distill.features",
-    "FoldBatchNorm": "lilliput.graph.fold",
-    "Student": "lilliput.graph.students",
+    "FoldBatchNorm": "lilliput.graph.stages",
+    "Student": "lilliput.graph.stages",
     # schedules
     "Cosine": "lilliput.schedule",
     "Cubic": "lilliput.schedule",
@@ -88,8 +88,8 @@ if TYPE_CHECKING:
     from lilliput.errors import StoreError as StoreError
     from lilliput.export.pack import load as load
     from lilliput.factor.svd import Factorize as Factorize
-    from lilliput.graph.fold import FoldBatchNorm as FoldBatchNorm
-    from lilliput.graph.students import Student as Student
+    from lilliput.graph.stages import FoldBatchNorm as FoldBatchNorm
+    from lilliput.graph.stages import Student as Student
     from lilliput.prune.prune import Prune as Prune
     from lilliput.quant.quantize import Quantize as Quantize
     from lilliput.recipe import Recipe as Recipe

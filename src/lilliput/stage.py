@@ -47,7 +47,7 @@ class Reference:
         """The dense model's outputs for training examples `index` under augmentation `draw`."""
         draw = draw % self.task.draws
         if draw not in self._outputs:
-            self._prepare(draw)
+            self.prepare(draw)
         known, table = self._known[draw], self._outputs[draw]
         missing = index[~known[index]]
         if len(missing):
@@ -57,7 +57,10 @@ class Reference:
                 self.save(draw, table)
         return table[index]
 
-    def _prepare(self, draw: int) -> None:
+    def prepare(self, draw: int) -> None:
+        """Make room for an augmentation's outputs, from the store where they are."""
+        if draw in self._outputs:
+            return
         stored, count = self.load(draw), self.task.examples
         if stored is None:
             with torch.no_grad():

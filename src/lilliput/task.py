@@ -1,5 +1,6 @@
 """Task: what must be preserved while a network shrinks: data, loss, metric, an example input."""
 
+import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator
@@ -206,6 +207,13 @@ class Task:
         if higher_is_better is None:
             higher_is_better = METRICS[metric][1] if isinstance(metric, str) else True
         self.higher_is_better = higher_is_better
+
+    def with_draws(self, draws: int) -> "Task":
+        """The same task with at most `draws` augmentations of each example."""
+        other = copy.copy(self)
+        other.draws = max(1, min(self.draws, draws))
+        other.__dict__.pop("fingerprint", None)
+        return other
 
     def split(self, split: str) -> tuple[Any, Tensor | None]:
         """(inputs, targets) of a split; raises KeyError where the task has none of that name."""

@@ -1,0 +1,286 @@
+"""The command line. Nothing heavy is imported before a command runs."""
+
+import importlib
+import importlib.util
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lilliput.task import Task
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+                  help="A trained neural network in, a many times smaller and faster one out, with the measured proof.\n\n"
+                       "Example: lilliput shrink digits --floor 1% --budget 2m")
+console, errors = Console(), Console(stderr=True)
+
+Target = Annotated[str, typer.Argument(help="an embedded name (see: lilliput tasks), file.py:function or "
+                                            "package.module:function returning (model, task), or model.onnx")]
+Out = Annotated[Path | None, typer.Option(help="folder for the results [default: lilliput-NAME]")]
+
+
+def fail(message: object, status: int = 2) -> NoReturn:
+    """Say what went wrong on stderr and leave."""
+    errors.print(f"[red]error[/red] {str(message)}", markup=True, highlight=False)
+    raise typer.Exit(status)
+
+
+def resolve(target: str) -> "tuple[nn.Module, Task]":
+    """(model, task) of an embedded name, file.py:function or package.module:function.
+
+    Raises ValueError for a target that is none of these, or that returns something else.
+    """
+    from torch import nn
+
+    from lilliput.data import TASKS
+    from lilliput.errors import near
+    from lilliput.task import Task
+
+    where = TASKS[target].target if target in TASKS else target
+    place, _, name = where.rpartition(":")
+    if not place:
+        raise ValueError(f"TARGET must be an embedded name, file.py:function, package.module:function or model.onnx, got "
+                         f"{target!r}. {near(target, TASKS)}")
+    if place.endswith(".py"):
+        path = Path(place).resolve()
+        if not path.exists():
+            raise ValueError(f"TARGET: the file must exist, got {place}.")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        sys.path.insert(0, str(path.parent))
+        spec.loader.exec_module(module)
+    else:
+        sys.path.insert(0, "")
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"TARGET: the module must be importable, got {place!r}: {error}.") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(f"TARGET: {place} must have a function {name!r}. {near(name, known)}")
+    found = function()
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], nn.Module)
+            and isinstance(found[1], Task)):
+        raise ValueError(f"TARGET: {target} must return (model, task), an nn.Module and a lilliput.Task, got "
+                         f"{type(found).__name__}.")
+    return found
+
+
+@app.command()
+def shrink(
+    target: Target,
+    floor: Annotated[str, typer.Option(help="what may be lost: 1% is a point of accuracy, 0.5r half a percent of the "
+                                            "dense score")] = "1%",
+    objective: Annotated[str, typer.Option("--for", help="size, latency or macs")] = "size",
+    max_bytes: Annotated[str | None, typer.Option(help="the best score whose model.onnx fits, such as 2MB")] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(help="the best score that is as fast as this")] = None,
+    budget: Annotated[str, typer.Option(help="wall time of the whole command, such as 90s or 5m")] = "5m",
+    trials: Annotated[int | None, typer.Option(help="structures to try instead of a budget; repeatable")] = None,
+    device: Annotated[str, typer.Option(help="where to train")] = "cpu",
+    shape: Annotated[list[str] | None, typer.Option(help="name=8x128: fix an input's free sizes (ONNX)")] = None,
+    calib: Annotated[Path | None, typer.Option(help="data.npz with the inputs by name (ONNX)")] = None,
+    seed: Annotated[int, typer.Option(help="of the search and every training")] = 0,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the search in --out")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be tried, and stop")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print summary.json and nothing else")] = False,
+) -> None:
+    """Make a network as small (or as fast) as a floor on its quality allows.
+
+    Example: lilliput shrink digits --floor 0.5% --budget 5m
+    """
+    _shrink(target, floor, objective, max_bytes, max_latency_ms, budget, trials, device, shape, calib, seed, out, resume,
+            dry_run, as_json, shlex.join(["lilliput", *sys.argv[1:]]))
+
+
+def _shrink(target: str, floor: str, objective: str, max_bytes: str | None, max_latency_ms: float | None, budget: str,
+            trials: int | None, device: str, shape: list[str] | None, calib: Path | None, seed: int, out: Path | None,
+            resume: bool, dry_run: bool, as_json: bool, command: str) -> None:
+    from lilliput.search import units
+
+    try:
+        units.floor(floor)
+        units.seconds(budget)
+        if max_bytes is not None:
+            units.size_bytes(max_bytes)
+        if target.endswith(".onnx"):
+            from lilliput.search.onnx_target import load_target
+
+            model, task = load_target(Path(target), calib, shape or [])
+        else:
+            model, task = resolve(target)
+        from lilliput.errors import StoreError
+        from lilliput.search.shrink import shrink as search
+        from lilliput.search.show import Live, Silent
+
+        settings: dict[str, Any] = dict(
+            floor=floor, objective=objective, budget=None if trials else budget, trials=trials, max_bytes=max_bytes,
+            max_latency_ms=max_latency_ms, seed=seed, out=out, resume=resume, command=command, device=device)
+        if dry_run:
+            from lilliput.search.dry import describe
+
+            describe(model, task, console, **settings)
+            return
+        show = Live(console) if console.is_terminal and not as_json else Silent()
+        result = search(model, task, show=show, **settings)
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        fail(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    except StoreError as error:
+        fail(error)
+    if as_json:
+        print(json.dumps(result.summary, indent=1))
+    else:
+        from lilliput.report.tables import front
+        from lilliput.report.words import verdict
+
+        console.print(front(result.summary))
+        console.print(verdict(result.summary), highlight=False)
+        console.print(f"report: {result.folder.resolve() / 'report.html'}", highlight=False, soft_wrap=True)
+    if not result.met:
+        fail("FloorNotMet: no point that was found loses less than the floor allows. The nearest are in the report; "
+             "allow more with --floor, or give it more time with --budget.", 3)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for the results")] = Path("lilliput-demo"),
+    budget: Annotated[str, typer.Option(help="wall time of the search")] = "2m",
+) -> None:
+    """The main job on the embedded digits: a ResNet-20 made many times smaller in two minutes.
+
+    Example: lilliput demo
+    """
+    import shutil
+
+    marker = out / "records"
+    if marker.exists():
+        shutil.rmtree(marker)
+    _shrink("digits", "1%", "size", None, None, budget, None, "cpu", None, None, 0, out, False, False, False,
+            f"lilliput shrink digits --floor 1% --budget {budget}")
+
+
+@app.command()
+def tasks() -> None:
+    """The embedded networks that can be shrunk by name.
+
+    Example: lilliput tasks
+    """
+    from lilliput.data import TASKS
+    from lilliput.search.units import shown
+
+    table = Table(title="Embedded tasks", title_justify="left")
+    for column in ("name", "what", "dense", "needs"):
+        table.add_column(column)
+    for name, entry in sorted(TASKS.items()):
+        table.add_row(name, entry.about, shown(entry.size_bytes), f"lilliput[{entry.needs}]" if entry.needs else "")
+    console.print(table)
+
+
+@app.command()
+def methods() -> None:
+    """Every method there is: codes, stages and rules by family.
+
+    Example: lilliput methods
+    """
+    from lilliput.registry import methods as listed
+
+    table = Table(title="Methods", title_justify="left")
+    for column in ("family", "name", "is", "what it does"):
+        table.add_column(column)
+    for entry in listed():
+        table.add_row(entry.family, entry.name, ", ".join(entry.kinds), entry.summary)
+    console.print(table)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="recipe.toml")],
+    target: Target,
+    out: Annotated[Path, typer.Option(help="folder for the results")] = Path("lilliput-run"),
+    seed: Annotated[int, typer.Option(help="of every training")] = 0,
+) -> None:
+    """Apply one recipe to a network, export it, score it and write its files.
+
+    Example: lilliput run recipe.toml digits
+    """
+    try:
+        from lilliput.recipe import Recipe
+        from lilliput.search.once import apply
+
+        model, task = resolve(target)
+        summary = apply(model, task, Recipe.read(recipe), out, seed)
+    except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
+        fail(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    console.print_json(json.dumps(summary))
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="a folder that shrink wrote")]) -> None:
+    """Rebuild report.html from summary.json.
+
+    Example: lilliput report lilliput-digits
+    """
+    try:
+        from lilliput.report.page import write
+
+        console.print(str(write(folder)), highlight=False, soft_wrap=True)
+    except (ValueError, OSError, KeyError) as error:
+        fail(error)
+
+
+@app.command()
+def measure(
+    files: Annotated[list[Path], typer.Argument(help="ONNX files; the first is what the others are compared with")],
+    seconds: Annotated[float, typer.Option(help="how long to measure")] = 4.0,
+    batch: Annotated[int, typer.Option(help="examples in each call")] = 1,
+    shape: Annotated[list[str] | None, typer.Option(help="name=8x128: an input's free sizes")] = None,
+) -> None:
+    """Compare the latency and bytes of ONNX files in one interleaved run.
+
+    Example: lilliput measure lilliput-digits/model.onnx other.onnx
+    """
+    try:
+        from lilliput.search.compare import compare
+
+        console.print(compare(files, seconds, batch, shape or []))
+    except (ValueError, OSError, KeyError) as error:
+        fail(error)
+
+
+@app.command()
+def evidence(
+    key: Annotated[str | None, typer.Argument(help="a system; all of them when left out")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="prove in seconds that the scripts run")] = False,
+    out: Annotated[Path, typer.Option(help="folder for the records")] = Path("results"),
+) -> None:
+    """Measure the claim of a published system on this machine, and write the record.
+
+    Example: lilliput evidence learn2compress --quick
+    """
+    try:
+        from lilliput.evidence import gather
+
+        for path in gather(key, quick, out):
+            console.print(str(path), highlight=False, soft_wrap=True)
+    except (ValueError, KeyError, OSError) as error:
+        fail(error.args[0] if isinstance(error, KeyError) and error.args else error)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

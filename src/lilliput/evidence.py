@@ -1,0 +1,62 @@
+"""Evidence: one script a system in the checkout's evidence/ folder, each measuring one published claim."""
+
+import importlib.util
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lilliput.errors import near
+from lilliput.store import write
+
+
+def folder() -> Path:
+    """The evidence/ folder of the checkout: below the working directory, or beside src/.
+
+    Raises ValueError where lilliput runs without a checkout.
+    """
+    for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
+        if (root / "evidence").is_dir():
+            return root / "evidence"
+    raise ValueError("evidence: needs the repository's evidence/ folder, which is not part of the installed package. "
+                     "Run it in a clone.")
+
+
+def scripts() -> dict[str, Path]:
+    """Every system that has a script."""
+    return {path.stem: path for path in sorted(folder().glob("*.py"))}
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"evidence_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def gather(key: str | None, quick: bool, out: Path) -> Iterator[Path]:
+    """Run one script, or all; each `measure(quick)` gives a record that is written to `out`. Yields their paths.
+
+    Raises KeyError for an unknown system, ValueError for a record without what every record needs.
+    """
+    known = scripts()
+    if key is not None and key not in known:
+        raise KeyError(f"evidence: must be a known system, got {key!r}. {near(key, known)}")
+    from lilliput.cost.measure import machine
+    from lilliput.search.finish import commit, versions
+
+    out.mkdir(parents=True, exist_ok=True)
+    for name in known if key is None else [key]:
+        began = time.monotonic()
+        found: dict[str, Any] = _load(known[name]).measure(quick)
+        if not {"claim", "baseline", "rows"} <= set(found):
+            raise ValueError(f"evidence: {name} must return claim, baseline and rows, got {sorted(found)}.")
+        record = {"system": name, "size": "quick" if quick else "full", **found, "machine": machine(),
+                  "versions": versions(), "commit": commit(), "wall_s": round(time.monotonic() - began, 2)}
+        path = out / f"{name}{'.quick' if quick else ''}.json"
+        data = json.dumps(record, indent=1, allow_nan=False).encode()
+        write(path, lambda file, data=data: file.write(data))  # type: ignore[misc]
+        yield path

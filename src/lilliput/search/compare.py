@@ -1,0 +1,70 @@
+"""lilliput measure: ONNX files side by side in one interleaved run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from lilliput.cost.measure import latency
+from lilliput.errors import near
+from lilliput.export.onnx import Session
+from lilliput.search.units import shown
+
+TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_,
+         "tensor(float16)": np.float16, "tensor(uint8)": np.uint8, "tensor(int8)": np.int8}
+
+
+def shapes(given: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """name=8x128 as sizes by name.
+
+    >>> shapes(["x=8x128"])
+    {'x': (8, 128)}
+    """
+    found = {}
+    for text in given:
+        name, _, sizes = text.partition("=")
+        try:
+            found[name] = tuple(int(size) for size in sizes.split("x"))
+        except ValueError:
+            raise ValueError(f"shape must be written name=8x128, got {text!r}.") from None
+    return found
+
+
+def example(session: Session, batch: int, fixed: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Random inputs of a session: free leading sizes become `batch`, other free sizes need `fixed`."""
+    draw, found = np.random.default_rng(0), {}
+    for value in session.inputs:
+        sizes = fixed.get(value.name)
+        if sizes is None:
+            free = [size for size in value.shape[1:] if not isinstance(size, int)]
+            if free:
+                raise ValueError(f"measure: the input {value.name} has free sizes {free}. Fix them with --shape "
+                                 f"{value.name}={'x'.join(str(s) if isinstance(s, int) else '64' for s in value.shape)}.")
+            sizes = (batch, *value.shape[1:])
+        kind = TYPES[value.type]
+        found[value.name] = (draw.standard_normal(sizes) if np.issubdtype(kind, np.floating)
+                             else np.ones(sizes)).astype(kind)
+    if unknown := set(fixed) - set(found):
+        raise ValueError(f"measure: --shape must name an input, got {unknown.pop()!r}. {near('', found)}")
+    return found
+
+
+def compare(files: Sequence[Path], seconds: float, batch: int, given: Sequence[str]) -> Table:
+    """A table of bytes, median and quartiles, and the ratio to the first file."""
+    for path in files:
+        if not path.exists():
+            raise ValueError(f"measure: the file must exist, got {path}.")
+    sessions = {str(path): Session(path) for path in files}
+    first = next(iter(sessions.values()))
+    times = latency(sessions, example(first, batch, shapes(given)), seconds=seconds)
+    base = times[str(files[0])]
+    table = Table(title="one interleaved run, one thread, ONNX Runtime", title_justify="left")
+    for column in ("file", "bytes", "median ms", "quartiles ms", "times faster"):
+        table.add_column(column, justify="left" if column == "file" else "right")
+    for path in files:
+        t = times[str(path)]
+        table.add_row(str(path), shown(path.stat().st_size), f"{t.median_ms:.4f}", f"{t.q1_ms:.4f} to {t.q3_ms:.4f}",
+                      f"{base.median_ms / t.median_ms:.2f}")
+    return table

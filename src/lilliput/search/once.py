@@ -1,0 +1,36 @@
+"""lilliput run: one recipe, applied, exported, scored and written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import nn
+
+from lilliput.cost.measure import machine
+from lilliput.export import pack as pack_format
+from lilliput.recipe import Recipe
+from lilliput.run import Workshop
+from lilliput.search.finish import commit, versions
+from lilliput.search.points import Clock, Press
+from lilliput.store import Store, write
+from lilliput.task import Task
+
+
+def apply(model: nn.Module, task: Task, recipe: Recipe, folder: Path, seed: int = 0) -> dict[str, Any]:
+    """The record of a recipe on a model; model.onnx, model.lil, model.safetensors and summary.json go to `folder`."""
+    clock = Clock(None)
+    shop = Workshop(model, task, Store(folder / "records"), seed)
+    press = Press(task, clock)
+    made = shop.make(recipe)
+    point = press.point(made, "own", recipe.describe(), recipe.data(), shop.key(recipe))
+    pack_format.write(point.structure.fill(point.stored), point.stored, folder / "model.lil")
+    write(folder / "model.onnx", lambda file: file.write(point.proto.SerializeToString()))
+    held = save({name: tensor.detach().contiguous().clone() for name, tensor in made.state_dict().items()})
+    write(folder / "model.safetensors", lambda file: file.write(held))
+    write(folder / "recipe.toml", lambda file: file.write(recipe.toml().encode()))
+    summary = {"task": task.name, "seed": seed, "recipe": recipe.data(), "dense_val": task.score(model, "val").value,
+               **point.row(task), "machine": machine(), "versions": versions(), "commit": commit(),
+               "wall_s": round(clock.now, 3)}
+    write(folder / "summary.json", lambda file: file.write(json.dumps(summary, indent=1).encode()))
+    return summary

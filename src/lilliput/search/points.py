@@ -1,0 +1,186 @@
+"""Points: a model turned into its artifact, scored in its runtime, and kept in the store."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lilliput.code.base import pack, realize
+from lilliput.code.stored import Grid, Plain, Product, Sparse, Stored
+from lilliput.errors import ExportError
+from lilliput.export import onnx as onnx_export
+from lilliput.export import pack as pack_format
+from lilliput.graph.fold import fold_batchnorm
+from lilliput.task import Score, Task, leaves, predict
+
+
+class Clock:
+    """How long a search has run, of which budget, and what the time went on (the union over its workers)."""
+
+    def __init__(self, budget_s: float | None) -> None:
+        self.budget_s, self.began = budget_s, time.monotonic()
+        self._spans: list[tuple[float, float, str]] = []
+        self._lock = threading.Lock()
+
+    @property
+    def now(self) -> float:
+        """Seconds since the search began."""
+        return time.monotonic() - self.began
+
+    def left(self, until: float = 1.0) -> float:
+        """Seconds until a fraction of the budget; infinite without one."""
+        return float("inf") if self.budget_s is None else self.budget_s * until - self.now
+
+    @contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        """Count the time inside as "train", "calibrate" or "measure"."""
+        first = self.now
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._spans.append((first, self.now, what))
+
+    def shares(self) -> dict[str, float]:
+        """The fraction of the time so far that went on each; where two ran side by side, training counts first."""
+        total, found, taken = max(self.now, 1e-9), {}, np.zeros(0, bool)
+        grid = np.linspace(0, total, 20001)
+        taken = np.zeros(len(grid), bool)
+        for what in ("train", "calibrate", "measure"):
+            mine = np.zeros(len(grid), bool)
+            for first, last, kind in list(self._spans):
+                if kind == what:
+                    mine |= (grid >= first) & (grid <= last)
+            found[what] = round(float((mine & ~taken).mean()), 4)
+            taken |= mine
+        found["other"] = round(1 - sum(found.values()), 4)
+        return found
+
+
+@dataclass
+class Point:
+    """One artifact: what made it, the file it is, and what it scored in its runtime.
+
+    score: on val, of `model.onnx` in ONNX Runtime. distance: mean divergence from the dense outputs. agreement: with
+    the torch model it came from. latency: filled in by the final interleaved measurement.
+    """
+
+    name: str
+    recipe: list[dict[str, Any]]
+    key: str
+    proto: Any
+    structure: Any
+    stored: dict[str, Stored]
+    score: Score
+    distance: float
+    onnx_bytes: int
+    packed_bytes: int
+    values: int
+    macs: int
+    agreement: dict[str, float]
+    model: nn.Module | None = None
+    latency: Any = None
+    flags: list[str] = field(default_factory=list)
+
+    def row(self, task: Task) -> dict[str, Any]:
+        """The point as plain data for a record."""
+        found: dict[str, Any] = {
+            "name": self.name, "recipe": self.recipe, "key": self.key, "val": round(self.score.value, 6),
+            "distance": round(self.distance, 6), "onnx_bytes": self.onnx_bytes, "packed_bytes": self.packed_bytes,
+            "values": self.values, "macs": self.macs, "agreement": self.agreement, "flags": self.flags,
+            "runtime": "onnxruntime", "threads": 1}
+        if self.latency is not None:
+            found |= {"latency_ms": self.latency.median_ms, "latency_iqr_ms": [self.latency.q1_ms, self.latency.q3_ms]}
+        return found
+
+
+class Press:
+    """Turns models into points. A structure is exported once; its variants are rewritten by name."""
+
+    def __init__(self, task: Task, clock: Clock) -> None:
+        self.task, self.clock = task, clock
+        self.dense: Point | None = None
+        self._structures: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def structure(self, model: nn.Module, topology: str) -> Any:
+        """The exported graph of a plain folded model, by the name of its topology (widths may differ)."""
+        with self._lock, self.clock.on("measure"):
+            if topology not in self._structures:
+                self._structures[topology] = onnx_export.trace(model, self.task.example)
+            return self._structures[topology]
+
+    def point(self, model: nn.Module, topology: str, name: str, recipe: list[dict[str, Any]], key: str) -> Point:
+        """The artifact of a model (with or without codes), scored on val in ONNX Runtime.
+
+        Raises ExportError when the artifact does not compute what the model computes.
+        """
+        plain = realize(model).cpu().eval()
+        stored = pack(model)
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in plain.modules()):
+            plain = fold_batchnorm(plain, self.task.example)
+            stored = pack(plain)
+        structure = self.structure(plain, topology)
+        with self.clock.on("measure"):
+            try:
+                proto = structure.write(stored)
+                return self.finished(proto, structure, stored, plain, name, recipe, key, model)
+            except ExportError:
+                # The widths are part of this graph: export it for itself.
+                own = self.structure(plain, f"{topology} {key}")
+                return self.finished(own.write(stored), own, stored, plain, name, recipe, key, model)
+
+    def finished(self, proto: Any, structure: Any, stored: dict[str, Stored], plain: nn.Module | Callable[..., Any],
+                 name: str, recipe: list[dict[str, Any]], key: str, model: nn.Module | None) -> Point:
+        """Score and weigh a written artifact."""
+        inputs, _ = self.task.split("val")
+        outputs = torch.from_numpy(np.array(onnx_export.Session(proto).outputs(inputs)))
+        expected = predict(plain, inputs)
+        agreement = onnx_export.verify(outputs.numpy(), expected.numpy(), quantized=not _is_float(stored))
+        score = self.task.rate(outputs, "val")
+        dense = outputs if self.dense is None else self.dense.score.outputs
+        cost = pack_format.size(structure.proto, stored)
+        return Point(name, recipe, key, proto, structure, stored, score,
+                     float(self.task.divergence(outputs, dense).mean()), proto.ByteSize(), cost.size_bytes,
+                     sum(values(s) for s in stored.values()), onnx_export.macs(proto, self.task.example), agreement,
+                     model)
+
+
+def _is_float(stored: dict[str, Stored]) -> bool:
+    return all(isinstance(s, Plain) for s in stored.values())
+
+
+def values(stored: Stored) -> int:
+    """How many numbers a tensor keeps."""
+    if isinstance(stored, Sparse):
+        return int(stored.mask.sum())
+    if isinstance(stored, Product):
+        return sum(values(factor) for factor in stored.factors)
+    return int(np.prod(stored.shape))
+
+
+def bits(stored: Stored) -> float:
+    """The mean width of a tensor's numbers."""
+    inner = stored.values if isinstance(stored, Sparse) else stored
+    if isinstance(inner, Grid):
+        return float(inner.bits)
+    if isinstance(inner, Product):
+        return float(np.mean([bits(factor) for factor in inner.factors]))
+    return float(inner.array.dtype.itemsize * 8)
+
+
+def examples(inputs: Any, count: int) -> Any:
+    """The first `count` examples."""
+    return {k: v[:count] for k, v in inputs.items()} if isinstance(inputs, dict) else (
+        tuple(v[:count] for v in inputs) if isinstance(inputs, tuple) else leaves(inputs)[0][:count])
+
+
+def kept(outputs: Tensor) -> dict[str, Tensor]:
+    """Outputs as the store keeps them."""
+    return {"outputs": outputs.contiguous()}

@@ -1,0 +1,480 @@
+"""shrink: a network and a floor in, the smallest or fastest network that meets it out, with the proof.
+
+The search proposes structures (fewer blocks, an earlier stride, fewer channels), trains them against the dense
+network's outputs for short, lets the promising ones train on, quantizes the best with training through the rounding,
+scores every artifact in the runtime it is for, and chooses with the optimism of having chosen taken off.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from torch import nn
+
+from lilliput.code.base import copy_model, pack, realize
+from lilliput.errors import ExportError, NotSupported, near
+from lilliput.graph import blocks_left, groups, left, removable, remove_blocks
+from lilliput.graph.fold import fold_batchnorm
+from lilliput.graph.stride import earlier_stride
+from lilliput.quant.allocate import allocate_bits
+from lilliput.recipe import Recipe
+from lilliput.run import Workshop
+from lilliput.search import post, sensitivity, units
+from lilliput.search.choose import front
+from lilliput.search.finish import Result, conclude
+from lilliput.search.points import Clock, Point, Press, bits
+from lilliput.search.show import Silent
+from lilliput.search.space import (
+    Plan,
+    Space,
+    Tail,
+    batch_size_for,
+    count_values,
+    is_stochastic,
+    tables,
+    tail,
+    training,
+)
+from lilliput.stage import calibration
+from lilliput.store import Store
+from lilliput.task import Task, call, length, predict, take
+from lilliput.train import Diverged, Train, fit
+
+OBJECTIVES = ("size", "latency", "macs")
+RUNGS = (1 / 16, 1 / 4)
+FAILURES = (Diverged, ExportError, NotSupported, ValueError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: the floor and what is to be small, or the most that fits and the best score under it."""
+
+    objective: str = "size"
+    floor: units.Floor | None = None
+    max_bytes: int | None = None
+    max_latency_ms: float | None = None
+
+
+def shrink(
+    model: nn.Module,
+    task: Task,
+    floor: float | str = "1%",
+    objective: str = "size",
+    budget: float | str | None = "5m",
+    *,
+    trials: int | None = None,
+    max_bytes: int | str | None = None,
+    max_latency_ms: float | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    resume: bool = False,
+    workers: int | None = None,
+    show: Silent | None = None,
+    command: str | None = None,
+) -> Result:
+    """The smallest (fastest, cheapest) network made from `model` that loses at most `floor` on data not tuned on.
+
+    floor: points of the metric ("1%" or 0.01), or a fraction of the dense score ("0.5r"). objective: "size" (bytes of
+    model.lil), "latency" (ONNX Runtime, one thread, batch 1) or "macs". budget: wall time of the whole search; with
+    `trials` that many structures are tried instead, and the result depends on nothing but the seed. max_bytes (of
+    model.onnx) or max_latency_ms turn the question round: the best score that fits. out: the folder for model.onnx,
+    model.lil, model.safetensors, recipe.toml, report.html, summary.json and records/. The model is not changed.
+
+    Returns a Result; `result.met` says whether the floor was met (the nearest points are in `result.front`).
+    Raises ValueError for settings out of range, before anything is written.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"shrink: objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}. "
+                         f"{near(objective, OBJECTIVES)}")
+    if trials is not None and trials < 1:
+        raise ValueError(f"shrink: trials must be at least 1, got {trials}.")
+    turned = max_bytes is not None or max_latency_ms is not None
+    question = Question(objective, None if turned else units.floor(floor),
+                        None if max_bytes is None else units.size_bytes(max_bytes), max_latency_ms)
+    budget_s = None if trials is not None or budget is None else units.seconds(budget)
+    if budget_s is None and trials is None:
+        raise ValueError("shrink: a budget or a number of trials must be given, got neither. Write budget='5m'.")
+    check(model, task)
+    folder = Path(out) if out is not None else Path(f"lilliput-{task.name}")
+    if (folder / "records").exists() and any((folder / "records").iterdir()) and not resume:
+        raise ValueError(f"shrink: {folder} must be empty or new, but holds an earlier search. Continue it with "
+                         "--resume, or choose another --out.")
+    count = workers or (1 if is_stochastic(model) else max(1, min(4, os.cpu_count() or 1)))
+    search = Search(model, task, question, budget_s, trials, seed, folder, count, show or Silent(), command)
+    before = torch.get_num_threads()
+    try:
+        return search.run()
+    finally:
+        torch.set_num_threads(before)
+
+
+def check(model: nn.Module, task: Task) -> None:
+    """Raise ValueError unless the model runs on the task's example and the metric of its outputs is a number."""
+    try:
+        with torch.no_grad():
+            output = call(model.eval(), task.example)
+    except Exception as error:
+        shapes = [tuple(value.shape) for value in (
+            task.example.values() if isinstance(task.example, dict) else
+            task.example if isinstance(task.example, tuple) else [task.example])]
+        raise ValueError(f"shrink: the model must run on the task's inputs of shape {shapes}, but it raised "
+                         f"{type(error).__name__}: {error}. Check the task's arrays.") from error
+    if not isinstance(output, torch.Tensor):
+        raise ValueError(f"shrink: the model must return one tensor, got {type(output).__name__}. Wrap it in a module "
+                         "that returns the tensor that matters.")
+    inputs, targets = task.split("val")
+    few = take(inputs, slice(0, 8))
+    with torch.no_grad():
+        outputs = call(model, few)
+    if not bool(torch.isfinite(outputs).all()):
+        raise ValueError(f"shrink: the model's outputs must be finite, got NaN or infinity on {task.name}'s val inputs.")
+    task.score(model, "val")
+
+
+class Search:
+    """One search, from the dense model to the files: the five steps in order, each a method."""
+
+    def __init__(self, model: nn.Module, task: Task, question: Question, budget_s: float | None, trials: int | None,
+                 seed: int, folder: Path, workers: int, show: Silent, command: str | None) -> None:
+        self.question, self.trials, self.seed, self.show, self.command = question, trials, seed, show, command
+        self.clock, self.folder, self.workers = Clock(budget_s), folder, workers
+        self.store = Store(folder / "records")
+        self.original = task
+        self.model = copy_model(model).cpu().eval()
+        self.task = self._cheaper(task)
+        self.shop = Workshop(self.model, self.task, self.store, seed)
+        self.press = Press(self.task, self.clock)
+        self.points: list[Point] = []
+        self.tried: list[dict[str, Any]] = []
+        self.table: sensitivity.Table = {}
+        self.space = Space()
+        self.left: list[tuple[str, str]] = []
+        self.batch = batch_size_for(task)
+        self.supervised = 0.3 if task.split("train")[1] is not None else 0.0
+        self._lock = threading.Lock()
+
+    def _cheaper(self, task: Task) -> Task:
+        """The task with as many augmentations as the dense network can be run on within a tenth of the budget."""
+        if task.augment is None:
+            return task
+        if self.clock.budget_s is None:
+            return task.with_draws(min(task.draws, 4))
+        inputs, _ = task.split("train")
+        few = take(inputs, slice(0, 64))
+        predict(self.model, few)
+        first = self.clock.now
+        predict(self.model, few)
+        each = (self.clock.now - first) / min(64, length(inputs))
+        within = int(0.1 * self.clock.budget_s * self.workers / (each * task.examples + 1e-9))
+        kept = self.store.record("draws")
+        draws = kept["draws"] if kept else max(1, min(task.draws, within))
+        self.store.put("draws", {"kind": "draws", "draws": draws})
+        return task.with_draws(draws)
+
+    def run(self) -> Result:
+        """Measure, look, explore, refine, conclude."""
+        torch.set_num_threads(1)
+        with self.show, ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            self.measure_dense()
+            self.look(pool)
+            if self.trainable():
+                self.refine(pool, self.explore(pool))
+            self.after_training(pool)
+            return conclude(self)
+
+    # 1. the dense model ------------------------------------------------------------------------------------------
+
+    def measure_dense(self) -> None:
+        """The dense artifact: exported once with batch norm folded, scored and weighed."""
+        self.show.phase("measuring the dense network", 1)
+        dense = self.press.point(self.model, "dense", "dense", [], self.shop.start)
+        self.press.dense = dense
+        dense.distance = 0.0
+        self.dense = dense
+        self.points.append(dense)
+        self.show.advance(f"{self.task.metric_name} {dense.score.value:.4f}, {units.shown(dense.onnx_bytes)}")
+
+    # 2. what can be varied, and how much it hurts ----------------------------------------------------------------
+
+    def look(self, pool: ThreadPoolExecutor) -> None:
+        """What can be varied; each tensor's sensitivity; the blocks in the order in which they are missed."""
+        example = self.task.example
+        self.show.phase("what each technique costs on each layer", 2)
+        with self.clock.on("calibrate"):
+            found = groups(self.model, example)
+            self.left = [(item.name, item.reason) for item in (*left(found), *blocks_left(self.model, example))]
+            inputs = calibration(self.task, 64)
+            dense = predict(self.model, inputs)
+            limit = 20.0 if self.clock.budget_s is None else 0.04 * self.clock.budget_s
+            kept = self.store.record(f"sensitivity-{self.shop.start}")
+            if kept:
+                self.table = kept["table"]
+            else:
+                self.table = sensitivity.measure(self.model, self.task, inputs, seconds=limit, dense=dense)
+                self.store.put(f"sensitivity-{self.shop.start}", {"kind": "sensitivity", "table": self.table})
+            self.show.advance(f"{len(self.table)} tensors")
+            missed = {}
+            for name in removable(self.model, example):
+                without = predict(remove_blocks(self.model, example, [name]), inputs)
+                missed[name] = float(self.task.divergence(without, dense).mean())
+            self.space = Space(tuple(sorted(missed, key=missed.__getitem__)),
+                               tuple(earlier_stride(self.model, example))[:1],
+                               any(group.removable for group in found), tables(self.model), tuple(self.left))
+        self.show.advance(f"{len(self.space.blocks)} blocks can go")
+
+    def trainable(self) -> bool:
+        """Whether the budget holds enough steps to train a student at all."""
+        if self.task.examples < 2:
+            return False
+        if self.trials is not None:
+            return True
+        speed = self._speed(self.model, f"speed-{self.shop.start}")
+        steps = speed * self.clock.left(0.6) * self.workers
+        if steps < 1500:
+            self.left.append(("training", f"{steps:.0f} steps fit into the budget, too few to train a student"))
+            return False
+        return True
+
+    # 3. structures: many short trainings, few long ones ----------------------------------------------------------
+
+    def explore(self, pool: ThreadPoolExecutor) -> list[Plan]:
+        """Plans in the order in which they deserve a full training."""
+        budget = self.clock.budget_s
+        asked = self.trials or (12 if budget is None or budget >= 200 else 8 if budget >= 60 else 4)
+        self.finals = max(1, min(4 if asked >= 10 else 3 if asked >= 6 else 2, asked))
+        self.tails = (Tail(4), Tail(3))
+        share = asked / 16 + (asked // 3) * (RUNGS[1] - RUNGS[0]) + self.finals * (
+            1 - RUNGS[1]) + self.finals * len(self.tails) * 0.2
+        self.slot = 0.88 * self.workers * self.clock.left(0.93) / share
+        with self.clock.on("train"):
+            self._teach(pool)
+        sampler = optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=6, multivariate=True,
+                                             warn_independent_sampling=False)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+        for plan in self.space.first():
+            study.enqueue_trial(self.space.params(plan))
+        seen: dict[Plan, dict[str, Any]] = {}
+        self.show.phase("short trainings of many structures", asked)
+        for first in range(0, asked, 4):
+            proposed = [study.ask() for _ in range(min(4, asked - first))]
+            plans = [self.space.ask(trial) for trial in proposed]
+            fresh = list(dict.fromkeys(plan for plan in plans if plan not in seen))
+            for plan, row in zip(fresh, pool.map(lambda plan: self._rung(plan, RUNGS[0]), fresh), strict=True):
+                seen[plan] = row
+            for trial, plan in zip(proposed, plans, strict=True):
+                row = seen[plan]
+                if "distance" in row:
+                    study.tell(trial, [row["distance"], row["price"]])
+                else:
+                    study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                self.show.advance(plan.name())
+        alive = {plan: row for plan, row in seen.items() if "distance" in row}
+        chosen = self._promising(alive, max(self.finals, asked // 3))
+        self.show.phase("longer trainings of the promising", len(chosen))
+        rows = dict(zip(chosen, pool.map(lambda plan: self._rung(plan, RUNGS[1]), chosen), strict=True))
+        rows = {plan: row for plan, row in rows.items() if "distance" in row}
+        for plan in rows:
+            self.show.advance(plan.name())
+        return self._promising(rows, self.finals)
+
+    def _promising(self, rows: dict[Plan, dict[str, Any]], count: int) -> list[Plan]:
+        """The plans to go on with: fronts of (distance, price) peeled one by one, evenly spread along each."""
+        rest, chosen = dict(rows), list[Plan]()
+        while rest and len(chosen) < count:
+            names = list(rest)
+            best = [names[i] for i in front([(rest[n]["distance"], rest[n]["price"]) for n in names])]
+            best.sort(key=lambda plan: rest[plan]["price"])
+            room = count - len(chosen)
+            if len(best) > room:
+                viable = [p for p in best if rest[p]["drop"] <= self._slack(best, rest)] or best
+                best = [viable[round(i * (len(viable) - 1) / max(1, room - 1))] for i in range(room)]
+                best = list(dict.fromkeys(best))
+            chosen += best
+            rest = {plan: row for plan, row in rest.items() if plan not in chosen and len(chosen) < count}
+        return chosen[:count]
+
+    def _slack(self, best: Sequence[Plan], rows: dict[Plan, dict[str, Any]]) -> float:
+        """How much a structure may still lose at a rung and be thought to meet the floor when it is trained."""
+        floor = 0.01 if self.question.floor is None else self.question.floor.points(self.dense.score.value)
+        return max(4 * floor, min(rows[plan]["drop"] for plan in best) + 3 * floor) + 0.01
+
+    def _teach(self, pool: ThreadPoolExecutor) -> None:
+        """The dense network's outputs on every (example, augmentation), side by side."""
+        reference, count = self.shop.reference, self.task.examples
+        chunks = [(index, draw) for draw in range(self.task.draws) for index in torch.arange(count).split(512)]
+        self.show.phase("the dense network's outputs", len(chunks))
+        for draw in range(self.task.draws):
+            reference.prepare(draw)
+        for _ in pool.map(lambda chunk: reference.outputs(*chunk), chunks):
+            self.show.advance()
+
+    def _speed(self, model: nn.Module, key: str) -> float:
+        """Steps a second of training, on one thread; measured once and kept."""
+        kept = self.store.record(key)
+        if kept:
+            return float(kept["steps_per_s"])
+        stage = training(1000, self.batch, 1e-4, self.seed, self.supervised)
+        with self.clock.on("train"):
+            seconds = []
+            first = self.clock.now
+
+            def stop(step: int) -> bool:
+                seconds.append(self.clock.now)
+                return step >= 12 or self.clock.now - first > 4
+
+            fit(replace(stage, rules=()), model, self.task, self.shop.reference, stop=stop)
+        speed = (len(seconds) - 1) / max(1e-6, seconds[-1] - seconds[0]) if len(seconds) > 3 else 1 / max(
+            1e-6, seconds[-1] - first)
+        self.store.put(key, {"kind": "speed", "steps_per_s": round(speed, 3)})
+        return speed
+
+    def _schedule(self, plan: Plan) -> tuple[int, int]:
+        """(steps of the full training, steps of a tail) of a plan: what fits its slot, or a number of epochs."""
+        epoch = max(1, self.task.examples // self.batch)
+        if self.clock.budget_s is None:
+            full = max(160, min(30 * epoch, 4000))
+            return full, max(40, full // 5)
+        structure = self.shop.make(self.space.recipe(plan))
+        speed = self._speed(structure, f"speed-{self.shop.key(self.space.recipe(plan))}")
+        full = max(64, int(speed * self.slot))
+        return full, max(24, int(0.17 * speed * self.slot))
+
+    def _lr(self, plan: Plan) -> float:
+        return 1e-2 if plan.width < 1 or plan.stride or plan.blocks else 2e-3
+
+    def _trained(self, plan: Plan, until: float | None = None) -> Recipe:
+        full, _ = self._schedule(plan)
+        stage = training(full, self.batch, self._lr(plan), self.seed, self.supervised,
+                         None if until is None else max(1, int(full * until)))
+        return self.space.recipe(plan) + stage
+
+    def _rung(self, plan: Plan, until: float) -> dict[str, Any]:
+        """Train a plan up to a rung of its schedule; distance, drop and price of what it is there."""
+        recipe = self._trained(plan, until)
+        key = f"rung-{self.shop.key(recipe)}"
+        kept = self.store.record(key)
+        if kept:
+            return kept
+        try:
+            with self.clock.on("train"):
+                model = self.shop.make(recipe, self._halt(0.7))
+            inputs, _ = self.task.split("val")
+            outputs = predict(model, inputs)
+            row = {"kind": "rung", "name": plan.name(), "until": until,
+                   "distance": float(self.task.divergence(outputs, self.dense.score.outputs).mean()),
+                   "drop": self.task.loss_of(self.dense.score.value, self.task.rate(outputs, "val").value),
+                   "price": self._price(model, plan), "values": count_values(model)}
+        except FAILURES as error:
+            row = {"kind": "rung", "name": plan.name(), "until": until, "status": "failed", "reason": str(error)}
+        with self._lock:
+            self.tried.append(row)
+        self.store.put(key, row)
+        return row
+
+    def _price(self, model: nn.Module, plan: Plan) -> float:
+        """What a structure costs by the objective: packed bytes at four bits, or the layers' milliseconds or MACs."""
+        if self.question.objective == "size" and self.question.max_latency_ms is None:
+            return sum(s.storage().bits / (8 if bits(s) >= 32 else 1) for s in pack(realize(model)).values()) / 8
+        plain = fold_batchnorm(realize(model), self.task.example)
+        structure = self.press.structure(plain, self._topology(plan))
+        return self.press.price(structure, plain, self.question.objective)
+
+    def _topology(self, plan: Plan) -> str:
+        return f"blocks {plan.blocks} stride {plan.stride}"
+
+    def _halt(self, until: float) -> Callable[[int], bool]:
+        return lambda step: step % 8 == 0 and self.clock.left(until) < 0
+
+    # 4. the survivors --------------------------------------------------------------------------------------------
+
+    def refine(self, pool: ThreadPoolExecutor, plans: list[Plan]) -> None:
+        """A full training for each survivor, then its tails: fewer bits, trained through the rounding."""
+        self.show.phase("full training and quantizing of the survivors", len(plans) * (2 + len(self.tails)))
+        list(pool.map(self._survivor, plans))
+
+    def _survivor(self, plan: Plan) -> None:
+        try:
+            recipe = self._trained(plan)
+            with self.clock.on("train"):
+                model = self.shop.make(recipe, self._halt(0.9))
+            folded = fold_batchnorm(realize(model), self.task.example)
+            self._point(folded, plan, Tail(), recipe)
+            table = self._student_table(folded)
+            for which in (Tail(8, trained=False), *self.tails):
+                self._tail(plan, recipe, folded, which, table)
+        except FAILURES as error:
+            self._failed(plan.name(), error)
+
+    def _student_table(self, folded: nn.Module) -> sensitivity.Table:
+        with self.clock.on("calibrate"):
+            return sensitivity.measure(folded, self.task, calibration(self.task, 256),
+                                       techniques=("8 bits", "4 bits", "3 bits", "2 bits"),
+                                       seconds=max(2.0, 0.02 * min(self.clock.left(), 600)))
+
+    def _tail(self, plan: Plan, recipe: Recipe, folded: nn.Module, which: Tail, table: sensitivity.Table) -> None:
+        """One variant of a trained structure; skipped when the time is up."""
+        if which.trained and self.clock.left(0.9) < 1:
+            return
+        sizes = {name: p.numel() for name, p in folded.named_parameters() if name in table}
+        allocation: tuple[tuple[str, int], ...] = ()
+        if which.bits < 8 and sizes:
+            losses = sensitivity.by_bits(table)
+            allocation = tuple(sorted(allocate_bits(losses, sizes, int(which.bits * sum(sizes.values()))).items()))
+        _, steps = self._schedule(plan)
+        stages = tail(which, steps, self.batch, self._lr(plan) / 4, self.seed, self.supervised, allocation)
+        whole = Recipe((*recipe.stages, *stages))
+        try:
+            with self.clock.on("train" if which.trained else "calibrate"):
+                model = self.shop.make(whole, self._halt(0.94))
+            self._point(model, plan, which, whole)
+        except FAILURES as error:
+            self._failed(f"{plan.name()}, {which.name()}", error)
+
+    def _point(self, model: nn.Module, plan: Plan, which: Tail, recipe: Recipe) -> None:
+        name = f"{plan.name()}, {which.name()}"
+        key = self.shop.key(recipe)
+        point = self.press.point(model, self._topology(plan), name, recipe.data(), key)
+        self.add(point)
+
+    def add(self, point: Point) -> None:
+        """Keep a point and its outcomes."""
+        with self._lock:
+            self.points.append(point)
+            self.tried.append({"kind": "point", "status": "done", **point.row(self.task)})
+        self.store.put(f"point-{point.key}", {"kind": "point", **point.row(self.task)}, {"outputs": point.score.outputs})
+        self.show.advance(point.name)
+        self.show.best(self._best())
+
+    def _failed(self, name: str, error: BaseException) -> None:
+        with self._lock:
+            self.tried.append({"kind": "point", "status": "failed", "name": name,
+                               "reason": f"{type(error).__name__}: {error}"})
+        self.show.advance(f"failed: {name}")
+
+    def _best(self) -> str:
+        floor = 0.01 if self.question.floor is None else self.question.floor.points(self.dense.score.value)
+        able = [p for p in self.points if self.task.loss_of(self.dense.score.value, p.score.value) <= floor]
+        best = min(able, key=lambda p: p.packed_bytes)
+        return (f"{best.name}: {self.task.metric_name} {best.score.value:.4f}, packed {units.shown(best.packed_bytes)} "
+                f"({self.dense.onnx_bytes / best.packed_bytes:.0f} times less)")
+
+    # without training --------------------------------------------------------------------------------------------
+
+    def after_training(self, pool: ThreadPoolExecutor) -> None:
+        """The dense network itself in fewer bits and narrower arithmetic: what post-training techniques reach."""
+        for point in post.points(self):
+            self.add(point)
+
+    @property
+    def train_steps_per_s(self) -> float:
+        """Optimizer steps a second of training, over all workers' training time."""
+        return self.shop.steps / self.shop.trained_s if self.shop.trained_s else 0.0
+
+

@@ -1,0 +1,159 @@
+"""The space: which compositions of techniques can be tried on a network, and the recipe of each."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lilliput.distill.logits import Distill
+from lilliput.graph.stages import FoldBatchNorm, Student
+from lilliput.prune.prune import Prune
+from lilliput.quant.quantize import Quantize
+from lilliput.recipe import Recipe
+from lilliput.schedule import Cosine
+from lilliput.task import Task
+from lilliput.train import Train
+
+WIDTHS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.1875, 0.125, 0.0625)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One structure: how many of the removable blocks go, which early layer strides, how wide the rest is.
+
+    rows: the fraction of a lookup table's rows that goes (they are stored sparsely, not removed).
+    """
+
+    blocks: int = 0
+    stride: int = 0
+    width: float = 1.0
+    multiple: int = 4
+    rows: float = 0.0
+
+    def name(self) -> str:
+        """A short text for people."""
+        parts = [f"{self.blocks} blocks fewer"] if self.blocks else []
+        parts += ["early stride"] if self.stride else []
+        parts += [f"width {self.width:g}"] if self.width != 1 else []
+        parts += [f"{self.rows:.0%} of rows gone"] if self.rows else []
+        return ", ".join(parts) or "same structure"
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What is done to a trained structure: how much of it is set to zero and how many bits its weights get."""
+
+    bits: float = 32.0
+    sparsity: float = 0.0
+    trained: bool = True
+
+    def name(self) -> str:
+        """A short text for people."""
+        if self.bits >= 32:
+            return "float32"
+        text = f"{self.bits:g} bits" + (f", {self.sparsity:.0%} zeros" if self.sparsity else "")
+        return text if self.trained else text + " without training"
+
+
+@dataclass(frozen=True)
+class Space:
+    """What can be varied on one network, and what is left alone with the reason.
+
+    blocks: removable ones, the least missed first. strides: layers that may take a stride. narrow: whether channels
+    can go. tables: lookup tables whose rows can go.
+    """
+
+    blocks: tuple[str, ...] = ()
+    strides: tuple[str, ...] = ()
+    narrow: bool = False
+    tables: tuple[str, ...] = ()
+    left: tuple[tuple[str, str], ...] = ()
+    widths: tuple[float, ...] = field(default=WIDTHS)
+
+    def first(self) -> list[Plan]:
+        """Plans that are worth trying on any network: where the search starts."""
+        deep, early = len(self.blocks), int(bool(self.strides))
+        rows = 0.6 if self.tables else 0.0
+        plans = [Plan(deep, early, width, 4, rows) for width in (0.5, 0.75)] if self.narrow else []
+        plans += [Plan(deep, 0, 0.5 if self.narrow else 1.0, 4, rows), Plan(deep // 2, early, 0.5, 8, rows),
+                  Plan(deep, early, 0.375, 4, rows), Plan(0, 0, 0.25, 8, rows), Plan(deep // 2, 0, 0.375, 4, rows)]
+        if not self.narrow:
+            plans = [replace(plan, width=1.0) for plan in plans]
+        return list(dict.fromkeys(plans))
+
+    def recipe(self, plan: Plan) -> Recipe:
+        """The structure of a plan, not trained yet."""
+        stages: list[Any] = []
+        if plan.blocks or plan.stride or plan.width != 1:
+            stages.append(Student(remove=self.blocks[: plan.blocks], stride=self.strides[: plan.stride],
+                                  width=plan.width, multiple=plan.multiple))
+        if plan.rows:
+            stages.append(Prune(plan.rows, pattern="rows", where=",".join(self.tables)))
+        return Recipe(tuple(stages))
+
+    def ask(self, trial: Any) -> Plan:
+        """The plan that a trial of the sampler stands for."""
+        blocks = trial.suggest_int("blocks", 0, len(self.blocks)) if self.blocks else 0
+        stride = trial.suggest_int("stride", 0, 1) if self.strides else 0
+        width = trial.suggest_categorical("width", self.widths) if self.narrow else 1.0
+        multiple = trial.suggest_categorical("multiple", (4, 8)) if self.narrow else 4
+        rows = trial.suggest_categorical("rows", (0.3, 0.5, 0.6, 0.7, 0.8)) if self.tables else 0.0
+        return Plan(blocks, stride, width, multiple, rows)
+
+    def params(self, plan: Plan) -> dict[str, Any]:
+        """The sampler's parameters of a plan: the inverse of `ask`."""
+        found: dict[str, Any] = {}
+        if self.blocks:
+            found["blocks"] = plan.blocks
+        if self.strides:
+            found["stride"] = plan.stride
+        if self.narrow:
+            found |= {"width": plan.width, "multiple": plan.multiple}
+        if self.tables:
+            found["rows"] = plan.rows
+        return found
+
+
+def training(steps: int, batch_size: int, lr: float, seed: int, supervised: float, until: int | None = None) -> Train:
+    """The full training of a student: distillation from the dense network throughout, on one cosine."""
+    return Train(steps=steps, lr=Cosine(lr), rules=(Distill(),), supervised=supervised, batch_size=batch_size,
+                 weight_decay=0.01, seed=seed, until=None if until is None or until >= steps else until)
+
+
+def tail(which: Tail, steps: int, batch_size: int, lr: float, seed: int, supervised: float,
+         bits: tuple[tuple[str, int], ...]) -> tuple[Any, ...]:
+    """The stages of a tail, behind a trained structure."""
+    stages: list[Any] = [FoldBatchNorm()]
+    if which.sparsity:
+        stages.append(Prune(which.sparsity))
+    if which.bits < 32:
+        stages.append(Quantize(bits=max(2, min(8, round(which.bits))), allocation=bits))
+        if which.trained:
+            stages.append(Train(steps=steps, lr=Cosine(lr), rules=(Distill(),), supervised=supervised,
+                                batch_size=batch_size, weight_decay=0.0, seed=seed))
+    return tuple(stages)
+
+
+def tables(model: nn.Module) -> tuple[str, ...]:
+    """Lookup tables that are most of the model: their rows can go."""
+    total = sum(p.numel() for p in model.parameters())
+    return tuple(f"{name}.weight" for name, module in model.named_modules()
+                 if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.weight.numel() > 0.5 * total)
+
+
+def batch_size_for(task: Task) -> int:
+    """A batch that keeps one core busy without starving the optimizer of steps."""
+    return min(128, max(8, task.examples // 20)) if task.batch_size == 64 else task.batch_size
+
+
+def count_values(model: nn.Module) -> int:
+    """Parameters of a model."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def is_stochastic(model: nn.Module) -> bool:
+    """Whether training draws from the global random state (dropout), so that trainings must not run side by side."""
+    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()) or any(
+        isinstance(m, nn.RNNBase) and m.dropout > 0 for m in model.modules()) or any(
+        isinstance(m, torch.nn.MultiheadAttention) and m.dropout > 0 for m in model.modules())

@@ -1,0 +1,75 @@
+"""What people write on a command line, read strictly: floors, times, sizes."""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What may be lost: `amount` points of the metric, or that fraction of the dense score when `relative`."""
+
+    amount: float
+    relative: bool = False
+
+    def points(self, dense: float) -> float:
+        """The floor in points of the metric."""
+        return self.amount * abs(dense) if self.relative else self.amount
+
+
+def floor(text: str | float) -> Floor:
+    """A floor from "1%" (a point of accuracy: 0.01), "0.01", or "0.5r" (half a percent of the dense score).
+
+    Raises ValueError outside [0, 1).
+
+    >>> floor("1%"), floor("0.5r").relative
+    (Floor(amount=0.01, relative=False), True)
+    """
+    match = re.fullmatch(r"\s*(-?[\d.]+)\s*(%|r|)\s*", str(text))
+    amount = float("nan")
+    if match:
+        try:
+            amount = float(match[1]) / (100 if match[2] else 1)
+        except ValueError:
+            pass
+    if not 0 <= amount < 1:
+        raise ValueError(f"shrink: floor must be at least 0 and below 100%, got {text}. For one point of accuracy write "
+                         "1%, for half a percent of the dense score 0.5r.")
+    return Floor(amount, bool(match and match[2] == "r"))
+
+
+def seconds(text: str | float) -> float:
+    """Seconds from "90", "90s", "5m" or "1.5h".
+
+    >>> seconds("5m")
+    300.0
+    """
+    match = re.fullmatch(r"\s*([\d.]+)\s*(s|m|h|)\s*", str(text))
+    value = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    if value <= 0:
+        raise ValueError(f"shrink: budget must be a time such as 90s, 5m or 1h, got {text!r}.")
+    return value
+
+
+def size_bytes(text: str | float) -> int:
+    """Bytes from "900", "64KB", "2MB" (thousands) or "64KiB" (1024s).
+
+    >>> size_bytes("2MB")
+    2000000
+    """
+    match = re.fullmatch(r"\s*([\d.]+)\s*(B|kB|KB|MB|GB|KiB|MiB|GiB|)\s*", str(text))
+    unit = {"": 1, "B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    value = int(float(match[1]) * unit[match[2]]) if match else 0
+    if value <= 0:
+        raise ValueError(f"shrink: max-bytes must be a size such as 900KB or 2MB, got {text!r}.")
+    return value
+
+
+def shown(count: float) -> str:
+    """Bytes for people.
+
+    >>> shown(1_095_545), shown(9800)
+    ('1.10 MB', '9.8 kB')
+    """
+    if count >= 1e6:
+        return f"{count / 1e6:.2f} MB" if count < 1e8 else f"{count / 1e6:.0f} MB"
+    return f"{count / 1e3:.1f} kB" if count >= 1e3 else f"{count:.0f} B"
