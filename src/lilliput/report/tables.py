@@ -1,0 +1,147 @@
+"""Tables: the front for a terminal, and Markdown for RESULTS.md made from summaries or records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lilliput.report import words
+from lilliput.report.words import Quality, Summary, cost
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Column = str | Callable[[Mapping[str, Any]], object]
+
+
+def front(summary: Summary) -> Table:
+    """The dense model, the chosen point (or the nearest) and the rest of the front, largest file first, for rich.
+
+    Example:
+        >>> table = front({"task": "tiny", "dense": {"val": 0.9, "onnx_bytes": 4000}, "front": []})
+        >>> table.row_count
+        1
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    quality, dense, described = Quality.of(summary), summary["dense"], words.shown(summary)
+    table = Table(title=Text(str(summary["task"])), box=None, header_style="dim", pad_edge=False)
+    table.add_column("point", overflow="fold")
+    for heading in (quality.metric, "loss", "model.onnx", "", "packed", "", "latency", ""):
+        table.add_column(heading, justify="right", no_wrap=True)
+    rest = [point for point in summary.get("front") or () if not _same(point, described)]
+    points = [dense, *([described] if described else []), *rest]
+    for point in sorted(points, key=lambda point: -(cost(point, "onnx_bytes") or 0)):
+        drop = quality.drop(dense.get("val"), point.get("val"))
+        label = "dense" if point is dense else str(point.get("name") or "unnamed")
+        if point is described:
+            label += "  (chosen)" if summary.get("met", True) else "  (nearest)"
+        cells = [quality.score(point.get("val")), words.MISSING if point is dense else quality.bare(drop)]
+        for key, text in (("onnx_bytes", words.size), ("packed_bytes", words.size), ("latency_ms", words.milliseconds)):
+            before = dense.get("onnx_bytes") if key == "packed_bytes" else cost(dense, key)
+            change = words.ratio(before, cost(point, key))
+            cells += [text(cost(point, key)), "" if point is dense or change is None else f"{words.times(change)}x"]
+        style = "bold" if point is described else ""
+        table.add_row(*(Text(cell) for cell in (label, *cells)), style=style)  # Text: names are no markup
+    return table
+
+
+def _same(point: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
+    keys = ("name", "val", "onnx_bytes", "packed_bytes")
+    return other is not None and all(point.get(key) == other.get(key) for key in keys)
+
+
+def markdown(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, Column]) -> str:
+    """A Markdown table: one row a record, one column an entry of `columns`.
+
+    Args:
+        rows: records or summaries.
+        columns: heading -> dotted path into the row (``"dense.onnx_bytes"``), or a function of the row.
+
+    Raises:
+        ValueError: there are no columns.
+
+    Example:
+        >>> print(markdown([{"task": "a|b", "cost": {"bytes": 1200}}], {"task": "task", "bytes": "cost.bytes"}))
+        | task | bytes |
+        |---|--:|
+        | a\\|b | 1,200 |
+    """
+    if not columns:
+        raise ValueError("markdown: columns must name at least one column, got none. Give {heading: path}.")
+    cells = [[_look(row, column) for column in columns.values()] for row in rows]
+    numeric = [bool(cells) and all(words.known(row[i]) or row[i] is None for row in cells) for i in range(len(columns))]
+    lines = [list(map(_escaped, columns)), ["--:" if right else "---" for right in numeric]]
+    lines += [[_escaped(_text(cell)) for cell in row] for row in cells]
+    head, rule, *body = lines
+    return "\n".join(
+        ["| " + " | ".join(head) + " |", "|" + "|".join(rule) + "|", *("| " + " | ".join(line) + " |" for line in body)]
+    )
+
+
+def results(summaries: Iterable[Summary]) -> str:
+    """The table of RESULTS.md: one row a job, what went in, what came out, and what it lost.
+
+    Ratios are against the dense model's ONNX file and its latency in the same run. The loss is the test split's where
+    it was read, with its interval where the summary has one.
+    """
+    return markdown(
+        summaries,
+        {
+            "job": "task",
+            "floor": lambda s: Quality.of(s).points(words.floor(s)),
+            "dense": lambda s: Quality.of(s).score(s["dense"].get("test", s["dense"].get("val"))),
+            "result": lambda s: (
+                Quality.of(s).score(_of(s).get("test", _of(s).get("val"))) if s.get("met", True) else "not met"
+            ),
+            "loss": _loss,
+            "dense B": "dense.onnx_bytes",
+            "model.onnx B": lambda s: _with_ratio(s, "onnx_bytes"),
+            "model.lil B": lambda s: _with_ratio(s, "packed_bytes"),
+            "ms": lambda s: _with_ratio(s, "latency_ms"),
+            "point": lambda s: _of(s).get("name"),
+        },
+    )
+
+
+def _of(summary: Summary) -> Mapping[str, Any]:
+    return words.shown(summary) or {}
+
+
+def _loss(summary: Summary) -> str:
+    quality = Quality.of(summary)
+    key = "drop_test" if words.known(summary.get("drop_test")) else "drop_corrected"
+    interval = quality.interval(summary.get(f"{key}_interval")).removeprefix("95% interval ")
+    return quality.bare(summary.get(key)) + (f" ({interval})" if interval else "")
+
+
+def _with_ratio(summary: Summary, key: str) -> str:
+    now = cost(_of(summary), key)
+    before = summary["dense"].get("onnx_bytes") if key == "packed_bytes" else cost(summary["dense"], key)
+    change = words.ratio(before, now)
+    text = words.number(now) if key == "latency_ms" else words.count(now)
+    return text + (f" ({words.times(change)}x)" if change is not None else "")
+
+
+def _look(row: Mapping[str, Any], column: Column) -> object:
+    if callable(column):
+        return column(row)
+    value: Any = row
+    for part in column.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _text(cell: object) -> str:
+    if cell is None:
+        return words.MISSING
+    if isinstance(cell, float):
+        return words.number(cell, 4)
+    return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell)
+
+
+def _escaped(text: str) -> str:
+    for mark in "\\`*_[]<>|":
+        text = text.replace(mark, "\\" + mark)
+    return " ".join(text.split())

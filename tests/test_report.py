@@ -1,0 +1,449 @@
+"""The report: its sentences, its tables, its picture, and the page in a real browser."""
+
+import copy
+import io
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lilliput import report
+from lilliput.report import tables, words
+from lilliput.report.plan import every_point, plan, staircase
+from lilliput.report.words import Quality
+
+FIXTURES = Path(__file__).parent / "fixtures"
+EVIL = "<script>alert(1)</script> $$x^2$$ @name &amp; \"'"
+
+
+def summary(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((FIXTURES / f"summary_{name}.json").read_text())
+    return loaded
+
+
+@pytest.fixture
+def met() -> dict[str, Any]:
+    return summary("met")
+
+
+@pytest.fixture
+def not_met() -> dict[str, Any]:
+    return summary("not_met")
+
+
+# --- sentences ------------------------------------------------------------------------------------------------------
+
+
+def test_verdict_of_a_floor_that_was_met(met: dict[str, Any]) -> None:
+    assert report.verdict(met) == (
+        "digits is 25 times smaller (91 times packed) and 10.2 times faster, and loses 0.2 points of accuracy "
+        "(95% interval −0.1 to 0.5) on data it was not tuned on."
+    )
+
+
+def test_verdict_never_lends_one_numbers_interval_to_another(met: dict[str, Any]) -> None:
+    del met["drop_test_interval"]
+    assert "interval" not in report.verdict(met)
+    met["drop_test"] = None
+    assert "0.26 points of accuracy (95% interval −0.05 to 0.55) on validation data" in report.verdict(met)
+
+
+def test_verdict_of_a_floor_that_was_not_met(not_met: dict[str, Any]) -> None:
+    assert report.verdict(not_met).startswith("Nothing that was tried keeps mnist1d-mlp within 0.2 points")
+    assert "the nearest (95% zeros, 4 bits) loses 1.92 points" in report.verdict(not_met)
+
+
+@pytest.mark.parametrize(
+    ("bound", "words_of_it"), [({"max_bytes": 45_000}, "within 45.0 kB"), ({"max_latency_ms": 0.2}, "within 0.200 ms")]
+)
+def test_verdict_of_the_question_turned_round(met: dict[str, Any], bound: dict[str, float], words_of_it: str) -> None:
+    met |= bound
+    assert report.verdict(met).startswith(f"The best digits {words_of_it} scores 98.6% on data it was not tuned on")
+    assert words.floor(met) is None, "a bound replaces the floor"
+    unmet = met | {"met": False, "chosen": None}
+    assert report.verdict(unmet).startswith(f"Nothing that was tried makes digits fit {words_of_it}; the nearest (")
+
+
+def test_verdict_does_not_flatter(met: dict[str, Any]) -> None:
+    met["chosen"] |= {"onnx_bytes": 2_191_090, "packed_bytes": 2_000_000, "latency_ms": 2.104}
+    met |= {"drop_test": -0.004, "drop_test_interval": None}
+    assert report.verdict(met) == (
+        "digits is 2.0 times larger and 2.0 times slower, and gains 0.4 points of accuracy on data it was not tuned on."
+    )
+
+
+def test_verdict_without_any_finished_point(not_met: dict[str, Any]) -> None:
+    assert "No point of mnist1d-mlp could be finished" in report.verdict(not_met | {"front": []})
+
+
+def test_a_metric_that_is_no_rate_keeps_its_unit(met: dict[str, Any]) -> None:
+    met |= {"metric": "perplexity", "higher_is_better": False, "drop_test": 0.31, "drop_test_interval": [0.2, 0.42]}
+    for point in [met["dense"], met["chosen"], *met["front"], *met["points"]]:
+        point["val"] = None if point["val"] is None else 20 - 10 * point["val"]
+    assert "loses 0.31 in perplexity (95% interval 0.20 to 0.42)" in report.verdict(met)
+    drawn = plan(met)
+    assert drawn is not None and drawn.low > drawn.high, "better is drawn upwards"
+    assert "points" not in report.page(met).split("What it costs")[1].split("</p>")[0]
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+def test_unknown_numbers_are_dashes(value: float | None) -> None:
+    written = [words.number(value), words.size(value), words.count(value), words.milliseconds(value)]
+    assert [*written, Quality("accuracy", True, True).score(value)] == ["–"] * 5
+
+
+def test_intervals_are_not_rounded_into_the_floor() -> None:
+    assert Quality("accuracy", True, True).interval([-0.0005, 0.0055]) == "95% interval −0.05 to 0.55"
+
+
+# --- the plan of the plot -------------------------------------------------------------------------------------------
+
+
+def test_every_point_is_drawn_once(met: dict[str, Any]) -> None:
+    kinds = [point["kind"] for point in every_point(met)]
+    assert kinds[:2] == ["dense", "chosen"] and kinds.count("front") == 5
+    assert len(kinds) == 1 + len(met["points"]), "the front is among the tried points"
+
+
+def test_the_staircase_rises_and_uses_finished_points_only(met: dict[str, Any]) -> None:
+    drawn = plan(met)
+    assert drawn is not None
+    corners = staircase(drawn.points, "onnx_bytes", 1)
+    assert corners == sorted(corners)
+    finished = {point["onnx_bytes"] for point in met["points"] if point["status"] == "done"}
+    assert {x for x, _ in corners} <= finished | {met["dense"]["onnx_bytes"]}
+
+
+def test_a_ruined_point_does_not_flatten_the_plot(met: dict[str, Any]) -> None:
+    met["points"].append({"name": "ruined", "val": 0.1, "onnx_bytes": 9000, "packed_bytes": 900, "latency_ms": 0.03})
+    drawn = plan(met)
+    assert drawn is not None and drawn.low == pytest.approx(98.9 - 12 * 0.5)
+    assert "1 of the points lies below the picture" in report.page(met)
+
+
+# --- the page as text -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["met", "not_met"])
+def test_page_is_one_small_file_that_fetches_nothing(name: str) -> None:
+    html = report.page(summary(name))
+    assert len(html.encode()) < 2_000_000
+    own = re.sub(r"<script>.*?</script>", "", html, flags=re.S)
+    assert not re.search(r"""(?:src|href)\s*=|url\(|@import|https?://""", own)
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', html)
+    assert policy and "default-src 'none'" in policy[1] and "unsafe-eval" not in policy[1]
+    assert "'unsafe-inline'" not in policy[1].split("script-src")[1].split(";")[0]
+
+
+def test_page_has_every_part(met: dict[str, Any]) -> None:
+    html = report.page(met)
+    for text in (
+        "What was found", "What it costs", "How it was made", "Layer by layer", "left alone: first layer",
+        "How it was measured", "AMD EPYC 7B13, 2 cores", "torch 2.13.0", "1 thread", "1,000 bootstrap draws",
+        "the test split was read once", "Agreement with torch", "Where the budget went", "84.2%",
+        "43,812", "the loss was not finite at step 212",
+    ):  # fmt: skip
+        assert text in html, text
+    assert html.count("removed</span>") == 12, "the dense network's other two blocks a stage"
+    assert html.count("<caption>") == html.count("<table") == 3
+
+
+def test_page_of_a_floor_that_was_not_met(not_met: dict[str, Any]) -> None:
+    html = report.page(not_met)
+    assert 'class="unmet"' in html and "files written are those of the dense model" in html
+    assert "the dense network for ONNX Runtime" in html and "chosen network" not in html
+
+
+def test_text_from_a_model_is_escaped(met: dict[str, Any]) -> None:
+    met |= {
+        "task": EVIL,
+        "command": EVIL,
+        "metric": EVIL,
+        "machine": {"cpu": EVIL},
+        "versions": {EVIL: EVIL},
+        "files": {EVIL: 1},
+    }
+    for point in (met["dense"], met["chosen"], *met["front"], *met["points"]):
+        point["name"] = EVIL
+    met["chosen"]["recipe"] = [{"stage": EVIL, EVIL: EVIL}]
+    met["points"][-1]["reason"] = EVIL
+    for layer in [*met["dense"]["layers"], *met["chosen"]["layers"]]:
+        layer |= {"name": EVIL, "kind": EVIL, "left_alone": EVIL}
+    html = report.page(met)
+    assert "<script>alert" not in html and "&lt;script&gt;alert(1)" in html
+    assert len(re.findall(r"<script\b", html)) == 3
+
+
+def test_page_of_a_minimal_summary() -> None:
+    html = report.page({"task": "tiny", "dense": {"val": 0.9}, "met": False})
+    assert "No point of tiny could be finished" in html and 'id="plot"' not in html
+
+
+def test_page_without_what_it_is_about_is_refused() -> None:
+    with pytest.raises(ValueError, match="summary must have dense, got"):
+        report.page({"task": "tiny"})
+
+
+def test_write_takes_the_folders_files_and_leaves_no_trace(met: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps(met))
+    (tmp_path / "model.onnx").write_bytes(b"x" * 4321)
+    path = report.write(tmp_path)
+    assert path == tmp_path / "report.html" and "4,321" in path.read_text("utf-8")
+    assert path.read_text("utf-8") != "" and "43,812</td>" not in path.read_text("utf-8"), "sizes are the files' own"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"summary.json", "model.onnx", "report.html"}
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_write_that_fails_leaves_no_half_page(met: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps(met))
+    (tmp_path / "report.html").mkdir()  # nothing can be renamed onto a folder
+    with pytest.raises(OSError, match=r"report\.html"):
+        report.write(tmp_path)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"summary.json", "report.html"}
+
+
+def test_a_folder_without_a_readable_summary_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"must hold summary\.json, got none"):
+        report.page(tmp_path)
+    (tmp_path / "summary.json").write_text('{"task": "dig')
+    with pytest.raises(ValueError, match="must be JSON"):
+        report.page(tmp_path)
+    (tmp_path / "summary.json").write_text("[]")
+    with pytest.raises(ValueError, match="must hold an object, got list"):
+        report.page(tmp_path)
+
+
+def contrast(first: str, second: str) -> float:
+    """The ratio of WCAG 2.2, section 1.4.3: (L1 + 0.05) / (L2 + 0.05) of the relative luminances."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    light, dark = sorted((luminance(first), luminance(second)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_contrast_in_both_schemes() -> None:
+    style = (Path(report.__file__).parent / "page.css").read_text()
+    blocks = re.findall(r":root \{(.*?)\}", style, flags=re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        colours = dict(re.findall(r"--([a-z0-9]+): (#[0-9a-f]{6})", block))
+        for text in ("ink", "muted", "accent", "warn"):
+            for ground in ("paper", "panel"):
+                assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+        assert contrast(colours["front"], colours["paper"]) >= 3, "marks need 3 to 1"
+
+
+# --- tables and the picture -----------------------------------------------------------------------------------------
+
+
+def test_front_for_the_terminal(met: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    met["front"][0]["name"] = "[bold]not markup[/bold]"
+    console = Console(file=io.StringIO(), width=140)
+    console.print(tables.front(met))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "[bold]not markup[/bold]" in text and text.count("(chosen)") == 1
+    line = next(line for line in text.splitlines() if "(chosen)" in line)
+    assert line.split("(chosen)")[1].split() == [
+        "98.7%",
+        "0.2",
+        "43.8",
+        "kB",
+        "25x",
+        "12.0",
+        "kB",
+        "91x",
+        "0.103",
+        "ms",
+        "10.2x",
+    ]
+
+
+def test_results_table(met: dict[str, Any], not_met: dict[str, Any]) -> None:
+    head, _rule, first, second = tables.results([met, not_met]).splitlines()
+    assert head.startswith("| job | floor | dense | result | loss |")
+    assert first.startswith("| digits | 0.5 points | 98.8% | 98.6% | 0.2 (−0.1 to 0.5) | 1,095,545 | 43,812 (25x) |")
+    assert "| not met |" in second
+
+
+def test_markdown_escapes_and_aligns() -> None:
+    rows = [{"a": "x|<b>", "n": {"m": 1234}}, {"a": "two\nlines", "n": {}}]
+    assert tables.markdown(rows, {"a": "a", "n": "n.m"}).splitlines()[1:] == [
+        "|---|--:|", "| x\\|\\<b\\> | 1,234 |", "| two lines | – |",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="at least one column"):
+        tables.markdown(rows, {})
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_picture(met: dict[str, Any], tmp_path: Path, dark: bool) -> None:
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib, of the extra lilliput[docs]")
+    from lilliput.report.picture import picture
+
+    once, again = (picture(met, tmp_path / name, dark=dark) for name in ("a.svg", "b.svg"))
+    assert once.read_text() == again.read_text() and "<svg" in once.read_text()
+    assert picture(met, tmp_path / "a.png", "latency_ms", dark).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="picture: packed_bytes must be known"):
+        picture({"task": "t", "dense": {"val": 0.9, "onnx_bytes": 9}}, tmp_path / "c.svg", "packed_bytes")
+
+
+# --- the page in a browser ------------------------------------------------------------------------------------------
+
+WHERE = """key => {
+  const view = Bokeh.index.roots ? Bokeh.index.roots[0] : Object.values(Bokeh.index)[0], plot = view.model;
+  const data = plot.renderers.find((renderer) => renderer.name == "points chosen").data_source.data;
+  const box = view.canvas_view.el.getBoundingClientRect(), frame = view.frame;
+  return [box.x + frame.x_scale.compute(data[key][0]), box.y + frame.y_scale.compute(data.y[0])];
+}"""
+TIP = """() => [...document.querySelectorAll(".bk-Tooltip")]
+  .filter((tip) => tip.getBoundingClientRect().width > 0)
+  .flatMap((tip) => [...tip.shadowRoot.querySelectorAll(":not(style)")]).map((part) => part.textContent).join(" ")"""
+COLOURS = """() => {
+  const seen = new Map(), walk = (root) => {
+    for (const part of root.querySelectorAll("*")) {
+      if (part.tagName == "CANVAS" && part.width) {
+        const bytes = part.getContext("2d").getImageData(0, 0, part.width, part.height).data;
+        for (let i = 0; i < bytes.length; i += 4) if (bytes[i + 3] == 255) {
+          const key = "#" + [0, 1, 2].map((k) => bytes[i + k].toString(16).padStart(2, "0")).join("");
+          seen.set(key, (seen.get(key) || 0) + 1);
+        }
+      }
+      if (part.shadowRoot) walk(part.shadowRoot);
+    }
+  };
+  walk(document);
+  return Object.fromEntries(seen);
+}"""
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--no-first-run",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")]
+    executable = next(filter(None, found), None)
+    if executable is None:
+        pytest.skip("no chromium is installed")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=executable, headless=True, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+class Visit:
+    """A page opened from a file, with what it asked for and complained about."""
+
+    def __init__(self, browser: Any, path: Path, scheme: str = "light", width: int = 1200, touch: bool = False) -> None:
+        self.context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, has_touch=touch, offline=True
+        )
+        self.page = self.context.new_page()
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on(
+            "console", lambda line: self.complaints.append(line.text) if line.type in ("error", "warning") else None
+        )
+        self.page.goto(path.as_uri())
+        if self.page.locator("#plot").count():
+            self.page.wait_for_selector("#plot[data-drawn]", timeout=20_000)
+            self.page.wait_for_timeout(150)  # Bokeh paints in the next frame
+
+    def hover(self, key: str = "onnx_bytes") -> str:
+        self.page.locator("#plot").scroll_into_view_if_needed()
+        x, y = self.page.evaluate(WHERE, key)
+        self.page.mouse.move(x - 60, y + 60)
+        self.page.mouse.move(x, y)
+        self.page.wait_for_timeout(150)
+        text: str = self.page.evaluate(TIP)
+        return text
+
+
+@pytest.fixture
+def visit(browser: Any, tmp_path: Path) -> Iterator[Any]:
+    opened: list[Visit] = []
+
+    def open_(data: dict[str, Any], **settings: Any) -> Visit:
+        path = tmp_path / "report.html"
+        path.write_text(report.page(data), encoding="utf-8", newline="\n")
+        opened.append(Visit(browser, path, **settings))
+        return opened[-1]
+
+    yield open_
+    for each in opened:
+        assert each.complaints == []
+        assert len(each.requests) == 1 and each.requests[0].startswith("file:"), each.requests
+        each.context.close()
+
+
+@pytest.mark.parametrize(("scheme", "chosen", "paper"), [("light", "#2450d8", "255"), ("dark", "#8fabff", "16")])
+def test_browser_draws_and_hovers(visit: Any, met: dict[str, Any], scheme: str, chosen: str, paper: str) -> None:
+    seen = visit(met, scheme=scheme)
+    colours = seen.page.evaluate(COLOURS)
+    assert colours.get(chosen, 0) > 20, "the chosen point's diamond is on the canvas"
+    assert seen.page.evaluate("getComputedStyle(document.body).backgroundColor").startswith(f"rgb({paper},")
+    tip = seen.hover()
+    for text in (met["chosen"]["name"], "accuracy 98.7%, 0.2 below dense", "model.onnx 43.8 kB", "2. Train steps 5200"):
+        assert text in tip
+
+
+def test_browser_switches_axis_and_scheme(visit: Any, met: dict[str, Any]) -> None:
+    seen = visit(met)
+    assert seen.page.get_by_role("radio").count() == 3
+    for key in ("packed_bytes", "latency_ms"):
+        before = seen.page.evaluate(WHERE, "onnx_bytes")
+        seen.page.locator(f"input[value={key}]").check()
+        seen.page.wait_for_timeout(150)
+        assert seen.page.evaluate(WHERE, key) != before
+        assert met["chosen"]["name"] in seen.hover(key)
+    seen.page.emulate_media(color_scheme="dark")
+    seen.page.wait_for_timeout(200)
+    assert seen.page.evaluate(COLOURS).get("#8fabff", 0) > 20, "the canvas follows the scheme"
+
+
+@pytest.mark.parametrize("name", ["met", "not_met"])
+def test_browser_at_phone_width(visit: Any, name: str) -> None:
+    seen = visit(summary(name), width=375, touch=True)
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= 375, "the page itself never scrolls sideways"
+    assert seen.page.locator("#plot").bounding_box()["width"] > 320
+    assert len(seen.page.evaluate(COLOURS)) > 1
+
+
+def test_browser_runs_no_script_of_a_model(visit: Any, met: dict[str, Any]) -> None:
+    evil = copy.deepcopy(met)
+    evil["task"] = evil["metric"] = EVIL
+    for point in (evil["dense"], evil["chosen"], *evil["front"]):
+        point["name"] = EVIL
+        point["recipe"] = [{"stage": "<img src=x onerror=alert(1)>", "k": EVIL}]
+    seen = visit(evil)
+    seen.page.on("dialog", lambda dialog: pytest.fail("a script from the model ran"))
+    tip = seen.hover()
+    assert EVIL in tip and "<img src=x onerror=alert(1)>" in tip, "shown as text"
+    assert seen.page.locator("img").count() == 0
+
+
+def test_browser_copies_the_command(visit: Any, met: dict[str, Any]) -> None:
+    seen = visit(met)
+    seen.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    seen.page.get_by_role("button", name="Copy").click()
+    seen.page.get_by_text("Copied").wait_for(timeout=3000)
+    assert seen.page.evaluate("navigator.clipboard.readText()") == met["command"]
+
+
+def test_browser_page_without_a_plot(visit: Any) -> None:
+    seen = visit({"task": "tiny", "dense": {"val": 0.9}, "met": False})
+    assert seen.page.get_by_role("heading", level=1).inner_text().startswith("No point of tiny")
