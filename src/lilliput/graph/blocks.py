@@ -92,30 +92,26 @@ def _shape(shape: torch.Size | None) -> str:
     return str(tuple(shape)) if shape is not None else "none"
 
 
-def _candidates(module: nn.Module, path: str, fits: set[str]) -> list[tuple[str, bool]]:
-    """(path, in a list of its kind) of what could go below and including `module`."""
-    below = [(name, child, f"{path}.{name}" if path else name) for name, child in module.named_children()]
-    inner = {full: _candidates(child, full, fits) for _, child, full in below}
+def _candidates(module: nn.Module, path: str, fits: set[str]) -> list[tuple[str, str]]:
+    """What could go, below `module` and itself: (path, kind), the kind being "layer", "block" or "listed".
+
+    A lone layer or mere sequence is a "layer"; "listed" are the entries of a list of blocks of one type.
+    """
+    children = {f"{path}.{name}" if path else name: child for name, child in module.named_children()}
     fit = path in fits and any(True for _ in module.parameters())
-    if not below:
-        return [(path, False)] if fit and isinstance(module, _LAYERS) else []
-    found = [c for part in inner.values() for c in part]
+    if not children:
+        return [(path, "layer")] if fit and isinstance(module, _LAYERS) else []
+    found = [c for full, child in children.items() for c in _candidates(child, full, fits)]
     if type(module) in _LISTS:
-        alike = len({type(child) for _, child, _ in below}) == 1 and type(below[0][1]) not in (*_LISTS, *_LAYERS)
-        found = [(name, listed or (alike and name in inner)) for name, listed in found]
-        return found or ([(path, False)] if fit else [])
-    # A custom module: its sequences and lone layers are its own business, only lists of like blocks look outside.
-    children = {full: child for _, child, full in below}
-    own = [
-        (name, listed)
-        for name, listed in found
-        if listed or not (name in children and isinstance(children[name], (nn.Sequential, *_LAYERS)))
-    ]
-    if not path:
-        return own
+        kinds = {type(child) for child in children.values()}
+        if len(kinds) == 1 and not kinds & {*_LISTS, *_LAYERS}:
+            found = [(name, "listed" if name in children else kind) for name, kind in found]
+        return found or ([(path, "layer")] if fit else [])
+    if not path:  # the network itself: only what it calls by name is its own business
+        return [c for c in found if not isinstance(children.get(c[0]), _LAYERS)]
     if fit:
-        return [c for c in own if c[1]] or [(path, False)]
-    return own
+        return [c for c in found if c[1] == "listed"] or [(path, "block")]
+    return [c for c in found if c[1] != "layer"]
 
 
 def _why(model: nn.Module, name: str, example: Any, seen: Mapping[str, Call], before: list[Tensor]) -> str:

@@ -121,8 +121,8 @@ def uniform(found: Iterable[Group], multiplier: float, round_to: int = 8) -> dic
 class Size:
     """Values (parameters) and multiply-accumulates of one example."""
 
-    values: float
-    macs: float
+    values: int
+    macs: int
 
 
 class Sizes:
@@ -131,7 +131,7 @@ class Sizes:
     >>> from lilliput.graph.channels import groups
     >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.rand(1, 4)
     >>> Sizes(net, x, groups(net, x))({"0": 4})
-    Size(values=30.0, macs=24.0)
+    Size(values=30, macs=24)
     """
 
     def __init__(self, model: nn.Module, example: Any, found: Iterable[Group]) -> None:
@@ -181,7 +181,7 @@ class Sizes:
 
     def _layer(self, name: str, out: float, into: float) -> Size:
         layer = self.modules[name]
-        values = weights = 0.0
+        values = weights = 0
         for tensor, p in layer.named_parameters(recurse=False):
             if isinstance(layer, nn.RNNBase) and p.ndim == 2:
                 share = out * (into if tensor.startswith("weight_ih_l0") else out)
@@ -189,9 +189,10 @@ class Sizes:
                 share = out * into
             else:
                 share = out
-            values += p.numel() * share if tensor in self.counted[name] else 0
-            weights += p.numel() * share if p.ndim > 1 else 0
-        return Size(values, weights * self.positions.get(name, 0.0))
+            numbers = round(p.numel() * share)
+            values += numbers if tensor in self.counted[name] else 0
+            weights += numbers if p.ndim > 1 else 0
+        return Size(values, round(weights * self.positions.get(name, 0.0)))
 
 
 def _positions(model: nn.Module, example: Any) -> dict[str, float]:
