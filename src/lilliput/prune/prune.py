@@ -47,7 +47,7 @@ class Prune(Stage, Rule):
     pattern: str = "elements"
     allocation: str | tuple[tuple[str, float], ...] = "global"
     where: str = "*"
-    every: int = 10
+    every: int = 20
     seed: int = 0
 
     def __post_init__(self) -> None:
