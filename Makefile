@@ -5,7 +5,10 @@
 
 VENV ?= .venv
 ARGS ?=
-TORCH ?= $(shell grep '^torch==' constraints.txt)
+PINNED := $(shell grep '^torch==' constraints.txt)
+# A torch chosen once stays the choice for this VENV.
+CHOSEN := $(VENV)/torch.chosen
+TORCH ?= $(if $(wildcard $(CHOSEN)),$(shell cat $(CHOSEN) 2>/dev/null),$(PINNED))
 SCRIPTS := $(VENV)/bin
 INSTALL = $(SCRIPTS)/python -m pip install --constraint $(VENV)/constraints.txt --editable
 
@@ -19,11 +22,17 @@ demo: $(VENV)/demo.installed
 test: $(VENV)/dev.installed
 	@$(SCRIPTS)/python -m pytest $(ARGS)
 
+ifneq ($(strip $(TORCH)),$(shell cat $(VENV)/torch.installed 2>/dev/null))
+.PHONY: $(VENV)/torch.installed
+endif
+
 # torch is installed by its own rule, so that a constraint on it never undoes the user's choice.
 $(VENV)/torch.installed: constraints.txt scripts/venv.sh
 	@sh scripts/venv.sh "$(VENV)" "$(TORCH)" "$(PYTHON)"
 	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
-	@touch $@
+	@rm -f $(CHOSEN)
+	@if [ "$(TORCH)" != "$(PINNED)" ]; then echo "$(TORCH)" > $(CHOSEN); fi
+	@echo "$(strip $(TORCH))" > $@
 
 $(VENV)/%.installed: $(VENV)/torch.installed pyproject.toml
 	$(INSTALL) ".[$*]"
