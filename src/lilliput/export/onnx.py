@@ -65,7 +65,7 @@ def arrays(inputs: Inputs, names: Iterable[str]) -> dict[str, Array]:
     if len(inputs) != len(names):
         raise ValueError(f"Session: the network takes {len(names)} inputs ({', '.join(names)}), got {len(inputs)}.")
     plain = (x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x) for x in inputs)
-    return {name: np.ascontiguousarray(x) for name, x in zip(names, plain, strict=True)}
+    return {name: np.asarray(x, order="C") for name, x in zip(names, plain, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Structure:
                 reshaped |= tuple(new.shape) != dims
                 kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
                 value = new.array if isinstance(new, Plain) else new.decode()
-                tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value, dtype=kind), tensor.name))
+                tensor.CopyFrom(numpy_helper.from_array(np.array(value, dtype=kind, order="C"), tensor.name))
         if reshaped:
             self._check(proto)
         return proto
@@ -431,7 +431,7 @@ def _share(proto: ModelProto) -> ModelProto:
 
 
 def _raw(tensor: TensorProto) -> TensorProto:
-    return numpy_helper.from_array(np.ascontiguousarray(numpy_helper.to_array(tensor)), tensor.name)
+    return numpy_helper.from_array(np.array(numpy_helper.to_array(tensor)), tensor.name)
 
 
 # ----------------------------------------------------------------------------------------------------------- writing
@@ -489,7 +489,7 @@ class _Writer:
 
     def plain(self, name: str, array: Array) -> str:
         """An initialiser of its own name."""
-        self.tensors[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
+        self.tensors[name] = numpy_helper.from_array(np.array(array, order="C"), name)
         return name
 
     def shared(self, array: Array, kind: int = 0) -> str:
@@ -561,7 +561,7 @@ def _integers(name: str, array: Array, kind: int) -> TensorProto:
         flat = np.append(array.ravel() & 15, [0] * (array.size % 2)).astype(np.uint8)
         packed = (flat[::2] | flat[1::2] << 4).astype(np.uint8)
         return TensorProto(name=name, dims=array.shape, data_type=kind, raw_data=packed.tobytes())
-    typed = np.ascontiguousarray(array, onnx.helper.tensor_dtype_to_np_dtype(kind))
+    typed = np.array(array, onnx.helper.tensor_dtype_to_np_dtype(kind))
     return numpy_helper.from_array(typed, name)
 
 
