@@ -57,6 +57,20 @@ def half(scale: Any) -> Floats:
     return np.asarray(np.where((rounded == 0) & (scale > 0), np.float32(2**-24), rounded), np.float32)
 
 
+def span(array: Array) -> tuple[int, int]:
+    """The smallest number, and the bits that hold the difference to it: (0, 16 or 32) for floats.
+
+    >>> span(np.array([5, 6, 8]))
+    (5, 2)
+    """
+    if np.issubdtype(array.dtype, np.floating):
+        return 0, 8 * array.dtype.itemsize
+    if not array.size:
+        return 0, 0
+    low = int(array.min())
+    return low, (int(array.max()) - low).bit_length()
+
+
 def limits(bits: int, affine: bool) -> tuple[int, int]:
     """The smallest and the largest code of b bits: affine from 0, symmetric around 0.
 
@@ -68,7 +82,7 @@ def limits(bits: int, affine: bool) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class Plain:
-    """The numbers themselves: `8 * itemsize` bits each.
+    """The numbers themselves: floats in `8 * itemsize` bits each, integers in as many as their range needs.
 
     Args:
         array: float32, float16, bool or an integer type; any shape.
@@ -100,8 +114,8 @@ class Plain:
 
     def kept(self, mask: NDArray[np.bool_] | None) -> Storage:
         """The storage where only the numbers under `mask` are kept."""
-        count = self.array.size if mask is None else int(np.count_nonzero(mask))
-        return Storage((("values", count, 8 * self.array.dtype.itemsize),))
+        array = self.array if mask is None else self.array[mask]
+        return Storage((("values", array.size, span(array)[1]),))
 
 
 @dataclass(frozen=True, eq=False)

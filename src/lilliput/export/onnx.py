@@ -105,7 +105,7 @@ class Structure:
             KeyError: for a name that is no tensor of the network.
             ExportError: if the graph cannot hold the shapes given; trace the narrower model instead.
         """
-        return narrow(self.fill(stored), self._named(stored))
+        return narrow(self.fill(stored), self.named(stored))
 
     def fill(self, stored: dict[str, Stored]) -> ModelProto:
         """The float32 model with the decoded values of `stored`: what the packed file is written from.
@@ -113,7 +113,7 @@ class Structure:
         Raises:
             KeyError, ExportError: as `write`.
         """
-        named = self._named(stored)
+        named = self.named(stored)
         proto = _copy(self.proto)
         reshaped = False
         for tensor in proto.graph.initializer:
@@ -131,7 +131,8 @@ class Structure:
             self._check(proto)
         return proto
 
-    def _named(self, stored: dict[str, Stored]) -> dict[str, Stored]:
+    def named(self, stored: dict[str, Stored]) -> dict[str, Stored]:
+        """`stored` by the initialiser that holds each tensor; those that the graph does not need are left out."""
         known = {tensor.name for tensor in self.proto.graph.initializer}
         named = {}
         for name, value in stored.items():
