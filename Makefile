@@ -49,7 +49,7 @@ examples: $(VENV)/dev.installed
 	@set -e; for file in examples/*.py; do echo "$$file"; $(SCRIPTS)/python "$$file"; done
 
 evidence: $(VENV)/dev.installed
-	$(SCRIPTS)/lilliput evidence --quick $(ARGS)
+	$(SCRIPTS)/lilliput evidence --quick --out build/evidence $(ARGS)
 
 docs: $(VENV)/docs.installed
 	$(SCRIPTS)/mkdocs build --strict
