@@ -60,7 +60,7 @@ class Pattern:
 
 
 @dataclass(frozen=True)
-class Rows(Pattern):
+class Even(Pattern):
     """Equally many entries of every output (first axis), as Wanda prunes, and as an even load for kernels."""
 
     def __call__(self, score: Tensor, sparsity: float) -> Tensor:
@@ -168,14 +168,14 @@ class Channels(Pattern):
 
 
 def parse(text: str) -> Pattern:
-    """A pattern from plain text: "elements", "rows", "channel", "2:4", "block 4x1".
+    """A pattern from plain text: "elements", "even", "channel", "2:4", "block 4x1".
 
     Raises ValueError for any other text.
 
     >>> parse("2:4")(torch.tensor([[4.0, 1.0, 3.0, 2.0]]), 0.5)
     tensor([[ True, False,  True, False]])
     """
-    simple = {"elements": Pattern(), "rows": Rows(), "channel": Channels()}
+    simple = {"elements": Pattern(), "even": Even(), "channel": Channels()}
     if text in simple:
         return simple[text]
     if match := re.fullmatch(r"(\d+):(\d+)", text):
@@ -184,5 +184,5 @@ def parse(text: str) -> Pattern:
         return pattern
     if (match := re.fullmatch(r"block (\d+(?:x\d+)*)", text)) and "0" not in match[1].split("x"):
         return Blocks(tuple(map(int, match[1].split("x"))))
-    raise ValueError(f"Prune: pattern must be 'elements', 'rows', 'channel', 'N:M' such as '2:4' or a block such as "
+    raise ValueError(f"Prune: pattern must be 'elements', 'even', 'channel', 'N:M' such as '2:4' or a block such as "
                      f"'block 4x1', got {text!r}.")

@@ -27,7 +27,7 @@ class Prune(Stage, Rule):
     Cubic(s)), taking new masks every `every` steps; what was dropped stays dropped.
 
     sparsity: the fraction that becomes zero, in [0, 1), or a schedule of the step. score: a name in
-    `lilliput.prune.scores.SCORES`. pattern: "elements", "rows", "channel", "2:4" (any N:M) or "block 4x1" (any size).
+    `lilliput.prune.scores.SCORES`. pattern: "elements", "even", "channel", "2:4" (any N:M) or "block 4x1" (any size).
     allocation: "global" (one threshold), "erk", "uniform", or pairs (tensor, final sparsity), which need no `sparsity`.
     where: which tensors; those that are tied, or that the pattern does not divide, are left alone (see `left`).
     seed: of the random score.

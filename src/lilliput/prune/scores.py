@@ -39,7 +39,7 @@ def taylor(weight: Tensor, *, gradient: Tensor) -> Tensor:
 
 def wanda(weight: Tensor, *, input_norm: Tensor) -> Tensor:
     """|w| ||x||_2, with ||x||_2 the norm of the input feature that w multiplies. The paper compares within each output:
-    pattern="rows".
+    pattern="even".
 
     Source: Sun, Liu, Bair and Kolter, A simple and effective pruning approach for large language models, ICLR 2024,
     arXiv:2306.11695, equation 1.

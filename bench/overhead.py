@@ -1,0 +1,104 @@
+"""What a code costs while training: steps with a mask or a quantizer against dense steps, interleaved, one thread.
+
+python bench/overhead.py NETWORKS.py [rounds]    writes results/bench/overhead.json
+
+NETWORKS.py defines ResNet20 (28x28) and MLP (40 values). Every round takes a few steps of each variant in turn, so that a
+change of the machine's load meets all of them, and is timed by the processor's clock; the figure is the median over the rounds of the ratio to dense.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lilliput.prune.prune import Prune
+from lilliput.quant.quantize import Quantize
+
+ROOT = Path(__file__).parents[1]
+BATCH = 64
+
+
+def stepper(model: nn.Module, x: torch.Tensor, y: torch.Tensor, rule: Prune | None = None) -> Callable[[int], None]:
+    """A function that takes so many training steps."""
+    model.train()
+    states = {} if rule is None else rule.begin(model, None, None, 10**6)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    done = 0
+
+    def steps(count: int) -> None:
+        nonlocal states, done
+        for _ in range(count):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            if rule is not None:
+                states = rule.on_step(states, model, done, 10**6)
+            done += 1
+
+    return steps
+
+
+def measure(make: Callable[[], nn.Module], shape: tuple[int, ...], count: int, rounds: int) -> dict[str, object]:
+    """Processor milliseconds a step of every variant, and the ratio of each to dense."""
+    x, y = torch.randn(BATCH, *shape), torch.randint(0, 10, (BATCH,))
+    variants = {
+        "dense": stepper(make(), x, y),
+        "mask": stepper(Prune(0.9)(make(), None, None), x, y),
+        "mask, gradual": stepper(make(), x, y, Prune(0.9)),
+        "quantizer, 8 bits": stepper(Quantize(8, biases="float32")(make(), None, None), x, y),
+        "quantizer, 4 bits, float16 biases": stepper(Quantize(4)(make(), None, None), x, y),
+        "mask and quantizer": stepper(Quantize(4, biases="float32")(Prune(0.9)(make(), None, None), None, None), x, y),
+    }
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for round_ in range(rounds + 1):
+        for name, steps in variants.items():
+            start = time.process_time()
+            steps(count)
+            if round_:
+                times[name].append((time.process_time() - start) / count * 1000)
+    found: dict[str, object] = {}
+    for name, values in times.items():
+        ratio = np.array(values) / np.array(times["dense"])
+        low, middle, high = np.quantile(ratio, [0.25, 0.5, 0.75])
+        found[name] = {"ms_per_step": round(float(np.median(values)), 3), "ratio": round(float(middle), 4),
+                       "ratio_quartiles": [round(float(low), 4), round(float(high), 4)]}
+        print(f"{name:36s}{np.median(values):9.2f} ms{middle:8.3f} x dense [{low:.3f}, {high:.3f}]", flush=True)
+    return found
+
+
+def main() -> None:
+    """Measure both networks and write the record."""
+    torch.set_num_threads(1)
+    spec = importlib.util.spec_from_file_location("networks", sys.argv[1])
+    assert spec is not None and spec.loader is not None
+    networks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(networks)
+    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 20
+    before = os.getloadavg()[0]
+    results = {"ResNet-20": measure(networks.ResNet20, (1, 28, 28), 1, rounds),
+               "MLP": measure(networks.MLP, (40,), 50, rounds)}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    record = {
+        "what": f"processor milliseconds a training step at batch {BATCH}, one thread, {rounds} interleaved rounds",
+        "command": "python bench/overhead.py NETWORKS.py " + str(rounds), "results": results,
+        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "os": platform.system(),
+                    "load_before": before, "load_after": os.getloadavg()[0]},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": commit.stdout.strip(),
+    }
+    path = ROOT / "results" / "bench" / "overhead.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
