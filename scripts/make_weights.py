@@ -1,4 +1,4 @@
-"""Train the dense networks that come with lilliput: `python scripts/make_weights.py [NAME ...]`, one thread, fixed seeds.
+"""Train the networks that come with lilliput: `python scripts/make_weights.py [NAME ...]`, one thread, fixed seeds.
 
 Each is trained on its task's train split under an augmentation that never repeats, and the weights kept are a running
 average; val and test are only reported. They are written to src/lilliput/data/weights/NAME.safetensors, about ten
