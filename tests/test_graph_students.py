@@ -216,6 +216,10 @@ def test_a_student_inherits() -> None:
     counts = student(model, IMAGE, remove=["layer1.0"], widths={"conv": 6, "layer1.1.conv1": 3, "layer1.0.conv1": 2})
     assert (counts.conv.out_channels, counts.layer1[1].conv1.out_channels) == (6, 3)
     assert counts.layer2[1].conv1.out_channels == 16
+    third = student(model, IMAGE, target=0.3, multiple=2)
+    assert sum(p.numel() for p in third.parameters()) <= 0.3 * sum(p.numel() for p in model.parameters())
+    with pytest.raises(ValueError, match="give one of width, widths and target"):
+        student(model, IMAGE, target=0.3, width=0.5)
     with pytest.raises(KeyError, match="no group 'con'"):
         student(model, IMAGE, widths={"con": 6})
     with pytest.raises(ValueError, match="init must be"):
@@ -250,3 +254,10 @@ def test_text_student() -> None:
     small = student(model, TEXT, remove=["encoder.layer.0"], width=0.5)
     assert small.encoder.layer[1].i.out_features == 8 and small.encoder.layer[1].q.out_features == 8
     assert small(**TEXT)["last_hidden_state"].shape == (1, 5, 8)
+
+
+def test_half_precision_keeps_its_type() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.GRU(8, 8, batch_first=True)).to(torch.bfloat16).eval()
+    x = torch.rand(1, 3, 4, dtype=torch.bfloat16)
+    small = student(model, x, width=0.5)
+    assert small[1].input_size == 4 and all(p.dtype == torch.bfloat16 for p in small.parameters())

@@ -20,7 +20,7 @@ class StandIn(nn.Module):
 
     def __init__(self, layer: nn.RNNBase) -> None:
         super().__init__()
-        self.linear = nn.Linear(layer.input_size, layer.hidden_size)
+        self.linear = nn.Linear(layer.input_size, layer.hidden_size).to(cast(Tensor, layer.weight_ih_l0))
         self.batch_first, self.copies = layer.batch_first, layer.num_layers * (2 if layer.bidirectional else 1)
         self.bidirectional, self.cell = layer.bidirectional, isinstance(layer, nn.LSTM)
 
@@ -65,7 +65,7 @@ def narrow_(layer: nn.RNNBase, hidden: Tensor | None, inputs: Tensor | None) -> 
 
 def silence_(layer: nn.RNNBase, hidden: Tensor) -> None:
     """Zero every column that reads the hidden units `hidden` inside the layer: they run, nobody inside hears them."""
-    size = layer.hidden_size
+    size, hidden = layer.hidden_size, hidden.to(cast(Tensor, layer.weight_hh_l0).device)
     for name in [n for group in layer._all_weights for n in group]:
         w = cast(Tensor, getattr(layer, name)).detach().clone()
         if name.startswith("weight_hh"):

@@ -90,6 +90,7 @@ def channels(layer: nn.Module, side: str, tensor: str) -> int | None:
 def narrow_(layer: nn.Module, out: Tensor | None, inputs: Tensor | None) -> None:
     """Keep the channels `out` of the layer's output and `inputs` of its input (sorted indices; None keeps all)."""
     m = cast(Any, layer)
+    out, inputs = _beside(layer, out), _beside(layer, inputs)
     if isinstance(layer, nn.RNNBase):
         recurrent.narrow_(layer, out, inputs)
         return
@@ -108,6 +109,12 @@ def narrow_(layer: nn.Module, out: Tensor | None, inputs: Tensor | None) -> None
         if buffer is not None and buffer.ndim:
             m._buffers[name] = buffer[out].clone()
     _resize_(m, len(out))
+
+
+def _beside(layer: nn.Module, index: Tensor | None) -> Tensor | None:
+    """The index on the device of the layer's tensors."""
+    held = next((t for t in (*layer.parameters(), *layer.buffers())), None)
+    return index if index is None or held is None else index.to(held.device)
 
 
 def _resize_(m: Any, size: int) -> None:
@@ -136,13 +143,14 @@ def _parameter_(layer: nn.Module, name: str, value: Tensor) -> None:
 
 def _grouped(weight: Tensor, inputs: Tensor, groups: int, size: int) -> Tensor:
     """Columns of a grouped convolution (out, in / groups, ...): each group keeps its own."""
-    kept = inputs.view(groups, -1) - torch.arange(groups)[:, None] * (size // groups)
+    kept = inputs.view(groups, -1) - torch.arange(groups, device=inputs.device)[:, None] * (size // groups)
     rows = weight.unflatten(0, (groups, -1))
     return torch.cat([rows[g][:, kept[g]] for g in range(groups)])
 
 
 def silence_(layer: nn.Module, inputs: Tensor) -> None:
     """Zero what reads the input channels `inputs`: the same function as removing them, at the old size."""
+    inputs = cast(Tensor, _beside(layer, inputs))
     if isinstance(layer, nn.RNNBase):
         for name in [n for n in _names(layer) if n.startswith("weight_ih_l0")]:
             _parameter_(layer, name, cast(Tensor, getattr(layer, name)).detach().index_fill(1, inputs, 0))

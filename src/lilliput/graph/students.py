@@ -1,7 +1,7 @@
 """Students: narrower and shallower copies of a network, with weights inherited from it or drawn anew."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from lilliput.graph.channels import groups, remove_channels
 from lilliput.graph.stride import set_stride
 from lilliput.graph.trace import copied
 from lilliput.graph.widths import Scores, kept, magnitude, rounded, uniform
+from lilliput.graph.widths import widths as allocated
 
 
 def student(
@@ -23,6 +24,8 @@ def student(
     pool: Iterable[str] = (),
     width: float = 1.0,
     widths: Mapping[str, int] | None = None,
+    target: float = 1.0,
+    of: Literal["values", "macs"] = "values",
     multiple: int = 1,
     scores: Scores | None = None,
     init: str = "dense",
@@ -32,7 +35,8 @@ def student(
 
     remove: paths of blocks that go (see `removable`). stride: convolutions that take twice their stride, pool: those
     that read an input of half the size (see `set_stride`). width: the share of every group's channels that stays,
-    rounded to `multiple`; widths: counts by group name instead (a group that its blocks took with them is skipped).
+    rounded to `multiple`; widths: counts by group name instead (a group that its blocks took with them is skipped);
+    target: the share of what the copy has of values or MACs by then, allocated by `lilliput.graph.widths` instead.
     The channels with the highest `scores` stay (default: magnitude). init: "dense" inherits the weights, "random" calls
     each module's `reset_parameters` under a generator seeded with `seed`.
 
@@ -50,15 +54,19 @@ def student(
         small = set_stride(small, example, name, 2)
     for name in pool:
         small = set_stride(small, example, name, 2, pool=True)
-    if widths is not None or width != 1.0:
+    if sum((width != 1.0, widths is not None, target != 1.0)) > 1:
+        raise ValueError("student: give one of width, widths and target, got more.")
+    if widths is not None or width != 1.0 or target != 1.0:
         found = groups(small, example)
+        best = {**magnitude(small, found), **(scores or {})}
         counts = uniform(found, width, multiple)
+        if target != 1.0:
+            counts = allocated(small, example, found, target, best, of=of, round_to=multiple)
         if widths is not None:
             known, before = {g.name: g for g in found}, dict(model.named_modules())
             if unknown := [name for name in widths if name not in known and name not in before]:
                 raise KeyError(f"student: no group '{unknown[0]}'. {near(unknown[0], known)}")
             counts |= {name: rounded(known[name], count) for name, count in widths.items() if name in known}
-        best = {**magnitude(small, found), **(scores or {})}
         small = remove_channels(small, example, kept(found, best, counts), found)
     return reset(small, seed) if init == "random" else small
 

@@ -83,7 +83,7 @@ def _sums(modules: dict[str, nn.Module], group: Group, each: Callable[[Tensor], 
         if not isinstance(layer, (*slicing.MAPS, *slicing.TABLES)):
             continue
         for name, p in layer.named_parameters(recurse=False):
-            sums = slicing.per_channel(layer, part.side, name, each(p))
+            sums = slicing.per_channel(layer, part.side, name, each(p).cpu())
             if sums is not None:
                 yield torch.zeros(group.size).index_add_(0, torch.tensor(part.channel), sums[torch.tensor(part.index)])
 
