@@ -405,3 +405,64 @@ def test_widths_round_to_multiples() -> None:
     assert [rounded(group, w, 8) for w in (25, 24.9, 13, 11, 1)] == [25, 24, 16, 8, 8]
     assert rounded(Group("g", 6, (), (0,) * 6), 3, 8) == 3
     assert rounded(Group("g", 6, (), (0,) * 6, "it is the output"), 3) == 6
+
+
+class Mixer(nn.Module):
+    """A transposed feed-forward: Torch-Pruning takes positions for channels there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.t1, self.t2 = nn.Linear(4, 8), nn.Linear(6, 10), nn.Linear(10, 6)
+        self.c1, self.c2, self.f = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.e(x)
+        x = x + self.t2(F.gelu(self.t1(x.transpose(1, 2)))).transpose(1, 2)
+        return self.f((x + self.c2(F.gelu(self.c1(x)))).mean(1))
+
+
+class Squeeze(nn.Module):
+    """Channels that are multiplied by what was computed from their own means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.r, self.e, self.o = (
+            nn.Conv2d(3, 16, 3),
+            nn.Conv2d(16, 4, 1),
+            nn.Conv2d(4, 16, 1),
+            nn.Conv2d(16, 8, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(self.a(x))
+        gate = self.e(F.silu(self.r(h.mean((2, 3), keepdim=True)))).sigmoid()
+        return self.o(h * gate).mean((2, 3))
+
+
+class Shuffle(nn.Module):
+    """Half of the channels pass through a convolution, then the halves are shuffled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 16, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(16, 8, 1)
+        self.f = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = self.a(x).chunk(2, 1)
+        h = torch.cat([u, self.b(v)], 1).unflatten(1, (2, 8)).transpose(1, 2).flatten(1, 2)
+        return self.f(self.c(h).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "free"),
+    [(Mixer, (1, 6, 4), {"t1", "c1"}), (Squeeze, (1, 3, 7, 7), {"a", "r"}), (Shuffle, (1, 3, 5, 5), {"c"})],
+)
+def test_harder_shapes_are_narrowed_where_they_can_be(
+    build: type[nn.Module], shape: tuple[int, ...], free: set[str]
+) -> None:
+    torch.manual_seed(0)
+    model, x = build().eval(), torch.randn(shape)
+    found = groups(model, x)
+    assert {g.name for g in found if g.removable} == free
+    scores, counts = magnitude(model, found), uniform(found, 0.5, 1)
+    assert remove_channels(model, x, kept(found, scores, counts), found)(x).shape == model(x).shape

@@ -77,8 +77,8 @@ def _product(p: Tensor) -> Tensor:
 
 
 def _sums(modules: dict[str, nn.Module], group: Group, each: Callable[[Tensor], Tensor]) -> Iterable[Tensor]:
-    """For every coupled tensor, the sum of each(parameter) over each of the group's channels."""
-    for part in group.parts:
+    """For every coupled tensor, the sum of each(parameter) over each of the group's channels; none where they stay."""
+    for part in group.parts if group.removable else ():
         layer = modules[part.layer]
         if not isinstance(layer, (*slicing.MAPS, *slicing.TABLES)):
             continue
