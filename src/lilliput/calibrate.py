@@ -53,7 +53,7 @@ def statistics(model: nn.Module, task: Task | None, names: Iterable[str], needs:
         return found
     listeners = {}
     if "input_norm" in needs or "input_second_moment" in needs:
-        listeners = {name: _listen(plain, name) for name in names if _sees_inputs(plain, name)}
+        listeners = {name: _listen(plain, name) for name in names if sees_inputs(plain, name)}
     squares = _run(plain, task, names if "gradient" in needs else [], examples, batch_size, seed)
     for name, square in squares.items():
         found[name]["gradient"] = square.sqrt()
@@ -104,11 +104,13 @@ def _drawn(task: Task, output: Tensor, generator: torch.Generator) -> Tensor:
     return signs.to(output)
 
 
-def _sees_inputs(model: nn.Module, name: str) -> bool:
+def sees_inputs(model: nn.Module, name: str) -> bool:
+    """Whether the inputs that meet a tensor can be seen: those of a linear or convolutional module that is called."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    return attribute == "weight" and (isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-                                      or type(module).__name__ == "Conv1D")
+    called = not (path and isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention))
+    return attribute == "weight" and called and (isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+                                                 or type(module).__name__ in ("Conv1D", "ParametrizedConv1D"))
 
 
 class _Listener:

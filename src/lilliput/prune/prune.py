@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lilliput.calibrate import FROM_DATA, Statistics, statistics
+from lilliput.calibrate import FROM_DATA, Statistics, sees_inputs, statistics
 from lilliput.code.base import attach, codes, copy_model, find, holders, parameter_names
 from lilliput.code.masked import Masked
 from lilliput.errors import NotSupported, near
@@ -133,7 +133,7 @@ class Prune(Stage, Rule):
                 if name not in tensors:
                     raise ValueError(f"Prune: allocation must name tensors of the model, got {name!r}. "
                                      f"{near(name, tensors)}")
-        seen = codes(model)
+        seen, wanted = codes(model), scores.needs(scores.lookup(self.score))
         for name in names:
             if name not in seen and len(holders(model, name)) > 1:
                 left[name] = "its weights are tied to another layer's"
@@ -142,6 +142,9 @@ class Prune(Stage, Rule):
                 pattern.check(tuple(tensors[name].shape))
             except ValueError as error:
                 left[name] = str(error)
+                continue
+            if "input_norm" in wanted and not sees_inputs(model, name):
+                left[name] = f"the score {self.score!r} needs its inputs, which no module shows"
                 continue
             if name in seen and not isinstance(seen[name][0], Masked):
                 raise NotSupported(f"Prune: {name} must be plain or masked, but is stored by "

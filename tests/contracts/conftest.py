@@ -1,0 +1,75 @@
+"""The methods of the registry as test parameters. A method with settings that have no default needs a line in MADE."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lilliput import registry
+from lilliput.recipe import Recipe
+from lilliput.task import Task
+
+CHECKER = torch.arange(6 * 18).reshape(6, 18) % 3 != 0
+
+MADE: dict[str, list[dict[str, Any]]] = {
+    "LowRank": [{"rank": 2}],
+    "Masked": [{"mask": CHECKER}, {"mask": torch.arange(6)[:, None].expand(6, 18) != 2, "block": (1, 18)}],
+    "Uniform": [{}, {"bits": 4, "per": 9, "symmetric": False}, {"bits": 2, "per": "tensor", "range": "minmax"}],
+    "Train": [{"steps": 2}],
+    "Prune": [{"sparsity": 0.5}, {"sparsity": 0.4, "score": "taylor", "pattern": "block 2x1", "allocation": "erk"},
+              {"sparsity": 0.5, "score": "wanda", "pattern": "2:4", "where": "3"},
+              {"allocation": [["3.weight", 0.5]], "score": "random", "every": 1}],
+    "Quantize": [{}, {"bits": 3, "per": "tensor", "symmetric": False, "biases": "float32",
+                      "allocation": [["7.weight", 8]]}],
+    "Factorize": [{"rank": 2}, {"energy": 0.5}, {"budget": 0.7}, {"allocation": [["3.weight", 3]]}],
+    "Features": [{"paths": ["0", "3"]}],
+}
+
+
+def made(kind: str) -> list[Any]:
+    """One `pytest.param` for each way of making each method of a kind."""
+    found = []
+    for entry in registry.methods():
+        if kind in entry.kinds:
+            for i, settings in enumerate(MADE.get(entry.name, [{}])):
+                found.append(pytest.param((entry, settings), id=f"{entry.name}{i or ''}"))
+    return found
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    for kind in ("code", "stage", "rule"):
+        if kind in metafunc.fixturenames:
+            metafunc.parametrize(kind, made(kind.title()), indirect=True)
+
+
+@pytest.fixture
+def code(request: Any) -> Any:
+    """A function that makes the code anew."""
+    entry, settings = request.param
+    return lambda: entry.load()(**settings)
+
+
+@pytest.fixture
+def stage(request: Any) -> Any:
+    entry, settings = request.param
+    return Recipe.parse([{"stage": entry.name, **settings}]).stages[0]
+
+
+rule = stage
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1),
+                        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+    net(torch.randn(16, 2, 5, 5))
+    return net.eval()
+
+
+@pytest.fixture
+def task() -> Task:
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(24, 2, 5, 5, generator=generator), torch.arange(24) % 4
+    return Task("tiny", train=(x, y), val=(x[:8], y[:8]), batch_size=8)
