@@ -118,7 +118,7 @@ def test_inner_theta_can_be_stored_by_another_code(code):
     made = code()
     net, x = coded(code), torch.randn(4, SHAPE[1])
     if not made.inner:
-        with pytest.raises(TypeError, match="[Rr]ealize"):
+        with pytest.raises(TypeError, match=r"[Rr]ealize"):
             attach(net, "0.weight", Uniform(8))
         return
     attach(net, "0.weight", Uniform(8, per="tensor"))

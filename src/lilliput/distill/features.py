@@ -54,25 +54,33 @@ class Features(Rule):
         self._listen(reference.model)
         with torch.no_grad():
             call(reference.model, batch.inputs)
+        dense = {path: _kept(reference.model, path) for path in self.paths}
+        self._stop(reference.model)
         total = output.sum() * 0
         for path in self.paths:
-            mine, theirs = _kept(model, path), _kept(reference.model, path)
+            mine, theirs = _kept(model, path), dense[path]
             total = total + F.mse_loss(F.normalize(_pooled(mine), dim=-1), F.normalize(
                 _project(_pooled(theirs), _pooled(mine).shape[-1]), dim=-1))
         return self.weight * total / len(self.paths)
 
     def end(self, state: State, model: nn.Module) -> State:
+        self._stop(model)
+        return state
+
+    def _stop(self, model: nn.Module) -> None:
         for path in self.paths:
             hooks = model.get_submodule(path)._forward_hooks
             for key in [key for key, hook in hooks.items() if isinstance(hook, _Keep)]:
                 del hooks[key]
-        return state
 
 
 class _Keep:
     """A forward hook that keeps a module's last output."""
 
     value: Tensor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Keep":
+        return _Keep()  # what it kept belongs to the graph of the last forward pass
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.value = output[0] if isinstance(output, tuple) else output
