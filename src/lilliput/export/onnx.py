@@ -712,6 +712,8 @@ class Session:
     Args:
         model: a file, its bytes, or a ModelProto.
         threads: within an operator; operators run one after the other.
+        optimised: a file for the graph as the runtime transformed it.
+        profile: how the names of the runtime's profile begin; `end_profiling` gives the file.
 
     Raises:
         ExportError: if the runtime refuses the model.
@@ -721,7 +723,9 @@ class Session:
     (3, 2)
     """
 
-    def __init__(self, model: str | Path | bytes | ModelProto, threads: int = 1, optimised: str = "") -> None:
+    def __init__(
+        self, model: str | Path | bytes | ModelProto, threads: int = 1, *, optimised: str = "", profile: str = ""
+    ) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -731,6 +735,8 @@ class Session:
         options.log_severity_level = 4 if optimised else 3
         if optimised:
             options.optimized_model_filepath = optimised
+        if profile:
+            options.enable_profiling, options.profile_file_prefix = True, profile
         if threads > 1:
             # Threads that spin between two calls would take the machine from whatever else is timed.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -741,8 +747,9 @@ class Session:
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise ExportError(f"Session: ONNX Runtime must be able to load the model: {str(error)[:400]}") from error
-        self.input_names = [value.name for value in self._session.get_inputs()]
-        self.input_types = [value.type for value in self._session.get_inputs()]
+        self.inputs = list(self._session.get_inputs())
+        self.input_names = [value.name for value in self.inputs]
+        self.input_types = [value.type for value in self.inputs]
 
     def feed(self, inputs: Inputs) -> dict[str, Array]:
         """The inputs by name, in the types that the network takes."""
@@ -760,6 +767,10 @@ class Session:
     def run(self, feed: dict[str, Array]) -> list[Array]:
         """Every output for inputs that `feed` prepared: nothing else happens here, so this is what is timed."""
         return list(self._session.run(None, feed))
+
+    def end_profiling(self) -> str:
+        """Where the runtime wrote its profile."""
+        return str(self._session.end_profiling())
 
     def outputs(self, inputs: Inputs, batch: int = 256) -> Array:
         """The first output for any number of examples, `batch` at a time."""
