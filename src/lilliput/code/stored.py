@@ -315,7 +315,7 @@ class Product:
         if not self.factors:
             raise ValueError("Product: needs at least one factor, got none. Give the matrices whose product it is.")
         try:
-            size = _product([np.empty(factor.shape, np.float32) for factor in self.factors]).size
+            size = _product([np.zeros(factor.shape, np.float32) for factor in self.factors]).size
         except ValueError:
             size = -1
         if size != math.prod(self.shape):

@@ -87,7 +87,8 @@ class _Keep:
 
 
 def _kept(model: nn.Module, path: str) -> Tensor:
-    return next(hook.value for hook in model.get_submodule(path)._forward_hooks.values() if isinstance(hook, _Keep))
+    kept: Tensor = next(hook.value for hook in model.get_submodule(path)._forward_hooks.values() if isinstance(hook, _Keep))
+    return kept
 
 
 def _pooled(h: Tensor) -> Tensor:
