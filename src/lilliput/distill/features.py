@@ -87,8 +87,7 @@ class _Keep:
 
 
 def _kept(model: nn.Module, path: str) -> Tensor:
-    kept: Tensor = next(hook.value for hook in model.get_submodule(path)._forward_hooks.values() if isinstance(hook, _Keep))
-    return kept
+    return next(hook.value for hook in model.get_submodule(path)._forward_hooks.values() if isinstance(hook, _Keep))
 
 
 def _pooled(h: Tensor) -> Tensor:
@@ -101,4 +100,5 @@ def _project(h: Tensor, width: int) -> Tensor:
         return h
     generator = torch.Generator().manual_seed(h.shape[-1] * 65537 + width)
     q, _ = torch.linalg.qr(torch.randn(h.shape[-1], width, generator=generator))
-    return h @ q.to(h)
+    projected: Tensor = h @ q.to(h)
+    return projected
