@@ -33,7 +33,7 @@ class Entry:
 
 
 def _tasks() -> dict[str, Entry]:
-    """Every module-level `TASKS = {name: Entry-like tuple}` of the files of this folder, read without importing them."""
+    """What the files of this folder name in `TASKS = {name: (about, size_bytes, needs)}`, without importing them."""
     found = {}
     for file in sorted(FOLDER.glob("[a-z]*.py")):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:

@@ -4,6 +4,7 @@ import gettext
 import hashlib
 import re
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -17,10 +18,11 @@ from lilliput.task import Task, uniform
 
 TASKS = {"languages": ("n-gram embeddings that tell 79 languages of user-interface strings", 33_600_000, "languages")}
 FEWEST = 290  # strings that a language needs to take part: 79 of them have as many
-MARKUP = re.compile(r"%\(\w+\)[a-z]|%[a-z%]|\{[^}]*\}|<[^>]*>|&\w+;")
+MARKUP = re.compile(r"%(\(\w+\))?[\d.]*[a-z%]|\{[^}]*\}|<[^>]*>|&\w+;")
 VERSION = 1  # rises when the trained weights change
 
 
+@cache
 def strings() -> tuple[list[str], list[str], list[str]]:
     """Distinct translations inside Django, their message ids and their languages, without markup and placeholders.
 

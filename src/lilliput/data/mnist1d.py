@@ -1,6 +1,7 @@
 """Three networks on MNIST-1D, forty values a signal."""
 
 import importlib
+import random
 from functools import cache
 
 import numpy as np
@@ -18,17 +19,30 @@ TASKS = {
 }
 
 
-@cache
-def signals() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """MNIST-1D by its own generator with default arguments: x (4000, 40), y, and 1,000 more held out."""
+def _draw(**changes: int | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     package_file("mnist1d", "data.py", install="lilliput[mnist1d]")
     generator = importlib.import_module("mnist1d.data")
-    state = np.random.get_state()
-    data = generator.make_dataset(generator.get_dataset_args())
+    arguments = generator.get_dataset_args()
+    vars(arguments).update(changes)
+    state, other = np.random.get_state(), random.getstate()
+    data = generator.make_dataset(arguments)
     np.random.set_state(state)
+    random.setstate(other)
     x, held = (torch.from_numpy(data[name].astype(np.float32)) for name in ("x", "x_test"))
     y, held_y = (torch.from_numpy(data[name].astype(np.int64)) for name in ("y", "y_test"))
     return x, y, held, held_y
+
+
+@cache
+def signals() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """MNIST-1D by its own generator with default arguments: x (4000, 40), y, and 1,000 more held out."""
+    return _draw()
+
+
+def fresh(count: int = 10_000, seed: int = 43) -> tuple[Tensor, Tensor]:
+    """`count` other signals and their labels, drawn with another seed: to judge more finely than 1,000 can."""
+    x, y, _, _ = _draw(num_samples=count, seed=seed, train_split=1.0)
+    return x, y
 
 
 def jitter(inputs: Tensor, seeds: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class SentenceBert(nn.Module):
     """Unit vectors for texts: (n, length) token ids and their mask, int64 -> (n, width).
 
     The mean of the last layer over the tokens that the mask keeps, divided by its norm. With the default arguments it
-    has the shape of all-MiniLM-L6-v2: 22,564,992 values. The row for the first of BERT's two token types, the only
+    has the shape of all-MiniLM-L6-v2: 22,564,608 values. The row for the first of BERT's two token types, the only
     one that single texts use, is part of `position`.
 
     Example:

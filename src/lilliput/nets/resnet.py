@@ -9,7 +9,7 @@ class Block(nn.Module):
     """Two 3x3 convolutions around a shortcut: relu(F(x) + S(x)).
 
     Shapes: (n, channels_in, height, width) -> (n, channels_out, height / stride, width / stride). The shortcut S is the
-    identity where the shape stays and a 1x1 convolution with batch normalisation where it changes (the paper's option B).
+    identity where the shape stays, else a 1x1 convolution with batch normalisation (the paper's option B).
     """
 
     def __init__(self, channels_in: int, channels_out: int, stride: int = 1) -> None:
