@@ -81,7 +81,7 @@ def main() -> None:
         RECORD.parent.mkdir(exist_ok=True)
         shutil.copyfile(sys.argv[1], RECORD)
     if not RECORD.exists():
-        raise SystemExit(f"readme: {RECORD} must exist. Run `make demo`, then: {sys.argv[0]} lilliput-demo/summary.json")
+        raise SystemExit(f"readme: {RECORD} must exist. Run make demo, then: {sys.argv[0]} lilliput-demo/summary.json")
     summary = json.loads(RECORD.read_text(encoding="utf-8"))
     from lilliput.report.picture import picture
 

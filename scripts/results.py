@@ -31,9 +31,9 @@ def render(folder: Path) -> str:
     found = read(folder)
     blocks = [
         "# Results",
-        "Made by `make readme` from the records in [results/](results/); nothing here is typed in. A ratio compares two "
-        "measurements of one interleaved run. Sizes are lengths of files. A loss is on data that was not tuned on, in "
-        "points of the metric, and its interval is the central 95%.",
+        "Made by `make readme` from the records in [results/](results/); nothing here is typed in. A ratio compares "
+        "two measurements of one interleaved run. Sizes are lengths of files. A loss is on data that was not tuned "
+        "on, in points of the metric, and its interval is the central 95%.",
     ]
     if found["jobs"]:
         blocks += ["## Jobs", results(found["jobs"].values())]

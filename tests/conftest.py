@@ -1,6 +1,9 @@
 """Every test runs on one thread and without a network."""
 
+import ipaddress
 import os
+import socket
+import sys
 
 # Before torch and numpy are imported: the default pool makes small tensors ten times slower on a busy machine.
 for pool in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -9,11 +12,7 @@ for offline in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ[offline] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import ipaddress
-import socket
-import sys
-
-import torch
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
