@@ -41,6 +41,7 @@ class Reference:
     def __post_init__(self) -> None:
         self._outputs: dict[int, Tensor] = {}
         self._known: dict[int, Tensor] = {}
+        self._whole: set[int] = set()
         self.model.eval()
 
     def outputs(self, index: Tensor, draw: int) -> Tensor:
@@ -48,12 +49,15 @@ class Reference:
         draw = draw % self.task.draws
         if draw not in self._outputs:
             self.prepare(draw)
-        known, table = self._known[draw], self._outputs[draw]
-        missing = index[~known[index]]
-        if len(missing):
-            table[missing] = predict(self.model, self.task.inputs(missing, draw)).to(table.dtype)
-            known[missing] = True
+        table = self._outputs[draw]
+        if draw not in self._whole:
+            known = self._known[draw]
+            missing = index[~known[index]]
+            if len(missing):
+                table[missing] = predict(self.model, self.task.inputs(missing, draw)).to(table.dtype)
+                known[missing] = True
             if bool(known.all()):
+                self._whole.add(draw)
                 self.save(draw, table)
         return table[index]
 
@@ -61,6 +65,7 @@ class Reference:
         """Make room for an augmentation's outputs, from the store where they are."""
         if draw in self._outputs:
             return
+        self.task.prepare(draw)
         stored, count = self.load(draw), self.task.examples
         if stored is None:
             with torch.no_grad():
@@ -68,6 +73,7 @@ class Reference:
             stored, known = torch.zeros(count, *shape), torch.zeros(count, dtype=torch.bool)
         else:
             known = torch.ones(count, dtype=torch.bool)
+            self._whole.add(draw)
         self._known[draw] = known
         self._outputs[draw] = stored
 

@@ -18,6 +18,7 @@ from lilliput.errors import near
 
 Inputs = Tensor | dict[str, Tensor] | tuple[Tensor, ...]
 Model = Callable[..., Any]
+KEPT_BYTES = 2**30
 
 
 def uniform(seeds: Tensor, count: int) -> Tensor:
@@ -197,6 +198,7 @@ class Task:
     ) -> None:
         self.name, self.augment, self.batch_size = name, augment, batch_size
         self.draws = draws if augment is not None else 1
+        self._augmented: dict[int, Any] = {}
         self._splits = {"train": _read(name, "train", train), "val": _read(name, "val", val)}
         if test is not None:
             self._splits["test"] = _read(name, "test", test)
@@ -248,10 +250,20 @@ class Task:
 
     def inputs(self, index: Tensor, draw: int) -> Any:
         """Training inputs `index` under augmentation number `draw`: the same tensors whenever they are asked for."""
-        inputs = take(self._pool, index)
         if self.augment is None:
-            return inputs
-        return self.augment(inputs, _mix(index * 65537 + draw % self.draws + 1))
+            return take(self._pool, index)
+        draw = draw % self.draws
+        table = self._augmented.get(draw)
+        if table is not None:
+            return take(table, index)
+        return self.augment(take(self._pool, index), _mix(index * 65537 + draw + 1))
+
+    def prepare(self, draw: int) -> None:
+        """Augment every training example once and keep the result, where memory allows it."""
+        size = sum(leaf.numel() * leaf.element_size() for leaf in leaves(self._pool))
+        if self.augment is not None and draw % self.draws not in self._augmented and size * self.draws <= KEPT_BYTES:
+            parts = [self.inputs(index, draw) for index in torch.arange(self.examples).split(1024)]
+            self._augmented[draw % self.draws] = _concatenate(parts)
 
     def batch(self, index: Tensor, draw: int) -> Batch:
         """The batch of examples `index` under augmentation `draw`."""

@@ -27,7 +27,8 @@ class Train(Stage):
 
     lr: a number or schedule of the step. until: stop there, at a rung of the same schedule (None: run it to the end);
     training on from a rung gives the same numbers as never having stopped. optimizer: "adamw" or "sgd" (momentum 0.9,
-    Nesterov). weight_decay applies to tensors of two and more dimensions. clip: largest norm of the whole gradient.
+    Nesterov). weight_decay applies to tensors of two and more dimensions. clip: largest norm of the whole gradient (0: as it
+    is).
 
     Raises ValueError for steps or until below 1; Diverged when the loss is not finite.
     """
@@ -39,7 +40,7 @@ class Train(Stage):
     batch_size: int | None = None
     optimizer: str = "adamw"
     weight_decay: float = 1e-4
-    clip: float = 5.0
+    clip: float = 0.0
     seed: int = 0
     until: int | None = None
 
@@ -111,10 +112,10 @@ def fit(
         for i, rule in enumerate(stage.rules):
             states[i] = rule.on_grad(states[i], model, step, stage.steps)
         if stage.clip:
-            norm = nn.utils.clip_grad_norm_(parameters, stage.clip, foreach=True)
-            if step % 20 == 0 and not bool(torch.isfinite(norm)):
-                raise Diverged(f"Train: the loss must stay finite, got a gradient of norm {float(norm)} at step "
-                               f"{step}. Lower the learning rate.")
+            nn.utils.clip_grad_norm_(parameters, stage.clip, foreach=True)
+        if step % 20 == 0 and not bool(torch.isfinite(loss)):
+            raise Diverged(f"Train: the loss must stay finite, got {float(loss)} at step {step}. Lower the learning "
+                           "rate.")
         optimizer.step()
         for i, rule in enumerate(stage.rules):
             states[i] = rule.on_step(states[i], model, step, stage.steps)

@@ -251,6 +251,6 @@ def _write(search: "Search", winner: Point | None, summary: dict[str, Any]) -> N
     summary["files"] = sizes
     encoded = json.dumps(summary, indent=1, allow_nan=False).encode()
     write(folder / "summary.json", lambda file: file.write(encoded))
-    from lilliput.report import page
+    from lilliput.report.page import write as write_page
 
-    page.write(folder)
+    write_page(folder)

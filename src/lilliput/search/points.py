@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from lilliput.code.base import pack, realize
 from lilliput.code.stored import Grid, Plain, Product, Sparse, Stored
+from lilliput.cost.count import count
+from lilliput.cost.measure import latency
 from lilliput.errors import ExportError
 from lilliput.export import onnx as onnx_export
 from lilliput.export import pack as pack_format
@@ -136,20 +138,28 @@ class Press:
                 own = self.structure(plain, f"{topology} {key}")
                 return self.finished(own.write(stored), own, stored, plain, name, recipe, key, model)
 
+    def price(self, structure: Any, plain: nn.Module, objective: str) -> float:
+        """MACs of a structure, or the median of a short measurement of its float32 artifact."""
+        proto = structure.write(pack(plain))
+        if objective == "macs":
+            return float(count(proto, self.task.example).macs)
+        with self.clock.on("measure"):
+            session = onnx_export.Session(proto)
+            return latency({"it": session}, self.task.example, seconds=0.1)["it"].median_ms
+
     def finished(self, proto: Any, structure: Any, stored: dict[str, Stored], plain: nn.Module | Callable[..., Any],
                  name: str, recipe: list[dict[str, Any]], key: str, model: nn.Module | None) -> Point:
         """Score and weigh a written artifact."""
         inputs, _ = self.task.split("val")
         outputs = torch.from_numpy(np.array(onnx_export.Session(proto).outputs(inputs)))
         expected = predict(plain, inputs)
-        agreement = onnx_export.verify(outputs.numpy(), expected.numpy(), quantized=not _is_float(stored))
+        agreement = onnx_export.verify(outputs.numpy(), expected.numpy(), exact=_is_float(stored), who=name)
         score = self.task.rate(outputs, "val")
         dense = outputs if self.dense is None else self.dense.score.outputs
-        cost = pack_format.size(structure.proto, stored)
+        packed = pack_format.size(structure.fill(stored), stored)
         return Point(name, recipe, key, proto, structure, stored, score,
-                     float(self.task.divergence(outputs, dense).mean()), proto.ByteSize(), cost.size_bytes,
-                     sum(values(s) for s in stored.values()), onnx_export.macs(proto, self.task.example), agreement,
-                     model)
+                     float(self.task.divergence(outputs, dense).mean()), proto.ByteSize(), packed.size_bytes,
+                     sum(values(s) for s in stored.values()), count(proto, self.task.example).macs, agreement, model)
 
 
 def _is_float(stored: dict[str, Stored]) -> bool:

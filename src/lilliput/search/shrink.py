@@ -7,6 +7,7 @@ scores every artifact in the runtime it is for, and chooses with the optimism of
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -48,6 +49,7 @@ from lilliput.train import Diverged, Train, fit
 
 OBJECTIVES = ("size", "latency", "macs")
 RUNGS = (1 / 16, 1 / 4)
+LABELS = (0.3, 10.0)
 FAILURES = (Diverged, ExportError, NotSupported, ValueError, RuntimeError)
 
 
@@ -77,6 +79,7 @@ def shrink(
     workers: int | None = None,
     show: Silent | None = None,
     command: str | None = None,
+    device: str = "cpu",
 ) -> Result:
     """The smallest (fastest, cheapest) network made from `model` that loses at most `floor` on data not tuned on.
 
@@ -156,7 +159,7 @@ class Search:
         self.space = Space()
         self.left: list[tuple[str, str]] = []
         self.batch = batch_size_for(task)
-        self.supervised = 0.3 if task.split("train")[1] is not None else 0.0
+        self.labels = LABELS if task.split("train")[1] is not None else (0.0,)
         self._lock = threading.Lock()
 
     def _cheaper(self, task: Task) -> Task:
@@ -225,7 +228,8 @@ class Search:
                 missed[name] = float(self.task.divergence(without, dense).mean())
             self.space = Space(tuple(sorted(missed, key=missed.__getitem__)),
                                tuple(earlier_stride(self.model, example))[:1],
-                               any(group.removable for group in found), tables(self.model), tuple(self.left))
+                               any(group.removable for group in found), tables(self.model), self.labels,
+                               tuple(self.left))
         self.show.advance(f"{len(self.space.blocks)} blocks can go")
 
     def trainable(self) -> bool:
@@ -234,9 +238,10 @@ class Search:
             return False
         if self.trials is not None:
             return True
-        speed = self._speed(self.model, f"speed-{self.shop.start}")
+        small = self.space.recipe(self.space.first()[0])
+        speed = self._speed(self.shop.make(small), f"speed-{self.shop.key(small)}")
         steps = speed * self.clock.left(0.6) * self.workers
-        if steps < 1500:
+        if steps < 1000:
             self.left.append(("training", f"{steps:.0f} steps fit into the budget, too few to train a student"))
             return False
         return True
@@ -254,8 +259,9 @@ class Search:
         self.slot = 0.88 * self.workers * self.clock.left(0.93) / share
         with self.clock.on("train"):
             self._teach(pool)
-        sampler = optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=6, multivariate=True,
-                                             warn_independent_sampling=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # optuna calls multivariate sampling experimental, at each construction
+            sampler = optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=6, multivariate=True)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
         for plan in self.space.first():
@@ -320,7 +326,7 @@ class Search:
         kept = self.store.record(key)
         if kept:
             return float(kept["steps_per_s"])
-        stage = training(1000, self.batch, 1e-4, self.seed, self.supervised)
+        stage = training(1000, self.batch, 1e-4, self.seed, self.labels[0])
         with self.clock.on("train"):
             seconds = []
             first = self.clock.now
@@ -351,7 +357,7 @@ class Search:
 
     def _trained(self, plan: Plan, until: float | None = None) -> Recipe:
         full, _ = self._schedule(plan)
-        stage = training(full, self.batch, self._lr(plan), self.seed, self.supervised,
+        stage = training(full, self.batch, self._lr(plan), self.seed, plan.labels,
                          None if until is None else max(1, int(full * until)))
         return self.space.recipe(plan) + stage
 
@@ -368,7 +374,7 @@ class Search:
             inputs, _ = self.task.split("val")
             outputs = predict(model, inputs)
             row = {"kind": "rung", "name": plan.name(), "until": until,
-                   "distance": float(self.task.divergence(outputs, self.dense.score.outputs).mean()),
+                   "distance": self._rank(outputs),
                    "drop": self.task.loss_of(self.dense.score.value, self.task.rate(outputs, "val").value),
                    "price": self._price(model, plan), "values": count_values(model)}
         except FAILURES as error:
@@ -377,6 +383,14 @@ class Search:
             self.tried.append(row)
         self.store.put(key, row)
         return row
+
+    def _rank(self, outputs: torch.Tensor) -> float:
+        """What structures are ranked by while they train, far steadier than a metric: the task's own loss on val where
+        there are labels (a student may come to know better than the dense network), else the distance from it."""
+        targets = self.task.split("val")[1]
+        if targets is not None:
+            return float(self.task.loss(outputs, targets))
+        return float(self.task.divergence(outputs, self.dense.score.outputs).mean())
 
     def _price(self, model: nn.Module, plan: Plan) -> float:
         """What a structure costs by the objective: packed bytes at four bits, or the layers' milliseconds or MACs."""
@@ -428,7 +442,7 @@ class Search:
             losses = sensitivity.by_bits(table)
             allocation = tuple(sorted(allocate_bits(losses, sizes, int(which.bits * sum(sizes.values()))).items()))
         _, steps = self._schedule(plan)
-        stages = tail(which, steps, self.batch, self._lr(plan) / 4, self.seed, self.supervised, allocation)
+        stages = tail(which, steps, self.batch, self._lr(plan) / 4, self.seed, plan.labels, allocation)
         whole = Recipe((*recipe.stages, *stages))
         try:
             with self.clock.on("train" if which.trained else "calibrate"):

@@ -22,7 +22,8 @@ WIDTHS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.1875, 0.1
 class Plan:
     """One structure: how many of the removable blocks go, which early layer strides, how wide the rest is.
 
-    rows: the fraction of a lookup table's rows that goes (they are stored sparsely, not removed).
+    rows: the fraction of a lookup table's rows that goes (they are stored sparsely, not removed). labels: the weight of
+    the task's own loss in training, against one for the distance to the dense outputs.
     """
 
     blocks: int = 0
@@ -30,6 +31,7 @@ class Plan:
     width: float = 1.0
     multiple: int = 4
     rows: float = 0.0
+    labels: float = 0.3
 
     def name(self) -> str:
         """A short text for people."""
@@ -37,6 +39,7 @@ class Plan:
         parts += ["early stride"] if self.stride else []
         parts += [f"width {self.width:g}"] if self.width != 1 else []
         parts += [f"{self.rows:.0%} of rows gone"] if self.rows else []
+        parts += ["mostly from labels"] if self.labels > 1 else []
         return ", ".join(parts) or "same structure"
 
 
@@ -68,6 +71,7 @@ class Space:
     strides: tuple[str, ...] = ()
     narrow: bool = False
     tables: tuple[str, ...] = ()
+    labels: tuple[float, ...] = (0.0,)
     left: tuple[tuple[str, str], ...] = ()
     widths: tuple[float, ...] = field(default=WIDTHS)
 
@@ -75,11 +79,12 @@ class Space:
         """Plans that are worth trying on any network: where the search starts."""
         deep, early = len(self.blocks), int(bool(self.strides))
         rows = 0.6 if self.tables else 0.0
-        plans = [Plan(deep, early, width, 4, rows) for width in (0.5, 0.75)] if self.narrow else []
-        plans += [Plan(deep, 0, 0.5 if self.narrow else 1.0, 4, rows), Plan(deep // 2, early, 0.5, 8, rows),
+        plans = [Plan(deep, early, 0.5, 4, rows), Plan(deep, early, 0.5, 4, rows, 1.0), Plan(deep, early, 0.75, 4, rows)]
+        plans += [Plan(deep, 0, 0.5, 4, rows), Plan(deep // 2, early, 0.5, 8, rows),
                   Plan(deep, early, 0.375, 4, rows), Plan(0, 0, 0.25, 8, rows), Plan(deep // 2, 0, 0.375, 4, rows)]
         if not self.narrow:
             plans = [replace(plan, width=1.0) for plan in plans]
+        plans = [replace(plan, labels=self.labels[-1 if plan.labels == 1 else 0]) for plan in plans]
         return list(dict.fromkeys(plans))
 
     def recipe(self, plan: Plan) -> Recipe:
@@ -89,7 +94,7 @@ class Space:
             stages.append(Student(remove=self.blocks[: plan.blocks], stride=self.strides[: plan.stride],
                                   width=plan.width, multiple=plan.multiple))
         if plan.rows:
-            stages.append(Prune(plan.rows, pattern="rows", where=",".join(self.tables)))
+            stages.append(Prune(plan.rows, pattern="channel", where=",".join(self.tables)))
         return Recipe(tuple(stages))
 
     def ask(self, trial: Any) -> Plan:
@@ -99,7 +104,8 @@ class Space:
         width = trial.suggest_categorical("width", self.widths) if self.narrow else 1.0
         multiple = trial.suggest_categorical("multiple", (4, 8)) if self.narrow else 4
         rows = trial.suggest_categorical("rows", (0.3, 0.5, 0.6, 0.7, 0.8)) if self.tables else 0.0
-        return Plan(blocks, stride, width, multiple, rows)
+        labels = trial.suggest_categorical("labels", self.labels) if len(self.labels) > 1 else self.labels[0]
+        return Plan(blocks, stride, width, multiple, rows, labels)
 
     def params(self, plan: Plan) -> dict[str, Any]:
         """The sampler's parameters of a plan: the inverse of `ask`."""
@@ -112,16 +118,18 @@ class Space:
             found |= {"width": plan.width, "multiple": plan.multiple}
         if self.tables:
             found["rows"] = plan.rows
+        if len(self.labels) > 1:
+            found["labels"] = plan.labels
         return found
 
 
-def training(steps: int, batch_size: int, lr: float, seed: int, supervised: float, until: int | None = None) -> Train:
+def training(steps: int, batch_size: int, lr: float, seed: int, labels: float, until: int | None = None) -> Train:
     """The full training of a student: distillation from the dense network throughout, on one cosine."""
-    return Train(steps=steps, lr=Cosine(lr), rules=(Distill(),), supervised=supervised, batch_size=batch_size,
+    return Train(steps=steps, lr=Cosine(lr), rules=(Distill(),), supervised=labels, batch_size=batch_size,
                  weight_decay=0.01, seed=seed, until=None if until is None or until >= steps else until)
 
 
-def tail(which: Tail, steps: int, batch_size: int, lr: float, seed: int, supervised: float,
+def tail(which: Tail, steps: int, batch_size: int, lr: float, seed: int, labels: float,
          bits: tuple[tuple[str, int], ...]) -> tuple[Any, ...]:
     """The stages of a tail, behind a trained structure."""
     stages: list[Any] = [FoldBatchNorm()]
@@ -130,7 +138,7 @@ def tail(which: Tail, steps: int, batch_size: int, lr: float, seed: int, supervi
     if which.bits < 32:
         stages.append(Quantize(bits=max(2, min(8, round(which.bits))), allocation=bits))
         if which.trained:
-            stages.append(Train(steps=steps, lr=Cosine(lr), rules=(Distill(),), supervised=supervised,
+            stages.append(Train(steps=steps, lr=Cosine(lr), rules=(Distill(),), supervised=labels,
                                 batch_size=batch_size, weight_decay=0.0, seed=seed))
     return tuple(stages)
 
