@@ -52,7 +52,7 @@ evidence: $(VENV)/dev.installed
 	$(SCRIPTS)/lilliput evidence --quick --out build/evidence $(ARGS)
 
 docs: $(VENV)/docs.installed
-	$(SCRIPTS)/mkdocs build --strict
+	$(SCRIPTS)/mkdocs build --strict $(ARGS)
 
 # The generated parts of README.md and RESULTS.md, from the records in results/.
 readme: $(VENV)/docs.installed

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,11 @@ def loop(entry: Entry) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text that stays text in a cell of a Markdown table."""
-    for mark in "\\`*_[]<>|":
-        text = text.replace(mark, "\\" + mark)
-    return text
+    """Text that stays text in a cell of a Markdown table; what is between backticks is code already."""
+    prose, code = text.split("`")[::2], text.split("`")[1::2]
+    for mark in "\\*_[]<>|":
+        prose = [part.replace(mark, "\\" + mark) for part in prose]
+    return "".join(part for pair in zip_longest(prose, (f"`{part}`" for part in code), fillvalue="") for part in pair)
 
 
 def on_page_markdown(markdown: str, **unused: Any) -> str:
