@@ -202,7 +202,9 @@ class Task:
         self._splits = {"train": _read(name, "train", train), "val": _read(name, "val", val)}
         if test is not None:
             self._splits["test"] = _read(name, "test", test)
-        self._unlabelled = None if unlabelled is None else _read(name, "unlabelled", unlabelled)[0]
+        # A tuple is taken as inputs alone: without labels there is nothing else that it could hold.
+        self._unlabelled = _tensors(unlabelled) if isinstance(unlabelled, tuple) else (
+            None if unlabelled is None else _read(name, "unlabelled", unlabelled)[0])
         self.loss_name, self.loss = _named(name, "loss", loss, LOSSES)
         known = {key: value for key, (value, _) in METRICS.items()}
         self.metric_name, self.metric = _named(name, "metric", metric, known)
@@ -398,7 +400,7 @@ def _read(task: str, split: str, data: Any) -> tuple[Any, Tensor | None]:
         inputs, targets = _tensors(data[0]), None if data[1] is None else _tensor(data[1])
     elif isinstance(data, np.ndarray | Tensor | dict):
         inputs, targets = _tensors(data), None
-    elif hasattr(data, "__iter__"):
+    elif hasattr(data, "__iter__") and not isinstance(data, str | bytes):
         parts = [_read(task, split, tuple(part) if isinstance(part, list) else part) for part in data]
         if not parts:
             raise ValueError(f"{who} must hold at least one batch, got an empty loader. Check its filter or sampler.")

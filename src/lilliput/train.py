@@ -114,8 +114,8 @@ def fit(
         if stage.clip:
             nn.utils.clip_grad_norm_(parameters, stage.clip, foreach=True)
         if step % 20 == 0 and not bool(torch.isfinite(loss)):
-            raise Diverged(f"Train: the loss must stay finite, got {float(loss)} at step {step}. Lower the learning "
-                           "rate.")
+            raise Diverged(f"Train: the loss must stay finite, got {float(loss.detach())} at step {step}. "
+                           "Lower the learning rate.")
         optimizer.step()
         for i, rule in enumerate(stage.rules):
             states[i] = rule.on_step(states[i], model, step, stage.steps)

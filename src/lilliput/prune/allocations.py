@@ -38,14 +38,15 @@ def erk(scores: Scores, sparsity: float) -> dict[str, float]:
 
 
 def global_(scores: Scores, sparsity: float) -> dict[str, float]:
-    """One threshold over all scores: what matters least anywhere goes first. The total is exact.
+    """One threshold over all scores: what matters least anywhere goes first, but never all of a tensor. The total is
+    exact.
 
     Source: Frankle and Carbin, The lottery ticket hypothesis, ICLR 2019, arXiv:1803.03635, section 3 (global pruning).
 
-    >>> global_({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}, 0.5)
-    {'a': 1.0, 'b': 0.0}
+    >>> global_({"a": torch.tensor([1.0, 2.0, 3.0, 9.0]), "b": torch.tensor([4.0, 5.0, 6.0, 7.0])}, 0.25)
+    {'a': 0.5, 'b': 0.0}
     """
-    flat = torch.cat([score.flatten() for score in scores.values()])
+    flat = torch.cat([torch.where(score == score.max(), torch.inf, score).flatten() for score in scores.values()])
     kept = drop(flat, round(sparsity * len(flat)))
     parts = kept.split([score.numel() for score in scores.values()])
     return {name: 1 - float(part.double().mean()) for name, part in zip(scores, parts, strict=True)}

@@ -150,13 +150,13 @@ class Prune(Stage, Rule):
                 raise NotSupported(f"Prune: {name} must be plain or masked, but is stored by "
                                    f"{type(seen[name][0]).__name__}. Prune first, then quantize or factorise.")
             kept.append(name)
-        if not kept:
-            raise ValueError(f"Prune: some tensor must be left to prune, got none of {names[:3]}: "
-                             f"{next(iter(left.values()), 'the allocation is empty')}.")
         return kept, left
 
     def _attach(self, model: nn.Module) -> list[str]:
-        names, _ = self._sort(model)
+        names, left = self._sort(model)
+        if not names:
+            raise ValueError(f"Prune: some tensor must be left to prune, got none of {list(left)[:3]}: "
+                             f"{next(iter(left.values()), 'the allocation is empty')}.")
         pattern, coded = patterns.parse(self.pattern), codes(model)
         for name in names:
             module, attribute = holders(model, name)[0]

@@ -1,0 +1,118 @@
+"""Tasks: any kind of data in one line, batches and augmentations as pure functions, metrics that say what is wrong."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lilliput.task import METRICS, Task, auc, f1, perplexity, predict, uniform
+
+X, Y = torch.arange(40.0).reshape(20, 2), torch.arange(20) % 2
+
+
+class Stream(IterableDataset):
+    """A stream of unknown length."""
+
+    def __iter__(self):
+        return iter(zip(X, Y, strict=True))
+
+
+@pytest.mark.parametrize("data", [
+    (X.numpy().astype("float64"), Y.numpy()), (X, Y), TensorDataset(X, Y), DataLoader(TensorDataset(X, Y), 7),
+    DataLoader(Stream(), 7), [(X[:3], Y[:3]), [X[3:], Y[3:]]],
+], ids=["arrays", "tensors", "dataset", "loader", "stream", "list"])
+def test_any_kind_of_data(data) -> None:
+    task = Task("any", train=data, val=data)
+    inputs, targets = task.split("train")
+    assert torch.equal(inputs, X) and torch.equal(targets, Y) and inputs.dtype == torch.float32
+    assert task.examples == 20 and not task.has("test") and task.example.shape == (1, 2)
+
+
+def test_dictionary_tuple_and_unlabelled_inputs() -> None:
+    class Named(nn.Module):
+        def forward(self, a, b):
+            return a + 2 * b
+
+    for inputs in ({"a": X, "b": X}, (X, X)):
+        task = Task("named", (inputs, Y), (inputs, None), loss="mse", metric="mse", unlabelled=inputs)
+        assert torch.equal(predict(Named(), task.split("val")[0], batch_size=7), 3 * X)
+        assert task.examples == 40
+        batch = task.batch(torch.tensor([30, 2, 39, 7]), 0)
+        assert len(batch.targets) == 2 and batch.index.tolist() == [2, 7, 30, 39], "labelled ones come first"
+        assert task.supervised(torch.zeros(4, 2), task.batch(torch.tensor([30, 39]), 0)) == 0
+
+
+def test_batches_are_a_pure_function_of_seed_and_step() -> None:
+    task = Task("pure", (X, Y), (X, Y), batch_size=6)
+    whole = [batch.index for batch in task.batches(8, seed=3)]
+    later = [batch.index for batch in task.batches(8, seed=3, first=5)]
+    assert all(torch.equal(a, b) for a, b in zip(whole[5:], later, strict=True))
+    assert len(set(torch.cat(whole[:3]).tolist())) == 18, "no example twice in an epoch"
+    assert not torch.equal(whole[0], next(iter(task.batches(1, seed=4))).index)
+
+
+def test_augmentation_is_a_pure_function_of_example_and_draw() -> None:
+    task = Task("noisy", (X, Y), (X, Y), augment=lambda x, seeds: x + uniform(seeds, 2), draws=3)
+    index = torch.tensor([4, 9])
+    assert torch.equal(task.inputs(index, 1), task.inputs(index, 4)), "draws repeat"
+    assert torch.equal(task.inputs(index, 1)[1:], task.inputs(index[1:], 1)), "whatever else is in the batch"
+    assert not torch.equal(task.inputs(index, 0), task.inputs(index, 1))
+    numbers = uniform(torch.arange(4000), 2)
+    assert numbers.min() >= 0 and numbers.max() < 1 and abs(float(numbers.mean()) - 0.5) < 0.01
+    assert abs(float(np.corrcoef(numbers.T.numpy())[0, 1])) < 0.05
+
+
+def test_metrics_have_the_values_of_their_definitions() -> None:
+    scores, targets = torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([0, 0, 1, 1])
+    assert float(auc(scores, targets)) == pytest.approx(0.75)
+    assert float(auc(torch.zeros(4), targets)) == pytest.approx(0.5), "ties count half"
+    assert float(f1(torch.eye(2)[[0, 1, 1, 1]], targets)) == pytest.approx((2 / 3 + 4 / 5) / 2)
+    assert float(perplexity(torch.zeros(2, 3, 5), torch.zeros(2, 3).long())) == pytest.approx(5.0)
+    assert {name for name, (_, higher) in METRICS.items() if not higher} == {"mse", "perplexity"}
+
+
+def test_what_was_lost_points_the_same_way_for_every_metric() -> None:
+    up, down = Task("up", (X, Y), (X, Y)), Task("down", (X, X), (X, X), None, "mse", "mse")
+    assert up.loss_of(0.9, 0.8) == pytest.approx(0.1) and down.loss_of(0.1, 0.3) == pytest.approx(0.2)
+    custom = Task("own", (X, Y), (X, Y), metric=lambda out, y: (out - y[:, None]).abs().mean(), higher_is_better=False)
+    assert custom.score(lambda x: x * 0).outcomes is None and custom.loss_of(0.1, 0.3) > 0
+
+
+def test_divergence_is_zero_at_the_dense_outputs_and_grows() -> None:
+    outputs = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    for loss in ("cross_entropy", "bce", "cosine", "mse"):
+        task = Task(loss, (X, X), (X, X), loss=loss, metric="mse")
+        near, far = (task.divergence(outputs + noise, outputs).mean() for noise in (0.01, torch.tensor([1.0, 0, -1])))
+        assert task.divergence(outputs, outputs).abs().max() < 1e-5 and near < far, loss
+
+
+def test_wrong_data_says_what_must_hold() -> None:
+    for data, text in (((X, Y[:3]), r"one length above zero, got lengths \[3, 20\]"), (([], []), "length above zero"),
+                       (DataLoader(TensorDataset(X[:0], Y[:0])), "must hold at least one batch")):
+        with pytest.raises(ValueError, match=f"Task wrong: train .*{text}"):
+            Task("wrong", train=data, val=(X, Y))
+    for data in (3, "mse"):
+        with pytest.raises(TypeError, match=f"got {type(data).__name__}"):
+            Task("wrong", train=data, val=(X, Y))
+    with pytest.raises(ValueError, match="Did you mean 'cross_entropy'"):
+        Task("wrong", (X, Y), (X, Y), loss="crossentropy")
+    with pytest.raises(ValueError, match="Did you mean 'accuracy'"):
+        Task("wrong", (X, Y), (X, Y), metric="acc uracy")
+    with pytest.raises(KeyError, match="split must be one of"):
+        Task("wrong", (X, Y), (X, Y)).split("test")
+    with pytest.raises(ValueError, match="must be a finite number, got nan on val"):
+        Task("wrong", (X, Y), (X, Y), metric=lambda out, y: out.sum() * float("nan")).score(lambda x: x)
+
+
+def test_fingerprints_see_arrays_loss_metric_and_augmentation() -> None:
+    made = [Task("a", (X, Y), (X, Y)), Task("a", (X + 1, Y), (X, Y)), Task("a", (X, 1 - Y), (X, Y)),
+            Task("a", (X, Y), (X, Y), loss=lambda o, t: o.sum()), Task("a", (X, Y), (X, Y), metric="f1"),
+            Task("a", (X, Y), (X, Y), augment=lambda x, seeds: x), Task("a", (X, Y), (X, Y), batch_size=3)]
+    assert len({task.fingerprint for task in made}) == len(made)
+    assert made[0].fingerprint == Task("b", (X.numpy(), Y.numpy()), (X, Y)).fingerprint
+
+
+def test_evaluation_restores_the_mode() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).train()
+    assert torch.equal(predict(net, X), predict(net, X)) and net.training
