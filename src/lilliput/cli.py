@@ -107,6 +107,7 @@ def shrink(
 def _shrink(target: str, floor: str, objective: str, max_bytes: str | None, max_latency_ms: float | None, budget: str,
             trials: int | None, device: str, shape: list[str] | None, calib: Path | None, seed: int, out: Path | None,
             resume: bool, dry_run: bool, as_json: bool, command: str) -> None:
+    from lilliput.errors import StoreError
     from lilliput.search import units
 
     try:
@@ -120,7 +121,6 @@ def _shrink(target: str, floor: str, objective: str, max_bytes: str | None, max_
             model, task = load_target(Path(target), calib, shape or [])
         else:
             model, task = resolve(target)
-        from lilliput.errors import StoreError
         from lilliput.search.shrink import shrink as search
         from lilliput.search.show import Live, Silent
 
