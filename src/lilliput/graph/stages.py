@@ -28,8 +28,10 @@ class FoldBatchNorm(Stage):
 class Student(Stage):
     """A narrower and shallower copy that inherits the dense network's weights where it can.
 
-    remove: paths of whole blocks that go. stride: layers that take a stride of two. width: the fraction of channels
-    of every coupled group that stays, those of the largest norm, rounded to `multiple`. init: "dense" or "random".
+    remove: paths of whole blocks that go. stride: layers that take a stride of two; pool: layers that read an input
+    averaged two by two. width: the fraction of channels of every coupled group that stays, those of the largest norm.
+    target: instead, the fraction of values (of="values") or MACs (of="macs") that stays, spread over the groups by how
+    much their channels weigh. Counts are multiples of `multiple`. init: "dense" or "random".
 
     Sources: Li et al., Pruning filters for efficient ConvNets, ICLR 2017, arXiv:1608.08710 (norms); Fang et al.,
     DepGraph, CVPR 2023, arXiv:2301.12900 (coupled groups).
@@ -37,7 +39,10 @@ class Student(Stage):
 
     remove: tuple[str, ...] = ()
     stride: tuple[str, ...] = ()
+    pool: tuple[str, ...] = ()
     width: float = 1.0
+    target: float = 1.0
+    of: str = "values"
     multiple: int = 1
     init: str = "dense"
     seed: int = 0

@@ -17,7 +17,7 @@ def describe(model: nn.Module, task: Task, console: Console, **settings: Any) ->
     """Print the plan of a search; nothing is trained, nothing written."""
     example, found = task.example, groups(model, task.example)
     space = Space(tuple(removable(model, example)), tuple(earlier_stride(model, example))[:1],
-                  any(group.removable for group in found), tables(model))
+                  narrow=any(group.removable for group in found), tables=tables(model))
     budget = settings["budget"]
     console.print(f"{task!r}; {count_values(model):,} values", highlight=False)
     console.print("time: " + (f"{settings['trials']} structures, each trained for a fixed number of steps"

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lilliput.code.base import pack, realize
 from lilliput.code.stored import Grid, Plain, Product, Sparse, Stored
-from lilliput.cost.count import count
+from lilliput.cost.count import count, stored_values
 from lilliput.cost.measure import latency
 from lilliput.errors import ExportError
 from lilliput.export import onnx as onnx_export
@@ -147,19 +147,24 @@ class Press:
             session = onnx_export.Session(proto)
             return latency({"it": session}, self.task.example, seconds=0.1)["it"].median_ms
 
-    def finished(self, proto: Any, structure: Any, stored: dict[str, Stored], plain: nn.Module | Callable[..., Any],
-                 name: str, recipe: list[dict[str, Any]], key: str, model: nn.Module | None) -> Point:
-        """Score and weigh a written artifact."""
+    def finished(self, proto: Any, structure: Any, stored: dict[str, Stored], plain: nn.Module | None, name: str,
+                 recipe: list[dict[str, Any]], key: str, model: nn.Module | None) -> Point:
+        """Score and weigh a written artifact; one that no torch model stands behind is compared with the dense one."""
         inputs, _ = self.task.split("val")
-        outputs = torch.from_numpy(np.array(onnx_export.Session(proto).outputs(inputs)))
-        expected = predict(plain, inputs)
-        agreement = onnx_export.verify(outputs.numpy(), expected.numpy(), exact=_is_float(stored), who=name)
+        batch = 1 if plain is None else 256  # arithmetic that depends on the whole input is judged as it will be used
+        outputs = torch.from_numpy(np.array(onnx_export.Session(proto).outputs(inputs, batch)))
+        if plain is None:
+            assert self.dense is not None
+            agreement = onnx_export.agreement(outputs.numpy(), self.dense.score.outputs.numpy())
+        else:
+            expected = predict(plain, inputs)
+            agreement = onnx_export.verify(outputs.numpy(), expected.numpy(), exact=_is_float(stored), who=name)
         score = self.task.rate(outputs, "val")
         dense = outputs if self.dense is None else self.dense.score.outputs
         packed = pack_format.size(structure.fill(stored), stored)
         return Point(name, recipe, key, proto, structure, stored, score,
                      float(self.task.divergence(outputs, dense).mean()), proto.ByteSize(), packed.size_bytes,
-                     sum(values(s) for s in stored.values()), count(proto, self.task.example).macs, agreement, model)
+                     sum(values(s) for s in stored.values()) or stored_values(proto), count(proto, self.task.example).macs, agreement, model)
 
 
 def _is_float(stored: dict[str, Stored]) -> bool:

@@ -22,7 +22,7 @@ from lilliput.code.base import copy_model, pack, realize
 from lilliput.errors import ExportError, NotSupported, near
 from lilliput.graph import blocks_left, groups, left, removable, remove_blocks
 from lilliput.graph.fold import fold_batchnorm
-from lilliput.graph.stride import earlier_stride
+from lilliput.graph.stride import earlier_stride, set_stride
 from lilliput.quant.allocate import allocate_bits
 from lilliput.recipe import Recipe
 from lilliput.run import Workshop
@@ -140,6 +140,18 @@ def check(model: nn.Module, task: Task) -> None:
     task.score(model, "val")
 
 
+def poolable(model: nn.Module, example: Any) -> tuple[str, ...]:
+    """The first convolution, where it can read an input averaged two by two."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
+            try:
+                set_stride(model, example, name, pool=True)
+            except (ValueError, RuntimeError, NotSupported):
+                return ()
+            return (name,)
+    return ()
+
+
 class Search:
     """One search, from the dense model to the files: the five steps in order, each a method."""
 
@@ -226,8 +238,9 @@ class Search:
             for name in removable(self.model, example):
                 without = predict(remove_blocks(self.model, example, [name]), inputs)
                 missed[name] = float(self.task.divergence(without, dense).mean())
-            self.space = Space(tuple(sorted(missed, key=missed.__getitem__)),
-                               tuple(earlier_stride(self.model, example))[:1],
+            strides = tuple(earlier_stride(self.model, example))[:1]
+            pools = () if strides else poolable(self.model, example)
+            self.space = Space(tuple(sorted(missed, key=missed.__getitem__)), strides or pools, bool(pools),
                                any(group.removable for group in found), tables(self.model), self.labels,
                                tuple(self.left))
         self.show.advance(f"{len(self.space.blocks)} blocks can go")
@@ -424,7 +437,7 @@ class Search:
             for which in (Tail(8, trained=False), *self.tails):
                 self._tail(plan, recipe, folded, which, table)
         except FAILURES as error:
-            self._failed(plan.name(), error)
+            self.failed(plan.name(), error)
 
     def _student_table(self, folded: nn.Module) -> sensitivity.Table:
         with self.clock.on("calibrate"):
@@ -449,7 +462,7 @@ class Search:
                 model = self.shop.make(whole, self._halt(0.94))
             self._point(model, plan, which, whole)
         except FAILURES as error:
-            self._failed(f"{plan.name()}, {which.name()}", error)
+            self.failed(f"{plan.name()}, {which.name()}", error)
 
     def _point(self, model: nn.Module, plan: Plan, which: Tail, recipe: Recipe) -> None:
         name = f"{plan.name()}, {which.name()}"
@@ -466,7 +479,8 @@ class Search:
         self.show.advance(point.name)
         self.show.best(self._best())
 
-    def _failed(self, name: str, error: BaseException) -> None:
+    def failed(self, name: str, error: BaseException) -> None:
+        """Record a point that came to nothing, with the reason; the search goes on."""
         with self._lock:
             self.tried.append({"kind": "point", "status": "failed", "name": name,
                                "reason": f"{type(error).__name__}: {error}"})

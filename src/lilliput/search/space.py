@@ -23,7 +23,8 @@ class Plan:
     """One structure: how many of the removable blocks go, which early layer strides, how wide the rest is.
 
     rows: the fraction of a lookup table's rows that goes (they are stored sparsely, not removed). labels: the weight of
-    the task's own loss in training, against one for the distance to the dense outputs.
+    the task's own loss in training, against one for the distance to the dense outputs. spread: widths differ, by how much
+    each group's channels weigh, instead of one fraction for all.
     """
 
     blocks: int = 0
@@ -32,12 +33,13 @@ class Plan:
     multiple: int = 4
     rows: float = 0.0
     labels: float = 0.3
+    spread: bool = False
 
     def name(self) -> str:
         """A short text for people."""
         parts = [f"{self.blocks} blocks fewer"] if self.blocks else []
         parts += ["early stride"] if self.stride else []
-        parts += [f"width {self.width:g}"] if self.width != 1 else []
+        parts += [f"width {self.width:g}{' spread' if self.spread else ''}"] if self.width != 1 else []
         parts += [f"{self.rows:.0%} of rows gone"] if self.rows else []
         parts += ["mostly from labels"] if self.labels > 1 else []
         return ", ".join(parts) or "same structure"
@@ -63,12 +65,14 @@ class Tail:
 class Space:
     """What can be varied on one network, and what is left alone with the reason.
 
-    blocks: removable ones, the least missed first. strides: layers that may take a stride. narrow: whether channels
+    blocks: removable ones, the least missed first. strides: layers that may take a stride (read a
+    pooled input, where `pooled`). narrow: whether channels
     can go. tables: lookup tables whose rows can go.
     """
 
     blocks: tuple[str, ...] = ()
     strides: tuple[str, ...] = ()
+    pooled: bool = False
     narrow: bool = False
     tables: tuple[str, ...] = ()
     labels: tuple[float, ...] = (0.0,)
@@ -79,11 +83,12 @@ class Space:
         """Plans that are worth trying on any network: where the search starts."""
         deep, early = len(self.blocks), int(bool(self.strides))
         rows = 0.6 if self.tables else 0.0
-        plans = [Plan(deep, early, 0.5, 4, rows), Plan(deep, early, 0.5, 4, rows, 1.0), Plan(deep, early, 0.75, 4, rows)]
+        plans = [Plan(deep, early, 0.5, 4, rows), Plan(deep, early, 0.5, 4, rows, 1.0),
+                 Plan(deep, early, 0.5, 4, rows, spread=True), Plan(deep, early, 0.75, 4, rows)]
         plans += [Plan(deep, 0, 0.5, 4, rows), Plan(deep // 2, early, 0.5, 8, rows),
                   Plan(deep, early, 0.375, 4, rows), Plan(0, 0, 0.25, 8, rows), Plan(deep // 2, 0, 0.375, 4, rows)]
         if not self.narrow:
-            plans = [replace(plan, width=1.0) for plan in plans]
+            plans = [replace(plan, width=1.0, spread=False) for plan in plans]
         plans = [replace(plan, labels=self.labels[-1 if plan.labels == 1 else 0]) for plan in plans]
         return list(dict.fromkeys(plans))
 
@@ -91,8 +96,11 @@ class Space:
         """The structure of a plan, not trained yet."""
         stages: list[Any] = []
         if plan.blocks or plan.stride or plan.width != 1:
-            stages.append(Student(remove=self.blocks[: plan.blocks], stride=self.strides[: plan.stride],
-                                  width=plan.width, multiple=plan.multiple))
+            early = self.strides[: plan.stride]
+            stages.append(Student(
+                remove=self.blocks[: plan.blocks], stride=() if self.pooled else early, pool=early if self.pooled else (),
+                width=1.0 if plan.spread else plan.width, multiple=plan.multiple,
+                target=round(plan.width**2, 6) if plan.spread else 1.0))
         if plan.rows:
             stages.append(Prune(plan.rows, pattern="channel", where=",".join(self.tables)))
         return Recipe(tuple(stages))
@@ -105,7 +113,8 @@ class Space:
         multiple = trial.suggest_categorical("multiple", (4, 8)) if self.narrow else 4
         rows = trial.suggest_categorical("rows", (0.3, 0.5, 0.6, 0.7, 0.8)) if self.tables else 0.0
         labels = trial.suggest_categorical("labels", self.labels) if len(self.labels) > 1 else self.labels[0]
-        return Plan(blocks, stride, width, multiple, rows, labels)
+        spread = trial.suggest_categorical("spread", (False, True)) if self.narrow else False
+        return Plan(blocks, stride, width, multiple, rows, labels, spread)
 
     def params(self, plan: Plan) -> dict[str, Any]:
         """The sampler's parameters of a plan: the inverse of `ask`."""
@@ -115,7 +124,7 @@ class Space:
         if self.strides:
             found["stride"] = plan.stride
         if self.narrow:
-            found |= {"width": plan.width, "multiple": plan.multiple}
+            found |= {"width": plan.width, "multiple": plan.multiple, "spread": plan.spread}
         if self.tables:
             found["rows"] = plan.rows
         if len(self.labels) > 1:
