@@ -59,6 +59,8 @@ class Rule:
         >>> int((net.weight == 0).sum())
         8
         """
+        # Accelerate and Lightning wrap the optimizer; the steps that are really taken are those of the one inside.
+        optimizer = getattr(optimizer, "optimizer", optimizer)
         check(model, optimizer, who=type(self).__name__)
         before = {id(p) for p in model.parameters() if p.requires_grad}
         driver = Attached(self, model, self.begin(model, task, reference, steps), steps, reference)
