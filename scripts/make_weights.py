@@ -9,6 +9,7 @@ import importlib
 import math
 import sys
 import time
+from functools import partial
 
 import torch
 from safetensors.torch import save_file
@@ -35,6 +36,8 @@ def make(name: str) -> None:
     torch.manual_seed(seed)
     model, task = getattr(owner, function)()
     task.draws = 10**9
+    if name.startswith("mnist1d"):
+        task.augment = partial(owner.jitter, shift=6, stretch=0.15)
     model.train()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 20 / steps), use_buffers=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=decay)

@@ -147,7 +147,8 @@ def texts() -> tuple[list[tuple[str, str]], list[str]]:
     stamp = [f"{package} {version(package)}" for package in SOURCES]
     file = cache_folder() / f"docstrings-{_hash([*stamp, Path(__file__).read_text(encoding='utf-8')])}.json"
     if not file.exists():
-        pairs, free = {}, set()
+        pairs: dict[str, str] = {}
+        free: set[str] = set()
         with progress() as bar:
             for docstring in bar.track(docstrings(), description="reading docstrings (once)", total=None):
                 head, rest = halves(docstring)
