@@ -1,7 +1,7 @@
 """The stages that change a network's graph: a student that is a narrower, shallower copy, and folded batch norm."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -42,7 +42,7 @@ class Student(Stage):
     pool: tuple[str, ...] = ()
     width: float = 1.0
     target: float = 1.0
-    of: str = "values"
+    of: Literal["values", "macs"] = "values"
     multiple: int = 1
     init: str = "dense"
     seed: int = 0
@@ -55,7 +55,10 @@ class Student(Stage):
             task.example,
             remove=self.remove,
             stride=self.stride,
+            pool=self.pool,
             width=self.width,
+            target=self.target,
+            of=self.of,
             multiple=self.multiple,
             init=self.init,
             seed=self.seed,
