@@ -128,7 +128,7 @@ class Grid:
         codes: integers in the tensor's own shape.
         bits: b, from 1 to 16 (from 2 for a symmetric grid).
         scale: float, broadcastable to `codes`: () or (1, ...) for the tensor, (out, 1, ...) for each output channel;
-            with `group` broadcastable to (out, n / group, group). Exact in float16 (see `half`): it is stored in 16 bits.
+            with `group` broadcastable to (out, n / group, group). Exact in float16 (see `half`): it takes 16 bits.
         zero_point: integers in [0, 2^b - 1], shaped as `scale`.
         group: how many values share a scale; codes are then read as (out, n / group, group), n = size / out.
 
@@ -253,7 +253,7 @@ class Sparse:
         if self.mask.dtype != np.bool_:
             raise ValueError(f"Sparse: mask must be bool, got {self.mask.dtype}. Compare it with zero first.")
         if not isinstance(self.values, Plain | Grid):
-            raise ValueError(f"Sparse: values must be Plain or Grid, got {type(self.values).__name__}. Decode it first.")
+            raise ValueError(f"Sparse: values must be Plain or Grid, got {type(self.values).__name__}. Decode first.")
         if self.values.shape not in ((kept,), self.mask.shape):
             raise ValueError(
                 f"Sparse: values must have shape ({kept},) or the mask's {self.mask.shape}, got {self.values.shape}. "

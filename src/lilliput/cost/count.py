@@ -20,7 +20,7 @@ from lilliput.export.onnx import Inputs, Session, arrays, trace
 
 Shape = tuple[int, ...]
 WEIGHTS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT4, TensorProto.UINT4, TensorProto.INT8,
-           TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)  # fmt: skip
+           TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16, TensorProto.DOUBLE)  # fmt: skip
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
 
@@ -101,7 +101,8 @@ def stored_values(proto: ModelProto) -> int:
         )
 
     kinds = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
-    narrow = {name for name, kind in kinds.items() if kind in WEIGHTS and kind not in (TensorProto.FLOAT, TensorProto.FLOAT16)}
+    floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
+    narrow = {name for name, kind in kinds.items() if kind in WEIGHTS and kind not in floats}
     helpers = set()
     for node in proto.graph.node:
         if node.op_type in ("Mul", "Sub") and len(node.input) == 2 and widened(node.input[0]):

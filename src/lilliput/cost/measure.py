@@ -181,7 +181,8 @@ class _Owners:
     def weight(self, node: NodeProto, depth: int = 0) -> str | None:
         direct = [name for name in node.input if name in self.weights]
         if direct:
-            return max(direct, key=lambda name: math.prod(self.held[name].dims))
+            sizes = {name: math.prod(self.held[name].dims) for name in direct}
+            return str(max(sizes, key=lambda name: sizes[name]))
         for name in node.input:
             source = self.made.get(name)
             if source is not None and depth < 12 and self.constant(name):
@@ -207,8 +208,8 @@ WORK = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "GRU", "LSTM", "RNN
 class LayerTimes:
     """How long each operator takes at each shape on this machine: measured once, kept in a JSON file.
 
-    The latency of a network is estimated as `t0 + scale * sum over nodes of (t(node) - t0)`, with t(node) the median of a
-    model of this one node, t0 that of an empty one, and `scale` from one measurement of a whole model (`calibrate`).
+    The latency of a network is estimated as `t0 + scale * sum over nodes of (t(node) - t0)`, with t(node) the median of
+    a model of this one node, t0 that of an empty one, and `scale` from one measurement of a whole model (`calibrate`).
     What a runtime fuses into its neighbours (activations, additions, reshapes) is taken as free.
 
     Args:

@@ -9,7 +9,6 @@ runs as fast as in float32.
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import math
@@ -24,11 +23,10 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from torch import nn
 
-from lilliput.code.stored import Array, Floats, Grid, Plain, Product, Sparse, Stored
+from lilliput.code.stored import Array, Grid, Plain, Sparse, Stored
 from lilliput.errors import ExportError, near
 
 Inputs = Any
@@ -58,7 +56,7 @@ def arrays(inputs: Inputs, names: Iterable[str]) -> dict[str, Array]:
     if isinstance(inputs, dict):
         missing = [name for name in names if name not in inputs]
         if missing:
-            raise ValueError(f"Session: inputs must have {', '.join(names)}, got {', '.join(map(str, inputs))}. Add them.")
+            raise ValueError(f"Session: inputs must have {', '.join(names)}, got {', '.join(map(str, inputs))}.")
         inputs = tuple(inputs[name] for name in names)
     if not isinstance(inputs, tuple):
         inputs = (inputs,)
@@ -158,7 +156,8 @@ class Structure:
         for shape, rest in zip(got, wanted, strict=True):
             if shape[0] != 3 or any(w and w != g for w, g in zip(rest, shape[1:], strict=False)):
                 raise ExportError(
-                    f"Structure: with these shapes the output must be (3, {rest}), got {shape}. Trace the narrower model."
+                    f"Structure: with these shapes the output must be (3, {rest}), got {shape}. "
+                    "Trace the narrower model."
                 )
 
     @classmethod
@@ -257,7 +256,7 @@ def _optimise(model: Any) -> dict[str, Any]:
 def _name(
     proto: ModelProto, held: Iterable[str], keys: dict[str, torch.Tensor]
 ) -> tuple[ModelProto, dict[str, str]]:
-    """Weights under their state_dict key (by name, else by value), other initialisers as constants; tied ones aliased."""
+    """Weights under their state_dict key (by name, else by value), other initialisers as constants, ties aliased."""
     held, graph = set(held), proto.graph
     by_place: dict[tuple[int, tuple[int, ...]], str] = {}
     aliases = {}
@@ -273,7 +272,8 @@ def _name(
             rename[name] = aliases[name]
         elif name not in keys:
             values = torch.from_numpy(np.array(numpy_helper.to_array(tensor)))
-            same = [k for k, v in keys.items() if name in held and v.shape == values.shape and torch.equal(v.cpu(), values)]
+            alike = {k: v.cpu() for k, v in keys.items() if name in held and v.shape == values.shape}
+            same = [k for k, v in alike.items() if torch.equal(v, values)]
             rename[name] = same[0] if same else f"{CONSTANT}{number}"
     outputs = [value.name for value in graph.output]
     plain = ["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))]
@@ -375,7 +375,7 @@ def _drop_defaults(node: NodeProto, opset: int) -> None:
 
 
 def _simplify(proto: ModelProto) -> None:
-    """Flatten for a reshape to (batch, rest), global pooling for a mean over the image: no channel numbers in the graph."""
+    """Flatten for a reshape to (batch, rest), global pooling for a mean over the image: no channel numbers are left."""
     graph = proto.graph
     known = {t.name: t for t in graph.initializer if t.data_type == TensorProto.INT64}
     shapes = {v.name: v.type.tensor_type.shape.dim for v in (*graph.value_info, *graph.input, *graph.output)}
@@ -389,12 +389,11 @@ def _simplify(proto: ModelProto) -> None:
             batch, first = source[0].dim_param, target[0].dim_param
             if batch and batch == first and len(target) == 2 and len(source) >= 2:
                 _become(node, "Flatten")
-            elif batch and batch == first and numbers[0] in (-1, 0):
-                _drop_zero(node, numbers)
-            elif 0 not in numbers:
+            elif (batch and batch == first and numbers[0] in (-1, 0)) or 0 not in numbers:
                 _drop_zero(node, numbers)
         elif node.op_type == "ReduceMean" and source and len(source) == 4 and attributes.get("keepdims", 1) == 1:
-            if sorted(n % 4 for n in numbers) == [2, 3]:
+            spatial = sorted(n % 4 for n in numbers) == [2, 3]
+            if spatial:
                 _become(node, "GlobalAveragePool")
 
 
@@ -438,14 +437,17 @@ def _raw(tensor: TensorProto) -> TensorProto:
 # ----------------------------------------------------------------------------------------------------------- writing
 
 TYPE_ONLY = frozenset(
-    """Abs Add And ArgMax ArgMin AveragePool BatchNormalization Cast CastLike Clip Concat Constant ConstantOfShape Conv
-    ConvTranspose Div Dropout Equal Erf Exp Expand Flatten Gather GatherElements GatherND Gemm GlobalAveragePool
-    GlobalMaxPool Greater GreaterOrEqual GRU HardSigmoid HardSwish Identity InstanceNormalization
-    LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax LSTM MatMul Max MaxPool Mean Min Mul Neg Not OneHot Or
-    Pad Pow PRelu Range Reciprocal ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape RNN Shape Sigmoid Sign Size
-    Slice Softmax Split Sqrt Squeeze Sub Sum Tanh Tile Transpose Unsqueeze Where Xor Elu Selu Gelu Softplus Mish""".split()
-)
-"""Operators that mean the same in opsets 18 to 21, which only added types; with them a file may ask for 4-bit integers."""
+    {"Abs", "Add", "And", "ArgMax", "ArgMin", "AveragePool", "BatchNormalization", "Cast", "CastLike", "Clip",
+     "Concat", "Constant", "ConstantOfShape", "Conv", "ConvTranspose", "Div", "Dropout", "Equal", "Erf", "Exp",
+     "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Gemm", "GlobalAveragePool", "GlobalMaxPool",
+     "Greater", "GreaterOrEqual", "GRU", "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization",
+     "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual", "Log", "LogSoftmax", "LSTM", "MatMul", "Max",
+     "MaxPool", "Mean", "Min", "Mul", "Neg", "Not", "OneHot", "Or", "Pad", "Pow", "PRelu", "Range", "Reciprocal",
+     "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Relu", "Reshape", "RNN", "Shape", "Sigmoid", "Sign",
+     "Size", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tanh", "Tile", "Transpose", "Unsqueeze",
+     "Where", "Xor", "Elu", "Selu", "Gelu", "Softplus", "Mish"}
+)  # fmt: skip
+"""Operators that mean the same in opsets 18 to 21, which only added types: a file of these may hold 4-bit integers."""
 
 
 def narrow(proto: ModelProto, stored: dict[str, Stored]) -> ModelProto:
@@ -499,7 +501,7 @@ class _Writer:
         key = (kind, array.shape, array.tobytes())
         if key not in self.tensors:
             self.tensors[key] = _integers(self.fresh(), array, kind)
-        return self.tensors[key].name
+        return str(self.tensors[key].name)
 
     def floats(self, array: Array, output: str = "") -> str:
         """A float32 value from float16 where that is exact and shorter than the Cast it takes, else from float32."""
@@ -547,10 +549,10 @@ class _Writer:
     def kind(self, codes: Array) -> int:
         """The narrowest integer type that holds the codes."""
         low, high = int(codes.min()), int(codes.max())
-        if self.tiny and (-8 <= low and high <= 7 or 0 <= low and high <= 15):
+        if self.tiny and ((low >= -8 and high <= 7) or (low >= 0 and high <= 15)):
             self.tiny_used = True
             return int(TensorProto.INT4 if high <= 7 else TensorProto.UINT4)
-        if -128 <= low and high <= 127:
+        if low >= -128 and high <= 127:
             return int(TensorProto.INT8)
         if low >= 0:
             return int(TensorProto.UINT8 if high <= 255 else TensorProto.UINT16)
@@ -569,7 +571,7 @@ def _integers(name: str, array: Array, kind: int) -> TensorProto:
 def _filled(sparse: Sparse) -> Stored:
     """A sparse tensor as a dense one that holds its zeros, on the same grid."""
     values = sparse.values
-    whole = values.shape == sparse.shape and sparse.mask.ndim > 1 or bool(sparse.mask.all())
+    whole = (values.shape == sparse.shape and sparse.mask.ndim > 1) or bool(sparse.mask.all())
     if isinstance(values, Plain):
         return Plain(sparse.decode())
     scale = np.asarray(values.scale)
@@ -681,7 +683,8 @@ def _fold_batchnorm(proto: ModelProto) -> ModelProto:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in before.attribute}
         if before.op_type == "Gemm" and (attributes.get("alpha", 1) != 1 or attributes.get("beta", 1) != 1):
             continue
-        gamma, beta, mean, variance = (numpy_helper.to_array(known[name]).astype(np.float64) for name in norm.input[1:5])
+        moments = (numpy_helper.to_array(known[name]).astype(np.float64) for name in norm.input[1:5])
+        gamma, beta, mean, variance = moments
         epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
         factor = gamma / np.sqrt(variance + epsilon)
         weight = numpy_helper.to_array(known[before.input[1]]).astype(np.float64)

@@ -259,8 +259,9 @@ def _head(proto: ModelProto, stored: dict[str, Stored]) -> tuple[tuple[int, byte
             out += b"".join(_varint(d.dim_value) if d.WhichOneof("value") == "dim_value" else _varint(0)
                             for d in kind.shape.dim)
     out += _varint(len(ordered))
+    floats = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
     for name in ordered:
-        out += _described(stored[name])
+        out += _described(stored[name], native=name not in floats)
     out += _graph(graph, inputs, ordered)
     raw = bytes(out)
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
@@ -333,7 +334,7 @@ def _attribute(attribute: AttributeProto) -> bytes:
         return out + _varint(len(value)) + b"".join(map(_zigzag, value))
     if kind == AttributeProto.STRINGS:
         return out + _varint(len(value)) + b"".join(map(_text, value))
-    raise ExportError(f"pack: the attribute {attribute.name!r} holds a subgraph, which model.lil cannot. Use model.onnx.")
+    raise ExportError(f"pack: the attribute {attribute.name!r} holds a subgraph. Use model.onnx instead.")
 
 
 def _read_attribute(head: _Reader) -> AttributeProto:
@@ -365,12 +366,11 @@ def _read_attribute(head: _Reader) -> AttributeProto:
 # ------------------------------------------------------------------------------------------------------------ tensors
 
 
-def _described(value: Stored, shape: bool = True) -> bytes:
-    """How a tensor is stored, without its numbers."""
+def _described(value: Stored, native: bool = False) -> bytes:
+    """How a tensor is stored, without its numbers. `native`: the graph takes it as it is, not as float32."""
     kind = next(i for i, known in enumerate(KINDS) if isinstance(value, known))
-    out = _varint(kind)
-    if shape:
-        out += _varint(len(value.shape)) + b"".join(map(_varint, value.shape))
+    out = _varint(kind | native << 2)
+    out += _varint(len(value.shape)) + b"".join(map(_varint, value.shape))
     if isinstance(value, Plain):
         return out + _plain_described(value, value.array)
     if isinstance(value, Grid):
@@ -522,9 +522,8 @@ def _read_shape(head: _Reader) -> tuple[int, ...]:
     return tuple(head.number() for _ in range(rank))
 
 
-def _read_tensor(head: _Reader, depth: int = 0) -> Callable[[_Source], Stored]:
+def _read_tensor(head: _Reader, kind: int, depth: int = 0) -> Callable[[_Source], Stored]:
     """What to do with a tensor's section, from the head alone."""
-    kind = head.number()
     shape = _read_shape(head)
     if kind == 0:
         return _later_plain(head, shape)
@@ -533,7 +532,7 @@ def _read_tensor(head: _Reader, depth: int = 0) -> Callable[[_Source], Stored]:
     if kind == 2:
         return _later_sparse(head, shape)
     if kind == 3 and depth < 4:
-        factors = [_read_tensor(head, depth + 1) for _ in range(head.count())]
+        factors = [_read_tensor(head, head.number(), depth + 1) for _ in range(head.count())]
 
         def product(source: _Source) -> Stored:
             source.claim(shape)
@@ -664,7 +663,7 @@ def _read_positions(source: _Source, way: int, first: int, second: int, count: i
             raise ValueError("its index gaps do not add up")
         quotients = np.diff(ends, prepend=-1) - 1
         at = np.cumsum((quotients << r | source.numbers(kept, r)) + 1) - 1
-        if kept and not (0 <= at[0] and at[-1] < count):
+        if kept and not (at[0] >= 0 and at[-1] < count):
             raise ValueError("its index gaps lead outside of the tensor")
         flat = np.zeros(count, np.bool_)
         flat[at] = True
@@ -736,7 +735,7 @@ def read(path: str | Path, threads: int = 1) -> Network:
     if len(data) < 9:
         raise StoreError(f"read: {path.name} is cut short ({len(data)} bytes). Copy it again.")
     if data[3] != VERSION:
-        raise StoreError(f"read: {path.name} must be of version {VERSION}, got {data[3]}. Use the lilliput that wrote it.")
+        raise StoreError(f"read: {path.name} must be of version {VERSION}, got {data[3]}. Use the one that wrote it.")
     if struct.unpack("<I", data[4:8])[0] != zlib.crc32(data[8:]):
         raise StoreError(f"read: {path.name} is damaged or cut short: its checksum does not fit. Copy it again.")
     try:
@@ -768,7 +767,10 @@ def _parse(data: bytes) -> tuple[ModelProto, dict[str, Stored]]:
             dims = [d or ("batch" if not i else None) for i, d in enumerate(_read_shape(head))]
             found.append(onnx.helper.make_tensor_value_info(name, kind, dims))
         values.append(found)
-    plans = [_read_tensor(head) for _ in range(head.count())]
+    kinds, plans = [], []
+    for _ in range(head.count()):
+        kinds.append(head.number())
+        plans.append(_read_tensor(head, kinds[-1] & 3))
     names = [f"t{i}" for i in range(len(plans))]
     taken = {value.name for value in (*values[0], *values[1])}
     if len(taken) != len(values[0]) + len(values[1]) or not values[1]:
@@ -784,8 +786,8 @@ def _parse(data: bytes) -> tuple[ModelProto, dict[str, Stored]]:
     if source.at != source.end:
         raise ValueError("it is longer than its sections")
     tensors = []
-    for name, value in stored.items():
-        typed = value.array if isinstance(value, Plain) and value.array.dtype != np.float16 else value.decode()
+    for kind, (name, value) in zip(kinds, stored.items(), strict=True):
+        typed = value.array if kind & 4 and isinstance(value, Plain) else value.decode()
         tensors.append(numpy_helper.from_array(np.array(typed, order="C"), name))
     graph = onnx.helper.make_graph(nodes, "g", values[0], values[1], tensors)
     return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=ir_version), stored
@@ -823,7 +825,7 @@ def _read_nodes(head: _Reader, values: list[list[Any]], tensors: list[str]) -> l
             return tensors[(number - 3) // 2]
         if number // 2 > len(made):
             raise ValueError("a node reads a value that is not made yet")
-        return made[-(number // 2)]
+        return str(made[-(number // 2)])
 
     nodes = []
     for _ in range(head.count()):

@@ -1,0 +1,255 @@
+"""What goes wrong without a word in compressed networks, and how each is noticed before anything is deployed.
+
+- `saturating`: 8-bit products of unsigned activations and signed weights that overflow 16 bits on CPUs without VNNI;
+- `compare`: a runtime, or a file, that computes something else than the model;
+- `bloated`, `larger`, `slower`: a file with more bytes than its values need, or worse than the dense one;
+- `untouched`: a technique that changed nothing.
+
+`flags` says in sentences what is worth a look in a report; `guard` raises on what must not be deployed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+
+from lilliput.code.stored import Array, Plain, Stored
+from lilliput.errors import ExportError
+from lilliput.export.onnx import Inputs, Session, verify
+
+if TYPE_CHECKING:
+    from lilliput.cost.measure import Measured
+
+PER_NODE = 200
+"""Bytes of graph that a node may take before a file counts as bloated."""
+
+
+def flags(
+    artifact: ModelProto,
+    dense: ModelProto,
+    latency: Measured | None = None,
+    dense_latency: Measured | None = None,
+    values: int | None = None,
+) -> list[str]:
+    """What is wrong with a file beside the dense one on this machine, a sentence each; nothing is raised.
+
+    Args:
+        artifact, dense: the two files.
+        latency, dense_latency: both measured in one interleaved run.
+        values: how many numbers the network keeps, where known.
+    """
+    found = [larger(artifact, dense), slower(latency, dense_latency), bloated(artifact, values)]
+    if saturates():
+        found.append(saturating(artifact))
+    return [sentence for sentence in found if sentence]
+
+
+def guard(
+    artifact: ModelProto,
+    inputs: Inputs,
+    expected: Array,
+    *,
+    exact: bool,
+    who: str = "guard",
+    most_changed: float = 0.005,
+    least_cosine: float = 0.98,
+) -> dict[str, float]:
+    """Compare an artifact with the outputs of the model that it was written from, in the deployment runtime, here.
+
+    Returns their agreement. `exact`: a float artifact.
+
+    Raises:
+        ExportError: if it computes something else; where 8-bit products saturate on this machine, that is named.
+    """
+    try:
+        return compare(Session(artifact).outputs(inputs), expected, exact=exact, who=who, most_changed=most_changed,
+                       least_cosine=least_cosine)
+    except ExportError as error:
+        reason = saturating(artifact) if saturates() else ""
+        raise ExportError(f"{error} {reason}".strip()) from error
+
+
+def compare(
+    outputs: Array,
+    expected: Array,
+    *,
+    exact: bool,
+    who: str = "guard",
+    most_changed: float = 0.005,
+    least_cosine: float = 0.98,
+) -> dict[str, float]:
+    """`verify`, and for wide outputs such as embeddings the mean cosine too, which predictions do not show.
+
+    Raises:
+        ExportError: if the outputs are further apart than allowed.
+    """
+    found = verify(outputs, expected, exact=exact, most_changed=most_changed, who=who)
+    a, b = np.asarray(outputs, np.float64), np.asarray(expected, np.float64)
+    if a.ndim > 1 and a.shape[-1] > 1:
+        norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        cosine = float(((a * b).sum(-1) / np.maximum(norms, 1e-12)).mean())
+        if cosine < least_cosine:
+            raise ExportError(
+                f"{who}: outputs must lie where the model's do (cosine at least {least_cosine}), got {cosine:.3f}. "
+                "The file or its runtime computes something else."
+            )
+        found["cosine"] = cosine
+    return found
+
+
+def larger(artifact: ModelProto, dense: ModelProto) -> str:
+    """A sentence if the file has more bytes than the dense one."""
+    a, b = artifact.ByteSize(), dense.ByteSize()
+    return f"The file is larger than the dense one: {a:,} bytes against {b:,}." if a > b else ""
+
+
+def slower(latency: Measured | None, dense: Measured | None) -> str:
+    """A sentence if it is slower than the dense one by more than the two quartile ranges explain."""
+    if latency is None or dense is None or latency.q1_ms <= dense.q3_ms:
+        return ""
+    return f"It is slower than the dense one: {latency.median_ms:.3f} ms against {dense.median_ms:.3f} in one run."
+
+
+def bloated(artifact: ModelProto, values: int | None = None) -> str:
+    """A sentence if the file has far more bytes than its values and nodes explain, such as an unrolled product."""
+    from lilliput.cost.count import stored_values
+
+    values = stored_values(artifact) if values is None else values
+    most = 8 * values + PER_NODE * (len(artifact.graph.node) + 20)
+    size = artifact.ByteSize()
+    if size <= most:
+        return ""
+    return f"The file has {size:,} bytes for {values:,} values: constants were written out that a graph could compute."
+
+
+def untouched(
+    before: Mapping[str, Array], after: Mapping[str, Stored], chosen: Iterable[str] | None = None
+) -> list[str]:
+    """The tensors that a technique was to change and left exactly as they were, in full precision.
+
+    Args:
+        before: the dense tensors by name.
+        after: how they are stored now.
+        chosen: what the technique was applied to; every tensor of two or more dimensions otherwise.
+    """
+    names = [name for name, x in before.items() if x.ndim > 1] if chosen is None else list(chosen)
+    return [
+        name
+        for name in names
+        if isinstance(kept := after.get(name, Plain(np.asarray(before[name]))), Plain)
+        and kept.array.dtype == np.float32
+        and np.array_equal(kept.array, before[name])
+    ]
+
+
+def touched(before: Mapping[str, Array], after: Mapping[str, Stored], chosen: Iterable[str], who: str) -> list[str]:
+    """`untouched`, which must not be all of them.
+
+    Raises:
+        ExportError: if the technique changed nothing at all.
+    """
+    chosen = list(chosen)
+    same = untouched(before, after, chosen)
+    if chosen and len(same) == len(chosen):
+        raise ExportError(f"{who}: must change a tensor, but left all of {', '.join(chosen[:5])} as they were.")
+    return same
+
+
+# --------------------------------------------------------------------------------------------------------- saturation
+
+
+@functools.cache
+def saturates() -> bool:
+    """Whether this machine's runtime clips `u8 * s8 + u8 * s8` to 16 bits, found by running one product.
+
+    CPUs with AVX2 and no VNNI multiply bytes by vpmaddubsw, whose pair sums saturate at 32,767.
+    """
+    proto = onnx.helper.make_model(
+        onnx.helper.make_graph(
+            [onnx.helper.make_node("MatMulInteger", ["a", "b"], ["y"])],
+            "g",
+            [onnx.helper.make_tensor_value_info("a", TensorProto.UINT8, [8, 64])],
+            [onnx.helper.make_tensor_value_info("y", TensorProto.INT32, [8, 32])],
+            [numpy_helper.from_array(np.full((64, 32), 127, np.int8), "b")],
+        ),
+        opset_imports=[onnx.helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    try:
+        found = Session(proto).outputs(np.full((8, 64), 255, np.uint8))
+    except ExportError:
+        return False
+    return bool((found != 255 * 127 * 64).any())
+
+
+def saturating(proto: ModelProto) -> str:
+    """A sentence if the graph multiplies unsigned activations by signed weights whose pair sums can pass 16 bits.
+
+    Looked at are MatMulInteger, ConvInteger, QLinearMatMul, QLinearConv, and matrix products and convolutions between
+    DequantizeLinear nodes, which the runtime turns into those. Neighbours w0, w1 along the summed axis overflow when
+    `255 |w0 + w1| > 32767`; weights of 7 bits (reduced range) never do.
+    """
+    held = {tensor.name: tensor for tensor in proto.graph.initializer}
+    made = {name: node for node in proto.graph.node for name in node.output}
+    overflow = total = 0
+    where: list[str] = []
+    for node in proto.graph.node:
+        pair = _operands(node, made)
+        if pair is None or pair[1] not in held or held[pair[1]].data_type != TensorProto.INT8:
+            continue
+        if not _unsigned(pair[0], held, made, proto):
+            continue
+        weight = numpy_helper.to_array(held[pair[1]]).astype(np.int32)
+        conv = "Conv" in node.op_type
+        transposed = any(a.name == "transB" and a.i for a in node.attribute)
+        # One row per output, the summed axis last.
+        rows = weight.reshape(len(weight), -1) if conv or transposed else np.moveaxis(weight, -2, -1)
+        rows = rows[..., : rows.shape[-1] // 2 * 2]
+        sums = np.abs(rows[..., ::2] + rows[..., 1::2])
+        hits = int((255 * sums > 32767).sum())
+        total += sums.size
+        overflow += hits
+        if hits:
+            where.append(node.op_type)
+    if not overflow:
+        return ""
+    return (
+        f"8-bit products can saturate: {overflow / total:.1%} of weight pairs in {len(where)} nodes pass 16 bits on a "
+        "CPU without VNNI. Use reduced range (7 bits), signed activations, or float arithmetic on narrow weights."
+    )
+
+
+def _operands(node: NodeProto, made: Mapping[str, NodeProto]) -> tuple[str, str] | None:
+    """The quantised activation and weight of a product."""
+    if node.op_type in ("MatMulInteger", "ConvInteger"):
+        return node.input[0], node.input[1]
+    if node.op_type in ("QLinearMatMul", "QLinearConv"):
+        return node.input[0], node.input[3]
+    if node.op_type in ("MatMul", "Conv", "Gemm"):
+        sources: list[Any] = [made.get(name) for name in node.input[:2]]
+        if all(source is not None and source.op_type == "DequantizeLinear" for source in sources):
+            return sources[0].input[0], sources[1].input[0]
+    return None
+
+
+def _unsigned(name: str, held: Mapping[str, TensorProto], made: Mapping[str, NodeProto], proto: ModelProto) -> bool:
+    node = made.get(name)
+    if node is None:
+        kinds = {value.name: value.type.tensor_type.elem_type for value in proto.graph.input}
+        return bool(kinds.get(name) == TensorProto.UINT8)
+    if node.op_type == "DynamicQuantizeLinear":
+        return True
+    if node.op_type in ("QuantizeLinear", "QLinearConv", "QLinearMatMul"):
+        position = {"QuantizeLinear": 2, "QLinearConv": 7, "QLinearMatMul": 7}[node.op_type]
+        if len(node.input) <= position:
+            return bool(node.op_type == "QuantizeLinear")
+        zero = held.get(node.input[position])
+        return zero is not None and zero.data_type == TensorProto.UINT8
+    if node.op_type in ("Relu", "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze"):
+        return _unsigned(node.input[0], held, made, proto)
+    return False
