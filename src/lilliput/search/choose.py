@@ -113,7 +113,7 @@ def _resampled(task: Task, dense: Score, scores: Sequence[Score], draws: int, se
 
 def _losses(task: Task, dense: Score, score: Score) -> Floats:
     assert dense.outcomes is not None and score.outcomes is not None
-    difference = dense.outcomes - score.outcomes
+    difference: Floats = dense.outcomes - score.outcomes
     return difference if task.higher_is_better else -difference
 
 

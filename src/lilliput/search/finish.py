@@ -24,6 +24,7 @@ from lilliput.recipe import Recipe
 from lilliput.search.choose import Choice, choose, examples_for, front
 from lilliput.search.points import Point, bits, values
 from lilliput.store import write
+from lilliput.task import Task, length
 
 if TYPE_CHECKING:
     from lilliput.search.shrink import Search
@@ -85,7 +86,7 @@ def _front(search: "Search") -> list[Point]:
     unique: dict[tuple[int, int, float], Point] = {}
     for point in rest:
         unique.setdefault((point.packed_bytes, point.onnx_bytes, point.distance), point)
-    rest, chosen = list(unique.values()), []
+    rest, chosen = list(unique.values()), list[Point]()
     while rest and len(chosen) < MEASURED:
         costs = [(task.loss_of(dense.score.value, p.score.value), p.packed_bytes, p.onnx_bytes, p.macs) for p in rest]
         layer = [rest[i] for i in front(costs)]
@@ -114,14 +115,20 @@ def _choose(search: "Search", best: list[Point]) -> tuple[Choice, list[Point]]:
     return choice, rivals
 
 
-def _test(search: "Search", winner: Point | None) -> dict[str, float]:
-    """The test split, read once, after the choice."""
+def _test(search: "Search", winner: Point | None) -> dict[str, Any]:
+    """The test split, read once, after the choice: both scores, the drop and its bootstrap interval."""
     task = search.task
     if not task.has("test") or winner is None:
         return {}
     inputs, _ = task.split("test")
-    return {name: task.rate(torch.from_numpy(np.array(Session(point.proto).outputs(inputs))), "test").value
-            for name, point in (("dense", search.dense), ("chosen", winner))}
+    dense, chosen = (task.rate(torch.from_numpy(np.array(Session(point.proto).outputs(inputs))), "test")
+                     for point in (search.dense, winner))
+    found: dict[str, Any] = {"dense": dense.value, "chosen": chosen.value}
+    if dense.outcomes is not None and chosen.outcomes is not None:
+        gap = (dense.outcomes - chosen.outcomes) * (1 if task.higher_is_better else -1)
+        draws = np.random.default_rng(search.seed).integers(0, len(gap), (1000, len(gap)))
+        found["interval"] = [_round(x) for x in np.quantile(gap[draws].mean(1), [0.025, 0.975])]
+    return found
 
 
 def layers(point: Point, example: Any) -> list[dict[str, Any]]:
@@ -183,7 +190,7 @@ def _summary(search: "Search", best: list[Point], rivals: list[Point], choice: C
         "drop_corrected_interval": None if i is None else [_round(x) for x in choice.interval[i]],
         "optimism": _round(choice.optimism),
         "drop_test": _round(task.loss_of(tests["dense"], tests["chosen"])) if tests else None,
-        "val_examples": len(dense.score.outputs),
+        "drop_test_interval": tests.get("interval"), "examples": _examples(task), "draws": task.draws,
         "examples_for_half_interval": None if i is None else examples_for(
             task, dense.score, nearest.score, choice.interval[i]),
         "left_alone": [{"name": name, "reason": reason} for name, reason in search.left],
@@ -192,6 +199,12 @@ def _summary(search: "Search", best: list[Point], rivals: list[Point], choice: C
     summary["wall_s"] = round(clock.now, 2)
     summary["shares"] = clock.shares()
     return summary
+
+
+def _examples(task: Task) -> dict[str, int]:
+    """How many examples each split holds, and how many training ones calibrate."""
+    found = {split: length(task.split(split)[0]) for split in ("train", "val", "test") if task.has(split)}
+    return found | {"calibration": min(256, found["train"])}
 
 
 def _round(value: Any) -> float:

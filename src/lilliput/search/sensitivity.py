@@ -29,7 +29,8 @@ def _rank(weight: Tensor, fraction: float) -> Tensor:
 def _bits(weight: Tensor, bits: int) -> Tensor:
     code = Uniform(bits, per="tensor" if len(weight) > 4096 else "channel")
     theta = code.encode(weight)
-    return code.decode(*theta)
+    decoded: Tensor = code.decode(*theta)
+    return decoded
 
 
 TECHNIQUES: dict[str, Callable[[Tensor], Tensor]] = {

@@ -5,7 +5,7 @@ from typing import Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 
 class Silent:
@@ -14,7 +14,8 @@ class Silent:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *unused: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         return None
 
     def phase(self, text: str, total: int) -> None:
@@ -38,7 +39,8 @@ class Live(Silent):
         self._bar = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=28),
                              TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn(),
                              TextColumn("[dim]{task.fields[note]}"), console=console)
-        self._task = self._best = None
+        self._task: TaskID | None = None
+        self._best = ""
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -52,7 +54,7 @@ class Live(Silent):
         if self._task is not None:
             done = self._bar.tasks[-1].total or 0
             self._bar.update(self._task, completed=done, note="")
-        self._task = self._bar.add_task(escape(text), total=max(1, total), note="")  # type: ignore[assignment]
+        self._task = self._bar.add_task(escape(text), total=max(1, total), note="")
 
     def advance(self, text: str = "") -> None:
         if self._task is not None:
@@ -60,7 +62,7 @@ class Live(Silent):
 
     def best(self, text: str) -> None:
         if text != self._best:
-            self._best = text  # type: ignore[assignment]
+            self._best = text
             self._bar.console.print(f"  [green]best so far[/green] {escape(text)}")
 
     def say(self, text: str) -> None:

@@ -386,7 +386,7 @@ class Search:
                 model = self.shop.make(recipe, self._halt(0.7))
             inputs, _ = self.task.split("val")
             outputs = predict(model, inputs)
-            row = {"kind": "rung", "name": plan.name(), "until": until,
+            row = {"kind": "rung", "name": plan.name(), "until": until, "status": "rung",
                    "distance": self._rank(outputs),
                    "drop": self.task.loss_of(self.dense.score.value, self.task.rate(outputs, "val").value),
                    "price": self._price(model, plan), "values": count_values(model)}
