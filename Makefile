@@ -54,9 +54,9 @@ evidence: $(VENV)/dev.installed
 docs: $(VENV)/docs.installed
 	$(SCRIPTS)/mkdocs build --strict $(ARGS)
 
-# The generated parts of README.md and RESULTS.md, from the records in results/.
+# The generated parts of README.md and RESULTS.md, from results/. ARGS=lilliput-demo/summary.json keeps that demo first.
 readme: $(VENV)/docs.installed
-	$(SCRIPTS)/python scripts/readme.py
+	$(SCRIPTS)/python scripts/readme.py $(ARGS)
 	$(SCRIPTS)/python scripts/results.py
 
 # The oldest supported Python decides, since a version that it can install all the others can too.

@@ -33,7 +33,7 @@ def script(name: str) -> ModuleType:
 def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
-    ours = ("MAKE", "VENV", "TORCH", "PYTHON")
+    ours = ("MAKE", "MFLAGS", "ARGS", "VENV", "TORCH", "PYTHON")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return subprocess.run(["make", *arguments], cwd=ROOT, env=kept | environment, capture_output=True, text=True)
 
