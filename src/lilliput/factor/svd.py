@@ -147,8 +147,8 @@ def ranks_by_budget(singular_values: Mapping[str, Tensor], shapes: Mapping[str, 
         out, n = shapes[name]
         return min(ranks[name] * (out + n), out * n)
 
-    gains = sorted(((float(s[i]) ** 2 / max(float(s.square().sum()), 1e-30) / sum(shapes[name]), name, i)
-                    for name, s in singular_values.items() for i in range(1, len(s))), reverse=True)
+    gains = sorted((-float(s[i]) ** 2 / max(float(s.square().sum()), 1e-30) / sum(shapes[name]), name, i)
+                   for name, s in singular_values.items() for i in range(1, len(s)))
     limit = budget * sum(math.prod(shape) for shape in shapes.values())
     spent, full = sum(cost(name) for name in ranks), set[str]()
     for _, name, i in gains:
