@@ -1,4 +1,4 @@
-"""One export, many variants: names, shapes, narrow types that cost no time, and files that compute what the model does."""
+"""One export, many variants: names, shapes, narrow types that cost no time, files that compute what the model does."""
 
 from collections import Counter
 
@@ -110,7 +110,8 @@ def test_narrow_weights_are_widened_once_at_load(small, bits, tmp_path):
     assert narrow.ByteSize() < wide.ByteSize()
 
 
-@pytest.mark.parametrize("change", ["affine", "group", "sparse", "sparse list", "half", "int8", "product", "wide affine"])
+@pytest.mark.parametrize("change", [
+    "affine", "group", "sparse", "sparse list", "half", "int8", "product", "wide affine"])
 def test_every_kind_gives_its_decoded_values(small, change, tmp_path):
     _, structure = small
     draw, shape = np.random.default_rng(0), (8, 8, 3, 3)
@@ -244,7 +245,8 @@ def test_from_onnx_folds_batch_norm_and_keeps_names(tmp_path):
     tensors = {"w": draw.standard_normal((4, 1, 3, 3)), "g": draw.random(4) + 1, "b": draw.random(4),
                "m": draw.random(4), "v": draw.random(4) + 1}
     nodes = [helper.make_node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1]),
-             helper.make_node("BatchNormalization", ["c", "g", "b", "m", "v"], ["n"]), helper.make_node("Relu", ["n"], ["y"])]
+             helper.make_node("BatchNormalization", ["c", "g", "b", "m", "v"], ["n"]),
+             helper.make_node("Relu", ["n"], ["y"])]
     graph = helper.make_graph(
         nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 1, 8, 8])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4, 8, 8])],

@@ -78,6 +78,7 @@ def count(model: nn.Module | ModelProto, example: Inputs, values: int | None = N
         values: how many are kept, where that is known better than from the file (a sparse or packed one).
 
     Raises:
+        ValueError: if the example is of another shape than the model's inputs.
         ExportError: if a shape can neither be inferred nor found by running the example.
 
     >>> import torch
@@ -123,6 +124,14 @@ def shapes(proto: ModelProto, example: Inputs) -> dict[str, Shape]:
     """
     names = [value.name for value in proto.graph.input]
     one = {name: x[:1] for name, x in arrays(example, names).items()}
+    for value in proto.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        wanted = [d.dim_value or d.dim_param or "?" for d in dims]
+        got = one[value.name].shape
+        if len(got) != len(dims) or any(d.dim_value not in (0, n) for d, n in list(zip(dims, got, strict=True))[1:]):
+            raise ValueError(
+                f"count: {value.name} must have the shape ({', '.join(map(str, wanted))}), got {got}. Give one example."
+            )
     light = ModelProto()
     light.CopyFrom(proto)
     for value in light.graph.input:
