@@ -1,6 +1,7 @@
 """Counted costs are exact, measured ones carry their machine, and the kinds never mix."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -109,6 +110,8 @@ def test_latency_is_interleaved_and_says_what_it_was_measured_with():
     for m in found.values():
         assert 0 < m.q1_ms <= m.median_ms <= m.q3_ms and m.batch == 3 and m.runtime.startswith("onnxruntime")
     assert found["two"].threads == 2
+    own = latency(sessions, images(), seconds=0.02, least=5, clock=time.process_time)
+    assert own["wide"].median_ms > 0
     with pytest.raises(ValueError, match="needs a session"):
         latency({}, images())
 

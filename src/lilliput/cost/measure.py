@@ -11,7 +11,7 @@ import platform
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -76,17 +76,24 @@ def _cpu() -> str:
 
 
 def latency(
-    sessions: Mapping[str, Session], example: Inputs, *, seconds: float = 2.0, least: int = 15, batch: int = 1
+    sessions: Mapping[str, Session],
+    example: Inputs,
+    *,
+    seconds: float = 2.0,
+    least: int = 15,
+    batch: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Measured]:
     """Each session's latency on `example`, all interleaved in one run (A B C A B C ...) of about `seconds`.
 
     Whatever slows the machine slows all of them, so the ratios hold where single times drift. Every session runs at
-    least `least` times, after a warm-up. Times are wall time of the call.
+    least `least` times, after a warm-up.
 
     Args:
         sessions: by name; ratios are to the first one.
         example: inputs; the first `batch` examples are used, repeated where there are fewer.
         seconds: for all of them together.
+        clock: wall time; on a machine that others use, `time.process_time` leaves out the time that they took.
 
     Raises:
         ValueError: without a session, or for a batch below 1.
@@ -106,16 +113,16 @@ def latency(
     rounds = 0
     while rounds < least or time.perf_counter() < deadline:
         for name, session in sessions.items():
-            first = time.perf_counter()
+            first = clock()
             session.run(feeds[name])
-            times[name].append(time.perf_counter() - first)
+            times[name].append(clock() - first)
         rounds += 1
     after = _load()
     load = None if before is None or after is None else (before, after)
-    base = np.array(next(iter(times.values())))
+    base = np.maximum(next(iter(times.values())), 1e-9)
     found = {}
     for name, session in sessions.items():
-        spent = np.array(times[name])
+        spent = np.maximum(times[name], 1e-9)
         q1, median, q3 = (round(float(x) * 1e3, 6) for x in np.quantile(spent, [0.25, 0.5, 0.75]))
         ratio = round(float(np.median(base / spent)), 4)
         found[name] = Measured(median, q1, q3, rounds, batch, session.threads, session.runtime, ratio, load)
@@ -221,10 +228,13 @@ class LayerTimes:
         self.path, self.seconds, self.scale = Path(folder) / "layer_times.json", seconds, 1.0
         here = machine()
         self.stamp = f"{here['cpu']} onnxruntime {here['onnxruntime']}"
-        self.known: dict[str, float] = {}
-        with contextlib.suppress(OSError, ValueError):
+        self.known: dict[str, float] = self._read()
+
+    def _read(self) -> dict[str, float]:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             read = json.loads(self.path.read_text(encoding="utf-8"))
-            self.known = {str(k): float(v) for k, v in read.items() if isinstance(v, int | float) and math.isfinite(v)}
+            return {str(k): float(v) for k, v in read.items() if isinstance(v, int | float) and math.isfinite(v)}
+        return {}
 
     def estimate(self, proto: ModelProto, example: Inputs, batch: int = 1) -> Estimated:
         """The latency that the table predicts; nodes it does not know are measured now."""
@@ -249,6 +259,7 @@ class LayerTimes:
         """Write the table in one step; a folder that cannot be written only costs measuring again."""
         temporary = None
         with contextlib.suppress(OSError):
+            self.known = {**self._read(), **self.known}  # another search may have measured more meanwhile
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=".layer_times.")
             with os.fdopen(handle, "w", encoding="utf-8") as file:
