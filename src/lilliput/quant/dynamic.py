@@ -19,16 +19,17 @@ step t for each output. Four ideas make that exact enough to need no training an
 
 Only standard ONNX operators are written; ONNX Runtime fuses them (DynamicQuantizeMatMul, MatMulIntegerToFloat).
 
-Sources: T. Dettmers et al. LLM.int8(). NeurIPS 2022. arXiv:2208.07339 (a step for each row). G. Xiao et al. SmoothQuant.
-ICML 2023. arXiv:2211.10438, equation 4 (equalisation). The pair rule is ours.
+Sources: T. Dettmers et al. LLM.int8(). NeurIPS 2022. arXiv:2208.07339 (a step for each row). G. Xiao et al.
+SmoothQuant. ICML 2023. arXiv:2211.10438, equation 4 (equalisation). The pair rule is ours.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -46,8 +47,9 @@ Arithmetic = Literal["tensor", "row", "narrow", "float"]
 """tensor: int8, one step for the whole input. row: int8, a step for each row. narrow: float32 arithmetic, the weights
 stored in 8 bits and widened once when the runtime loads the file. float: left alone."""
 ARITHMETICS: tuple[Arithmetic, ...] = ("tensor", "row", "narrow", "float")
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-ROWS = 128  # of each run, enough to predict noise from
+PURE = {"Cast", "Concat", "Constant", "Div", "Gather", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Sub",
+        "Transpose", "Unsqueeze"}  # fmt: skip
+ROWS = 64  # of each run, enough to predict noise from
 SMALLEST = 1024  # values; below, a tensor's codes and nodes are not worth their bytes
 
 
@@ -67,12 +69,19 @@ def pair_codes(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
     >>> codes.tolist()
     [[127, 64], [-64, 64]]
     """
-    rows, columns = weight.shape
-    pairs = np.concatenate([weight, np.zeros((rows % 2, columns), np.float32)]).reshape(-1, 2, columns)
-    sums = np.maximum(np.maximum(pairs, 0).sum(1).max(0), np.maximum(-pairs, 0).sum(1).max(0))
-    # Rounding two halves up can add one to a sum: 127 leaves room for it.
-    step = np.where(sums > 0, np.maximum(sums, np.abs(weight).max(0)) / 127, 1).astype(np.float32)
+    step = _pair_step(weight)
     return np.rint(weight / step).astype(np.int8), step
+
+
+def _pair_step(weight: Floats) -> Floats:
+    even, odd = weight[0::2], weight[1::2]
+    if len(even) > len(odd):
+        odd = np.concatenate([odd, np.zeros_like(even[:1])])
+    # A sum of one sign: |a| + |b| where the signs agree, else the larger of the two.
+    sums = np.maximum(np.abs(even + odd), np.maximum(np.abs(even), np.abs(odd))).max(0)
+    # Rounding two halves up can add one to a sum: 127 instead of 128 leaves room for it.
+    step: Floats = np.where(sums > 0, sums / np.float32(127), np.float32(1))
+    return step
 
 
 def channel_codes(weight: Floats, axis: int = 0) -> tuple[NDArray[np.int8], Floats]:
@@ -109,15 +118,22 @@ class Statistics:
     """What calibration saw of one group's input, a row being the values that meet one weight column.
 
     Args:
-        sample: (rows, in), at most 128 rows of each run.
-        low, high: each run's smallest and largest value, zero included.
+        sample: (n, in), at most 64 rows of each run.
+        starts: where each run begins in `sample`.
         rows: of one run.
     """
 
-    sample: Floats
-    low: Floats
-    high: Floats
+    sample: Floats = field(repr=False)
+    starts: tuple[int, ...]
     rows: int
+
+    def range(self, e: Floats) -> Floats:
+        """max - min of each run, zero included, once channel j is divided by e_j."""
+        x = self.sample / e
+        span: Floats = np.maximum(np.maximum.reduceat(x.max(1), self.starts), 0) - np.minimum(
+            np.minimum.reduceat(x.min(1), self.starts), 0
+        )
+        return span
 
 
 def groups(proto: ModelProto) -> list[Group]:
@@ -126,17 +142,19 @@ def groups(proto: ModelProto) -> list[Group]:
     Names of nodes must be unique (`dynamic` makes them so).
     """
     graph = proto.graph
-    weights = {t.name: t for t in graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2}
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    weights = {name: t for name, t in stored.items() if t.data_type == TensorProto.FLOAT and len(t.dims) == 2}
     readers = Counter(name for node in graph.node for name in node.input)
+    hidden = {value.name for value in graph.output} | _inner(graph)
     norms = {
         node.output[0]: node.name
         for node in graph.node
         if node.op_type == "LayerNormalization"
-        and not {"axis", "stash_type"} & {a.name for a in node.attribute if a.i not in (-1, 1)}
-        and all(readers[name] == 1 for name in node.input[1:])
-        and {t.name for t in graph.initializer} >= set(node.input[1:])
+        and len(node.output) == 1
+        and all(a.i == -1 for a in node.attribute if a.name == "axis")
+        and all(name in stored and readers[name] == 1 and name not in hidden for name in node.input[1:] if name)
+        and not {*node.output} & hidden
     }
-    outputs = {value.name for value in graph.output}
     found: dict[str, list[tuple[str, Floats]]] = {}
     for node in graph.node:
         settings = {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -145,104 +163,83 @@ def groups(proto: ModelProto) -> list[Group]:
             and settings.get("alpha", 1.0) == settings.get("beta", 1.0) == 1.0
             and not settings.get("transA")
         )
-        if plain and node.domain == "" and node.input[1] in weights:
+        if plain and node.domain == "" and node.input[1] in weights and node.input[0] not in stored:
             weight = numpy_helper.to_array(weights[node.input[1]])
             weight = np.ascontiguousarray(weight.T if settings.get("transB") else weight)
             found.setdefault(node.input[0], []).append((node.name, weight))
     return [
-        Group(name, tuple(n for n, _ in parts), tuple(w for _, w in parts), "" if name in outputs else norms.get(name, ""))
+        Group(name, tuple(n for n, _ in parts), tuple(w for _, w in parts), norms.get(name, ""))
         for name, parts in found.items()
     ]
+
+
+def _inner(graph: Any) -> set[str]:
+    """Every name that a graph inside a node (If, Loop, Scan) reads."""
+    names: set[str] = set()
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inside in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
+                names |= _inner(inside) | {v.name for v in inside.output}
+                names |= {name for one in inside.node for name in one.input}
+    return names
 
 
 def observe(
     proto: ModelProto, found: Sequence[Group], calibration: Sequence[Mapping[str, Array]]
 ) -> tuple[dict[str, Statistics], list[list[Array]]]:
     """One run for each element of `calibration`: statistics of every group's input, and the network's outputs."""
-    names = [group.input for group in found]
-    session = Session(_with_outputs(proto, names))
-    kept: dict[str, list[Floats]] = {name: [] for name in names}
-    low: dict[str, list[float]] = {name: [] for name in names}
-    high: dict[str, list[float]] = {name: [] for name in names}
-    rows, outputs = dict.fromkeys(names, 1), []
-    for inputs in calibration:
-        values = session.all(dict(inputs))
-        outputs.append(values[: len(proto.graph.output)])
-        # A group may read an input or an output of the network, which is no further output of the session.
-        for name, value in zip(names, _named(proto, names, inputs, values), strict=True):
-            flat = value.reshape(-1, value.shape[-1])
-            rows[name] = len(flat)
-            kept[name].append(flat[:: math.ceil(len(flat) / ROWS)].copy())
-            low[name].append(min(0.0, float(flat.min())))
-            high[name].append(max(0.0, float(flat.max())))
-    return {
-        name: Statistics(
-            np.concatenate(kept[name]), np.array(low[name], np.float32), np.array(high[name], np.float32), rows[name]
-        )
-        for name in names
-    }, outputs
-
-
-def _with_outputs(proto: ModelProto, names: Sequence[str]) -> ModelProto:
-    """The network with further tensors as outputs."""
+    outputs = [value.name for value in proto.graph.output]
+    inside = [g.input for g in found if g.input not in {*outputs, *(value.name for value in proto.graph.input)}]
     wide = ModelProto()
     wide.CopyFrom(proto)
-    there = {value.name for value in [*proto.graph.input, *proto.graph.output]}
-    wide.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
-    return wide
-
-
-def _named(
-    proto: ModelProto, names: Sequence[str], inputs: Mapping[str, Array], values: Sequence[Array]
-) -> list[Array]:
-    there = {value.name for value in [*proto.graph.input, *proto.graph.output]}
-    by_name = dict(inputs)
-    by_name |= dict(zip([v.name for v in proto.graph.output] + [n for n in names if n not in there], values, strict=True))
-    return [by_name[name] for name in names]
+    wide.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inside)
+    session = Session(wide)
+    kept: dict[str, list[Floats]] = {group.input: [] for group in found}
+    rows, dense = dict.fromkeys(kept, 1), []
+    for inputs in calibration:
+        values = session.all(dict(inputs))
+        dense.append(values[: len(outputs)])
+        value_of = dict(inputs) | dict(zip(outputs + inside, values, strict=True))
+        for name, parts in kept.items():
+            flat = value_of[name].reshape(-1, value_of[name].shape[-1])
+            rows[name] = len(flat)
+            parts.append(flat[:: math.ceil(len(flat) / ROWS)].copy())
+    starts = {name: np.cumsum([0, *map(len, parts[:-1])]).tolist() for name, parts in kept.items()}
+    return {n: Statistics(np.concatenate(parts), tuple(starts[n]), rows[n]) for n, parts in kept.items()}, dense
 
 
 def equaliser(group: Group, seen: Statistics) -> Floats:
     """The e (in,) that predicts the least noise in int8 arithmetic with one step: SmoothQuant's, equation 4, for the
     best strength a of 0, 1/4, 1/2, 3/4 and 1. All ones where the group has no normalisation of its own."""
-    weight = np.concatenate(group.weights, axis=1)
-    ones: Floats = np.ones(len(weight), np.float32)
+    ones: Floats = np.ones(len(group.weights[0]), np.float32)
     if not group.norm:
         return ones
     x = np.maximum(np.abs(seen.sample).max(0), 1e-6)
-    w = np.maximum(np.abs(weight).max(1), 1e-6)
+    w = np.maximum(np.abs(np.concatenate(group.weights, axis=1)).max(1), 1e-6)
     tried = [ones]
-    for a in STRENGTHS[1:]:
+    for a in (0.25, 0.5, 0.75, 1.0):
         e = np.asarray(x**a / w ** (1 - a), np.float32)
-        tried.append(e / np.exp(np.log(e).mean()).astype(np.float32))
-    return min(tried, key=lambda e: _noise(group, seen, "tensor", e))
+        tried.append(e / np.exp(np.log(e).mean()))
+    return min(tried, key=lambda e: predicted(group, seen, e)["tensor"])
 
 
-def _noise(group: Group, seen: Statistics, arithmetic: Arithmetic, e: Floats) -> float:
-    """Predicted noise power of the group's outputs over their power.
+def predicted(group: Group, seen: Statistics, e: Floats) -> dict[Arithmetic, float]:
+    """Noise power that each arithmetic adds to the group's outputs, summed over them, for one row.
 
     A step s adds s^2 / 12 to every value that is rounded: s_x^2 / 12 * sum W^2 from the input, and
     t_j^2 / 12 * mean |x|^2 from the weights of output j.
     """
-    if arithmetic == "float":
-        return 0.0
-    weight, x = np.concatenate(group.weights, axis=1), seen.sample
-    signal = float(np.square(x @ weight).sum(1).mean()) + 1e-20
-    weight, x = weight * e[:, None], x / e
-    if arithmetic == "narrow":
-        return float((channel_codes(weight)[1] ** 2).sum() / 12 * np.square(x).sum(1).mean()) / signal
-    pairs = np.concatenate([weight, np.zeros((len(weight) % 2, weight.shape[1]), np.float32)])
-    pairs = pairs.reshape(-1, 2, weight.shape[1])
-    t = np.maximum(np.maximum(pairs, 0).sum(1), np.maximum(-pairs, 0).sum(1)).max(0) / 127
-    stored = float((t**2).sum() / 12 * np.square(x).sum(1).mean())
-    if arithmetic == "row":
-        step = _row_range(x, row_balance(x)) * (1 + 1 / row_balance(x)) / 255
-        square = float(np.square(step).mean())
-    elif (e == 1).all():
-        square = float(np.square((seen.high - seen.low) / 255).mean())
-    else:
-        runs = x.reshape(len(seen.low), -1)
-        square = float(np.square((runs.max(1) - runs.min(1)) / 255).mean())
-    return (square / 12 * float(np.square(weight).sum()) + stored) / signal
+    x, weight = seen.sample / e, np.concatenate(group.weights, axis=1) * e[:, None]
+    power, gain = float(np.square(x).sum(1).mean()) / 12, float(np.square(weight).sum()) / 12
+    stored = power * float(np.square(_pair_step(weight)).sum())
+    c = row_balance(x)
+    row = np.maximum(x.max(1), -c * x.min(1)) * (1 + 1 / c) / 255
+    return {
+        "tensor": stored + gain * float(np.square(seen.range(e) / 255).mean()),
+        "row": stored + gain * float(np.square(row).mean()),
+        "narrow": power * float(np.square(np.abs(weight).max(0) / 127).sum()),
+        "float": 0.0,
+    }
 
 
 def row_balance(x: Floats) -> float:
@@ -251,14 +248,9 @@ def row_balance(x: Floats) -> float:
     Rows divided by that range lie in [-1 / c, 1], so a c above one spends fewer codes on negative numbers: about 15 for
     the outputs of a GELU, 1 for values that are as often negative.
     """
-    return min(
-        (float(c) for c in np.geomspace(1 / 32, 32, 21)),
-        key=lambda c: float(np.square(_row_range(x, c)).mean()) * (1 + 1 / c) ** 2,
-    )
-
-
-def _row_range(x: Floats, c: float) -> Floats:
-    return np.maximum(x.max(1), -c * x.min(1)).astype(np.float32)
+    high, low = x.max(1), -x.min(1)
+    tried = [float(c) for c in np.geomspace(1 / 32, 32, 21)]
+    return min(tried, key=lambda c: float(np.square(np.maximum(high, c * low)).mean()) * (1 + 1 / c) ** 2)
 
 
 def dynamic(
@@ -273,9 +265,10 @@ def dynamic(
 ) -> ModelProto:
     """The network with its products in the fastest arithmetic whose measured error is within `tolerance`.
 
-    Error is sum |y - y'|^2 / sum |y|^2 over the calibration runs, of the worst output, measured in ONNX Runtime; for unit
-    vectors it is 2 (1 - mean cosine). Products that stay in float32 arithmetic are stored in 8 bits all the same. Tables
-    that are only looked up (Gather) are stored in 8 bits with a float16 step for each row.
+    Error is sum |y - y'|^2 / sum |y|^2 over the calibration runs, of the worst output, measured in ONNX Runtime; for
+    unit vectors it is 2 (1 - mean cosine). Products in narrow arithmetic are stored in 8 bits all the same, and tables
+    that are looked up (Gather) in 8 bits with a float16 step for each row. With one step for a whole input, what an
+    example becomes depends on the others in its batch; with a step for each row it does not.
 
     Args:
         proto: float32, any opset from 13.
@@ -307,19 +300,21 @@ def dynamic(
     unknown = {*named.values(), *allowed, *([arithmetic] if isinstance(arithmetic, str) else [])} - {*ARITHMETICS}
     if unknown:
         raise ValueError(f"dynamic: arithmetic must be one of {ARITHMETICS}, got {', '.join(map(repr, unknown))}.")
-    proto = _folded(proto)
-    found = groups(proto)
+    folded = _folded(proto)
+    found = groups(folded)
     if not found:
         raise NotSupported("dynamic: the network must have a MatMul or Gemm with stored float32 weights, and has none.")
     for name in named:
         if name not in {group.input for group in found}:
             raise KeyError(f"dynamic: {name} is the input of no product. {near(name, [g.input for g in found])}")
-    seen, dense = observe(proto, found, calibration)
-    small = {g.input: sum(w.size for w in g.weights) < SMALLEST for g in found}
-    scales = {g.input: equaliser(g, seen[g.input]) if equalise and not small[g.input] else _ones(g) for g in found}
+    seen, dense = observe(folded, found, calibration)
+    ones = {g.input: np.ones(len(g.weights[0]), np.float32) for g in found}
+    scales = {g.input: equaliser(g, seen[g.input]) for g in found} if equalise else ones
+
+    base = _with_narrow_tables(folded) if tables else folded
 
     def build(choice: Mapping[str, Arithmetic]) -> ModelProto:
-        return _write(proto, found, seen, scales, choice, tables)
+        return _write(base, found, seen, scales, choice)
 
     if arithmetic is not None:
         default = arithmetic if isinstance(arithmetic, str) else "narrow"
@@ -327,55 +322,52 @@ def dynamic(
     return build(_choose(found, seen, scales, build, calibration, dense, tolerance, allowed))
 
 
-def _ones(group: Group) -> Floats:
-    return np.ones(len(group.weights[0]), np.float32)
-
-
 def _choose(
     found: Sequence[Group],
     seen: Mapping[str, Statistics],
     scales: Mapping[str, Floats],
-    build: Any,
-    calibration: Sequence[Mapping[str, Array]],
+    build: Callable[[Mapping[str, Arithmetic]], ModelProto],
+    runs: Sequence[Mapping[str, Array]],
     dense: Sequence[Sequence[Array]],
     tolerance: float,
     allowed: Sequence[Arithmetic],
 ) -> dict[str, Arithmetic]:
     """Start with the fastest arithmetic everywhere; buy exactness where a millisecond buys most until it suffices."""
-    times = {
-        (g.shapes, seen[g.input].rows): {} for g in found
-    }  # type: dict[tuple[tuple[tuple[int, ...], ...], int], dict[Arithmetic, float]]
-    for shape, rows in times:
-        times[shape, rows] = _times(shape, rows, allowed)
-    noise = {g.input: {a: _noise(g, seen[g.input], a, scales[g.input]) for a in allowed} for g in found}
     choice: dict[str, Arithmetic] = {}
     steps: list[tuple[float, str, Arithmetic]] = []
-    for g in found:
-        cost, loss = times[g.shapes, seen[g.input].rows], noise[g.input]
-        ladder = sorted(allowed, key=lambda a: cost[a])
-        choice[g.input], now = ladder[0], ladder[0]
-        while True:
-            # The lower convex hull of (milliseconds, noise): the step that buys most for its time comes next.
-            better = [a for a in ladder if loss[a] < loss[now] and cost[a] >= cost[now]]
-            if not better:
-                break
-            worth = {a: (loss[now] - loss[a]) / (cost[a] - cost[now] + 1e-9) for a in better}
-            now_, now = now, max(better, key=lambda a: worth[a])
-            del now_
-            steps.append((worth[now], g.input, now))
+    for group in found:
+        name, statistics = group.input, seen[group.input]
+        cost = times(group.shapes, statistics.rows, tuple(allowed))
+        x = statistics.sample
+        signal = sum(float(np.square(x @ weight).sum(1).mean()) for weight in group.weights) + 1e-20
+        noise = {a: value / signal for a, value in predicted(group, statistics, scales[name]).items()}
+        now = choice[name] = min(allowed, key=lambda a: (cost[a], noise[a]))
+        while better := [a for a in allowed if noise[a] < noise[now]]:
+            worth = {a: (noise[now] - noise[a]) / max(cost[a] - cost[now], 1e-6) for a in better}
+            now = max(better, key=lambda a: worth[a])  # along the lower convex hull of (milliseconds, noise)
+            steps.append((worth[now], name, now))
     steps.sort(key=lambda step: -step[0])
 
     def taken(count: int) -> dict[str, Arithmetic]:
-        return choice | {name: a for _, name, a in steps[:count]}
+        return choice | {name: arithmetic for _, name, arithmetic in steps[:count]}
 
     low, high = 0, len(steps)  # the error falls with the number of steps
     while low < high:
         middle = (low + high) // 2
-        if error(build(taken(middle)), calibration, dense) <= tolerance:
+        if error(build(taken(middle)), runs, dense) <= tolerance:
             high = middle
         else:
             low = middle + 1
     return taken(low)
+
+
+def chosen(proto: ModelProto) -> dict[str, Arithmetic]:
+    """What `dynamic` chose: the arithmetic by the name of each quantized input; what is missing stayed in float32."""
+    return {
+        node.output[0].removesuffix("/codes"): "row" if node.input[0].endswith("/unit") else "tensor"
+        for node in proto.graph.node
+        if node.op_type == "DynamicQuantizeLinear"
+    }
 
 
 def error(proto: ModelProto, calibration: Sequence[Mapping[str, Array]], dense: Sequence[Sequence[Array]]) -> float:
@@ -389,31 +381,31 @@ def error(proto: ModelProto, calibration: Sequence[Mapping[str, Array]], dense: 
     return float((lost / power).max())
 
 
-def _times(shapes: tuple[tuple[int, ...], ...], rows: int, allowed: Sequence[Arithmetic]) -> dict[Arithmetic, float]:
-    """Milliseconds of a group of these shapes in each arithmetic, measured in the runtime; random weights."""
+@cache
+def times(
+    shapes: tuple[tuple[int, ...], ...], rows: int, allowed: tuple[Arithmetic, ...] = ARITHMETICS
+) -> dict[Arithmetic, float]:
+    """Milliseconds of a group of products of these shapes (in, out) in each arithmetic, measured here, kept."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((rows, shapes[0][0]), dtype=np.float32)
-    value = helper.make_tensor_value_info
-    weights = [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
+    names, value = [str(i) for i in range(len(shapes))], helper.make_tensor_value_info
     graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"], name=f"n{i}") for i in range(len(shapes))],
-        "one",
-        [value("x", TensorProto.FLOAT, ["rows", shapes[0][0]])],
-        [value(f"y{i}", TensorProto.FLOAT, ["rows", shape[1]]) for i, shape in enumerate(shapes)],
-        [numpy_helper.from_array(w, f"w{i}") for i, w in enumerate(weights)],
-    )
+        [helper.make_node("MatMul", ["x", "w" + i], ["y" + i], name=i) for i in names],
+        "group",
+        [value("x", TensorProto.FLOAT, x.shape)],
+        [value("y" + i, TensorProto.FLOAT, None) for i in names],
+        [numpy_helper.from_array(rng.standard_normal(s, dtype=np.float32), "w" + i)
+         for i, s in zip(names, shapes, strict=True)],
+    )  # fmt: skip
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    found = groups(proto)
-    seen = {"x": Statistics(x, x.min(keepdims=True)[0], x.max(keepdims=True)[0], rows)}
-    sessions = {
-        a: Session(_write(proto, found, seen, {"x": _ones(found[0])}, {"x": a}, False)) for a in allowed if a != "narrow"
-    }
-    if "narrow" in allowed:  # the runtime widens the weights when it loads them: the same arithmetic
-        sessions.setdefault("float", Session(proto))
-    measured = latency(sessions, {"x": x}, seconds=0.02 * len(sessions))
-    times = {a: 1 / measured[a].ratio for a in sessions}  # ratios hold on a busy machine
-    first = next(iter(measured.values())).median_ms
-    return {a: first * times["float" if a == "narrow" else a] for a in allowed}
+    found, one = groups(proto), {"x": np.ones(shapes[0][0], np.float32)}
+    # Narrow weights are widened when the file is loaded: float32 arithmetic.
+    distinct: list[Arithmetic] = [a for a in ("float", "tensor", "row") if a == "float" or a in allowed]
+    seen = {"x": Statistics(x, (0,), rows)}
+    sessions = {str(a): Session(_write(proto, found, seen, one, {"x": a})) for a in distinct}
+    measured = latency(sessions, {"x": x}, seconds=0.02 * len(sessions), batch=rows)
+    base = measured["float"].median_ms  # ratios hold on a busy machine
+    return {a: base / measured["float" if a == "narrow" else a].ratio for a in allowed}
 
 
 class _Writer:
@@ -425,18 +417,31 @@ class _Writer:
         self.tensors: dict[str, TensorProto] = {}
 
     def constant(self, name: str, value: Array) -> str:
-        self.tensors.setdefault(name, numpy_helper.from_array(np.array(value, order="C"), name))
-        return name
+        """The initialiser `name`: the one that is there if it is equal (a weight that is read twice)."""
+        tensor = numpy_helper.from_array(np.array(value, order="C"), name)
+        while self.tensors.setdefault(tensor.name, tensor) != tensor:
+            tensor.name += "'"
+        return str(tensor.name)
 
     def node(self, op_type: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op_type, list(inputs), [output], name=output, **attributes))
         return output
 
+    def model(self, proto: ModelProto) -> ModelProto:
+        """`proto` with these nodes instead of its own, and the initialisers that they need."""
+        small = ModelProto()
+        small.CopyFrom(proto)
+        arrays = {tensor.name: tensor for tensor in proto.graph.initializer} | self.tensors
+        del small.graph.node[:], small.graph.initializer[:], small.graph.value_info[:]
+        small.graph.node.extend(self.nodes)
+        small.graph.initializer.extend(_used(small.graph, arrays))
+        return small
+
     def extreme(self, op_type: str, x: str, output: str) -> str:
         """ReduceMax or ReduceMin over the last axis, which became an input in opset 18."""
         if self.opset < 18:
             return self.node(op_type, [x], output, axes=[-1], keepdims=1)
-        return self.node(op_type, [x, self.constant("last_axis", np.array([-1], np.int64))], output, keepdims=1)
+        return self.node(op_type, [x, self.constant("/last_axis", np.array([-1], np.int64))], output, keepdims=1)
 
 
 def _write(
@@ -445,118 +450,124 @@ def _write(
     seen: Mapping[str, Statistics],
     scales: Mapping[str, Floats],
     choice: Mapping[str, Arithmetic],
-    tables: bool,
 ) -> ModelProto:
     """The graph rewritten: each group's input quantized once, before the first of its products."""
-    graph = proto.graph
-    writer = _Writer(_opset(proto))
-    arrays = {t.name: t for t in graph.initializer}
-    group_of = {node: group for group in found for node in group.nodes}
-    weight_of = {node: weight for group in found for node, weight in zip(group.nodes, group.weights, strict=True)}
-    active = {g.input: g for g in found if (scales[g.input] != 1).any() and choice[g.input] in ("tensor", "row")}
-    norms = {g.norm: g for g in active.values()}
-    written: dict[str, tuple[str, str, str, str]] = {}
-    renamed: dict[str, str] = {}
+    graph, writer = proto.graph, _Writer(_opset(proto))
+    arrays = {tensor.name: tensor for tensor in graph.initializer}
+    product = {node: (g, weight) for g in found for node, weight in zip(g.nodes, g.weights, strict=True)}
+    equalised = {
+        g.norm: g for g in found if choice[g.input] in ("tensor", "row") and g.norm and (scales[g.input] != 1).any()
+    }
+    codes: dict[str, _Codes] = {}
+    plain: dict[str, str] = {}  # what was equalised, as it was
     for node in graph.node:
-        group = group_of.get(node.name)
-        if group is not None:
-            how = choice[group.input]
-            weight = weight_of[node.name] * (scales[group.input] if group.input in active else _ones(group))[:, None]
-            if how != "float" and weight.size >= SMALLEST:
-                if how != "narrow" and group.input not in written:
-                    written[group.input] = _quantize(writer, group.input, how, seen[group.input], scales[group.input])
-                _product(writer, node, how, weight, written.get(group.input))
-                continue
-        if tables and _is_table(node, arrays):
-            _table(writer, node, numpy_helper.to_array(arrays[node.input[0]]))
+        group, weight = product.get(node.name, (None, None))
+        if group is not None and weight is not None:
+            how, e = choice[group.input], scales[group.input]
+            if group.norm in equalised:
+                weight = weight * e[:, None]
+            else:
+                e = np.ones_like(e)
+            if how in ("tensor", "row"):
+                if group.input not in codes:
+                    codes[group.input] = _quantize(writer, group.input, how, seen[group.input].sample / e)
+                _integer_product(writer, node, weight, codes[group.input])
+            elif how == "narrow" and weight.size >= SMALLEST:
+                _narrow_product(writer, node, weight)
+            else:
+                writer.nodes.append(node)
             continue
         copy = NodeProto()
         copy.CopyFrom(node)
-        for i, name in enumerate(copy.input):
-            if name in renamed and group is None:
-                copy.input[i] = renamed[name]
-        if node.name in norms:
-            e = scales[node.output[0]]
-            for i, name in enumerate(node.input[1:], 1):
-                copy.input[i] = writer.constant(name + "_equalised", numpy_helper.to_array(arrays[name]) / e)
+        copy.input[:] = [plain.get(name, name) for name in node.input]
         writer.nodes.append(copy)
-        if node.name in norms:
-            out = node.output[0]
-            if any(out in other.input for other in graph.node if other.name not in norms[node.name].nodes):
-                renamed[out] = writer.node("Mul", [out, writer.constant(out + "_equaliser", scales[out])], out + "_again")
-    small = ModelProto()
-    small.CopyFrom(proto)
-    del small.graph.node[:], small.graph.initializer[:], small.graph.value_info[:]
-    small.graph.node.extend(writer.nodes)
-    used = {name for node in writer.nodes for name in node.input} | {v.name for v in graph.output}
-    kept = {name: tensor for name, tensor in {**arrays, **writer.tensors}.items() if name in used}
-    small.graph.initializer.extend(kept.values())
-    return small
+        if node.name in equalised:
+            (out,), e = node.output, scales[node.output[0]]
+            for i, name in enumerate(node.input[1:], 1):
+                copy.input[i] = name and writer.constant(name + "/equalised", numpy_helper.to_array(arrays[name]) / e)
+            if any(out in other.input for other in graph.node if other.name not in equalised[node.name].nodes):
+                plain[out] = writer.node("Mul", [out, writer.constant(out + "/equaliser", e)], out + "/plain")
+    return writer.model(proto)
 
 
-def _quantize(writer: _Writer, x: str, how: Arithmetic, seen: Statistics, e: Floats) -> tuple[str, str, str, str]:
-    """Names of the codes, step, zero point and rows' range ("" where there is one step) of the activations x."""
+def _used(graph: Any, tensors: Mapping[str, TensorProto]) -> list[TensorProto]:
+    names = {name for node in graph.node for name in node.input} | {v.name for v in graph.output} | _inner(graph)
+    return [tensor for name, tensor in tensors.items() if name in names]
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """Names of a quantized input's codes, step, zero point and rows' range ("" where there is one step)."""
+
+    codes: str
+    step: str
+    zero: str
+    span: str
+
+
+def _quantize(writer: _Writer, x: str, how: Arithmetic, sample: Floats) -> _Codes:
+    """Nodes that quantize the activations x, of which `sample` holds rows."""
     span, source = "", x
     if how == "row":
-        c = row_balance(seen.sample / e)
-        high = writer.extreme("ReduceMax", x, x + "_high")
-        low = writer.extreme("ReduceMin", x, x + "_low")
-        low = writer.node("Mul", [low, writer.constant(x + "_balance", np.array(-c, np.float32))], x + "_depth")
-        tiny = writer.constant("tiny", np.array(1e-20, np.float32))  # a row of zeros stays one
-        span = writer.node("Max", [high, low, tiny], x + "_span")
-        source = writer.node("Div", [x, span], x + "_unit")
-    names = [x + "_codes", x + "_step", x + "_zero"]
-    writer.nodes.append(helper.make_node("DynamicQuantizeLinear", [source], names, name=names[0]))
-    return names[0], names[1], names[2], span
-
-
-def _product(
-    writer: _Writer, node: NodeProto, how: Arithmetic, weight: Floats, codes: tuple[str, str, str, str] | None
-) -> None:
-    """One product in its arithmetic, under the name that its output had."""
-    out, stored = node.output[0], node.input[1] + "_" + how  # one weight may be read by groups that differ
-    bias = node.input[2] if len(node.input) > 2 else ""
-    last = out + "_unbiased" if bias else out
-    if codes is None:
-        value, step = channel_codes(weight)
-        wide = writer.node("Cast", [writer.constant(stored, value)], out + "_wide", to=TensorProto.FLOAT)
-        wide = writer.node("Mul", [wide, writer.constant(stored + "_step", step)], out + "_weight")
-        writer.node("MatMul", [node.input[0], wide], last)
-    else:
-        q, s, z, span = codes
-        value, step = pair_codes(weight)
-        total = writer.node("MatMulInteger", [q, writer.constant(stored, value), z], out + "_sum")
-        total = writer.node("Cast", [total], out + "_float", to=TensorProto.FLOAT)
-        both = writer.node("Mul", [s, writer.constant(stored + "_step", step)], out + "_step")
-        total = writer.node("Mul", [total, both], out + "_scaled" if span else last)
-        if span:
-            writer.node("Mul", [total, span], last)
-    if bias:
-        writer.node("Add", [last, bias], out)
-
-
-def _is_table(node: NodeProto, arrays: Mapping[str, TensorProto]) -> bool:
-    table = arrays.get(node.input[0]) if node.op_type == "Gather" else None
-    return (
-        table is not None
-        and table.data_type == TensorProto.FLOAT
-        and len(table.dims) == 2
-        and table.dims[0] * table.dims[1] >= SMALLEST
-        and all(a.i == 0 for a in node.attribute if a.name == "axis")
+        balance = writer.constant(x + "/balance", np.array(-row_balance(sample), np.float32))
+        tiny = writer.constant("/tiny", np.array(1e-20, np.float32))  # a row of zeros stays one
+        depth = writer.node("Mul", [writer.extreme("ReduceMin", x, x + "/low"), balance], x + "/depth")
+        span = writer.node("Max", [writer.extreme("ReduceMax", x, x + "/high"), depth, tiny], x + "/span")
+        source = writer.node("Div", [x, span], x + "/unit")
+    names = _Codes(x + "/codes", x + "/step", x + "/zero", span)
+    quantize = helper.make_node(
+        "DynamicQuantizeLinear", [source], [names.codes, names.step, names.zero], name=names.codes
     )
+    writer.nodes.append(quantize)
+    return names
 
 
-def _table(writer: _Writer, node: NodeProto, table: Floats) -> None:
-    """Rows looked up as codes and widened there, so the whole table is never widened."""
-    name, out = node.input[0], node.output[0]
-    step = channel_codes(table, axis=1)[1].astype(np.float16)
-    step[step == 0] = 1
-    codes = np.clip(np.rint(table / step[:, None].astype(np.float32)), -127, 127).astype(np.int8)
-    rows = writer.node("Gather", [writer.constant(name + "_rows", codes), node.input[1]], out + "_rows")
-    rows = writer.node("Cast", [rows], out + "_wide", to=TensorProto.FLOAT)
-    steps = writer.node("Gather", [writer.constant(name + "_row_step", step[:, None]), node.input[1]], out + "_half")
-    steps = writer.node("Cast", [steps], out + "_step", to=TensorProto.FLOAT)
-    writer.node("Mul", [rows, steps], out)
+def _integer_product(writer: _Writer, node: NodeProto, weight: Floats, x: _Codes) -> None:
+    (_, name, *rest), (out,) = node.input, node.output
+    bias = rest[0] if rest else ""
+    codes, step = pair_codes(weight)
+    stored = writer.constant(name + "/codes", codes)
+    value = writer.node("MatMulInteger", [x.codes, stored, x.zero], out + "/sum")
+    value = writer.node("Cast", [value], out + "/float", to=TensorProto.FLOAT)
+    both = writer.node("Mul", [x.step, writer.constant(name + "/step", step)], out + "/scale")
+    value = writer.node("Mul", [value, both], out + "/scaled" if x.span or bias else out)
+    if x.span:
+        value = writer.node("Mul", [value, x.span], out + "/spanned" if bias else out)
+    if bias:
+        writer.node("Add", [value, bias], out)
+
+
+def _narrow_product(writer: _Writer, node: NodeProto, weight: Floats) -> None:
+    (_, name, *rest), (out,) = node.input, node.output
+    codes, step = channel_codes(weight)
+    wide = writer.node("Cast", [writer.constant(name + "/codes", codes)], out + "/wide", to=TensorProto.FLOAT)
+    wide = writer.node("Mul", [wide, writer.constant(name + "/step", step)], out + "/widened")
+    bias = rest[0] if rest else ""
+    value = writer.node("MatMul", [node.input[0], wide], out + "/unbiased" if bias else out)
+    if bias:
+        writer.node("Add", [value, bias], out)
+
+
+def _with_narrow_tables(proto: ModelProto) -> ModelProto:
+    """Looked-up rows come as codes and are widened then, so that the whole table never is."""
+    arrays, writer = {tensor.name: tensor for tensor in proto.graph.initializer}, _Writer(_opset(proto))
+    for node in proto.graph.node:
+        tensor = arrays.get(node.input[0]) if node.op_type == "Gather" else None
+        by_row = all(a.i == 0 for a in node.attribute if a.name == "axis")
+        large = tensor is not None and len(tensor.dims) == 2 and math.prod(tensor.dims) >= SMALLEST
+        if tensor is None or not large or not by_row or tensor.data_type != TensorProto.FLOAT:
+            writer.nodes.append(node)
+            continue
+        (name, index), (out,), table = node.input, node.output, numpy_helper.to_array(tensor)
+        step = channel_codes(table, axis=1)[1].astype(np.float16)[:, None]
+        step[step == 0] = 1
+        codes = np.clip(np.rint(table / step.astype(np.float32)), -127, 127).astype(np.int8)
+        rows = writer.node("Gather", [writer.constant(name + "/rows", codes), index], out + "/rows")
+        rows = writer.node("Cast", [rows], out + "/wide", to=TensorProto.FLOAT)
+        steps = writer.node("Gather", [writer.constant(name + "/row_step", step), index], out + "/half")
+        steps = writer.node("Cast", [steps], out + "/row_step", to=TensorProto.FLOAT)
+        writer.node("Mul", [rows, steps], out)
+    return writer.model(proto)
 
 
 def _opset(proto: ModelProto) -> int:
@@ -577,7 +588,9 @@ def _folded(proto: ModelProto) -> ModelProto:
         inputs = [name for name in node.input if name]
         if node.domain == "" and len(node.output) == 1 and all(name in arrays for name in inputs) and _pure(node):
             known = {name: numpy_helper.to_array(arrays[name]) for name in inputs}
-            graph = helper.make_graph([node], "one", [], [onnx.ValueInfoProto(name=node.output[0])], [arrays[n] for n in inputs])
+            graph = helper.make_graph(
+                [node], "one", [], [onnx.ValueInfoProto(name=node.output[0])], [arrays[n] for n in inputs]
+            )
             one = helper.make_model(graph, opset_imports=proto.opset_import)
             value = np.asarray(ReferenceEvaluator(one).run(None, {})[0])
             if value.nbytes <= max(4096, sum(a.nbytes for a in known.values()) * 4):
@@ -585,15 +598,12 @@ def _folded(proto: ModelProto) -> ModelProto:
                 continue
         node.name = f"{i}_{node.op_type}"
         nodes.append(node)
-    used = {name for node in nodes for name in node.input} | {v.name for v in copy.graph.output}
     del copy.graph.node[:], copy.graph.initializer[:]
     copy.graph.node.extend(nodes)
-    copy.graph.initializer.extend(tensor for name, tensor in arrays.items() if name in used)
+    copy.graph.initializer.extend(_used(copy.graph, arrays))
     return copy
 
 
 def _pure(node: NodeProto) -> bool:
-    return node.op_type in {
-        "Cast", "Concat", "Constant", "Div", "Gather", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Sub", "Transpose",
-        "Unsqueeze",
-    }  # fmt: skip
+    """Whether the node is one of those that exporters leave between stored tensors and their readers."""
+    return node.op_type in PURE
