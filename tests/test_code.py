@@ -247,11 +247,12 @@ def test_activations_are_rounded_once_and_survive_copies() -> None:
     x, _ = task.split("val")
     coded = QuantizeActivations(4)(model, task, None)
     names = [name for name, module in coded.named_modules() if isinstance(module, Activation)]
-    assert names == ["1.output_code", "3.output_code"], "a convolution that feeds a ReLU is not rounded itself"
+    assert names == ["1.output_code"], "neither what feeds a ReLU nor the answer is rounded"
     out = coded(x)
-    assert out.unique().numel() <= 16 and (out - model(x)).abs().max() < 0.5
+    assert coded[:2](x).unique().numel() <= 16 and (out - model(x)).abs().max() < 0.5
+    assert QuantizeActivations(4, where="3")(model, task, None)(x).unique().numel() <= 16
     assert torch.equal(copy_model(coded)(x), out)
-    assert (realize(Quantize(8)(coded, None, None))(x) - out).abs().max() <= 2 * coded[3].output_code.scale
+    assert (realize(Quantize(8)(coded, None, None))(x) - out).abs().max() < 0.1
     other = QuantizeActivations(4)(model, task, None)
     other[1].output_code.scale.fill_(9.0)
     other.load_state_dict(coded.state_dict())
@@ -267,7 +268,7 @@ def test_activations_export_as_quantize_and_dequantize(bits: int) -> None:
     coded = QuantizeActivations(bits)(model, task, None)
     structure = trace(coded, task.example)
     kinds = [node.op_type for node in structure.proto.graph.node]
-    assert kinds.count("QuantizeLinear") == kinds.count("DequantizeLinear") == 2
+    assert kinds.count("QuantizeLinear") == kinds.count("DequantizeLinear") == 1
     x, _ = task.split("val")
     with torch.no_grad():
         np.testing.assert_allclose(Session(structure.write(pack(coded))).outputs(x), coded(x).numpy(), atol=1e-5)

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from lilliput.code.base import Code, attach, build, codes, copy_model, pack, realize, storage
 from lilliput.code.uniform import Uniform
+from lilliput.export.pack import section
 
 SHAPE = (6, 18)
 
@@ -79,7 +80,7 @@ def test_realized_built_and_packed_are_the_coded_network(code):
 def test_counted_bits_are_those_of_what_is_packed(code):
     net = coded(code)
     counted, stored = storage(net)["0.weight"], pack(net)["0.weight"]
-    assert counted == stored.storage()
+    assert counted == stored.storage() and counted.size_bytes == len(section(stored))
     assert counted.size_bytes == -(-counted.bits // 8) <= 4 * SHAPE[0] * SHAPE[1] + SHAPE[0] * SHAPE[1] // 8
 
 

@@ -73,8 +73,8 @@ class QuantizeActivations(Stage):
 
     where: glob patterns on module names. "*" takes every linear, convolutional, embedding, normalisation and activation
     module, except one whose output goes straight into a normalisation or activation that is taken as well (one rounding
-    is enough). range: "mse", "minmax" or "percentile". Modules whose output is no tensor, and those that the
-    calibration never calls, are left alone.
+    is enough), and the last (its output is the answer: rounding it saves no arithmetic). range: "mse", "minmax" or
+    "percentile". Modules whose output is no tensor, and those that the calibration never calls, are left alone.
 
     Raises ValueError for settings out of range, without a task, and when nothing is left to quantize.
 
@@ -100,7 +100,9 @@ class QuantizeActivations(Stage):
         if task is None:
             raise ValueError("QuantizeActivations: a task must be given to calibrate on, got None.")
         model = copy_model(model)
-        seen = _observe(model, self._chosen(model), task, self.examples)
+        seen, last = _observe(model, self._chosen(model), task, self.examples)
+        if self.where == "*":
+            seen.pop(last, None)
         if not seen:
             raise ValueError(f"QuantizeActivations: some module must put out a tensor, got none of {self.where!r}.")
         for name, values in seen.items():
@@ -128,12 +130,13 @@ def _apply(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _observe(model: nn.Module, names: list[str], task: Task, examples: int) -> dict[str, Tensor]:
-    """Up to SAMPLE values that each module puts out, evenly spread, without the modules that feed an activation."""
+def _observe(model: nn.Module, names: list[str], task: Task, examples: int) -> tuple[dict[str, Tensor], str]:
+    """Up to SAMPLE values that each module puts out, evenly spread, without the modules that feed an activation; and
+    the module that puts out what the model does."""
     seen: dict[str, list[Tensor]] = {}
     last: dict[int, tuple[str, Tensor]] = {}
     fused: set[str] = set()
-    training = model.training
+    final, training = "", model.training
     handles = []
 
     def hook(name: str, absorbs: bool) -> Any:
@@ -156,9 +159,10 @@ def _observe(model: nn.Module, names: list[str], task: Task, examples: int) -> d
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     model.eval()
     for start in starts:
-        call(model, on(take(inputs, slice(start, start + 64)), device))
+        output = call(model, on(take(inputs, slice(start, start + 64)), device))
+        final = last[id(output)][0] if id(output) in last else final
         last.clear()
     for handle in handles:
         handle.remove()
     model.train(training)
-    return {name: torch.cat(values) for name, values in seen.items() if name not in fused}
+    return {name: torch.cat(values) for name, values in seen.items() if name not in fused}, final
