@@ -133,7 +133,7 @@ def _test(search: "Search", winner: Point | None) -> dict[str, Any]:
 
 def layers(point: Point, example: Any) -> list[dict[str, Any]]:
     """Each stored tensor of two and more dimensions: what it is, what it keeps, how wide, its share of the time."""
-    shares = profile(point.proto, example)
+    shares = profile(point.structure.fill(point.stored), example)
     rows = []
     for name, stored in point.stored.items():
         if len(stored.shape) < 2:

@@ -18,7 +18,7 @@ from lilliput.task import length, take
 if TYPE_CHECKING:
     from lilliput.search.shrink import Search
 
-TOLERANCES = (0.003, 0.006, 0.012)
+TOLERANCES = (0.002, 0.004, 0.01)
 WORTH = 100_000
 """Values below which a product is over before its input is quantized."""
 REFUSALS = (ExportError, NotSupported, ValueError, KeyError)
