@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lilliput.code.base import codes, copy_model, realize
@@ -48,14 +49,14 @@ class Workshop:
     """Everything that runs of recipes on one model and task share: the dense model's outputs, the store, the keys."""
 
     def __init__(self, model: nn.Module, task: Task, store: Store, seed: int = 0,
-                 reference: Reference | None = None) -> None:
+                 reference: Reference | None = None, device: str | torch.device = "cpu") -> None:
         self.model, self.task, self.store, self.seed = model, task, store, seed
         self.start = start_key(model, task, seed)
-        self.reference = reference or self._reference()
+        self.reference = reference or self._reference(torch.device(device))
         self.trained_s = 0.0
         self.steps = 0
 
-    def _reference(self) -> Reference:
+    def _reference(self, device: torch.device) -> Reference:
         def load(draw: int) -> Tensor | None:
             found = self.store.tensors(f"outputs-{self.start}-{draw}")
             return None if found is None else found["outputs"]
@@ -64,7 +65,7 @@ class Workshop:
             self.store.put(f"outputs-{self.start}-{draw}", {"kind": "outputs", "draw": draw}, {"outputs": outputs})
 
         dense = copy_model(self.model).requires_grad_(False)
-        return Reference(dense, self.task, load, save)
+        return Reference(dense, self.task, load, save, device)
 
     def key(self, recipe: Recipe) -> str:
         """The key of a recipe's result."""
@@ -114,6 +115,8 @@ class Workshop:
         if not cut:
             self.steps += max(0, steps)
             self.store.put(key, {"kind": "train", "steps": steps, "seconds": round(seconds, 3)}, result.state_dict())
+            if stage.until is None:
+                self.store.drop_checkpoint(schedule)
         return result
 
     def _restored(self, model: nn.Module, stage: Train, tensors: dict[str, Tensor]) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -30,19 +30,21 @@ class Stage(ABC):
 class Reference:
     """The dense model and its outputs, computed once per (example, augmentation) and kept in `load` and `save`.
 
-    load(draw) gives the stored outputs of an augmentation or None; save(draw, outputs) keeps them.
+    load(draw) gives the stored outputs of an augmentation or None; save(draw, outputs) keeps them. device: where the
+    model runs and training happens; the outputs are kept in main memory.
     """
 
     model: nn.Module
     task: Task
     load: Callable[[int], Tensor | None] = lambda draw: None
     save: Callable[[int, Tensor], None] = lambda draw, outputs: None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
         self._outputs: dict[int, Tensor] = {}
         self._known: dict[int, Tensor] = {}
         self._whole: set[int] = set()
-        self.model.eval()
+        self.model.to(self.device).eval()
 
     def outputs(self, index: Tensor, draw: int) -> Tensor:
         """The dense model's outputs for training examples `index` under augmentation `draw`."""
@@ -54,12 +56,13 @@ class Reference:
             known = self._known[draw]
             missing = index[~known[index]]
             if len(missing):
-                table[missing] = predict(self.model, self.task.inputs(missing, draw)).to(table.dtype)
+                inputs = on(self.task.inputs(missing, draw), self.device)
+                table[missing] = predict(self.model, inputs).to(table)
                 known[missing] = True
             if bool(known.all()):
                 self._whole.add(draw)
                 self.save(draw, table)
-        return table[index]
+        return table[index].to(self.device)
 
     def prepare(self, draw: int) -> None:
         """Make room for an augmentation's outputs, from the store where they are."""
@@ -69,7 +72,7 @@ class Reference:
         stored, count = self.load(draw), self.task.examples
         if stored is None:
             with torch.no_grad():
-                shape = call(self.model, self.task.example).shape[1:]
+                shape = call(self.model, on(self.task.example, self.device)).shape[1:]
             stored, known = torch.zeros(count, *shape), torch.zeros(count, dtype=torch.bool)
         else:
             known = torch.ones(count, dtype=torch.bool)

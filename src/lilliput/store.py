@@ -85,6 +85,11 @@ class Store:
         """Replace the checkpoint of a training."""
         write(self.folder / f"{key}.ckpt", lambda file: torch.save(checkpoint, file))
 
+    def drop_checkpoint(self, key: str) -> None:
+        """Forget the checkpoint of a training that is finished."""
+        with contextlib.suppress(OSError):
+            (self.folder / f"{key}.ckpt").unlink()
+
     def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Every readable record with its key."""
         for path in sorted(self.folder.glob("*.json")):

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lilliput.code.base import copy_model
 from lilliput.rule import Rule, State
 from lilliput.schedule import Cosine, Schedule, at
-from lilliput.stage import Reference, Stage
-from lilliput.task import Task, call
+from lilliput.stage import Reference, Stage, on
+from lilliput.task import Batch, Task, call
 
 CHECKPOINT_SECONDS = 30.0
 
@@ -86,8 +86,7 @@ def fit(
     A checkpoint holds the model, the optimizer, every rule's state and the step; with batches that are a pure function
     of (seed, step) the rest of the training is the same as if it had never been interrupted.
     """
-    model = copy_model(model)
-    device = next(model.parameters()).device
+    model = copy_model(model).to(reference.device)
     model.train()
     states = [rule.begin(model, task, reference, stage.steps) for rule in stage.rules]
     optimizer = _optimizer(stage, model)
@@ -97,11 +96,15 @@ def fit(
     if checkpoint is not None and checkpoint["step"] <= until:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        states, first = checkpoint["rules"], checkpoint["step"]
-    torch.manual_seed(stage.seed * 7919 + first)
+        states = [{name: value.to(reference.device) for name, value in state.items()} for state in checkpoint["rules"]]
+        first = checkpoint["step"]
+        _set_random(checkpoint["random"])
+    else:
+        torch.manual_seed(stage.seed * 7919)
     saved = time.monotonic()
     step = first
     for batch in task.batches(until, stage.seed, stage.batch_size, first):
+        batch = _moved(batch, reference.device)
         lr = at(stage.lr, step, stage.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -132,8 +135,7 @@ def fit(
     else:
         for rule, state in zip(stage.rules, states, strict=True):
             rule.end(state, model)
-    model.to(device).eval()
-    return model
+    return model.cpu().eval()
 
 
 def _loss(stage: Train, states: list[State], model: nn.Module, task: Task, batch: Any, output: Tensor,
@@ -147,4 +149,20 @@ def _loss(stage: Train, states: list[State], model: nn.Module, task: Task, batch
 
 
 def _checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, states: list[State], step: int) -> dict[str, Any]:
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rules": states, "step": step}
+    random = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rules": states, "step": step,
+            "random": random}
+
+
+def _set_random(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if torch.cuda.is_available() and len(states) == 1 + torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states[1:])
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    """A batch's inputs and targets where the model is; `index` stays, it points into main memory."""
+    if device.type == "cpu":
+        return batch
+    targets = None if batch.targets is None else batch.targets.to(device)
+    return replace(batch, inputs=on(batch.inputs, device), targets=targets)

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lilliput.code.base import pack, realize
+from lilliput.code.base import codes, pack, realize
 from lilliput.code.stored import Grid, Plain, Product, Sparse, Stored
 from lilliput.cost.count import count, stored_values
 from lilliput.cost.measure import latency
 from lilliput.errors import ExportError
 from lilliput.export import onnx as onnx_export
 from lilliput.export import pack as pack_format
+from lilliput.export.guard import compare
 from lilliput.graph.fold import fold_batchnorm
 from lilliput.task import Score, Task, leaves, predict
 
@@ -126,8 +127,10 @@ class Press:
         plain = realize(model).cpu().eval()
         stored = pack(model)
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in plain.modules()):
-            plain = fold_batchnorm(plain, self.task.example)
-            stored = pack(plain)
+            folded = fold_batchnorm(plain, self.task.example)
+            before, after, coded = plain.state_dict(), folded.state_dict(), codes(model)
+            if all(name in after and torch.equal(before[name], after[name]) for name in coded):
+                plain, stored = folded, pack(folded) | {name: stored[name] for name in coded}
         structure = self.structure(plain, topology)
         with self.clock.on("measure"):
             try:
@@ -158,8 +161,10 @@ class Press:
             agreement = onnx_export.agreement(outputs.numpy(), self.dense.score.outputs.numpy())
         else:
             expected = predict(plain, inputs)
-            agreement = onnx_export.verify(outputs.numpy(), expected.numpy(), exact=_is_float(stored), who=name)
+            agreement = compare(outputs.numpy(), expected.numpy(), exact=_is_float(stored), who=name)
         score = self.task.rate(outputs, "val")
+        if not bool(torch.isfinite(outputs).all()):
+            raise ExportError(f"{name}: outputs must be finite, got NaN or infinity. Train it at a lower learning rate.")
         dense = outputs if self.dense is None else self.dense.score.outputs
         packed = pack_format.size(structure.fill(stored), stored)
         return Point(name, recipe, key, proto, structure, stored, score,

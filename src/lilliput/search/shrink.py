@@ -5,6 +5,7 @@ network's outputs for short, lets the promising ones train on, quantizes the bes
 scores every artifact in the runtime it is for, and chooses with the optimism of having chosen taken off.
 """
 
+import math
 import os
 import threading
 import warnings
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from lilliput.code.base import copy_model, pack, realize
-from lilliput.errors import ExportError, NotSupported, near
+from lilliput.errors import ExportError, NotSupported, StoreError, near
 from lilliput.graph import blocks_left, groups, left, removable, remove_blocks
 from lilliput.graph.fold import fold_batchnorm
 from lilliput.graph.stride import earlier_stride, set_stride
@@ -44,8 +45,8 @@ from lilliput.search.space import (
 )
 from lilliput.stage import calibration
 from lilliput.store import Store
-from lilliput.task import Task, call, length, predict, take
-from lilliput.train import Diverged, Train, fit
+from lilliput.task import Task, call, leaves, length, predict, take
+from lilliput.train import Diverged, fit
 
 OBJECTIVES = ("size", "latency", "macs")
 RUNGS = (1 / 16, 1 / 4)
@@ -89,6 +90,8 @@ def shrink(
     model.onnx) or max_latency_ms turn the question round: the best score that fits. out: the folder for model.onnx,
     model.lil, model.safetensors, recipe.toml, report.html, summary.json and records/. The model is not changed.
 
+    device: where to train, such as "cuda"; artifacts are always scored and measured on the processor.
+
     Returns a Result; `result.met` says whether the floor was met (the nearest points are in `result.front`).
     Raises ValueError for settings out of range, before anything is written.
     """
@@ -103,41 +106,73 @@ def shrink(
     budget_s = None if trials is not None or budget is None else units.seconds(budget)
     if budget_s is None and trials is None:
         raise ValueError("shrink: a budget or a number of trials must be given, got neither. Write budget='5m'.")
+    where = place(device)
+    try:
+        model = copy_model(model).cpu().eval()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"shrink: the model must be one that copy.deepcopy copies, but that raised {error}. Build it "
+                         "anew instead of taking it from a graph with gradients.") from error
     check(model, task)
     folder = Path(out) if out is not None else Path(f"lilliput-{task.name}")
     if (folder / "records").exists() and any((folder / "records").iterdir()) and not resume:
         raise ValueError(f"shrink: {folder} must be empty or new, but holds an earlier search. Continue it with "
                          "--resume, or choose another --out.")
     count = workers or (1 if is_stochastic(model) else max(1, min(4, os.cpu_count() or 1)))
-    search = Search(model, task, question, budget_s, trials, seed, folder, count, show or Silent(), command)
-    before = torch.get_num_threads()
+    search = Search(model, task, question, budget_s, trials, seed, folder, count, show or Silent(), command, where)
+    threads, random = torch.get_num_threads(), torch.get_rng_state()
     try:
         return search.run()
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+        torch.set_rng_state(random)
 
 
 def check(model: nn.Module, task: Task) -> None:
-    """Raise ValueError unless the model runs on the task's example and the metric of its outputs is a number."""
+    """Raise ValueError unless the model runs on the task's inputs and its outputs have a finite metric and loss."""
+    inputs, targets = task.split("val")
     try:
         with torch.no_grad():
-            output = call(model.eval(), task.example)
+            outputs = call(model, task.example)
+        if isinstance(outputs, torch.Tensor):
+            outputs = predict(model, inputs)
     except Exception as error:
-        shapes = [tuple(value.shape) for value in (
-            task.example.values() if isinstance(task.example, dict) else
-            task.example if isinstance(task.example, tuple) else [task.example])]
-        raise ValueError(f"shrink: the model must run on the task's inputs of shape {shapes}, but it raised "
-                         f"{type(error).__name__}: {error}. Check the task's arrays.") from error
-    if not isinstance(output, torch.Tensor):
-        raise ValueError(f"shrink: the model must return one tensor, got {type(output).__name__}. Wrap it in a module "
-                         "that returns the tensor that matters.")
-    inputs, targets = task.split("val")
-    few = take(inputs, slice(0, 8))
-    with torch.no_grad():
-        outputs = call(model, few)
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves(task.example))
+        raise ValueError(f"shrink: the model must run on the task's inputs (an example has the shape {shapes}), but it "
+                         f"raised {type(error).__name__}: {error}. Check the task's arrays.") from error
+    if not isinstance(outputs, torch.Tensor) or not outputs.is_floating_point() or len(outputs) != length(inputs):
+        got = f"{outputs.dtype} of shape {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else (
+            type(outputs).__name__)
+        raise ValueError(f"shrink: the model must return one floating-point tensor with a row for each example, got "
+                         f"{got}. Wrap it in a module that returns the tensor that matters.")
     if not bool(torch.isfinite(outputs).all()):
-        raise ValueError(f"shrink: the model's outputs must be finite, got NaN or infinity on {task.name}'s val inputs.")
-    task.score(model, "val")
+        raise ValueError(f"shrink: the model's outputs must be finite, got NaN or infinity on the val inputs of "
+                         f"{task.name}. Check its weights and the inputs.")
+    try:
+        task.rate(outputs, "val")
+        loss = float(task.loss(outputs, targets)) if targets is not None else 0.0
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"shrink: metric and loss must take outputs of shape {tuple(outputs.shape)} and targets of "
+                         f"shape {None if targets is None else tuple(targets.shape)}, but raised "
+                         f"{type(error).__name__}: {error}. Check the task's targets.") from error
+    if not math.isfinite(loss):
+        raise ValueError(f"shrink: the loss of the model must be finite, got {loss} on val. Check the task's loss.")
+
+
+def place(device: str) -> torch.device:
+    """The device of a name; raises ValueError for one that this machine lacks."""
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"shrink: device must be one that this machine has ({', '.join(have)}), got {device!r}: "
+                         f"{reason}. Leave --device out to use the processor.") from error
+    if found.type == "meta":
+        raise ValueError("shrink: device must hold values, got 'meta'. Leave --device out to use the processor.")
+    return found
 
 
 def poolable(model: nn.Module, example: Any) -> tuple[str, ...]:
@@ -156,14 +191,15 @@ class Search:
     """One search, from the dense model to the files: the five steps in order, each a method."""
 
     def __init__(self, model: nn.Module, task: Task, question: Question, budget_s: float | None, trials: int | None,
-                 seed: int, folder: Path, workers: int, show: Silent, command: str | None) -> None:
+                 seed: int, folder: Path, workers: int, show: Silent, command: str | None,
+                 device: torch.device) -> None:
         self.question, self.trials, self.seed, self.show, self.command = question, trials, seed, show, command
         self.clock, self.folder, self.workers = Clock(budget_s), folder, workers
         self.store = Store(folder / "records")
         self.original = task
-        self.model = copy_model(model).cpu().eval()
+        self.model = model
         self.task = self._cheaper(task)
-        self.shop = Workshop(self.model, self.task, self.store, seed)
+        self.shop = Workshop(self.model, self.task, self.store, seed, device=device)
         self.press = Press(self.task, self.clock)
         self.points: list[Point] = []
         self.tried: list[dict[str, Any]] = []
@@ -269,7 +305,7 @@ class Search:
         self.tails = (Tail(4), Tail(3))
         share = asked / 16 + (asked // 3) * (RUNGS[1] - RUNGS[0]) + self.finals * (
             1 - RUNGS[1]) + self.finals * len(self.tails) * 0.2
-        self.slot = 0.88 * self.workers * self.clock.left(0.93) / share
+        self.slot = self._slot(0.88 * self.workers * self.clock.left(0.93) / share)
         with self.clock.on("train"):
             self._teach(pool)
         with warnings.catch_warnings():
@@ -302,6 +338,16 @@ class Search:
         for plan in rows:
             self.show.advance(plan.name())
         return self._promising(rows, self.finals)
+
+    def _slot(self, seconds: float) -> float:
+        """What a full training may take: measured once and kept, so that a search that goes on has the same recipes."""
+        if self.clock.budget_s is None:
+            return seconds
+        key = f"slot-{self.clock.budget_s:g}-{self.workers}"
+        kept = self.store.record(key)
+        if not kept:
+            self.store.put(key, {"kind": "slot", "seconds": round(seconds, 3)})
+        return float(kept["seconds"]) if kept else round(seconds, 3)
 
     def _promising(self, rows: dict[Plan, dict[str, Any]], count: int) -> list[Plan]:
         """The plans to go on with: fronts of (distance, price) peeled one by one, evenly spread along each."""
@@ -380,16 +426,22 @@ class Search:
         key = f"rung-{self.shop.key(recipe)}"
         kept = self.store.record(key)
         if kept:
+            with self._lock:
+                self.tried.append(kept)
             return kept
         try:
             with self.clock.on("train"):
                 model = self.shop.make(recipe, self._halt(0.7))
             inputs, _ = self.task.split("val")
             outputs = predict(model, inputs)
+            if not bool(torch.isfinite(outputs).all()):
+                raise Diverged("Train: the outputs must stay finite, got NaN or infinity. Lower the learning rate.")
             row = {"kind": "rung", "name": plan.name(), "until": until, "status": "rung",
                    "distance": self._rank(outputs),
                    "drop": self.task.loss_of(self.dense.score.value, self.task.rate(outputs, "val").value),
                    "price": self._price(model, plan), "values": count_values(model)}
+        except StoreError:
+            raise
         except FAILURES as error:
             row = {"kind": "rung", "name": plan.name(), "until": until, "status": "failed", "reason": str(error)}
         with self._lock:
@@ -436,6 +488,8 @@ class Search:
             table = self._student_table(folded)
             for which in (Tail(8, trained=False), *self.tails):
                 self._tail(plan, recipe, folded, which, table)
+        except StoreError:
+            raise
         except FAILURES as error:
             self.failed(plan.name(), error)
 
@@ -461,6 +515,8 @@ class Search:
             with self.clock.on("train" if which.trained else "calibrate"):
                 model = self.shop.make(whole, self._halt(0.94))
             self._point(model, plan, which, whole)
+        except StoreError:
+            raise
         except FAILURES as error:
             self.failed(f"{plan.name()}, {which.name()}", error)
 
@@ -475,7 +531,8 @@ class Search:
         with self._lock:
             self.points.append(point)
             self.tried.append({"kind": "point", "status": "done", **point.row(self.task)})
-        self.store.put(f"point-{point.key}", {"kind": "point", **point.row(self.task)}, {"outputs": point.score.outputs})
+        self.store.put(f"point-{point.key}", {"kind": "point", **point.row(self.task)},
+                       {"outputs": point.score.outputs})
         self.show.advance(point.name)
         self.show.best(self._best())
 
