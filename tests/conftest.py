@@ -4,6 +4,7 @@ import ipaddress
 import os
 import socket
 import sys
+from pathlib import Path
 
 # Before torch and numpy are imported: the default pool makes small tensors ten times slower on a busy machine.
 for pool in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -11,6 +12,9 @@ for pool in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 for offline in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ[offline] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Processes that a test starts use this checkout too.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parents[1] / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 import torch  # noqa: E402
 
