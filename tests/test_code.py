@@ -92,7 +92,13 @@ def convolutions() -> nn.Module:
                          nn.ConvTranspose2d(8, 4, 2), nn.Flatten())
 
 
+def normalised() -> nn.Module:
+    weight_norm = nn.utils.parametrizations.weight_norm
+    return nn.Sequential(weight_norm(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 4))
+
+
 ODD = {
+    "normalised": (normalised, lambda: torch.randn(12, 8)),
     "tied": (Tied, lambda: torch.randint(0, 10, (12, 5))),
     "unused": (Unused, lambda: torch.randn(12, 8)),
     "own": (Own, lambda: torch.randn(12, 8)),
@@ -130,7 +136,7 @@ def test_odd_networks_are_shrunk_or_left_alone_with_a_reason(name: str, stage) -
         torch.testing.assert_close(plain(x), after)
         assert torch.equal(model(x), before)
     touched = set(codes(shrunk)) if not isinstance(stage, Factorize) else set(stage.ranks(model))
-    weights = {n for n, p in model.named_parameters() if p.dim() > 1}
+    weights = set(find(model))
     assert weights <= touched | set(left), "a tensor that is neither coded nor left alone with a reason"
     shrunk.train()
     shrunk(x).square().mean().backward()
@@ -145,6 +151,26 @@ def test_tied_weights_stay_one_tensor() -> None:
         assert "mid.weight" in codes(shrunk)
     with pytest.raises(NotSupported, match="2 modules share it"):
         attach(copy_model(model), "out.weight", Half())
+
+
+def test_another_parametrization_is_left_alone_and_realized() -> None:
+    model, x = normalised(), torch.randn(3, 8)
+    assert "WeightNorm computes it" in Prune(0.5).left(model)["0.weight"]
+    with pytest.raises(NotSupported, match="remove_parametrizations"):
+        attach(copy_model(model), "0.weight", Half())
+    shrunk = Quantize(8)(model, None, None)
+    assert set(codes(shrunk)) == {"2.weight", "0.bias", "2.bias"}
+    np.testing.assert_array_equal(pack(shrunk)["0.weight"].decode(), shrunk[0].weight.detach().numpy())
+    torch.testing.assert_close(realize(shrunk)(x), shrunk(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_float_types_keep_their_type(dtype: torch.dtype) -> None:
+    model, x = net().to(dtype), torch.randn(3, 8, dtype=dtype)
+    for stage in (Prune(0.5), Quantize(4), Factorize(rank=2)):
+        coded = stage(model, None, None)
+        assert coded(x).dtype == dtype and all(p.dtype == dtype for p in realize(coded).parameters())
+        coded(x).sum().backward()
 
 
 def test_where_chooses_by_glob_and_names_near_misses() -> None:

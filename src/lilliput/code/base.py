@@ -84,8 +84,7 @@ def parameter_names(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for path, module in _plain_modules(model):
-        names = [*module._parameters, *(module.parametrizations if parametrize.is_parametrized(module) else ())]
-        for name in names:
+        for name in (*module._parameters, *_lists(module)):
             if parametrize.is_parametrized(module, name):
                 identity = id(next(_originals(module, name)))
                 with torch.no_grad():
@@ -99,6 +98,11 @@ def parameter_names(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def _lists(module: nn.Module) -> Any:
+    """The parametrization list of each parametrised tensor of a module, by attribute."""
+    return getattr(module, "parametrizations", {})
+
+
 def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if "parametrizations" not in path.split("."):
@@ -107,7 +111,7 @@ def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _originals(module: nn.Module, name: str) -> Iterator[Tensor]:
     """The innermost tensors behind a parametrised one."""
-    holder = module.parametrizations[name]  # type: ignore[index,union-attr]
+    holder = _lists(module)[name]
     for original in _original_names(holder):
         if parametrize.is_parametrized(holder, original):
             yield from _originals(holder, original)
@@ -115,7 +119,7 @@ def _originals(module: nn.Module, name: str) -> Iterator[Tensor]:
             yield getattr(holder, original)
 
 
-def _original_names(holder: nn.Module) -> list[str]:
+def _original_names(holder: Any) -> list[str]:
     if getattr(holder, "is_tensor", True):
         return ["original"]
     return [f"original{i}" for i in range(holder.ntensors)]
@@ -153,8 +157,10 @@ def _attach(module: nn.Module, attribute: str, name: str, code: Code) -> None:
         for original in _originals(module, attribute):
             original.requires_grad_(trains)
         return
-    holder = module.parametrizations[attribute]  # type: ignore[index,union-attr]
+    holder = _lists(module)[attribute]
     originals = _original_names(holder)
+    if not isinstance(holder[0], Code):
+        raise NotSupported(f"attach: {name} must be a plain tensor, but {foreign(holder[0])}.")
     inner = holder[0].inner
     if not inner:
         raise NotSupported(f"attach: {name} must be stored by a code that others can nest in, got "
@@ -167,14 +173,29 @@ def codes(model: nn.Module) -> dict[str, tuple[Code, ...]]:
     """The codes of each coded tensor, outermost first."""
     found: dict[str, tuple[Code, ...]] = {}
     for path, module in _plain_modules(model):
-        if parametrize.is_parametrized(module):
-            for attribute in module.parametrizations:  # type: ignore[union-attr]
+        for attribute, holder in _lists(module).items():
+            if isinstance(holder[0], Code):
                 found[f"{path}.{attribute}" if path else attribute] = tuple(_chain(module, attribute))
     return found
 
 
+def foreign(parametrization: nn.Module) -> str:
+    """Why a tensor with a parametrization that is no code (weight normalisation) is left alone."""
+    name = type(parametrization).__name__.strip("_")
+    return f"{name} computes it (torch.nn.utils.parametrize.remove_parametrizations makes it plain)"
+
+
+def reason(model: nn.Module, name: str) -> str | None:
+    """Why no code can store the tensor `name` (it is tied, another parametrization computes it), or None."""
+    path, _, attribute = name.rpartition(".")
+    lists = _lists(model.get_submodule(path))
+    if attribute in lists:
+        return None if isinstance(lists[attribute][0], Code) else foreign(lists[attribute][0])
+    return "its weights are tied to another layer's" if len(holders(model, name)) > 1 else None
+
+
 def _chain(module: nn.Module, attribute: str) -> Iterator[Code]:
-    holder = module.parametrizations[attribute]  # type: ignore[index,union-attr]
+    holder = _lists(module)[attribute]
     yield holder[0]
     for original in _original_names(holder):
         if parametrize.is_parametrized(holder, original):
@@ -187,10 +208,7 @@ def pack(model: nn.Module) -> dict[str, Stored]:
     with torch.no_grad():
         for path, module in _plain_modules(model):
             prefix = f"{path}." if path else ""
-            names = list(module._parameters)
-            if parametrize.is_parametrized(module):
-                names += [name for name in module.parametrizations if name not in names]  # type: ignore[union-attr]
-            for name in names:
+            for name in dict.fromkeys((*module._parameters, *_lists(module))):
                 if parametrize.is_parametrized(module, name) or module._parameters.get(name) is not None:
                     found[prefix + name] = _pack(module, name)
             for name, buffer in module._buffers.items():
@@ -200,8 +218,8 @@ def pack(model: nn.Module) -> dict[str, Stored]:
 
 
 def _pack(module: nn.Module, name: str) -> Stored:
-    if parametrize.is_parametrized(module, name):
-        holder = module.parametrizations[name]  # type: ignore[index,union-attr]
+    if name in _lists(module) and isinstance(_lists(module)[name][0], Code):
+        holder = _lists(module)[name]
         stored: Stored = holder[0].pack(*(_pack(holder, original) for original in _original_names(holder)))
         return stored
     return Plain(getattr(module, name).detach().float().cpu().numpy())
@@ -235,7 +253,7 @@ def realize(model: nn.Module) -> nn.Module:
     result = copy_model(model)
     for _, module in list(_plain_modules(result)):
         if parametrize.is_parametrized(module):
-            for attribute in list(module.parametrizations):  # type: ignore[union-attr]
+            for attribute in list(_lists(module)):
                 with torch.no_grad():
                     dense = getattr(module, attribute).detach().clone()
                 trains = any(original.requires_grad for original in _originals(module, attribute))
@@ -248,9 +266,9 @@ def realize(model: nn.Module) -> nn.Module:
 
 def _strip(module: nn.Module, attribute: str) -> None:
     """Remove a (nested) parametrization whatever its inner structure, restoring the class when it was the last."""
-    del module.parametrizations[attribute]  # type: ignore[union-attr]
+    del _lists(module)[attribute]
     delattr(type(module), attribute)
-    if not len(module.parametrizations):  # type: ignore[arg-type]
+    if not len(_lists(module)):
         del module.parametrizations
         module.__class__ = type(module).__bases__[0]
 
@@ -261,8 +279,7 @@ def build(model: nn.Module) -> nn.Module:
     for path, module in list(_plain_modules(result)):
         if not path or not parametrize.is_parametrized(module, "weight"):
             continue
-        builder: Callable[[nn.Module], nn.Module] | None = getattr(
-            module.parametrizations["weight"][0], "build", None)  # type: ignore[index,union-attr]
+        builder: Callable[[nn.Module], nn.Module] | None = getattr(_lists(module)["weight"][0], "build", None)
         if builder is not None:
             parent, _, key = path.rpartition(".")
             setattr(result.get_submodule(parent), key, builder(module))

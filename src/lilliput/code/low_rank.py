@@ -40,9 +40,9 @@ class LowRank(Code):
 
     def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         self._shape = tuple(weight.shape)
-        u, s, v = torch.linalg.svd(weight.reshape(len(weight), -1), full_matrices=False)
+        u, s, v = torch.linalg.svd(weight.reshape(len(weight), -1).float(), full_matrices=False)
         root = s[: self.rank].sqrt()
-        return u[:, : self.rank] * root, root[:, None] * v[: self.rank]
+        return (u[:, : self.rank] * root).to(weight.dtype), (root[:, None] * v[: self.rank]).to(weight.dtype)
 
     def decode(self, *theta: Tensor) -> Tensor:
         a, b = theta

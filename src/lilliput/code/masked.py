@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lilliput.code.base import Code
-from lilliput.code.stored import Sparse, Stored
+from lilliput.code.stored import Grid, Plain, Sparse, Stored
 
 
 class Masked(Code):
@@ -39,7 +39,8 @@ class Masked(Code):
         return 1 - float(self.mask.float().mean())
 
     def pack(self, *theta: Stored) -> Stored:
-        return Sparse(np.asarray(self.mask.cpu().numpy()), theta[0], self.block)
+        values = theta[0] if isinstance(theta[0], Plain | Grid) else Plain(theta[0].decode())
+        return Sparse(np.asarray(self.mask.cpu().numpy()), values, self.block)
 
 
 def full(weight: Tensor) -> Masked:

@@ -28,7 +28,7 @@ class Uniform(Code):
 
     Raises ValueError for bits out of range, and for a group that does not divide.
 
-    >>> Uniform(2, per="tensor", range="minmax").decode(torch.tensor([[0.9, -0.2]]), torch.zeros(1, 1))
+    >>> Uniform(2, per="tensor", range="minmax").decode(torch.tensor([[0.9, 0.2]]), torch.zeros(1, 1))
     tensor([[1., 0.]])
     """
 
@@ -68,8 +68,9 @@ class Uniform(Code):
     def decode(self, *theta: Tensor) -> Tensor:
         weight, log_scale = theta
         zero = None if self.symmetric else self.zero_point
-        rows: Tensor = _Grid.apply(self._rows(weight), log_scale, zero, *self.limits)  # type: ignore[no-untyped-call]
-        return rows.reshape(weight.shape)
+        rows = _Grid.apply(self._rows(weight).float(), log_scale, zero, *self.limits)  # type: ignore[no-untyped-call]
+        decoded: Tensor = rows.reshape(weight.shape).to(weight.dtype)
+        return decoded
 
     def pack(self, *theta: Stored) -> Stored:
         weight = torch.from_numpy(np.array(theta[0].decode()))
@@ -113,7 +114,7 @@ class _Grid(torch.autograd.Function):
         return values
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, scale, zero, values = ctx.saved_tensors
         through = torch.ops.aten.hardtanh_backward(grad, x, *ctx.limits)
@@ -126,7 +127,7 @@ class _Half(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
-        return weight.half().float()
+        return weight.half().to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lilliput.code.base import attach, build, codes, copy_model, find, holders, parameter_names
+from lilliput.code.base import attach, build, codes, copy_model, find, parameter_names, reason
 from lilliput.code.low_rank import LowRank, refusal
 from lilliput.errors import near
 from lilliput.stage import Reference, Stage
@@ -86,19 +86,17 @@ class Factorize(Stage):
         for name in names:
             path, _, attribute = name.rpartition(".")
             module = model.get_submodule(path)
-            reason = refusal(module) if attribute == "weight" else "it is no layer's weight"
+            why = (reason(model, name) or refusal(module)) if attribute == "weight" else "it is no layer's weight"
             if name in coded:
-                reason = "it is stored by a code already: realize it first"
+                why = "it is stored by a code already: realize it first"
             elif not path:
-                reason = "the model is this one layer: wrap it in nn.Sequential"
-            elif len(holders(model, name)) > 1:
-                reason = "its weights are tied to another layer's"
+                why = "the model is this one layer: wrap it in nn.Sequential"
             elif _places(model, module) > 1:
-                reason = "the layer is held in several places"
+                why = "the layer is held in several places"
             elif _read_by_its_parent(model, path):
-                reason = "its parent reads its weight directly"
-            if reason:
-                left[name] = reason
+                why = "its parent reads its weight directly"
+            if why:
+                left[name] = why
             else:
                 matrices[name] = tensors[name].detach().float().reshape(len(tensors[name]), -1)
         ranks = self._choose(matrices)

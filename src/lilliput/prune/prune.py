@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lilliput.calibrate import FROM_DATA, Statistics, sees_inputs, statistics
-from lilliput.code.base import attach, codes, copy_model, find, holders, parameter_names
+from lilliput.code.base import attach, codes, copy_model, find, holders, parameter_names, reason
 from lilliput.code.masked import Masked
 from lilliput.errors import NotSupported, near
 from lilliput.prune import patterns, scores
@@ -135,8 +135,8 @@ class Prune(Stage, Rule):
                                      f"{near(name, tensors)}")
         seen, wanted = codes(model), scores.needs(scores.lookup(self.score))
         for name in names:
-            if name not in seen and len(holders(model, name)) > 1:
-                left[name] = "its weights are tied to another layer's"
+            if why := reason(model, name):
+                left[name] = why
                 continue
             try:
                 pattern.check(tuple(tensors[name].shape))
@@ -181,7 +181,7 @@ class Prune(Stage, Rule):
         for name in names:
             if set(scores.needs(score)) <= set(known[name]):
                 module, attribute = holders(model, name)[0]
-                rated[name] = score(getattr(module, attribute), **known[name]) * masked[name].mask
+                rated[name] = score(getattr(module, attribute).float(), **known[name]) * masked[name].mask
         if not rated:
             raise ValueError(f"Prune: score {self.score!r} must have its statistics for some tensor, got none for "
                              f"{names[:3]}. Use score='magnitude' for these.")

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lilliput.code.base import attach, codes, copy_model, find, holders, parameter_names
+from lilliput.code.base import attach, codes, copy_model, find, parameter_names, reason
 from lilliput.code.masked import Masked
 from lilliput.code.uniform import Half, Uniform
 from lilliput.errors import NotSupported, near
@@ -53,9 +53,7 @@ class Quantize(Stage):
 
     def left(self, model: nn.Module) -> dict[str, str]:
         """The tensors that `where` takes in but that are left alone, each with the reason."""
-        coded = codes(model)
-        return {name: "its weights are tied to another layer's" for name in find(model, self.where, who="Quantize")
-                if name not in coded and len(holders(model, name)) > 1}
+        return {name: why for name in find(model, self.where, who="Quantize") if (why := reason(model, name))}
 
     def __call__(self, model: nn.Module, task: Task | None, reference: Reference | None) -> nn.Module:
         model = copy_model(model)
@@ -83,7 +81,7 @@ class Quantize(Stage):
         if self.biases == "float16":
             for name, tensor in tensors.items():
                 if (tensor.dim() < 2 and name not in bits and name not in before and tensor.is_floating_point()
-                        and len(holders(model, name)) == 1):
+                        and not reason(model, name)):
                     attach(model, name, Half())
         return model
 
