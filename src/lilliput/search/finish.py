@@ -21,7 +21,9 @@ from lilliput.export import pack as pack_format
 from lilliput.export.guard import flags
 from lilliput.export.onnx import Session
 from lilliput.recipe import Recipe
+from lilliput.search import post_onnx
 from lilliput.search.choose import Choice, choose, examples_for, front
+from lilliput.search.onnx_target import OnnxModel
 from lilliput.search.points import Point, bits, values
 from lilliput.store import write
 from lilliput.task import Task, length
@@ -251,8 +253,8 @@ def _write(search: "Search", winner: Point | None, summary: dict[str, Any]) -> N
     data = point.proto.SerializeToString()
     write(folder / "model.onnx", lambda file: file.write(data))
     model = point.model if point.model is not None else search.model
-    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()}
-    held = save(tensors)
+    state = post_onnx.tensors(point) if isinstance(model, OnnxModel) else model.state_dict()
+    held = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()})
     write(folder / "model.safetensors", lambda file: file.write(held))
     text = Recipe.parse(point.recipe).toml() if point.model is not None or point is search.dense else ""
     write(folder / "recipe.toml", lambda file: file.write(text.encode()))

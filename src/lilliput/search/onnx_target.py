@@ -1,71 +1,134 @@
 """model.onnx as the target: a network that is only a file, with arrays to calibrate and judge it on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from onnx import ModelProto
 from torch import Tensor, nn
 
+from lilliput.errors import near
 from lilliput.export.onnx import Session, Structure
 from lilliput.search.compare import shapes
 from lilliput.task import Task
 
+Arrays = dict[str, NDArray[Any]]
+
 
 class OnnxModel(nn.Module):
-    """An ONNX file as a module that computes in ONNX Runtime; it has no parameters to train."""
+    """An ONNX file as a module that computes in ONNX Runtime. It has no parameters to train; `file` is its bytes."""
+
+    file: Tensor
 
     def __init__(self, structure: Structure) -> None:
         super().__init__()
         self.structure = structure
-        self._session = Session(structure.proto)
+        data = structure.proto.SerializeToString()
+        self.register_buffer("file", torch.from_numpy(np.frombuffer(data, np.uint8).copy()))
+        self._session = Session(data)
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         """The file's first output."""
         given: Any = named or (inputs if len(inputs) > 1 else inputs[0])
         return torch.from_numpy(np.array(self._session.outputs(given)))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # nothing in it changes, and a session cannot be copied
+
 
 def load_target(path: Path, calib: Path | None, given: Sequence[str]) -> tuple[OnnxModel, Task]:
     """(model, task) of an ONNX file and an npz with its inputs by name, and `targets` where there are labels.
 
-    Without targets the task is to say what the dense file says: the same class, or the same direction (cosine).
-    The first half of the examples calibrates, the second half judges.
+    The first half of the examples calibrates, the second half judges. Integer targets are classes (accuracy), others
+    are values (squared error). Without targets the task is to say what the file says: the same direction (cosine)
+    where outputs are unit vectors or have three axes and more, the same class where they have two or more columns, the
+    same value otherwise.
 
-    Raises ValueError for a missing file or array.
+    Raises ValueError for a missing file or array, or one of another shape.
     """
     if not path.exists():
         raise ValueError(f"TARGET: the file must exist, got {path}.")
     if calib is None or not calib.exists():
         raise ValueError(f"shrink: an ONNX file needs --calib data.npz with its inputs by name, got {calib}.")
-    with np.load(calib, allow_pickle=False) as data:
-        arrays = {name: data[name] for name in data.files}
-    structure = Structure.from_onnx(path)
-    names = [value.name for value in structure.proto.graph.input]
+    arrays = _read(calib)
+    proto = _free_batch(Structure.from_onnx(path).proto)
+    names = [value.name for value in proto.graph.input]
     if missing := set(names) - set(arrays):
-        raise ValueError(f"shrink: --calib must hold every input of {path.name}, but misses {sorted(missing)}. It holds "
-                         f"{sorted(arrays)}.")
-    fixed = shapes(given)
-    inputs: dict[str, Tensor] = {}
-    for name in names:
-        array = arrays[name]
-        if name in fixed:
-            array = array[(slice(None), *(slice(0, size) for size in fixed[name][1:]))]
-        inputs[name] = torch.from_numpy(np.ascontiguousarray(array))
-    count = len(next(iter(inputs.values())))
-    if count < 4:
-        raise ValueError(f"shrink: --calib must hold at least 4 examples, got {count}.")
-    structure = Structure.from_onnx(path, {name: value[:1] for name, value in inputs.items()})
-    model = OnnxModel(structure)
+        raise ValueError(f"shrink: --calib must hold every input of {path.name}, but misses {sorted(missing)}. It "
+                         f"holds {sorted(arrays)}.")
+    inputs = _cut({name: arrays[name] for name in names}, shapes(given))
+    counts = {name: len(array) for name, array in arrays.items() if name in names or name == "targets"}
+    count = min(counts.values())
+    if count < 4 or len(set(counts.values())) > 1:
+        raise ValueError(f"shrink: --calib must hold at least 4 examples, as many of each array, got {counts}.")
+    model = OnnxModel(Structure(proto, example={name: value[:1] for name, value in inputs.items()}))
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()}
+    try:
+        outputs = model(**{name: value[:3] for name, value in tensors.items()})
+    except Exception as error:
+        have = {name: tuple(value.shape) for name, value in inputs.items()}
+        raise ValueError(f"shrink: {path.name} must run on several examples of --calib at once ({have}), but that "
+                         f"raised: {error}. Give the sizes with --shape, or export it with a free batch "
+                         "size.") from error
+    if outputs.ndim == 0 or len(outputs) != 3:
+        raise ValueError(f"shrink: {path.name} must give a row for each example, got outputs of shape "
+                         f"{tuple(outputs.shape)} for 3. Export it with a free batch size.")
+    outputs = model(**tensors)
     targets = torch.from_numpy(arrays["targets"]) if "targets" in arrays else None
-    with torch.no_grad():
-        outputs = model(**inputs)
-    classes = outputs.ndim == 2 and (targets is None or not targets.is_floating_point())
-    if targets is None:
-        targets = outputs.argmax(-1) if classes else outputs
+    kind, targets = _question(outputs, targets)
     half = count // 2
-    train = ({k: v[:half] for k, v in inputs.items()}, targets[:half])
-    val = ({k: v[half:] for k, v in inputs.items()}, targets[half:])
-    kind = ("cross_entropy", "accuracy") if classes else ("cosine", "cosine")
-    return model, Task(path.stem, train, val, loss=kind[0], metric=kind[1])
+    train, val = (({name: value[part] for name, value in tensors.items()}, targets[part])
+                  for part in (slice(0, half), slice(half, count)))
+    loss, metric = kind
+    return model, Task(path.stem, train, val, loss=loss, metric=metric)
+
+
+def _read(calib: Path) -> Arrays:
+    try:
+        with np.load(calib, allow_pickle=False) as data:
+            return {name: np.asarray(data[name]) for name in data.files}
+    except (ValueError, OSError, BadZipFile, AttributeError) as error:
+        raise ValueError(f"shrink: --calib must be an npz file of plain arrays, got {calib.name}: {error}. Write it "
+                         "with numpy.savez(path, input=array).") from error
+
+
+def _free_batch(proto: ModelProto) -> ModelProto:
+    """The first axis of every input and output free, whatever the exporter wrote there."""
+    for value in (*proto.graph.input, *proto.graph.output):
+        if len(value.type.tensor_type.shape.dim):
+            value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    return proto
+
+
+def _cut(inputs: Mapping[str, NDArray[Any]], fixed: Mapping[str, tuple[int, ...]]) -> Arrays:
+    """The inputs cut to the sizes that are fixed; the first one is the batch and cuts nothing."""
+    for name, sizes in fixed.items():
+        if name not in inputs:
+            raise ValueError(f"shrink: --shape must name an input, got {name!r}. {near(name, inputs)}")
+        have = inputs[name].shape
+        if len(sizes) != len(have) or any(size > most for size, most in zip(sizes[1:], have[1:], strict=True)):
+            raise ValueError(f"shrink: --shape {name}={'x'.join(map(str, sizes))} must fit into the array of --calib, "
+                             f"which is {'x'.join(map(str, have))}.")
+    return {name: array if name not in fixed else array[(slice(None), *(slice(0, size) for size in fixed[name][1:]))]
+            for name, array in inputs.items()}
+
+
+def _question(outputs: Tensor, targets: Tensor | None) -> tuple[tuple[str, str], Tensor]:
+    """(loss, metric) and the targets of a file's task."""
+    if targets is not None and not targets.is_floating_point():
+        return ("cross_entropy", "accuracy"), targets.long()
+    if targets is not None:
+        if targets.shape != outputs.shape:
+            raise ValueError(f"shrink: targets of --calib must be integers (classes) or have the outputs' shape "
+                             f"{tuple(outputs.shape)}, got {tuple(targets.shape)}.")
+        return ("mse", "mse"), targets
+    norms = outputs.norm(dim=-1)
+    if outputs.ndim > 2 or (outputs.ndim == 2 and bool((norms - 1).abs().max() < 1e-3)):
+        return ("cosine", "cosine"), outputs
+    if outputs.ndim == 2 and outputs.shape[1] > 1:
+        return ("cross_entropy", "accuracy"), outputs.argmax(-1)
+    return ("mse", "mse"), outputs

@@ -164,7 +164,8 @@ class Press:
             agreement = compare(outputs.numpy(), expected.numpy(), exact=_is_float(stored), who=name)
         score = self.task.rate(outputs, "val")
         if not bool(torch.isfinite(outputs).all()):
-            raise ExportError(f"{name}: outputs must be finite, got NaN or infinity. Train it at a lower learning rate.")
+            raise ExportError(f"{name}: outputs must be finite, got NaN or infinity. Train it more "
+                              "slowly.")
         dense = outputs if self.dense is None else self.dense.score.outputs
         packed = pack_format.size(structure.fill(stored), stored)
         return Point(name, recipe, key, proto, structure, stored, score,

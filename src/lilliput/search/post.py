@@ -26,7 +26,7 @@ REFUSALS = (ExportError, NotSupported, ValueError, KeyError)
 
 def points(search: "Search") -> list[Point]:
     """The dense network with 8-bit weights, and with its large products in 8-bit arithmetic."""
-    return [*_narrow(search), *_dynamic(search)]
+    return [*_narrow(search), *dynamic_points(search)]
 
 
 def _narrow(search: "Search") -> list[Point]:
@@ -42,7 +42,7 @@ def _narrow(search: "Search") -> list[Point]:
         return []
 
 
-def _dynamic(search: "Search") -> list[Point]:
+def dynamic_points(search: "Search") -> list[Point]:
     """Matrix products in int8 with codes found anew in every run: fast where products are large (transformers)."""
     proto = search.dense.structure.fill(search.dense.stored)
     products = sum(int(np.prod(t.dims)) for t in proto.graph.initializer if len(t.dims) == 2 and any(

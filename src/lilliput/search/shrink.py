@@ -7,10 +7,11 @@ scores every artifact in the runtime it is for, and chooses with the optimism of
 
 import math
 import os
+import shutil
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ from lilliput.graph.stride import earlier_stride, set_stride
 from lilliput.quant.allocate import allocate_bits
 from lilliput.recipe import Recipe
 from lilliput.run import Workshop
-from lilliput.search import post, sensitivity, units
+from lilliput.search import post, post_onnx, sensitivity, units
 from lilliput.search.choose import front
 from lilliput.search.finish import Result, conclude
+from lilliput.search.onnx_target import OnnxModel
 from lilliput.search.points import Clock, Point, Press, bits
 from lilliput.search.show import Silent
 from lilliput.search.space import (
@@ -195,6 +197,7 @@ class Search:
                  device: torch.device) -> None:
         self.question, self.trials, self.seed, self.show, self.command = question, trials, seed, show, command
         self.clock, self.folder, self.workers = Clock(budget_s), folder, workers
+        self.fresh = not folder.exists()
         self.store = Store(folder / "records")
         self.original = task
         self.model = model
@@ -208,7 +211,7 @@ class Search:
         self.left: list[tuple[str, str]] = []
         self.batch = batch_size_for(task)
         self.labels = LABELS if task.split("train")[1] is not None else (0.0,)
-        self._lock = threading.Lock()
+        self._lock, self.stopped = threading.Lock(), False
 
     def _cheaper(self, task: Task) -> Task:
         """The task with as many augmentations as the dense network can be run on within a tenth of the budget."""
@@ -232,19 +235,30 @@ class Search:
         """Measure, look, explore, refine, conclude."""
         torch.set_num_threads(1)
         with self.show, ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            self.measure_dense()
-            self.look(pool)
-            if self.trainable():
-                self.refine(pool, self.explore(pool))
-            self.after_training(pool)
-            return conclude(self)
+            try:
+                self.measure_dense()
+                self.look(pool)
+                if self.trainable():
+                    self.refine(pool, self.explore(pool))
+                self.after_training(pool)
+                return conclude(self)
+            except BaseException:
+                self.stopped = True  # the other trainings end at their next step, their last checkpoints kept
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     # 1. the dense model ------------------------------------------------------------------------------------------
 
     def measure_dense(self) -> None:
         """The dense artifact: exported once with batch norm folded, scored and weighed."""
         self.show.phase("measuring the dense network", 1)
-        dense = self.press.point(self.model, "dense", "dense", [], self.shop.start)
+        try:
+            dense = post_onnx.dense(self, self.model) if isinstance(self.model, OnnxModel) else self.press.point(
+                self.model, "dense", "dense", [], self.shop.start)
+        except (ExportError, NotSupported):
+            if self.fresh:
+                shutil.rmtree(self.folder, ignore_errors=True)  # nothing can be made of it: nothing is written
+            raise
         self.press.dense = dense
         dense.distance = 0.0
         self.dense = dense
@@ -255,6 +269,9 @@ class Search:
 
     def look(self, pool: ThreadPoolExecutor) -> None:
         """What can be varied; each tensor's sensitivity; the blocks in the order in which they are missed."""
+        if isinstance(self.model, OnnxModel):
+            self.left = [("training", "an ONNX file has no parameters that could be trained or removed")]
+            return
         example = self.task.example
         self.show.phase("what each technique costs on each layer", 2)
         with self.clock.on("calibrate"):
@@ -283,7 +300,11 @@ class Search:
 
     def trainable(self) -> bool:
         """Whether the budget holds enough steps to train a student at all."""
-        if self.task.examples < 2:
+        if isinstance(self.model, OnnxModel):
+            return False
+        if self.task.examples < 2 or not any(p.requires_grad for p in self.model.parameters()):
+            self.left.append(("training", "no parameter may be trained" if self.task.examples > 1 else
+                              "one example is too few to train on"))
             return False
         if self.trials is not None:
             return True
@@ -469,7 +490,12 @@ class Search:
         return f"blocks {plan.blocks} stride {plan.stride}"
 
     def _halt(self, until: float) -> Callable[[int], bool]:
-        return lambda step: step % 8 == 0 and self.clock.left(until) < 0
+        def halt(step: int) -> bool:
+            if self.stopped:
+                raise CancelledError
+            return step % 8 == 0 and self.clock.left(until) < 0
+
+        return halt
 
     # 4. the survivors --------------------------------------------------------------------------------------------
 
@@ -554,7 +580,8 @@ class Search:
 
     def after_training(self, pool: ThreadPoolExecutor) -> None:
         """The dense network itself in fewer bits and narrower arithmetic: what post-training techniques reach."""
-        for point in post.points(self):
+        file = self.model if isinstance(self.model, OnnxModel) else None
+        for point in post.points(self) if file is None else post_onnx.points(self, file):
             self.add(point)
 
     @property
