@@ -1,10 +1,14 @@
 """A stored tensor decodes to what its numbers say, and its size is a formula that needs no file."""
 
+import hashlib
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lilliput.code.stored import Grid, Plain, Product, Sparse, half, limits, position_bits
-from lilliput.export.ans import coded_bits, decode, encode
+from lilliput.export.entropy import coded_bits, decode, encode
 
 draw = np.random.default_rng(0)
 
@@ -117,6 +121,30 @@ def test_entropy_coder_is_exact_and_as_long_as_its_formula(count, bits):
     assert np.array_equal(decode(stream, count, bits), symbols)
 
 
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(st.integers(1, 8).flatmap(lambda b: st.tuples(st.just(b), st.lists(st.tuples(
+    st.integers(0, 2**b - 1), st.integers(1, 2000)), min_size=1, max_size=12))))
+def test_entropy_coder_never_needs_more_than_its_formula(case):
+    bits, runs = case
+    symbols = np.repeat(*np.array(runs).T).astype(np.uint16)
+    stream = encode(symbols, bits)
+    assert stream.size == coded_bits(symbols, bits)
+    assert np.array_equal(decode(stream, symbols.size, bits), symbols)
+
+
+def test_entropy_coder_costs_a_table_and_four_bytes_for_equal_symbols():
+    assert coded_bits(np.full(100, 3, np.uint16), 2) <= 5 * 4 + 26
+    assert coded_bits(np.zeros(0, np.uint16), 4) > 0 and coded_bits(np.zeros(100, np.uint16), 9) > 900
+
+
+def test_a_stream_means_the_same_with_every_version_of_the_library():
+    digest = hashlib.sha256()
+    for bits in range(1, 9):
+        symbols = np.arange(3000) ** 2 // 7 % 2**bits // (1 + bits % 2)
+        digest.update(encode(symbols, bits).tobytes())
+    assert digest.hexdigest()[:16] == "a7595a7eb8078aae"
+
+
 def test_entropy_coder_comes_close_to_the_entropy():
     symbols = np.random.default_rng(0).binomial(1, 0.1, 20_000).astype(np.uint16)
     p = symbols.mean()
@@ -134,3 +162,15 @@ def test_entropy_coder_refuses_a_changed_stream():
             assert not np.array_equal(decode(broken, 500, 3), symbols)
         except ValueError as error:
             assert "damaged" in str(error)
+
+
+def test_entropy_coder_refuses_or_decodes_whatever_it_is_given():
+    rng = np.random.default_rng(0)
+    for count in range(400):
+        bits, stream = int(rng.integers(0, 20)), rng.integers(0, 2, int(rng.integers(0, 200))).astype(np.uint8)
+        try:
+            symbols = decode(stream * (count % 5 > 0), count, bits)
+        except ValueError as error:
+            assert "damaged" in str(error)
+        else:
+            assert symbols.size == count and (symbols >> bits == 0).all()

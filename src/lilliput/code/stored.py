@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lilliput.export.ans import coded_bits
+from lilliput.export.entropy import coded_bits
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]

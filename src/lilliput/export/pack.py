@@ -50,7 +50,7 @@ from lilliput.code.stored import (
     spread,
 )
 from lilliput.errors import ExportError, StoreError
-from lilliput.export.ans import coded_bits, decode, encode, from_bits, to_bits
+from lilliput.export.entropy import coded_bits, decode, encode, from_bits, to_bits
 from lilliput.export.names import ATTRIBUTES, OPERATORS
 from lilliput.export.onnx import Session, Structure, narrow
 
