@@ -1,14 +1,12 @@
 """What a code costs while training: steps with a mask or a quantizer against dense steps, interleaved, one thread.
 
-python bench/overhead.py NETWORKS.py [rounds]    writes results/bench/overhead.json
+python bench/overhead.py [rounds]    writes results/bench/overhead.json
 
-NETWORKS.py defines ResNet20 (28x28) and MLP (40 values). Every round takes a few steps of each variant in turn, so that a
-change of the machine's load meets all of them, and is timed by the processor's clock; the figure is the median over the rounds of the ratio to dense.
+Every round takes a few steps of each variant in turn, so that a change of the machine's load meets all of them, and is
+timed by the processor's clock; the figure is the median over the rounds of the ratio to dense.
 """
 
-import importlib.util
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -21,6 +19,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lilliput.cost.measure import machine
+from lilliput.nets.mnist1d import MLP
+from lilliput.nets.resnet import ResNet
 from lilliput.prune.prune import Prune
 from lilliput.quant.quantize import Quantize
 
@@ -79,20 +80,14 @@ def measure(make: Callable[[], nn.Module], shape: tuple[int, ...], count: int, r
 def main() -> None:
     """Measure both networks and write the record."""
     torch.set_num_threads(1)
-    spec = importlib.util.spec_from_file_location("networks", sys.argv[1])
-    assert spec is not None and spec.loader is not None
-    networks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(networks)
-    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 20
-    before = os.getloadavg()[0]
-    results = {"ResNet-20": measure(networks.ResNet20, (1, 28, 28), 1, rounds),
-               "MLP": measure(networks.MLP, (40,), 50, rounds)}
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 20
+    before = machine()
+    results = {"ResNet-20": measure(ResNet, (1, 28, 28), 1, rounds), "MLP": measure(MLP, (40,), 50, rounds)}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     record = {
         "what": f"processor milliseconds a training step at batch {BATCH}, one thread, {rounds} interleaved rounds",
-        "command": "python bench/overhead.py NETWORKS.py " + str(rounds), "results": results,
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "os": platform.system(),
-                    "load_before": before, "load_after": os.getloadavg()[0]},
+        "command": f"python bench/overhead.py {rounds}", "results": results, "machine": before,
+        "machine_after": machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": commit.stdout.strip(),
     }
     path = ROOT / "results" / "bench" / "overhead.json"
