@@ -5,11 +5,14 @@ import importlib.util
 import json
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -18,8 +21,8 @@ if TYPE_CHECKING:
     from lilliput.task import Task
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
-                  help="A trained neural network in, a many times smaller and faster one out, with the measured proof.\n\n"
-                       "Example: lilliput shrink digits --floor 1% --budget 2m")
+                  help="A trained neural network in, a many times smaller and faster one out, with the measured "
+                       "proof.\n\nExample: lilliput shrink digits --floor 1% --budget 2m")
 console, errors = Console(), Console(stderr=True)
 
 Target = Annotated[str, typer.Argument(help="an embedded name (see: lilliput tasks), file.py:function or "
@@ -29,14 +32,32 @@ Out = Annotated[Path | None, typer.Option(help="folder for the results [default:
 
 def fail(message: object, status: int = 2) -> NoReturn:
     """Say what went wrong on stderr and leave."""
-    errors.print(f"[red]error[/red] {str(message)}", markup=True, highlight=False)
+    errors.print(f"[red]error[/red] {escape(str(message))}", highlight=False, soft_wrap=True)
     raise typer.Exit(status)
+
+
+@contextmanager
+def speaking() -> Iterator[None]:
+    """What the caller can mend is said in one line, with status 2; anything else is a bug and shows where."""
+    from lilliput.errors import ExportError, NotSupported, StoreError
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail("stopped. What is finished is kept: go on with --resume.", 130)
+    except (ValueError, NotSupported, ImportError, OSError, ExportError, StoreError) as error:
+        fail(error)
+    except (TypeError, KeyError) as error:
+        text = str(error.args[0]) if error.args else ""
+        if " must " not in text:
+            raise
+        fail(text)
 
 
 def resolve(target: str) -> "tuple[nn.Module, Task]":
     """(model, task) of an embedded name, file.py:function or package.module:function.
 
-    Raises ValueError for a target that is none of these, or that returns something else.
+    Raises ValueError for a target that is none of these, that raises, or that returns something else.
     """
     from torch import nn
 
@@ -47,34 +68,51 @@ def resolve(target: str) -> "tuple[nn.Module, Task]":
     where = TASKS[target].target if target in TASKS else target
     place, _, name = where.rpartition(":")
     if not place:
-        raise ValueError(f"TARGET must be an embedded name, file.py:function, package.module:function or model.onnx, got "
-                         f"{target!r}. {near(target, TASKS)}")
-    if place.endswith(".py"):
-        path = Path(place).resolve()
-        if not path.exists():
-            raise ValueError(f"TARGET: the file must exist, got {place}.")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module
-        sys.path.insert(0, str(path.parent))
-        spec.loader.exec_module(module)
-    else:
-        sys.path.insert(0, "")
-        try:
-            module = importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"TARGET: the module must be importable, got {place!r}: {error}.") from error
+        raise ValueError("TARGET must be an embedded name, file.py:function, package.module:function or model.onnx, "
+                         f"got {target!r}. {near(target, TASKS)}")
+    module = _module(place)
     function = getattr(module, name, None)
     if not callable(function):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ValueError(f"TARGET: {place} must have a function {name!r}. {near(name, known)}")
-    found = function()
+        known = [key for key, value in vars(module).items()
+                 if callable(value) and getattr(value, "__module__", "") == module.__name__]
+        raise ValueError(f"TARGET: {place} must have a function {name!r}. {near(name, known) if known else ''}".strip())
+    try:
+        found = function()
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ValueError(f"TARGET: {target} must return (model, task), but raised {type(error).__name__}: "
+                         f"{error}") from error
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], nn.Module)
             and isinstance(found[1], Task)):
-        raise ValueError(f"TARGET: {target} must return (model, task), an nn.Module and a lilliput.Task, got "
-                         f"{type(found).__name__}.")
+        shown = tuple(type(part).__name__ for part in found) if isinstance(found, tuple) else type(found).__name__
+        raise ValueError(f"TARGET: {target} must return (model, task), an nn.Module and a lilliput.Task, got {shown}.")
     return found
+
+
+def _module(place: str) -> Any:
+    if not place.endswith(".py"):
+        sys.path.insert(0, "")
+        try:
+            return importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"TARGET: the module must be importable, got {place!r}: {error}.") from error
+    path = Path(place).resolve()
+    if not path.is_file():
+        raise ValueError(f"TARGET: the file must exist, got {place}.")
+    stem = path.stem if path.stem not in sys.modules else f"target_{path.stem}"
+    spec = importlib.util.spec_from_file_location(stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[stem] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ValueError(f"TARGET: {place} must run, but raised {type(error).__name__}: {error}") from error
+    return module
 
 
 @app.command()
@@ -100,17 +138,16 @@ def shrink(
 
     Example: lilliput shrink digits --floor 0.5% --budget 5m
     """
-    _shrink(target, floor, objective, max_bytes, max_latency_ms, budget, trials, device, shape, calib, seed, out, resume,
-            dry_run, as_json, shlex.join(["lilliput", *sys.argv[1:]]))
+    _shrink(target, floor, objective, max_bytes, max_latency_ms, budget, trials, device, shape, calib, seed, out,
+            resume, dry_run, as_json, shlex.join(["lilliput", *sys.argv[1:]]))
 
 
 def _shrink(target: str, floor: str, objective: str, max_bytes: str | None, max_latency_ms: float | None, budget: str,
             trials: int | None, device: str, shape: list[str] | None, calib: Path | None, seed: int, out: Path | None,
             resume: bool, dry_run: bool, as_json: bool, command: str) -> None:
-    from lilliput.errors import StoreError
-    from lilliput.search import units
+    with speaking():
+        from lilliput.search import units
 
-    try:
         units.floor(floor)
         units.seconds(budget)
         if max_bytes is not None:
@@ -118,26 +155,31 @@ def _shrink(target: str, floor: str, objective: str, max_bytes: str | None, max_
         if target.endswith(".onnx"):
             from lilliput.search.onnx_target import load_target
 
+            model: nn.Module
             model, task = load_target(Path(target), calib, shape or [])
+        elif shape or calib:
+            raise ValueError(f"shrink: --shape and --calib must come with a model.onnx, got {target}. A task brings "
+                             "its own arrays.")
         else:
             model, task = resolve(target)
-        from lilliput.search.shrink import shrink as search
         from lilliput.search.show import Live, Silent
+        from lilliput.search.shrink import shrink as search
 
         settings: dict[str, Any] = dict(
-            floor=floor, objective=objective, budget=None if trials else budget, trials=trials, max_bytes=max_bytes,
-            max_latency_ms=max_latency_ms, seed=seed, out=out, resume=resume, command=command, device=device)
+            floor=floor, objective=objective, budget=None if trials is not None else budget, trials=trials,
+            max_bytes=max_bytes, max_latency_ms=max_latency_ms, seed=seed, out=out, resume=resume, device=device)
         if dry_run:
-            from lilliput.search.dry import describe
+            from lilliput.search.dry import plan
+            from lilliput.search.dry import show as describe
 
-            describe(model, task, console, **settings)
+            found = plan(model, task, **settings)
+            if as_json:
+                print(json.dumps(found, indent=1))
+            else:
+                describe(found, console)
             return
-        show = Live(console) if console.is_terminal and not as_json else Silent()
-        result = search(model, task, show=show, **settings)
-    except (ValueError, TypeError, KeyError, ImportError) as error:
-        fail(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    except StoreError as error:
-        fail(error)
+        live = Live(console) if console.is_terminal and not as_json else Silent()
+        result = search(model, task, show=live, command=command, **settings)
     if as_json:
         print(json.dumps(result.summary, indent=1))
     else:
@@ -145,11 +187,12 @@ def _shrink(target: str, floor: str, objective: str, max_bytes: str | None, max_
         from lilliput.report.words import verdict
 
         console.print(front(result.summary))
-        console.print(verdict(result.summary), highlight=False)
-        console.print(f"report: {result.folder.resolve() / 'report.html'}", highlight=False, soft_wrap=True)
+        console.print(verdict(result.summary), highlight=False, markup=False)
+        page = result.folder.resolve() / "report.html"
+        console.print(f"report: {page}", highlight=False, soft_wrap=True, markup=False)
     if not result.met:
-        fail("FloorNotMet: no point that was found loses less than the floor allows. The nearest are in the report; "
-             "allow more with --floor, or give it more time with --budget.", 3)
+        fail(f"FloorNotMet: no point that was found meets the question. The nearest are in the report, the dense "
+             f"network's files in {result.folder}. Allow more with --floor, or more time with --budget.", 3)
 
 
 @app.command()
@@ -209,20 +252,22 @@ def run(
     target: Target,
     out: Annotated[Path, typer.Option(help="folder for the results")] = Path("lilliput-run"),
     seed: Annotated[int, typer.Option(help="of every training")] = 0,
+    device: Annotated[str, typer.Option(help="where to train")] = "cpu",
 ) -> None:
     """Apply one recipe to a network, export it, score it and write its files.
 
     Example: lilliput run recipe.toml digits
     """
-    try:
+    with speaking():
         from lilliput.recipe import Recipe
         from lilliput.search.once import apply
 
+        if not recipe.is_file():
+            raise ValueError(f"run: the recipe must be a TOML or JSON file that exists, got {recipe}.")
+        steps = Recipe.read(recipe)
         model, task = resolve(target)
-        summary = apply(model, task, Recipe.read(recipe), out, seed)
-    except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
-        fail(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    console.print_json(json.dumps(summary))
+        summary = apply(model, task, steps, out, seed, device)
+    print(json.dumps(summary, indent=1))
 
 
 @app.command()
@@ -231,12 +276,10 @@ def report(folder: Annotated[Path, typer.Argument(help="a folder that shrink wro
 
     Example: lilliput report lilliput-digits
     """
-    try:
+    with speaking():
         from lilliput.report.page import write
 
-        console.print(str(write(folder)), highlight=False, soft_wrap=True)
-    except (ValueError, OSError, KeyError) as error:
-        fail(error)
+        console.print(str(write(folder)), highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -250,12 +293,10 @@ def measure(
 
     Example: lilliput measure lilliput-digits/model.onnx other.onnx
     """
-    try:
+    with speaking():
         from lilliput.search.compare import compare
 
         console.print(compare(files, seconds, batch, shape or []))
-    except (ValueError, OSError, KeyError) as error:
-        fail(error)
 
 
 @app.command()
@@ -268,13 +309,11 @@ def evidence(
 
     Example: lilliput evidence learn2compress --quick
     """
-    try:
+    with speaking():
         from lilliput.evidence import gather
 
         for path in gather(key, quick, out):
-            console.print(str(path), highlight=False, soft_wrap=True)
-    except (ValueError, KeyError, OSError) as error:
-        fail(error.args[0] if isinstance(error, KeyError) and error.args else error)
+            console.print(str(path), highlight=False, soft_wrap=True, markup=False)
 
 
 def main() -> None:

@@ -34,16 +34,20 @@ def shapes(given: Sequence[str]) -> dict[str, tuple[int, ...]]:
 
 def example(session: Session, batch: int, fixed: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """Random inputs of a session: free leading sizes become `batch`, other free sizes need `fixed`."""
-    draw, found = np.random.default_rng(0), {}
+    draw = np.random.default_rng(0)
+    found: dict[str, Any] = {}
     for value in session.inputs:
         sizes = fixed.get(value.name)
         if sizes is None:
             free = [size for size in value.shape[1:] if not isinstance(size, int)]
             if free:
-                raise ValueError(f"measure: the input {value.name} has free sizes {free}. Fix them with --shape "
-                                 f"{value.name}={'x'.join(str(s) if isinstance(s, int) else '64' for s in value.shape)}.")
+                written = "x".join(str(size) if isinstance(size, int) else "64" for size in value.shape)
+                raise ValueError(f"measure: the input {value.name} must have fixed sizes, got free ones {free}. Fix "
+                                 f"them with --shape {value.name}={written}.")
             sizes = (batch, *value.shape[1:])
-        kind = TYPES[value.type]
+        kind = TYPES.get(value.type)
+        if kind is None:
+            raise ValueError(f"measure: inputs must be numbers, got {value.type} for {value.name}.")
         found[value.name] = (draw.standard_normal(sizes) if np.issubdtype(kind, np.floating)
                              else np.ones(sizes)).astype(kind)
     if unknown := set(fixed) - set(found):
@@ -54,11 +58,19 @@ def example(session: Session, batch: int, fixed: dict[str, tuple[int, ...]]) -> 
 def compare(files: Sequence[Path], seconds: float, batch: int, given: Sequence[str]) -> Table:
     """A table of bytes, median and quartiles, and the ratio to the first file."""
     for path in files:
-        if not path.exists():
+        if not path.is_file():
             raise ValueError(f"measure: the file must exist, got {path}.")
     sessions = {str(path): Session(path) for path in files}
     first = next(iter(sessions.values()))
-    times = latency(sessions, example(first, batch, shapes(given)), seconds=seconds)
+    inputs = example(first, batch, shapes(given))
+    for name, session in sessions.items():
+        try:
+            session.all(inputs)
+        except Exception as error:
+            raise ValueError(f"measure: {name} must run on inputs of the first file, "
+                             f"{ {key: value.shape for key, value in inputs.items()} }, but raised: {error}. Fix sizes "
+                             "with --shape and --batch.") from error
+    times = latency(sessions, inputs, seconds=seconds, batch=len(next(iter(inputs.values()))))
     base = times[str(files[0])]
     table = Table(title="one interleaved run, one thread, ONNX Runtime", title_justify="left")
     for column in ("file", "bytes", "median ms", "quartiles ms", "times faster"):

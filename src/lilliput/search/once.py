@@ -1,29 +1,44 @@
 """lilliput run: one recipe, applied, exported, scored and written."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
 from torch import nn
 
+from lilliput.code.base import copy_model
 from lilliput.cost.measure import machine
+from lilliput.errors import StoreError
 from lilliput.export import pack as pack_format
 from lilliput.recipe import Recipe
 from lilliput.run import Workshop
+from lilliput.search.check import check, place
 from lilliput.search.finish import commit, versions
 from lilliput.search.points import Clock, Press
 from lilliput.store import Store, write
 from lilliput.task import Task
 
 
-def apply(model: nn.Module, task: Task, recipe: Recipe, folder: Path, seed: int = 0) -> dict[str, Any]:
-    """The record of a recipe on a model; model.onnx, model.lil, model.safetensors and summary.json go to `folder`."""
-    clock = Clock(None)
-    shop = Workshop(model, task, Store(folder / "records"), seed)
-    press = Press(task, clock)
-    made = shop.make(recipe)
-    point = press.point(made, "own", recipe.describe(), recipe.data(), shop.key(recipe))
+def apply(model: nn.Module, task: Task, recipe: Recipe, folder: Path, seed: int = 0,
+          device: str = "cpu") -> dict[str, Any]:
+    """The record of a recipe on a model; model.onnx, model.lil, model.safetensors and summary.json go to `folder`.
+
+    Raises ValueError for a model or task that does not run, and whatever a stage raises; then nothing is written.
+    """
+    clock, where = Clock(None), place(device)
+    model = copy_model(model).cpu().eval()
+    check(model, task)
+    fresh = not folder.exists()
+    try:
+        shop = Workshop(model, task, Store(folder / "records"), seed, device=where)
+        made = shop.make(recipe)
+        point = Press(task, clock).point(made, "own", recipe.describe(), recipe.data(), shop.key(recipe))
+    except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
+        if fresh and not isinstance(error, StoreError):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     pack_format.write(point.structure.fill(point.stored), point.stored, folder / "model.lil")
     write(folder / "model.onnx", lambda file: file.write(point.proto.SerializeToString()))
     held = save({name: tensor.detach().contiguous().clone() for name, tensor in made.state_dict().items()})
@@ -31,6 +46,6 @@ def apply(model: nn.Module, task: Task, recipe: Recipe, folder: Path, seed: int 
     write(folder / "recipe.toml", lambda file: file.write(recipe.toml().encode()))
     summary = {"task": task.name, "seed": seed, "recipe": recipe.data(), "dense_val": task.score(model, "val").value,
                **point.row(task), "machine": machine(), "versions": versions(), "commit": commit(),
-               "wall_s": round(clock.now, 3)}
+               "damaged": shop.store.damaged, "wall_s": round(clock.now, 3)}
     write(folder / "summary.json", lambda file: file.write(json.dumps(summary, indent=1).encode()))
     return summary

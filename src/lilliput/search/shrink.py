@@ -5,7 +5,6 @@ network's outputs for short, lets the promising ones train on, quantizes the bes
 scores every artifact in the runtime it is for, and chooses with the optimism of having chosen taken off.
 """
 
-import math
 import os
 import shutil
 import threading
@@ -29,6 +28,7 @@ from lilliput.quant.allocate import allocate_bits
 from lilliput.recipe import Recipe
 from lilliput.run import Workshop
 from lilliput.search import post, post_onnx, sensitivity, units
+from lilliput.search.check import check, place
 from lilliput.search.choose import front
 from lilliput.search.finish import Result, conclude
 from lilliput.search.onnx_target import OnnxModel
@@ -47,7 +47,7 @@ from lilliput.search.space import (
 )
 from lilliput.stage import calibration
 from lilliput.store import Store
-from lilliput.task import Task, call, leaves, length, predict, take
+from lilliput.task import Task, length, predict, take
 from lilliput.train import Diverged, fit
 
 OBJECTIVES = ("size", "latency", "macs")
@@ -102,6 +102,8 @@ def shrink(
                          f"{near(objective, OBJECTIVES)}")
     if trials is not None and trials < 1:
         raise ValueError(f"shrink: trials must be at least 1, got {trials}.")
+    if max_latency_ms is not None and not max_latency_ms > 0:
+        raise ValueError(f"shrink: max-latency-ms must be above 0, got {max_latency_ms}.")
     turned = max_bytes is not None or max_latency_ms is not None
     question = Question(objective, None if turned else units.floor(floor),
                         None if max_bytes is None else units.size_bytes(max_bytes), max_latency_ms)
@@ -127,54 +129,6 @@ def shrink(
     finally:
         torch.set_num_threads(threads)
         torch.set_rng_state(random)
-
-
-def check(model: nn.Module, task: Task) -> None:
-    """Raise ValueError unless the model runs on the task's inputs and its outputs have a finite metric and loss."""
-    inputs, targets = task.split("val")
-    try:
-        with torch.no_grad():
-            outputs = call(model, task.example)
-        if isinstance(outputs, torch.Tensor):
-            outputs = predict(model, inputs)
-    except Exception as error:
-        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves(task.example))
-        raise ValueError(f"shrink: the model must run on the task's inputs (an example has the shape {shapes}), but it "
-                         f"raised {type(error).__name__}: {error}. Check the task's arrays.") from error
-    if not isinstance(outputs, torch.Tensor) or not outputs.is_floating_point() or len(outputs) != length(inputs):
-        got = f"{outputs.dtype} of shape {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else (
-            type(outputs).__name__)
-        raise ValueError(f"shrink: the model must return one floating-point tensor with a row for each example, got "
-                         f"{got}. Wrap it in a module that returns the tensor that matters.")
-    if not bool(torch.isfinite(outputs).all()):
-        raise ValueError(f"shrink: the model's outputs must be finite, got NaN or infinity on the val inputs of "
-                         f"{task.name}. Check its weights and the inputs.")
-    try:
-        task.rate(outputs, "val")
-        loss = float(task.loss(outputs, targets)) if targets is not None else 0.0
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(f"shrink: metric and loss must take outputs of shape {tuple(outputs.shape)} and targets of "
-                         f"shape {None if targets is None else tuple(targets.shape)}, but raised "
-                         f"{type(error).__name__}: {error}. Check the task's targets.") from error
-    if not math.isfinite(loss):
-        raise ValueError(f"shrink: the loss of the model must be finite, got {loss} on val. Check the task's loss.")
-
-
-def place(device: str) -> torch.device:
-    """The device of a name; raises ValueError for one that this machine lacks."""
-    try:
-        found = torch.device(device)
-        torch.zeros(1, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"shrink: device must be one that this machine has ({', '.join(have)}), got {device!r}: "
-                         f"{reason}. Leave --device out to use the processor.") from error
-    if found.type == "meta":
-        raise ValueError("shrink: device must hold values, got 'meta'. Leave --device out to use the processor.")
-    return found
 
 
 def poolable(model: nn.Module, example: Any) -> tuple[str, ...]:
