@@ -320,3 +320,25 @@ def test_wrong_settings_say_what_to_do() -> None:
         Prune(0.5, pattern="2:4")(nn.Sequential(nn.Linear(6, 2)), None, None)
     with pytest.raises(ValueError, match="a task must be given"):
         Prune(0.5, score="wanda")(net(), None, None)
+
+
+def test_a_module_held_in_two_places_is_coded_once_and_not_split() -> None:
+    layer = nn.Linear(8, 8)
+    model, x = nn.Sequential(layer, nn.ReLU(), layer), torch.randn(3, 8)
+    pruned = Prune(0.5)(model, None, None)
+    assert pruned[0] is pruned[2] and list(codes(pruned)) == ["0.weight"]
+    plain = realize(pruned)
+    assert plain[0] is plain[2]
+    torch.testing.assert_close(plain(x), pruned(x))
+    assert Factorize(rank=1).left(model) == {"0.weight": "the layer is held in several places"}
+
+
+def test_the_transposed_linear_layer_of_gpt2() -> None:
+    kind = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = nn.Sequential(kind(6, 8)).eval()  # weight (in, out) = (8, 6)
+    x = torch.randn(20, 8) * torch.arange(8)
+    task = Task("gpt", (x, torch.zeros(20, 6)), (x, torch.zeros(20, 6)), loss="mse", metric="mse")
+    pruned = Prune(0.5, "wanda")(model, task, None)
+    assert (pruned[0].weight[0] == 0).all() and int((pruned[0].weight == 0).sum()) == 24, "input 0 is always zero"
+    assert Prune(0.5, "wanda")(pruned, task, None)[0].weight.equal(pruned[0].weight)
+    assert "neither linear nor a convolution" in Factorize(rank=1).left(model)["0.weight"]

@@ -163,7 +163,7 @@ def ranks_by_budget(singular_values: Mapping[str, Tensor], shapes: Mapping[str, 
 
 
 def _places(model: nn.Module, module: nn.Module) -> int:
-    return sum(child is module for parent in model.modules() for child in parent.children())
+    return sum(child is module for parent in model.modules() for child in parent._modules.values())
 
 
 def _read_by_its_parent(model: nn.Module, path: str) -> bool:
