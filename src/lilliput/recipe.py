@@ -57,7 +57,10 @@ class Recipe:
     def read(cls, path: str | Path) -> "Recipe":
         """A recipe from a TOML or JSON file."""
         text = Path(path).read_text(encoding="utf-8")
-        data = json.loads(text) if str(path).endswith(".json") else tomllib.loads(text)
+        try:
+            data = json.loads(text) if str(path).endswith(".json") else tomllib.loads(text)
+        except ValueError as error:
+            raise ValueError(f"Recipe: {path} must be TOML (or JSON, where its name ends so), but: {error}.") from error
         stages = data.get("stages") if isinstance(data, dict) else data
         if not isinstance(stages, list):
             raise ValueError(f"Recipe: {path} must hold a list of stages, got {type(stages).__name__}. "

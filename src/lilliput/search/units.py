@@ -24,16 +24,13 @@ def floor(text: str | float) -> Floor:
     >>> floor("1%"), floor("0.5r").relative
     (Floor(amount=0.01, relative=False), True)
     """
-    match = re.fullmatch(r"\s*(-?[\d.]+)\s*(%|r|)\s*", str(text))
-    amount = float("nan")
-    if match:
-        try:
-            amount = float(match[1]) / (100 if match[2] else 1)
-        except ValueError:
-            pass
+    match = re.fullmatch(r"\s*(-?(?:\d+\.?\d*|\.\d+))\s*(%|r|)\s*", str(text))
+    amount = float(match[1]) / (100 if match[2] else 1) if match else float("nan")
+    if isinstance(text, int | float):
+        amount = float(text)
     if not 0 <= amount < 1:
-        raise ValueError(f"shrink: floor must be at least 0 and below 100%, got {text}. For one point of accuracy write "
-                         "1%, for half a percent of the dense score 0.5r.")
+        raise ValueError(f"shrink: floor must be at least 0 and below 100%, got {text}. For one point of accuracy "
+                         "write 1%, for half a percent of the dense score 0.5r.")
     return Floor(amount, bool(match and match[2] == "r"))
 
 
@@ -43,7 +40,7 @@ def seconds(text: str | float) -> float:
     >>> seconds("5m")
     300.0
     """
-    match = re.fullmatch(r"\s*([\d.]+)\s*(s|m|h|)\s*", str(text))
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(s|m|h|)\s*", str(text))
     value = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
     if value <= 0:
         raise ValueError(f"shrink: budget must be a time such as 90s, 5m or 1h, got {text!r}.")
@@ -56,7 +53,7 @@ def size_bytes(text: str | float) -> int:
     >>> size_bytes("2MB")
     2000000
     """
-    match = re.fullmatch(r"\s*([\d.]+)\s*(B|kB|KB|MB|GB|KiB|MiB|GiB|)\s*", str(text))
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(B|kB|KB|MB|GB|KiB|MiB|GiB|)\s*", str(text))
     unit = {"": 1, "B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
     value = int(float(match[1]) * unit[match[2]]) if match else 0
     if value <= 0:
