@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -276,7 +276,7 @@ class Search:
         """Plans in the order in which they deserve a full training."""
         budget = self.clock.budget_s
         asked = self.trials or (12 if budget is None or budget >= 200 else 8 if budget >= 60 else 4)
-        self.finals = max(1, min(4 if asked >= 10 else 3 if asked >= 6 else 2, asked))
+        self.finals = max(1, min(3 if asked >= 6 else 2, asked))
         self.tails = (Tail(4), Tail(3))
         share = asked / 16 + (asked // 3) * (RUNGS[1] - RUNGS[0]) + self.finals * (
             1 - RUNGS[1]) + self.finals * len(self.tails) * 0.2
@@ -326,24 +326,25 @@ class Search:
 
     def _promising(self, rows: dict[Plan, dict[str, Any]], count: int) -> list[Plan]:
         """The plans to go on with: fronts of (distance, price) peeled one by one, evenly spread along each."""
-        rest, chosen = dict(rows), list[Plan]()
+        limit = self._slack(rows)
+        viable = {plan: row for plan, row in rows.items() if row["drop"] <= limit}
+        rest, chosen = dict(viable or rows), list[Plan]()
         while rest and len(chosen) < count:
             names = list(rest)
             best = [names[i] for i in front([(rest[n]["distance"], rest[n]["price"]) for n in names])]
             best.sort(key=lambda plan: rest[plan]["price"])
             room = count - len(chosen)
             if len(best) > room:
-                viable = [p for p in best if rest[p]["drop"] <= self._slack(best, rest)] or best
-                best = [viable[round(i * (len(viable) - 1) / max(1, room - 1))] for i in range(room)]
+                best = [best[round(i * (len(best) - 1) / max(1, room - 1))] for i in range(room)]
                 best = list(dict.fromkeys(best))
             chosen += best
             rest = {plan: row for plan, row in rest.items() if plan not in chosen and len(chosen) < count}
         return chosen[:count]
 
-    def _slack(self, best: Sequence[Plan], rows: dict[Plan, dict[str, Any]]) -> float:
+    def _slack(self, rows: dict[Plan, dict[str, Any]]) -> float:
         """How much a structure may still lose at a rung and be thought to meet the floor when it is trained."""
         floor = 0.01 if self.question.floor is None else self.question.floor.points(self.dense.score.value)
-        return max(4 * floor, min(rows[plan]["drop"] for plan in best) + 3 * floor) + 0.01
+        return max(4 * floor, min(row["drop"] for row in rows.values()) + 3 * floor) + 0.01
 
     def _teach(self, pool: ThreadPoolExecutor) -> None:
         """The dense network's outputs on every (example, augmentation), side by side."""
