@@ -263,7 +263,13 @@ class Search:
         if self.trials is not None:
             return True
         small = self.space.recipe(self.space.first()[0])
-        speed = self._speed(self.shop.make(small), f"speed-{self.shop.key(small)}")
+        try:
+            speed = self._speed(self.shop.make(small), f"speed-{self.shop.key(small)}")
+        except StoreError:
+            raise
+        except FAILURES as error:
+            self.left.append(("training", f"a step of it raised {type(error).__name__}: {error}"))
+            return False
         steps = speed * self.clock.left(0.6) * self.workers
         if steps < 1000:
             self.left.append(("training", f"{steps:.0f} steps fit into the budget, too few to train a student"))
@@ -326,6 +332,8 @@ class Search:
 
     def _promising(self, rows: dict[Plan, dict[str, Any]], count: int) -> list[Plan]:
         """The plans to go on with: fronts of (distance, price) peeled one by one, evenly spread along each."""
+        if not rows:
+            return []
         limit = self._slack(rows)
         viable = {plan: row for plan, row in rows.items() if row["drop"] <= limit}
         rest, chosen = dict(viable or rows), list[Plan]()
@@ -398,14 +406,15 @@ class Search:
 
     def _rung(self, plan: Plan, until: float) -> dict[str, Any]:
         """Train a plan up to a rung of its schedule; distance, drop and price of what it is there."""
-        recipe = self._trained(plan, until)
-        key = f"rung-{self.shop.key(recipe)}"
-        kept = self.store.record(key)
-        if kept:
-            with self._lock:
-                self.tried.append(kept)
-            return kept
+        key = ""
         try:
+            recipe = self._trained(plan, until)
+            key = f"rung-{self.shop.key(recipe)}"
+            kept = self.store.record(key)
+            if kept:
+                with self._lock:
+                    self.tried.append(kept)
+                return kept
             with self.clock.on("train"):
                 model = self.shop.make(recipe, self._halt(0.7))
             inputs, _ = self.task.split("val")
@@ -419,10 +428,12 @@ class Search:
         except StoreError:
             raise
         except FAILURES as error:
-            row = {"kind": "rung", "name": plan.name(), "until": until, "status": "failed", "reason": str(error)}
+            row = {"kind": "rung", "name": plan.name(), "until": until, "status": "failed",
+                   "reason": f"{type(error).__name__}: {error}"}
         with self._lock:
             self.tried.append(row)
-        self.store.put(key, row)
+        if key:
+            self.store.put(key, row)
         return row
 
     def _rank(self, outputs: torch.Tensor) -> float:
