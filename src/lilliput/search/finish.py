@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lilliput.search.shrink import Search
 
 MEASURED = 14
+SECONDS_EACH = 0.5
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def conclude(search: "Search") -> Result:
     best = _front(search)
     with search.clock.on("measure"):
         sessions = {str(i): Session(point.proto) for i, point in enumerate(best)}
-        seconds = max(1.0, min(12.0, 0.5 * len(best), search.clock.left(0.97)))
+        seconds = max(2 * SECONDS_EACH, min(12.0, SECONDS_EACH * len(best), search.clock.left(0.97)))
         times = latency(sessions, task.example, seconds=seconds)
     for i, point in enumerate(best):
         point.latency = times[str(i)]
