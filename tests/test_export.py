@@ -158,7 +158,7 @@ class Heads(nn.Module):
         self.first, self.last, self.width = nn.Linear(4, width), nn.Linear(width // 2, 3), width
 
     def forward(self, x):
-        return self.last(self.first(x).reshape(len(x), 2, self.width // 2)).mean(1)
+        return self.last(self.first(x).reshape(x.shape[0], 2, self.width // 2)).mean(1)
 
 
 def test_a_graph_that_holds_channel_numbers_asks_to_be_traced_again():

@@ -9,6 +9,7 @@ runs as fast as in float32.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import math
@@ -164,11 +165,12 @@ class Structure:
     def from_onnx(cls, path: str | Path, example: Inputs | None = None) -> Structure:
         """The structure of an ONNX file: constants folded, batch norm folded into what precedes it, names kept.
 
+        The first axis of every input becomes free, whatever the exporter wrote there.
+
         Raises:
             ExportError: if it is no ONNX model or keeps tensors outside of its own folder.
         """
-        proto = load_onnx(path)
-        proto = clean(_fold_onnx(proto))
+        proto = clean(_fold_onnx(_free_batch(load_onnx(path))))
         names = [value.name for value in proto.graph.input]
         return cls(proto, example={} if example is None else arrays(example, names))
 
@@ -203,7 +205,7 @@ def trace(model: nn.Module, example: Inputs) -> Structure:
     batch = torch.export.Dim("batch")
     shapes: Any = {name: {0: batch} for name in named} if named else tuple({0: batch} for _ in ordered)
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), _looked_up(model):
             model.eval()
             program = torch.onnx.export(
                 model,
@@ -224,6 +226,10 @@ def trace(model: nn.Module, example: Inputs) -> Structure:
     finally:
         for module, mode in modes:
             module.training = mode
+    for value in proto.graph.input:
+        if value.type.tensor_type.shape.dim and not value.type.tensor_type.shape.dim[0].dim_param:
+            raise ExportError(f"trace: the batch size must stay free, but {type(model).__name__} fixes it. In its "
+                              "forward write x.shape[0] in place of len(x), and no number in place of either.")
     keys = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
     proto, aliases = _name(proto, held, keys)
     proto = clean(proto)
@@ -231,6 +237,32 @@ def trace(model: nn.Module, example: Inputs) -> Structure:
     unused = frozenset(name for name in keys if aliases.get(name, name) not in kept)
     inputs = arrays(tuple(x[:1] for x in two), [value.name for value in proto.graph.input])
     return Structure(proto, {a: b for a, b in aliases.items() if b in kept}, unused, inputs)
+
+
+@contextlib.contextmanager
+def _looked_up(model: nn.Module) -> Iterator[None]:
+    """Bags of equal size as a lookup and a sum inside: torch would export them as a loop over the examples."""
+    bags = [module for module in model.modules() if isinstance(module, nn.EmbeddingBag) and module.mode != "max"]
+
+    def forward(bag: nn.EmbeddingBag, ids: torch.Tensor, offsets: Any = None, weights: Any = None) -> torch.Tensor:
+        if offsets is not None or ids.dim() != 2:
+            return nn.EmbeddingBag.forward(bag, ids, offsets, weights)
+        rows = nn.functional.embedding(ids, bag.weight)
+        if bag.padding_idx is not None:
+            kept = (ids != bag.padding_idx).to(rows.dtype)
+            weights = kept if weights is None else weights * kept
+        found = rows.sum(1) if weights is None else (weights.unsqueeze(1) @ rows).squeeze(1)
+        if bag.mode == "sum":
+            return found
+        return found / (ids.shape[1] if bag.padding_idx is None else kept.sum(1, keepdim=True).clamp_min(1))
+
+    for bag in bags:
+        bag.forward = functools.partial(forward, bag)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for bag in bags:
+            del bag.forward
 
 
 def _optimise(model: Any) -> dict[str, Any]:
@@ -641,6 +673,15 @@ def load_onnx(path: str | Path) -> ModelProto:
         onnx.load_external_data_for_model(proto, str(folder))
     except Exception as error:
         raise ExportError(f"load_onnx: the tensors of {path.name} cannot be read ({str(error)[:200]}).") from error
+    return proto
+
+
+def _free_batch(proto: ModelProto) -> ModelProto:
+    held = {tensor.name for tensor in proto.graph.initializer}
+    for value in (*proto.graph.input, *proto.graph.output):
+        if value.name not in held and len(value.type.tensor_type.shape.dim):
+            value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    del proto.graph.value_info[:]  # the shapes of another batch
     return proto
 
 

@@ -8,7 +8,6 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from onnx import ModelProto
 from torch import Tensor, nn
 
 from lilliput.errors import near
@@ -55,7 +54,7 @@ def load_target(path: Path, calib: Path | None, given: Sequence[str]) -> tuple[O
     if calib is None or not calib.exists():
         raise ValueError(f"shrink: an ONNX file needs --calib data.npz with its inputs by name, got {calib}.")
     arrays = _read(calib)
-    proto = _free_batch(Structure.from_onnx(path).proto)
+    proto = Structure.from_onnx(path).proto
     names = [value.name for value in proto.graph.input]
     if missing := set(names) - set(arrays):
         raise ValueError(f"shrink: --calib must hold every input of {path.name}, but misses {sorted(missing)}. It "
@@ -94,14 +93,6 @@ def _read(calib: Path) -> Arrays:
     except (ValueError, OSError, BadZipFile, AttributeError) as error:
         raise ValueError(f"shrink: --calib must be an npz file of plain arrays, got {calib.name}: {error}. Write it "
                          "with numpy.savez(path, input=array).") from error
-
-
-def _free_batch(proto: ModelProto) -> ModelProto:
-    """The first axis of every input and output free, whatever the exporter wrote there."""
-    for value in (*proto.graph.input, *proto.graph.output):
-        if len(value.type.tensor_type.shape.dim):
-            value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    return proto
 
 
 def _cut(inputs: Mapping[str, NDArray[Any]], fixed: Mapping[str, tuple[int, ...]]) -> Arrays:
