@@ -86,6 +86,8 @@ def fit(
     A checkpoint holds the model, the optimizer, every rule's state and the step; with batches that are a pure function
     of (seed, step) the rest of the training is the same as if it had never been interrupted.
     """
+    # glibc hands large blocks back and faults them in anew at every step, until one of them has been freed.
+    torch.empty(30 * 2**18).zero_()
     model = copy_model(model).to(reference.device)
     model.train()
     states = [rule.begin(model, task, reference, stage.steps) for rule in stage.rules]

@@ -15,7 +15,6 @@ from lilliput.code.base import codes, pack, realize
 from lilliput.code.stored import Grid, Plain, Product, Sparse, Stored
 from lilliput.cost.count import count, stored_values
 from lilliput.cost.measure import latency
-from lilliput.errors import ExportError
 from lilliput.export import onnx as onnx_export
 from lilliput.export import pack as pack_format
 from lilliput.export.guard import compare
@@ -133,13 +132,7 @@ class Press:
                 plain, stored = folded, pack(folded) | {name: stored[name] for name in coded}
         structure = self.structure(plain, topology)
         with self.clock.on("measure"):
-            try:
-                proto = structure.write(stored)
-                return self.finished(proto, structure, stored, plain, name, recipe, key, model)
-            except ExportError:
-                # The widths are part of this graph: export it for itself.
-                own = self.structure(plain, f"{topology} {key}")
-                return self.finished(own.write(stored), own, stored, plain, name, recipe, key, model)
+            return self.finished(structure.write(stored), structure, stored, plain, name, recipe, key, model)
 
     def price(self, structure: Any, plain: nn.Module, objective: str) -> float:
         """MACs of a structure, or the median of a short measurement of its float32 artifact."""

@@ -165,6 +165,7 @@ class Search:
         self.left: list[tuple[str, str]] = []
         self.batch = batch_size_for(task)
         self.labels = LABELS if task.split("train")[1] is not None else (0.0,)
+        self._topologies: dict[Plan, str] = {}
         self._lock, self.stopped = threading.Lock(), False
 
     def _cheaper(self, task: Task) -> Task:
@@ -284,11 +285,11 @@ class Search:
         asked = self.trials or (12 if budget is None or budget >= 200 else 8 if budget >= 60 else 4)
         self.finals = max(1, min(3 if asked >= 6 else 2, asked))
         self.tails = (Tail(4), Tail(3))
+        with self.clock.on("train"):
+            self._teach(pool)
         share = asked / 16 + (asked // 3) * (RUNGS[1] - RUNGS[0]) + self.finals * (
             1 - RUNGS[1]) + self.finals * len(self.tails) * 0.2
         self.slot = self._slot(0.88 * self.workers * self.clock.left(0.93) / share)
-        with self.clock.on("train"):
-            self._teach(pool)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # optuna calls multivariate sampling experimental, at each construction
             sampler = optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=6, multivariate=True)
@@ -302,6 +303,8 @@ class Search:
             proposed = [study.ask() for _ in range(min(4, asked - first))]
             plans = [self.space.ask(trial) for trial in proposed]
             fresh = list(dict.fromkeys(plan for plan in plans if plan not in seen))
+            if self._priced_by_runtime():
+                self._export(fresh)
             for plan, row in zip(fresh, pool.map(lambda plan: self._rung(plan, RUNGS[0]), fresh), strict=True):
                 seen[plan] = row
             for trial, plan in zip(proposed, plans, strict=True):
@@ -318,7 +321,23 @@ class Search:
         rows = {plan: row for plan, row in rows.items() if "distance" in row}
         for plan in rows:
             self.show.advance(plan.name())
-        return self._promising(rows, self.finals)
+        survivors = self._promising(rows, self.finals)
+        self._export(survivors)
+        return survivors
+
+    def _export(self, plans: list[Plan]) -> None:
+        """Trace the structures of plans. While nothing trains: torch's exporter shares state with its optimizers."""
+        for plan in plans:
+            plain = fold_batchnorm(realize(self.shop.make(self.space.recipe(plan))).cpu(), self.task.example)
+            structure = self.press.structure(plain, self._topology(plan))
+            try:
+                structure.write(pack(plain))
+            except ExportError:  # the widths are part of this graph: it needs an export of its own
+                self._topologies[plan] = f"{self._topology(plan)} {plan}"
+                self.press.structure(plain, self._topology(plan))
+
+    def _priced_by_runtime(self) -> bool:
+        return self.question.objective != "size" or self.question.max_latency_ms is not None
 
     def _slot(self, seconds: float) -> float:
         """What a full training may take: measured once and kept, so that a search that goes on has the same recipes."""
@@ -446,14 +465,14 @@ class Search:
 
     def _price(self, model: nn.Module, plan: Plan) -> float:
         """What a structure costs by the objective: packed bytes at four bits, or the layers' milliseconds or MACs."""
-        if self.question.objective == "size" and self.question.max_latency_ms is None:
+        if not self._priced_by_runtime():
             return sum(s.storage().bits / (8 if bits(s) >= 32 else 1) for s in pack(realize(model)).values()) / 8
         plain = fold_batchnorm(realize(model), self.task.example)
         structure = self.press.structure(plain, self._topology(plan))
         return self.press.price(structure, plain, self.question.objective)
 
     def _topology(self, plan: Plan) -> str:
-        return f"blocks {plan.blocks} stride {plan.stride}"
+        return self._topologies.get(plan, f"blocks {plan.blocks} stride {plan.stride}")
 
     def _halt(self, until: float) -> Callable[[int], bool]:
         def halt(step: int) -> bool:
