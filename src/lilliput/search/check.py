@@ -5,11 +5,16 @@ import math
 import torch
 from torch import nn
 
+from lilliput.search.onnx_target import OnnxModel
 from lilliput.task import Task, call, leaves, length, predict
 
 
 def check(model: nn.Module, task: Task) -> None:
     """Raise ValueError unless the model runs on the task's inputs and its outputs have a finite metric and loss."""
+    if not isinstance(model, OnnxModel) and not any(p.dim() > 1 and p.is_floating_point() for p in model.parameters()):
+        raise ValueError(f"shrink: the model must have a floating-point weight of two or more dimensions, got "
+                         f"{type(model).__name__} with {sum(1 for _ in model.parameters())} parameters. There is "
+                         "nothing to make smaller.")
     inputs, targets = task.split("val")
     try:
         with torch.no_grad():

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lilliput.code.base import holders
 from lilliput.distill.logits import Distill
 from lilliput.graph.stages import FoldBatchNorm, Student
 from lilliput.prune.prune import Prune
@@ -153,10 +154,11 @@ def tail(which: Tail, steps: int, batch_size: int, lr: float, seed: int, labels:
 
 
 def tables(model: nn.Module) -> tuple[str, ...]:
-    """Lookup tables that are most of the model: their rows can go."""
+    """Lookup tables that are most of the model and nobody else's: their rows can go."""
     total = sum(p.numel() for p in model.parameters())
     return tuple(f"{name}.weight" for name, module in model.named_modules()
-                 if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.weight.numel() > 0.5 * total)
+                 if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.weight.numel() > 0.5 * total
+                 and len(holders(model, f"{name}.weight" if name else "weight")) == 1)
 
 
 def batch_size_for(task: Task) -> int:
