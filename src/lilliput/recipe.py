@@ -51,7 +51,7 @@ class Recipe:
 
     def toml(self) -> str:
         """The recipe as TOML: one [[stages]] table each."""
-        return "\n".join(f"[[stages]]\n{_table(stage)}" for stage in self.data())
+        return "\n".join(f"[[stages]]\n{_table(stage)}" for stage in self.data()) or "stages = []\n"
 
     @classmethod
     def read(cls, path: str | Path) -> "Recipe":

@@ -257,7 +257,8 @@ def _write(search: "Search", winner: Point | None, summary: dict[str, Any]) -> N
     state = post_onnx.tensors(point) if isinstance(model, OnnxModel) else model.state_dict()
     held = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()})
     write(folder / "model.safetensors", lambda file: file.write(held))
-    text = Recipe.parse(point.recipe).toml() if point.model is not None or point is search.dense else ""
+    text = Recipe.parse(point.recipe).toml() if point.model is not None or point is search.dense else (
+        "# Made from the exported file: there are no stages that could be applied or trained again.\n")
     write(folder / "recipe.toml", lambda file: file.write(text.encode()))
     sizes = {name: (folder / name).stat().st_size for name in (
         "model.onnx", "model.lil", "model.safetensors", "recipe.toml")}

@@ -1,0 +1,180 @@
+"""The main job from Python: questions, floors, devices, what is handed back."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import lilliput
+from lilliput import Recipe, Task
+from lilliput.cli import app
+from lilliput.export.onnx import Session
+from lilliput.run import run
+from lilliput.search import finish
+
+TARGET = '''
+import torch
+from torch import nn
+from lilliput import Task
+
+
+def make():
+    torch.manual_seed(0)
+    x = torch.randn(240, 8)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    with torch.no_grad():
+        y = (model(x) + 0.05 * torch.randn(240, 3)).argmax(1)
+    return model, Task("toy", (x[:128], y[:128]), (x[128:192], y[128:192]), (x[192:], y[192:]))
+'''
+
+
+@pytest.fixture(autouse=True)
+def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finish, "SECONDS_EACH", 0.02)
+
+
+@pytest.fixture
+def toy() -> tuple[nn.Module, Task]:
+    space: dict[str, Any] = {}
+    exec(TARGET, space)
+    found: tuple[nn.Module, Task] = space["make"]()
+    return found
+
+
+def test_what_is_handed_back_is_what_was_written(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
+    model, task = toy
+    found = lilliput.shrink(model, task, floor="20%", trials=2, out=tmp_path / "out")
+    assert found.met and found.chosen is not None and found.model is not None
+    assert found.summary == json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert found.front == found.summary["front"]
+    assert found.chosen["packed_bytes"] < found.summary["dense"]["packed_bytes"] / 4
+    assert found.summary["drop_corrected"] <= 0.2
+    assert "test" in found.chosen and "test" in found.summary["dense"]
+    assert not any("test" in point for point in found.front[1:] if point["name"] not in ("dense", found.chosen["name"]))
+    shares = found.summary["shares"]
+    assert sum(shares.values()) == pytest.approx(1, abs=0.01)
+    # The files have the sizes that are reported, and the front beats itself nowhere.
+    for name, key in (("model.onnx", "onnx_bytes"), ("model.lil", "packed_bytes")):
+        assert (tmp_path / "out" / name).stat().st_size == found.chosen[key]
+    costs = [(-point["val"], point["onnx_bytes"], point["packed_bytes"], point["latency_ms"]) for point in found.front]
+    for a in costs:
+        assert not any(all(x <= y for x, y in zip(b, a, strict=True)) and b != a for b in costs)
+
+
+def test_the_recipe_that_is_written_makes_the_same_network_again(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
+    model, task = toy
+    found = lilliput.shrink(model, task, floor="20%", trials=1, out=tmp_path / "out")
+    again = run(model, task, Recipe.read(tmp_path / "out" / "recipe.toml"))
+    assert found.model is not None
+    inputs, _ = task.split("val")
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(inputs), found.model.eval()(inputs), atol=1e-6, rtol=1e-6)
+
+
+def test_the_same_seed_finds_the_same_whatever_the_workers(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
+    model, task = toy
+    a, b = (lilliput.shrink(model, task, floor="20%", trials=3, out=tmp_path / str(workers), workers=workers)
+            for workers in (1, 3))
+    assert (tmp_path / "1" / "model.lil").read_bytes() == (tmp_path / "3" / "model.lil").read_bytes()
+    names = [sorted((row["name"], row.get("val"), row.get("packed_bytes")) for row in found.summary["points"]
+                    if row["status"] == "done") for found in (a, b)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("objective", ["latency", "macs"])
+def test_other_objectives(objective: str, toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
+    model, task = toy
+    found = lilliput.shrink(model, task, floor="30%", objective=objective, trials=1, out=tmp_path / "out")
+    assert found.met and found.chosen is not None and found.summary["objective"] == objective
+    if objective == "macs":
+        assert found.chosen["macs"] == min(point["macs"] for point in found.front if point.get("eligible"))
+
+
+def test_most_bytes_turn_the_question_round(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
+    model, task = toy
+    found = lilliput.shrink(model, task, trials=1, max_bytes="1.2kB", out=tmp_path / "out")
+    assert found.met and found.chosen is not None and found.summary["floor"] is None
+    assert (tmp_path / "out" / "model.onnx").stat().st_size == found.chosen["onnx_bytes"] <= 1200
+
+
+def test_most_milliseconds_turn_the_question_round(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
+    model, task = toy
+    found = lilliput.shrink(model, task, trials=1, max_latency_ms=1000, out=tmp_path / "out")
+    assert found.met and found.chosen is not None and found.chosen["latency_ms"] <= 1000
+
+
+def test_where_nothing_meets_the_question_the_dense_files_are_written(tmp_path: Path) -> None:
+    (tmp_path / "toy_shrink.py").write_text(TARGET)
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["shrink", f"{tmp_path}/toy_shrink.py:make", "--trials", "1", "--max-bytes", "50B",
+                                    "--out", str(out)], env={"COLUMNS": "200"})
+    assert done.exit_code == 3 and "FloorNotMet" in done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    assert not summary["met"] and summary["chosen"] is None and summary["nearest"]["name"]
+    assert (out / "model.onnx").stat().st_size == summary["dense"]["onnx_bytes"]
+    assert (out / "model.lil").stat().st_size == summary["dense"]["packed_bytes"]
+    x = torch.randn(4, 8)
+    space: dict[str, Any] = {}
+    exec(TARGET, space)
+    model, _ = space["make"]()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(Session(out / "model.onnx").outputs(x)), model(x))
+    assert (out / "report.html").exists() and Recipe.read(out / "recipe.toml") == Recipe()
+
+
+def test_a_relative_floor_is_a_part_of_the_dense_score(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
+    model, task = toy
+    found = lilliput.shrink(model, task, floor="20r", trials=1, out=tmp_path / "out")
+    assert found.summary["floor"] == pytest.approx(0.2 * found.summary["dense"]["val"])
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    (dict(floor=1.5), "below 100%, got 1.5"), (dict(objective="speed"), "must be one of size"),
+    (dict(budget=None), "budget or a number of trials must be given"), (dict(budget="-3s"), "must be a time"),
+    (dict(trials=0), "at least 1"), (dict(max_bytes="x"), "must be a size"), (dict(max_latency_ms=-1), "above 0"),
+    (dict(device="cuda:77"), "device must be one that this machine has"), (dict(device="meta"), "must hold values"),
+])
+def test_settings_out_of_range_write_nothing(settings: dict[str, Any], said: str, toy: tuple[nn.Module, Task],
+                                             tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        lilliput.shrink(*toy, out=tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_training_happens_on_the_device(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
+    model, task = toy
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    found = lilliput.shrink(model, task, floor="20%", trials=1, out=tmp_path / "out", device="cuda")
+    assert found.met and found.model is not None
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] > before
+    assert all(p.device.type == "cpu" for p in found.model.parameters())
+
+
+@pytest.mark.slow
+def test_a_budget_is_kept(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
+    found = lilliput.shrink(*toy, floor="20%", budget="20s", out=tmp_path / "out")
+    assert found.met and found.summary["wall_s"] <= 21 and found.summary["budget_s"] == 20
+
+
+def test_a_budget_too_small_to_train_says_so(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
+    found = lilliput.shrink(*toy, floor="20%", budget="0.1s", out=tmp_path / "out")
+    reasons = {item["name"]: item["reason"] for item in found.summary["left_alone"]}
+    assert "too few to train a student" in reasons["training"] and found.met
+    assert found.chosen is not None and found.chosen["packed_bytes"] < found.summary["dense"]["packed_bytes"] / 2
+
+
+def test_nothing_of_a_file_is_executed(tmp_path: Path) -> None:
+    """Weights are safetensors, or read with weights_only; no source of ours unpickles anything else."""
+    for path in (Path(lilliput.__file__).parent).rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\bpickle\.|import pickle|allow_pickle=True|\bmarshal\b|\bdill\b", text), path
+        for found in re.findall(r"torch\.load\([^)]*\)", text):
+            assert "weights_only=True" in found, (path, found)
+        for found in re.findall(r"np\.load\([^)]*\)", text):
+            assert "allow_pickle=False" in found, (path, found)
