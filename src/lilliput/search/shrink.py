@@ -282,7 +282,7 @@ class Search:
     def explore(self, pool: ThreadPoolExecutor) -> list[Plan]:
         """Plans in the order in which they deserve a full training."""
         budget = self.clock.budget_s
-        asked = self.trials or (12 if budget is None or budget >= 200 else 8 if budget >= 60 else 4)
+        asked = self.trials or (12 if budget is None or budget >= 60 else 4)
         self.finals = max(1, min(3 if asked >= 6 else 2, asked))
         self.tails = (Tail(4), Tail(3))
         with self.clock.on("train"):
@@ -355,7 +355,9 @@ class Search:
             return []
         limit = self._slack(rows)
         viable = {plan: row for plan, row in rows.items() if row["drop"] <= limit}
-        rest, chosen = dict(viable or rows), list[Plan]()
+        if len(viable) < count:
+            viable = {plan: rows[plan] for plan in sorted(rows, key=lambda plan: rows[plan]["drop"])[:count]}
+        rest, chosen = dict(viable), list[Plan]()
         while rest and len(chosen) < count:
             names = list(rest)
             best = [names[i] for i in front([(rest[n]["distance"], rest[n]["price"]) for n in names])]
