@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _NAMES = {
     # the main job
     "shrink": "lilliput.search.shrink",
-    "Result": "lilliput.search.shrink",
+    "Result": "lilliput.search.finish",
     "load": "lilliput.export.pack",
     "run": "lilliput.run",
     # the nouns
@@ -98,7 +98,7 @@ if TYPE_CHECKING:
     from lilliput.schedule import Cosine as Cosine
     from lilliput.schedule import Cubic as Cubic
     from lilliput.schedule import Linear as Linear
-    from lilliput.search.shrink import Result as Result
+    from lilliput.search.finish import Result as Result
     from lilliput.search.shrink import shrink as shrink
     from lilliput.stage import Reference as Reference
     from lilliput.stage import Stage as Stage

@@ -53,7 +53,8 @@ class Store:
         """The tensors of a key, or None."""
         path = self.folder / f"{key}.safetensors"
         try:
-            return load_file(path)
+            found: dict[str, Tensor] = load_file(path)
+            return found
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError, ValueError):
@@ -77,7 +78,7 @@ class Store:
             return loaded
         except FileNotFoundError:
             return None
-        except Exception:  # noqa: BLE001  a truncated file raises any of a dozen types; all mean: start again
+        except Exception:  # a truncated file raises any of a dozen types; all mean: start again
             self._set_aside(path)
             return None
 

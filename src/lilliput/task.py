@@ -70,7 +70,7 @@ def call(model: Model, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
-def predict(model: Model, inputs: Any, batch_size: int = 256) -> Tensor:
+def predict(model: Model, inputs: Any, batch_size: int = 64) -> Tensor:
     """The outputs of `model` over all examples, without gradients, in eval mode, on the model's device."""
     training = isinstance(model, torch.nn.Module) and model.training
     if isinstance(model, torch.nn.Module):
@@ -137,7 +137,8 @@ def auc(outputs: Tensor, targets: Tensor) -> Tensor:
     ranks = (counts.cumsum(0).double() - (counts.double() - 1) / 2)[inverse]
     positive = targets.bool()
     n, m = positive.sum(), (~positive).sum()
-    return (ranks[positive].sum() - n * (n + 1) / 2) / (n * m)
+    area: Tensor = (ranks[positive].sum() - n * (n + 1) / 2) / (n * m)
+    return area
 
 
 def perplexity(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -294,7 +295,8 @@ class Task:
         """The task's loss over the labelled examples of a batch (zero where it has none)."""
         if batch.targets is None or len(batch.targets) == 0:
             return output.sum() * 0
-        return self.loss(output[: len(batch.targets)], batch.targets)
+        loss: Tensor = self.loss(output[: len(batch.targets)], batch.targets)
+        return loss
 
     def score(self, model: Model, split: str = "val") -> Score:
         """The metric of a model (or of any function from inputs to outputs) on a split.

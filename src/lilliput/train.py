@@ -27,8 +27,8 @@ class Train(Stage):
 
     lr: a number or schedule of the step. until: stop there, at a rung of the same schedule (None: run it to the end);
     training on from a rung gives the same numbers as never having stopped. optimizer: "adamw" or "sgd" (momentum 0.9,
-    Nesterov). weight_decay applies to tensors of two and more dimensions. clip: largest norm of the whole gradient (0: as it
-    is).
+    Nesterov). weight_decay applies to tensors of two and more dimensions.
+    clip: largest norm of the whole gradient (0: as it is).
 
     Raises ValueError for steps or until below 1; Diverged when the loss is not finite.
     """
@@ -61,7 +61,7 @@ def _optimizer(stage: Train, model: nn.Module) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("Train: the model must have a trainable parameter, got none. Unfreeze one.")
-    matrices = [p for p in trained if p.dim() > 1 and p.shape[-1] > 1 or p.dim() > 2]
+    matrices = [p for p in trained if (p.dim() > 1 and p.shape[-1] > 1) or p.dim() > 2]
     chosen = {id(p) for p in matrices}
     groups = [{"params": matrices, "weight_decay": stage.weight_decay},
               {"params": [p for p in trained if id(p) not in chosen], "weight_decay": 0.0}]
@@ -113,7 +113,7 @@ def fit(
         output = call(model, batch.inputs)
         loss = _loss(stage, states, model, task, batch, output, reference)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         for i, rule in enumerate(stage.rules):
             states[i] = rule.on_grad(states[i], model, step, stage.steps)
         if stage.clip:

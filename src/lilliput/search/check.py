@@ -3,19 +3,24 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lilliput.search.onnx_target import OnnxModel
-from lilliput.task import Task, call, leaves, length, predict
+from lilliput.task import Task, call, leaves, length, predict, take
 
 
-def check(model: nn.Module, task: Task) -> None:
-    """Raise ValueError unless the model runs on the task's inputs and its outputs have a finite metric and loss."""
+def check(model: nn.Module, task: Task, most: int | None = None) -> Tensor:
+    """The model's outputs on val, or on its first `most` examples, whose metric is then not asked for.
+
+    Raises ValueError unless the model runs on the task's inputs and its metric and loss are finite.
+    """
     if not isinstance(model, OnnxModel) and not any(p.dim() > 1 and p.is_floating_point() for p in model.parameters()):
         raise ValueError(f"shrink: the model must have a floating-point weight of two or more dimensions, got "
                          f"{type(model).__name__} with {sum(1 for _ in model.parameters())} parameters. There is "
                          "nothing to make smaller.")
     inputs, targets = task.split("val")
+    if most is not None:
+        inputs, targets = take(inputs, slice(0, most)), None if targets is None else targets[:most]
     try:
         with torch.no_grad():
             outputs = call(model, task.example)
@@ -34,7 +39,8 @@ def check(model: nn.Module, task: Task) -> None:
         raise ValueError(f"shrink: the model's outputs must be finite, got NaN or infinity on the val inputs of "
                          f"{task.name}. Check its weights and the inputs.")
     try:
-        task.rate(outputs, "val")
+        if most is None:
+            task.rate(outputs, "val")
         loss = float(task.loss(outputs, targets)) if targets is not None else 0.0
     except ValueError:
         raise
@@ -44,6 +50,7 @@ def check(model: nn.Module, task: Task) -> None:
                          f"{type(error).__name__}: {error}. Check the task's targets.") from error
     if not math.isfinite(loss):
         raise ValueError(f"shrink: the loss of the model must be finite, got {loss} on val. Check the task's loss.")
+    return outputs
 
 
 def place(device: str) -> torch.device:

@@ -83,7 +83,7 @@ def conclude(search: "Search") -> Result:
 
 
 def _front(search: "Search") -> list[Point]:
-    """The dense point, then at most MEASURED others: fronts of (loss, packed bytes, ONNX bytes, MACs) peeled in turn."""
+    """The dense point, then at most MEASURED others: fronts of (loss, packed, ONNX bytes, MACs) peeled in turn."""
     task, dense = search.task, search.dense
     rest = [point for point in search.points if point is not dense]
     unique: dict[tuple[int, int, float], Point] = {}

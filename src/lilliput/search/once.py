@@ -12,6 +12,7 @@ from lilliput.code.base import copy_model
 from lilliput.cost.measure import machine
 from lilliput.errors import StoreError
 from lilliput.export import pack as pack_format
+from lilliput.export.onnx import agreement
 from lilliput.recipe import Recipe
 from lilliput.run import Workshop
 from lilliput.search.check import check, place
@@ -19,6 +20,9 @@ from lilliput.search.finish import commit, versions
 from lilliput.search.points import Clock, Press
 from lilliput.store import Store, write
 from lilliput.task import Task
+
+COMPARED = 128
+"""Examples on which the result is compared with the dense network and the artifact with the model it came from."""
 
 
 def apply(model: nn.Module, task: Task, recipe: Recipe, folder: Path, seed: int = 0,
@@ -29,12 +33,13 @@ def apply(model: nn.Module, task: Task, recipe: Recipe, folder: Path, seed: int 
     """
     clock, where = Clock(None), place(device)
     model = copy_model(model).cpu().eval()
-    check(model, task)
+    dense = check(model, task, COMPARED).numpy()
     fresh = not folder.exists()
     try:
         shop = Workshop(model, task, Store(folder / "records"), seed, device=where)
         made = shop.make(recipe)
-        point = Press(task, clock).point(made, "own", recipe.describe(), recipe.data(), shop.key(recipe))
+        press = Press(task, clock, compared=COMPARED)
+        point = press.point(made, "own", recipe.describe(), recipe.data(), shop.key(recipe))
     except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
         if fresh and not isinstance(error, StoreError):
             shutil.rmtree(folder, ignore_errors=True)
@@ -44,8 +49,9 @@ def apply(model: nn.Module, task: Task, recipe: Recipe, folder: Path, seed: int 
     held = save({name: tensor.detach().contiguous().clone() for name, tensor in made.state_dict().items()})
     write(folder / "model.safetensors", lambda file: file.write(held))
     write(folder / "recipe.toml", lambda file: file.write(recipe.toml().encode()))
-    summary = {"task": task.name, "seed": seed, "recipe": recipe.data(), "dense_val": task.score(model, "val").value,
-               **point.row(task), "machine": machine(), "versions": versions(), "commit": commit(),
+    summary = {"task": task.name, "seed": seed, "recipe": recipe.data(), **point.row(task),
+               "beside_dense": agreement(point.score.outputs[: len(dense)].numpy(), dense) | {"examples": len(dense)},
+               "machine": machine(), "versions": versions(), "commit": commit(),
                "damaged": shop.store.damaged, "wall_s": round(clock.now, 3)}
     write(folder / "summary.json", lambda file: file.write(json.dumps(summary, indent=1).encode()))
     return summary

@@ -15,6 +15,8 @@ from lilliput.code.base import codes, pack, realize
 from lilliput.code.stored import Grid, Plain, Product, Sparse, Stored
 from lilliput.cost.count import count, stored_values
 from lilliput.cost.measure import latency
+from lilliput.errors import ExportError
+from lilliput.errors import ExportError
 from lilliput.export import onnx as onnx_export
 from lilliput.export import pack as pack_format
 from lilliput.export.guard import compare
@@ -103,10 +105,13 @@ class Point:
 
 
 class Press:
-    """Turns models into points. A structure is exported once; its variants are rewritten by name."""
+    """Turns models into points. A structure is exported once; its variants are rewritten by name.
 
-    def __init__(self, task: Task, clock: Clock) -> None:
-        self.task, self.clock = task, clock
+    compared: on how many examples of val an artifact is compared with the model that it came from (None: all).
+    """
+
+    def __init__(self, task: Task, clock: Clock, compared: int | None = None) -> None:
+        self.task, self.clock, self.compared = task, clock, compared
         self.dense: Point | None = None
         self._structures: dict[str, Any] = {}
         self._lock = threading.Lock()
@@ -153,17 +158,19 @@ class Press:
             assert self.dense is not None
             agreement = onnx_export.agreement(outputs.numpy(), self.dense.score.outputs.numpy())
         else:
-            expected = predict(plain, inputs)
-            agreement = compare(outputs.numpy(), expected.numpy(), exact=_is_float(stored), who=name)
+            expected = predict(plain, inputs if self.compared is None else examples(inputs, self.compared))
+            agreement = compare(outputs[: len(expected)].numpy(), expected.numpy(), exact=_is_float(stored), who=name)
         score = self.task.rate(outputs, "val")
         if not bool(torch.isfinite(outputs).all()):
             raise ExportError(f"{name}: outputs must be finite, got NaN or infinity. Train it more "
                               "slowly.")
         dense = outputs if self.dense is None else self.dense.score.outputs
         packed = pack_format.size(structure.fill(stored), stored)
-        return Point(name, recipe, key, proto, structure, stored, score,
-                     float(self.task.divergence(outputs, dense).mean()), proto.ByteSize(), packed.size_bytes,
-                     sum(values(s) for s in stored.values()) or stored_values(proto), count(proto, self.task.example).macs, agreement, model)
+        kept = sum(values(s) for s in stored.values()) or stored_values(proto)
+        return Point(
+            name, recipe, key, proto, structure, stored, score, float(self.task.divergence(outputs, dense).mean()),
+            proto.ByteSize(), packed.size_bytes, sum(values(s) for s in stored.values()) or stored_values(proto),
+            count(proto, self.task.example).macs, agreement, model)
 
 
 def _is_float(stored: dict[str, Stored]) -> bool:

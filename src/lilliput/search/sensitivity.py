@@ -23,7 +23,8 @@ def _rank(weight: Tensor, fraction: float) -> Tensor:
     matrix = weight.reshape(len(weight), -1)
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     r = max(1, int(fraction * len(s)))
-    return ((u[:, :r] * s[:r]) @ v[:r]).reshape(weight.shape)
+    product: Tensor = (u[:, :r] * s[:r]) @ v[:r]
+    return product.reshape(weight.shape)
 
 
 def _bits(weight: Tensor, bits: int) -> Tensor:

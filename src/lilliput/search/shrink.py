@@ -373,7 +373,7 @@ class Search:
     def _slack(self, rows: dict[Plan, dict[str, Any]]) -> float:
         """How much a structure may still lose at a rung and be thought to meet the floor when it is trained."""
         floor = 0.01 if self.question.floor is None else self.question.floor.points(self.dense.score.value)
-        return max(4 * floor, min(row["drop"] for row in rows.values()) + 3 * floor) + 0.01
+        return max(4 * floor, min(float(row["drop"]) for row in rows.values()) + 3 * floor) + 0.01
 
     def _teach(self, pool: ThreadPoolExecutor) -> None:
         """The dense network's outputs on every (example, augmentation), side by side."""
@@ -518,11 +518,12 @@ class Search:
             return
         sizes = {name: p.numel() for name, p in folded.named_parameters() if name in table}
         allocation: tuple[tuple[str, int], ...] = ()
-        if which.bits < 8 and sizes:
+        if sizes:
             losses = sensitivity.by_bits(table)
             allocation = tuple(sorted(allocate_bits(losses, sizes, int(which.bits * sum(sizes.values()))).items()))
         _, steps = self._schedule(plan)
-        stages = tail(which, steps, self.batch, self._lr(plan) / 4, self.seed, plan.labels, allocation)
+        stages = tail(which, steps, self.batch, self._lr(plan) / 4, self.seed, plan.labels, allocation,
+                      self.space.tables)
         whole = Recipe((*recipe.stages, *stages))
         try:
             with self.clock.on("train" if which.trained else "calibrate"):

@@ -24,8 +24,8 @@ class Plan:
     """One structure: how many of the removable blocks go, which early layer strides, how wide the rest is.
 
     rows: the fraction of a lookup table's rows that goes (they are stored sparsely, not removed). labels: the weight of
-    the task's own loss in training, against one for the distance to the dense outputs. spread: widths differ, by how much
-    each group's channels weigh, instead of one fraction for all.
+    the task's own loss in training, against one for the distance to the dense outputs. spread: widths differ, by how
+    much each group's channels weigh, instead of one fraction for all.
     """
 
     blocks: int = 0
@@ -85,8 +85,8 @@ class Space:
         deep, early = len(self.blocks), int(bool(self.strides))
         rows = 0.6 if self.tables else 0.0
         plans = [Plan(deep, early, 0.5, 4, rows), Plan(deep, 0, 0.5, 4, rows, 1.0), Plan(0, 0, 0.875, 4, rows, 1.0),
-                 Plan(deep, early, 0.375, 4, rows), Plan(deep, early, 0.5, 4, rows, 1.0), Plan(0, 0, 0.625, 8, rows, 1.0),
-                 Plan(deep // 2, early, 0.5, 8, rows), Plan(deep, early, 0.5, 4, rows, spread=True)]
+                 Plan(deep, early, 0.375, 4, rows), Plan(deep, early, 0.5, 4, rows, 1.0),
+                 Plan(0, 0, 0.625, 8, rows, 1.0), Plan(deep // 2, early, 0.5, 8, rows), Plan(deep, early, 0.5, 4, rows, spread=True)]
         if not self.narrow:
             plans = [replace(plan, width=1.0, spread=False) for plan in plans]
         plans = [replace(plan, labels=self.labels[-1 if plan.labels == 1 else 0]) for plan in plans]
@@ -97,8 +97,9 @@ class Space:
         stages: list[Any] = []
         if plan.blocks or plan.stride or plan.width != 1:
             early = self.strides[: plan.stride]
+            striding, pooling = ((), early) if self.pooled else (early, ())
             stages.append(Student(
-                remove=self.blocks[: plan.blocks], stride=() if self.pooled else early, pool=early if self.pooled else (),
+                remove=self.blocks[: plan.blocks], stride=striding, pool=pooling,
                 width=1.0 if plan.spread else plan.width, multiple=plan.multiple,
                 target=round(plan.width**2, 6) if plan.spread else 1.0))
         if plan.rows:
@@ -139,13 +140,21 @@ def training(steps: int, batch_size: int, lr: float, seed: int, labels: float, u
 
 
 def tail(which: Tail, steps: int, batch_size: int, lr: float, seed: int, labels: float,
-         bits: tuple[tuple[str, int], ...]) -> tuple[Any, ...]:
-    """The stages of a tail, behind a trained structure."""
+         bits: tuple[tuple[str, int], ...], tables: tuple[str, ...] = ()) -> tuple[Any, ...]:
+    """The stages of a tail, behind a trained structure. A lookup table gets one step size: one for each of its many
+    short rows would weigh as much as their codes."""
     stages: list[Any] = [FoldBatchNorm()]
     if which.sparsity:
         stages.append(Prune(which.sparsity))
     if which.bits < 32:
-        stages.append(Quantize(bits=max(2, min(8, round(which.bits))), allocation=bits))
+        width = max(2, min(8, round(which.bits)))
+        rest = tuple(name for name, _ in bits if name not in tables)
+        if tables:
+            stages.append(Quantize(bits=width, where=",".join(tables), per="tensor", biases="float32",
+                                   allocation=tuple(pair for pair in bits if pair[0] in tables)))
+        if rest or not tables:
+            stages.append(Quantize(bits=width, where=",".join(rest) if tables else "*",
+                                   allocation=tuple(pair for pair in bits if pair[0] not in tables)))
         if which.trained:
             stages.append(Train(steps=steps, lr=Cosine(lr), rules=(Distill(),), supervised=labels,
                                 batch_size=batch_size, weight_decay=0.0, seed=seed))
