@@ -16,7 +16,6 @@ from lilliput.code.stored import Grid, Plain, Product, Sparse, Stored
 from lilliput.cost.count import count, stored_values
 from lilliput.cost.measure import latency
 from lilliput.errors import ExportError
-from lilliput.errors import ExportError
 from lilliput.export import onnx as onnx_export
 from lilliput.export import pack as pack_format
 from lilliput.export.guard import compare
@@ -169,8 +168,7 @@ class Press:
         kept = sum(values(s) for s in stored.values()) or stored_values(proto)
         return Point(
             name, recipe, key, proto, structure, stored, score, float(self.task.divergence(outputs, dense).mean()),
-            proto.ByteSize(), packed.size_bytes, sum(values(s) for s in stored.values()) or stored_values(proto),
-            count(proto, self.task.example).macs, agreement, model)
+            proto.ByteSize(), packed.size_bytes, kept, count(proto, self.task.example).macs, agreement, model)
 
 
 def _is_float(stored: dict[str, Stored]) -> bool:

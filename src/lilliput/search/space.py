@@ -86,7 +86,8 @@ class Space:
         rows = 0.6 if self.tables else 0.0
         plans = [Plan(deep, early, 0.5, 4, rows), Plan(deep, 0, 0.5, 4, rows, 1.0), Plan(0, 0, 0.875, 4, rows, 1.0),
                  Plan(deep, early, 0.375, 4, rows), Plan(deep, early, 0.5, 4, rows, 1.0),
-                 Plan(0, 0, 0.625, 8, rows, 1.0), Plan(deep // 2, early, 0.5, 8, rows), Plan(deep, early, 0.5, 4, rows, spread=True)]
+                 Plan(0, 0, 0.625, 8, rows, 1.0), Plan(deep // 2, early, 0.5, 8, rows),
+                 Plan(deep, early, 0.5, 4, rows, spread=True)]
         if not self.narrow:
             plans = [replace(plan, width=1.0, spread=False) for plan in plans]
         plans = [replace(plan, labels=self.labels[-1 if plan.labels == 1 else 0]) for plan in plans]
