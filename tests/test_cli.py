@@ -74,10 +74,10 @@ def raises():
 
 
 def two_outputs():
-    class Two(nn.Module):
+    class Two(nn.Linear):
         def forward(self, x):
-            return x, x
-    return Two(), task()
+            return x, super().forward(x)
+    return Two(8, 3), task()
 
 
 class Moody(nn.Module):
@@ -204,7 +204,7 @@ def test_measure_compares_files_in_one_run(shrunk: subprocess.CompletedProcess[s
     (["digit"], "Did you mean 'digits'?"),
     (["nowhere.py:make"], "the file must exist"),
     (["no.such.module:make"], "must be importable"),
-    (["{targets}:god"], "Did you mean 'good'?"),
+    (["{targets}:god"], "Did you mean 'good'"),
     (["{targets}:not_a_function"], "must have a function"),
     (["{targets}:no_task"], "must return (model, task)"),
     (["{targets}:raises"], "AttributeError"),

@@ -8,8 +8,8 @@ from torch import nn
 
 from lilliput import Cosine, Distill, Prune, Quantize, Recipe, Student, Task, Train, run
 from lilliput.recipe import next_key, start_key
-from lilliput.run import Workshop
 from lilliput.store import Store
+from lilliput.workshop import Workshop
 
 RECIPE = Recipe((Student(remove=("a.b",), width=0.5), Train(10, lr=Cosine(1e-2), rules=(Distill(0.5),), until=5),
                  Prune(0.5), Quantize(4, allocation=(("0.weight", 3),))))

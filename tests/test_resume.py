@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import lilliput.train
 from lilliput import Distill, Recipe, Task, Train
-from lilliput.run import Workshop
 from lilliput.search import finish
 from lilliput.search.shrink import shrink
 from lilliput.store import Store
+from lilliput.workshop import Workshop
 
 TARGET = '''
 import torch

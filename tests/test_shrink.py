@@ -14,8 +14,8 @@ import lilliput
 from lilliput import Recipe, Task
 from lilliput.cli import app
 from lilliput.export.onnx import Session
-from lilliput.run import run
 from lilliput.search import finish
+from lilliput.workshop import run
 
 TARGET = '''
 import torch
@@ -167,6 +167,14 @@ def test_a_budget_too_small_to_train_says_so(toy: tuple[nn.Module, Task], tmp_pa
     reasons = {item["name"]: item["reason"] for item in found.summary["left_alone"]}
     assert "too few to train a student" in reasons["training"] and found.met
     assert found.chosen is not None and found.chosen["packed_bytes"] < found.summary["dense"]["packed_bytes"] / 2
+
+
+def test_public_names_are_functions_whatever_was_imported_before() -> None:
+    import importlib
+
+    for name in lilliput.__all__:
+        importlib.import_module("lilliput.search.shrink")
+        assert name == "__version__" or callable(getattr(lilliput, name)), name
 
 
 def test_nothing_of_a_file_is_executed(tmp_path: Path) -> None:

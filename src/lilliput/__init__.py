@@ -13,7 +13,7 @@ _NAMES = {
     "shrink": "lilliput.search.shrink",
     "Result": "lilliput.search.finish",
     "load": "lilliput.export.pack",
-    "run": "lilliput.run",
+    "run": "lilliput.workshop",
     # the nouns
     "Task": "lilliput.task",
     "Code": "lilliput.code.base",
@@ -94,7 +94,6 @@ if TYPE_CHECKING:
     from lilliput.quant.quantize import Quantize as Quantize
     from lilliput.recipe import Recipe as Recipe
     from lilliput.rule import Rule as Rule
-    from lilliput.run import run as run
     from lilliput.schedule import Cosine as Cosine
     from lilliput.schedule import Cubic as Cubic
     from lilliput.schedule import Linear as Linear
@@ -105,3 +104,4 @@ if TYPE_CHECKING:
     from lilliput.store import Store as Store
     from lilliput.task import Task as Task
     from lilliput.train import Train as Train
+    from lilliput.workshop import run as run

@@ -14,12 +14,12 @@ from lilliput.errors import StoreError
 from lilliput.export import pack as pack_format
 from lilliput.export.onnx import agreement
 from lilliput.recipe import Recipe
-from lilliput.run import Workshop
 from lilliput.search.check import check, place
 from lilliput.search.finish import commit, versions
 from lilliput.search.points import Clock, Press
 from lilliput.store import Store, write
 from lilliput.task import Task
+from lilliput.workshop import Workshop
 
 COMPARED = 128
 """Examples on which the result is compared with the dense network and the artifact with the model it came from."""

@@ -26,7 +26,6 @@ from lilliput.graph.fold import fold_batchnorm
 from lilliput.graph.stride import earlier_stride, set_stride
 from lilliput.quant.allocate import allocate_bits
 from lilliput.recipe import Recipe
-from lilliput.run import Workshop
 from lilliput.search import post, post_onnx, sensitivity, units
 from lilliput.search.check import check, place
 from lilliput.search.choose import front
@@ -49,6 +48,7 @@ from lilliput.stage import calibration
 from lilliput.store import Store
 from lilliput.task import Task, length, predict, take
 from lilliput.train import Diverged, fit
+from lilliput.workshop import Workshop
 
 OBJECTIVES = ("size", "latency", "macs")
 RUNGS = (1 / 16, 1 / 4)
@@ -272,7 +272,7 @@ class Search:
             self.left.append(("training", f"a step of it raised {type(error).__name__}: {error}"))
             return False
         steps = speed * self.clock.left(0.6) * self.workers
-        if steps < 1000:
+        if steps < 3000:
             self.left.append(("training", f"{steps:.0f} steps fit into the budget, too few to train a student"))
             return False
         return True
@@ -284,7 +284,7 @@ class Search:
         budget = self.clock.budget_s
         asked = self.trials or (12 if budget is None or budget >= 60 else 4)
         self.finals = max(1, min(3 if asked >= 6 else 2, asked))
-        self.tails = (Tail(4), Tail(3))
+        self.tails = (Tail(4), Tail(3), Tail(4, 0.5)) if not self.space.tables else (Tail(4), Tail(3))
         with self.clock.on("train"):
             self._teach(pool)
         share = asked / 16 + (asked // 3) * (RUNGS[1] - RUNGS[0]) + self.finals * (
@@ -474,7 +474,7 @@ class Search:
         return self.press.price(structure, plain, self.question.objective)
 
     def _topology(self, plan: Plan) -> str:
-        return self._topologies.get(plan, f"blocks {plan.blocks} stride {plan.stride}")
+        return self._topologies.get(plan, f"blocks {plan.blocks} stride {plan.stride} rank {plan.rank:g}")
 
     def _halt(self, until: float) -> Callable[[int], bool]:
         def halt(step: int) -> bool:
