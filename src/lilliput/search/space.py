@@ -8,6 +8,7 @@ from torch import nn
 
 from lilliput.code.base import holders
 from lilliput.distill.logits import Distill
+from lilliput.factor.svd import Factorize
 from lilliput.graph.stages import FoldBatchNorm, Student
 from lilliput.prune.prune import Prune
 from lilliput.quant.quantize import Quantize
@@ -25,7 +26,8 @@ class Plan:
 
     rows: the fraction of a lookup table's rows that goes (they are stored sparsely, not removed). labels: the weight of
     the task's own loss in training, against one for the distance to the dense outputs. spread: widths differ, by how
-    much each group's channels weigh, instead of one fraction for all.
+    much each group's channels weigh, instead of one fraction for all. rank: the fraction of values that stays when
+    layers are replaced by two of low rank.
     """
 
     blocks: int = 0
@@ -35,6 +37,7 @@ class Plan:
     rows: float = 0.0
     labels: float = 0.3
     spread: bool = False
+    rank: float = 1.0
 
     def name(self) -> str:
         """A short text for people."""
@@ -42,6 +45,7 @@ class Plan:
         parts += ["early stride"] if self.stride else []
         parts += [f"width {self.width:g}{' spread' if self.spread else ''}"] if self.width != 1 else []
         parts += [f"{self.rows:.0%} of rows gone"] if self.rows else []
+        parts += [f"low rank {self.rank:g}"] if self.rank != 1 else []
         parts += ["mostly from labels"] if self.labels > 1 else []
         return ", ".join(parts) or "same structure"
 
@@ -103,6 +107,8 @@ class Space:
                 remove=self.blocks[: plan.blocks], stride=striding, pool=pooling,
                 width=1.0 if plan.spread else plan.width, multiple=plan.multiple,
                 target=round(plan.width**2, 6) if plan.spread else 1.0))
+        if plan.rank != 1:
+            stages.append(Factorize(budget=plan.rank))
         if plan.rows:
             stages.append(Prune(plan.rows, pattern="channel", where=",".join(self.tables)))
         return Recipe(tuple(stages))
@@ -116,7 +122,8 @@ class Space:
         rows = trial.suggest_categorical("rows", (0.3, 0.5, 0.6, 0.7, 0.8)) if self.tables else 0.0
         labels = trial.suggest_categorical("labels", self.labels) if len(self.labels) > 1 else self.labels[0]
         spread = trial.suggest_categorical("spread", (False, True)) if self.narrow else False
-        return Plan(blocks, stride, width, multiple, rows, labels, spread)
+        rank = 1.0 if self.tables else trial.suggest_categorical("rank", (1.0, 0.5))
+        return Plan(blocks, stride, width, multiple, rows, labels, spread, rank)
 
     def params(self, plan: Plan) -> dict[str, Any]:
         """The sampler's parameters of a plan: the inverse of `ask`."""
@@ -127,8 +134,7 @@ class Space:
             found["stride"] = plan.stride
         if self.narrow:
             found |= {"width": plan.width, "multiple": plan.multiple, "spread": plan.spread}
-        if self.tables:
-            found["rows"] = plan.rows
+        found |= {"rows": plan.rows} if self.tables else {"rank": plan.rank}
         if len(self.labels) > 1:
             found["labels"] = plan.labels
         return found
