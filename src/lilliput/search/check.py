@@ -41,7 +41,8 @@ def check(model: nn.Module, task: Task, most: int | None = None) -> Tensor:
     try:
         if most is None:
             task.rate(outputs, "val")
-        loss = float(task.loss(outputs, targets)) if targets is not None else 0.0
+        taught = targets is not None and task.split("train")[1] is not None
+        loss = float(task.loss(outputs, targets)) if taught else 0.0
     except ValueError:
         raise
     except Exception as error:

@@ -461,7 +461,7 @@ class Search:
         """What structures are ranked by while they train, far steadier than a metric: the task's own loss on val where
         there are labels (a student may come to know better than the dense network), else the distance from it."""
         targets = self.task.split("val")[1]
-        if targets is not None:
+        if targets is not None and self.task.split("train")[1] is not None:
             return float(self.task.loss(outputs, targets))
         return float(self.task.divergence(outputs, self.dense.score.outputs).mean())
 
