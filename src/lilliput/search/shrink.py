@@ -193,9 +193,9 @@ class Search:
             try:
                 self.measure_dense()
                 self.look(pool)
+                self.without_training()
                 if self.trainable():
                     self.refine(pool, self.explore(pool))
-                self.after_training(pool)
                 return conclude(self)
             except BaseException:
                 self.stopped = True  # the other trainings end at their next step, their last checkpoints kept
@@ -566,7 +566,7 @@ class Search:
 
     # without training --------------------------------------------------------------------------------------------
 
-    def after_training(self, pool: ThreadPoolExecutor) -> None:
+    def without_training(self) -> None:
         """The dense network itself in fewer bits and narrower arithmetic: what post-training techniques reach."""
         file = self.model if isinstance(self.model, OnnxModel) else None
         for point in post.points(self) if file is None else post_onnx.points(self, file):
