@@ -21,7 +21,7 @@ def read(folder: Path) -> dict[str, dict[str, Record]]:
     for path in sorted(folder.rglob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         if record.get("size") != "quick":
-            kind = "jobs" if "dense" in record else "evidence" if "system" in record else "comparisons"
+            kind = "jobs" if "front" in record else "evidence" if "system" in record else "comparisons"
             found[kind][path.relative_to(folder).as_posix()] = record
     return found
 
