@@ -53,7 +53,7 @@ from lilliput.workshop import Workshop
 OBJECTIVES = ("size", "latency", "macs")
 RUNGS = (1 / 16, 1 / 4)
 LABELS = (0.3, 10.0)
-FAILURES = (Diverged, ExportError, NotSupported, ValueError, RuntimeError)
+FAILURES = (Diverged, TimeoutError, ExportError, NotSupported, ValueError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -514,7 +514,8 @@ class Search:
 
     def _tail(self, plan: Plan, recipe: Recipe, folded: nn.Module, which: Tail, table: sensitivity.Table) -> None:
         """One variant of a trained structure; skipped when the time is up."""
-        if which.trained and self.clock.left(0.9) < 1:
+        if which.trained and self.clock.left(0.94) < 0.12 * self.slot:
+            self.failed(f"{plan.name()}, {which.name()}", TimeoutError("the budget leaves no time to train it"))
             return
         sizes = {name: p.numel() for name, p in folded.named_parameters() if name in table}
         allocation: tuple[tuple[str, int], ...] = ()
@@ -527,7 +528,9 @@ class Search:
         whole = Recipe((*recipe.stages, *stages))
         try:
             with self.clock.on("train" if which.trained else "calibrate"):
-                model = self.shop.make(whole, self._halt(0.94))
+                model = self.shop.make(whole, self._halt(0.95))
+            if which.trained and self.clock.left(0.95) < 0:
+                raise TimeoutError("the budget ended while it trained")
             self._point(model, plan, which, whole)
         except StoreError:
             raise
