@@ -22,7 +22,8 @@ class Choice:
 
     winner: index of the chosen point, or None where nothing meets the question. drops and corrected: one for each
     point; interval: the central 95% of each point's corrected drop over the draws, (points, 2). optimism: how much
-    better a winner looks on the examples that it was chosen on. eligible: who meets the floor.
+    better a winner looks on the examples that it was chosen on. eligible: who meets the floor. draws: how often the choice
+    was repeated.
     """
 
     winner: int | None
@@ -31,6 +32,7 @@ class Choice:
     interval: Floats
     optimism: float
     eligible: NDArray[np.bool_]
+    draws: int = 0
 
 
 def choose(
@@ -84,7 +86,7 @@ def choose(
     corrected = drops + optimism
     interval = np.quantile(inside, [0.025, 0.975], axis=0).T + optimism
     eligible = able if floor is None else able & (corrected <= floor + 1e-12)
-    return Choice(pick(corrected, floor), drops, corrected, interval, optimism, eligible)
+    return Choice(pick(corrected, floor), drops, corrected, interval, optimism, eligible, len(inside))
 
 
 def _resampled(task: Task, dense: Score, scores: Sequence[Score], draws: int, seed: int) -> tuple[Floats, Floats]:

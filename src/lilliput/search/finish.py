@@ -193,7 +193,8 @@ def _summary(search: "Search", best: list[Point], rivals: list[Point], choice: C
         "drop_corrected_interval": None if i is None else [_round(x) for x in choice.interval[i]],
         "optimism": _round(choice.optimism),
         "drop_test": _round(task.loss_of(tests["dense"], tests["chosen"])) if tests else None,
-        "drop_test_interval": tests.get("interval"), "examples": _examples(task), "draws": task.draws,
+        "drop_test_interval": tests.get("interval"), "examples": _examples(task), "draws": choice.draws,
+        "augmentations": task.draws,
         "examples_for_half_interval": None if i is None else examples_for(
             task, dense.score, nearest.score, choice.interval[i]),
         "left_alone": [{"name": name, "reason": reason} for name, reason in search.left],
