@@ -22,8 +22,8 @@ class Choice:
 
     winner: index of the chosen point, or None where nothing meets the question. drops and corrected: one for each
     point; interval: the central 95% of each point's corrected drop over the draws, (points, 2). optimism: how much
-    better a winner looks on the examples that it was chosen on. eligible: who meets the floor. draws: how often the choice
-    was repeated.
+    better a winner looks on the examples that it was chosen on. eligible: who meets the floor. draws: how often the
+    choice was repeated.
     """
 
     winner: int | None
