@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 TOLERANCES = (0.002, 0.004, 0.01)
 WORTH = 100_000
 """Values below which a product is over before its input is quantized."""
+READERS = ("MatMul", "Gemm", "Transpose")  # an exporter may leave the transpose of a weight in the graph
 REFUSALS = (ExportError, NotSupported, ValueError, KeyError)
 
 
@@ -46,7 +47,7 @@ def dynamic_points(search: "Search") -> list[Point]:
     """Matrix products in int8 with codes found anew in every run: fast where products are large (transformers)."""
     proto = search.dense.structure.fill(search.dense.stored)
     products = sum(int(np.prod(t.dims)) for t in proto.graph.initializer if len(t.dims) == 2 and any(
-        t.name in node.input for node in proto.graph.node if node.op_type in ("MatMul", "Gemm")))
+        t.name in node.input for node in proto.graph.node if node.op_type in READERS))
     if products < WORTH:
         search.left.append(("8-bit arithmetic", f"the matrix products hold {products} values, too few to gain from it"))
         return []

@@ -354,9 +354,12 @@ class Search:
         if not rows:
             return []
         limit = self._slack(rows)
-        viable = {plan: row for plan, row in rows.items() if row["drop"] <= limit}
-        if len(viable) < count:
-            viable = {plan: rows[plan] for plan in sorted(rows, key=lambda plan: rows[plan]["drop"])[:count]}
+        enough = [row["price"] for row in rows.values() if row["drop"] <= 0 and self.question.floor is not None]
+        cap = min(enough, default=float("inf"))  # what is as good as dense already needs no dearer rival
+        viable = {plan: row for plan, row in rows.items() if row["drop"] <= limit and row["price"] <= cap}
+        for plan in sorted(rows, key=lambda plan: float(rows[plan]["drop"])):
+            if len(viable) < count:
+                viable[plan] = rows[plan]
         rest, chosen = dict(viable), list[Plan]()
         while rest and len(chosen) < count:
             names = list(rest)
