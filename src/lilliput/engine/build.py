@@ -1,0 +1,37 @@
+"""From C to a library: the compiler is called, what it says is kept."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from lilliput.engine.target import WARNINGS, Target
+from lilliput.errors import ExportError
+
+SMALL = ("-Wl,--build-id=none", "-Wl,-z,noseparate-code", "-s")
+
+
+def library(source: Path, out: Path, target: Target, more: Sequence[str] = (), timeout_s: float = 600) -> None:
+    """Compile a C file to a shared library that Python can load.
+
+    Raises ExportError with what the compiler said.
+    """
+    command = [*target.cc, *target.flags, *WARNINGS, "-shared", "-fPIC", "-fvisibility=hidden", *more, str(source),
+               "-o", str(out), "-lm", *SMALL]
+    run(command, timeout_s)
+
+
+def run(command: Sequence[str], timeout_s: float = 600) -> str:
+    """Run a compiler; what it printed.
+
+    Raises ExportError where it fails.
+    """
+    try:
+        done = subprocess.run(list(command), capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired as error:
+        raise ExportError(f"compile: the compiler must finish within {timeout_s:.0f} s, and did not: "
+                          f"{' '.join(command)[:200]}") from error
+    if done.returncode:
+        raise ExportError(f"compile: the compiler failed ({' '.join(command)[:300]}):\n{done.stderr[-2000:]}")
+    return done.stderr

@@ -1,0 +1,94 @@
+"""compile: an ONNX file in, a folder with its C program, its library and what is known about it out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lilliput.engine import tune as tuning
+from lilliput.engine.build import library
+from lilliput.engine.fuse import fused
+from lilliput.engine.graph import Array
+from lilliput.engine.lower import lowered, supported
+from lilliput.engine.plan import planned
+from lilliput.engine.read import read
+from lilliput.engine.run import Engine
+from lilliput.engine.target import Target, target
+from lilliput.engine.write import manifest, written
+
+LIBRARY = "libmodel.so"
+
+
+def compile(model: Any, out: str | Path | None = None, *, to: str = "native", cc: str | None = None, tune: bool = True,
+            shapes: Mapping[str, Sequence[int]] | None = None,
+            constants: Mapping[str, Array] | None = None) -> Engine:
+    """Compile an ONNX model to C and load it.
+
+    model: a path, its bytes or a ModelProto. out: the folder to write; a temporary one that goes with the Engine when
+    left out. to: "native", "portable", "cortex-m" or "wasm". cc: the C compiler. tune: choose kernels by measuring
+    them, else by a cost model. shapes: the largest size of each input that has free ones; it runs any smaller one.
+    constants: inputs that are bound to these numbers.
+
+    Raises:
+        ValueError: for a file that is damaged, or settings that do not fit it.
+        NotSupported: naming every node that cannot be compiled; nothing is written.
+        OSError: where no compiler is found. ExportError: where it fails.
+    """
+    found = target(to, cc)
+    folder = write(model, out, found, tune, shapes, constants)
+    engine = Engine(folder)
+    if out is None:
+        import weakref
+
+        weakref.finalize(engine, shutil.rmtree, folder, ignore_errors=True)
+    return engine
+
+
+def write(model: Any, out: str | Path | None, found: Target, tune: bool = True,
+          shapes: Mapping[str, Sequence[int]] | None = None, constants: Mapping[str, Array] | None = None) -> Path:
+    """Compile a model into a folder, which is whole or not there; returns it."""
+    name = Path(model).name if isinstance(model, str | Path) else "model.onnx"
+    graph = fused(lowered(read(model, shapes, constants, supported)))
+    ranked = tuning.measured(graph, found) if tune and found.name == "native" else tuning.estimated(found)
+    plan = planned(graph, ranked)
+    source = written(plan, name)
+    folder = Path(tempfile.mkdtemp(prefix="lilliput-")) if out is None else Path(out)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".compile-", dir=folder.parent))
+    try:
+        (temporary / "model.c").write_text(source.c, encoding="utf-8")
+        (temporary / "model.h").write_text(source.h, encoding="utf-8")
+        if source.weights:
+            (temporary / "model.weights").write_bytes(source.weights)
+        facts = {"model": name, "target": found.name, "cc": list(found.cc), "flags": list(found.flags),
+                 "library": LIBRARY, "errors": source.errors}
+        if found.name in ("native", "portable"):
+            library(temporary / "model.c", temporary / LIBRARY, found)
+            facts["library_bytes"] = (temporary / LIBRARY).stat().st_size
+        text = json.dumps(manifest(plan, source, facts), indent=1)
+        (temporary / "manifest.json").write_text(text, encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(temporary.iterdir()):
+            os.replace(path, folder / path.name)
+    except BaseException:
+        if out is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def profiling(folder: Path) -> Path:
+    """The library that times its layers, made from the folder's C when it is first asked for."""
+    made = folder / "libmodel.profile.so"
+    if not made.is_file():
+        facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        found = Target(facts["target"], 0, tuple(facts["flags"]), tuple(facts["cc"]))
+        library(folder / "model.c", made, found, ["-DMODEL_PROFILE"])
+    return made

@@ -1,0 +1,408 @@
+"""Dense products with constant weights: blocks of outputs x positions in registers, weights packed in the order read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from lilliput.engine.graph import Array, Node
+from lilliput.engine.kernel import Kernel, kernel
+from lilliput.engine.kernels.product import (
+    Linear,
+    Tail,
+    Walk,
+    at,
+    clamped,
+    linear,
+    pick,
+    size_type,
+    tail_of,
+    vector,
+    vector_types,
+    walk,
+)
+from lilliput.engine.size import c, fixed
+from lilliput.engine.target import Target
+
+DEPTH = 384  # values summed over before the next block of outputs: as many rows of a block of columns stay in L1
+
+
+@kernel("MatMul")
+def columns(node: Node, target: Target) -> Iterator[Kernel]:
+    """Positions innermost: a vector holds neighbouring positions, weights are broadcast."""
+    found = linear(node)
+    if found is None:
+        return
+    count = found.positions
+    lanes = _lanes(target, int(count), fixed(count))
+    for rows, vectors in tiles(target, lanes, found.outs, max(int(count) // lanes, 1)):
+        yield _columns(found, target, lanes, rows, vectors)
+
+
+@kernel("MatMul")
+def rows(node: Node, target: Target) -> Iterator[Kernel]:
+    """Outputs innermost: a vector holds neighbouring outputs, activations are broadcast."""
+    found = linear(node)
+    if found is None:
+        return
+    lanes = target.lanes
+    while lanes > 4 and lanes >= 2 * found.outs:
+        lanes //= 2
+    if found.outs < lanes:
+        lanes = 1
+    count = found.positions
+    for vectors, high in tiles(target, lanes, 0, -(-found.outs // lanes), flip=True):
+        high = high if not fixed(count) or count >= high else int(count)
+        if high <= 2:  # few positions: more vectors instead
+            vectors = min(registers(target) * 3 // 4 // high, -(-found.outs // lanes), 12)
+        yield _rows(found, target, lanes, high, vectors)
+
+
+def registers(target: Target) -> int:
+    """How many vectors the machine holds."""
+    many = target.vector_bytes == 64 or "AVX512VL" in target.features or bool({"aarch64", "arm64"} & target.features)
+    return 32 if many else 16
+
+
+def tiles(target: Target, lanes: int, outs: int, most: int, flip: bool = False) -> list[tuple[int, int]]:
+    """(outputs broadcast, vectors) of blocks that fill the registers, at most `most` vectors wide."""
+    full = [(12, 2), (6, 4), (24, 1)] if registers(target) == 32 else [(6, 2), (4, 3), (12, 1)]
+    if lanes == 1:
+        full = [(4, 2), (2, 4)]
+    found: dict[tuple[int, int], None] = {}
+    for high, wide in full:
+        if wide > most:
+            continue
+        if outs:
+            high = min(high, outs)
+            even = [d for d in range(high, high * 2 // 3, -1) if outs % d == 0]
+            high = even[0] if even else high
+        found[(wide, high) if flip else (high, wide)] = None
+    return list(found) or [(1, min(outs, 8) or 8) if flip else (min(outs, 8) or 8, 1)]
+
+
+def _lanes(target: Target, count: int, known: bool) -> int:
+    """Values in a vector of positions: no more than there are, unless how many is free."""
+    lanes = target.lanes
+    while known and lanes > 1 and lanes > count:
+        lanes //= 2
+    return lanes if lanes >= 4 else 1
+
+
+def macs_ns(target: Target, macs: float) -> float:
+    """Nanoseconds that multiply-adds take at the peak of a machine at 3 GHz."""
+    return macs / (6.0 * min(target.lanes, 8))
+
+
+# ----------------------------------------------------------------------------------------------------------- columns
+
+
+def packed(weight: Array, rows: int, depth: int) -> Array:
+    """(out, in) in panels of `rows` outputs, `depth` inputs at a time: depth, panel, input, output."""
+    outs, ins = weight.shape
+    parts = [weight[o: o + rows, k: k + depth].T.reshape(-1) for k in range(0, ins, depth)
+             for o in range(0, outs, rows)]
+    return np.concatenate(parts).astype(np.float32)
+
+
+def depth_of(ins: int) -> int:
+    """Inputs in one step over the depth: equal steps of at most DEPTH, in eights."""
+    steps = -(-ins // DEPTH)
+    return min(ins, -(-(-(-ins // steps)) // 8) * 8)
+
+
+def _columns(found: Linear, target: Target, lanes: int, rows: int, vectors: int) -> Kernel:
+    node, tail = found.node, tail_of(found.node, found.feature_y)
+    depth = depth_of(found.ins)
+    want_x, want_y = found.inner(positions_inside=True)
+    constants: dict[str, Array] = {"weight": packed(found.weight, rows, depth)}
+    if tail.bias is not None:
+        constants["bias"] = tail.bias
+    count = found.positions
+    wide = lanes * vectors
+    blocks = max(1.0, math.ceil(int(count) / lanes) * lanes / int(count))
+    wants = [None, None, None, None]
+    wants[found.x] = want_x  # type: ignore[call-overload]
+    skips = (1 - found.x, *((2,) if tail.bias is not None else ()))
+    return Kernel(
+        f"dense, {rows} outputs x {wide} positions", lambda n: _columns_body(n, found, tail, lanes, rows, vectors),
+        tuple(wants), want_y, constants, skips,
+        cost_ns=macs_ns(target, found.outs * found.ins * int(count) * blocks) * (1.02 if vectors == 1 else 1) + 30,
+        helpers=_helpers(tail, lanes), values=found.weight.size,
+    )  # fmt: skip
+
+
+def _helpers(tail: Tail, lanes: int) -> tuple[str, ...]:
+    found = [vector_types(lanes)] if lanes > 1 else []
+    if lanes > 1 and tail.clamp is not None and not (tail.clamp[0] == 0 and math.isinf(tail.clamp[1])):
+        found.append(pick(lanes))
+    return (*found, *tail.helpers)
+
+
+def _columns_body(node: Node, found: Linear, tail: Tail, lanes: int, rows: int, vectors: int) -> str:
+    x, y = node.input(found.x), node.y
+    way = walk(y, found.feature_y, [(f"x{found.x}", x, found.feature_x), *tail.others(node)])
+    name = f"x{found.x}"
+    text: list[str] = [*way.open, f"const float *const x = {way.base[name]};", f"float *const y = {way.base['y0']};"]
+    for i in tail.extras:
+        text.append(f"const float *const e{i} = {way.base[f'x{i}']};")
+    count, depth = way.count, depth_of(found.ins)
+
+    def block(lanes: int, vectors: int) -> list[str]:
+        return _columns_block(found, tail, way, lanes, vectors, rows, depth, name)
+
+    kind = size_type(count)
+    if fixed(count):
+        count = int(count)
+        wide = min(lanes * vectors, max(count // lanes, 1) * lanes)
+        vectors = wide // lanes
+        full, rest = count // wide, count % wide
+        if lanes > count:  # a walk with loops around may run over fewer positions than there are
+            lanes = 1 if count < 4 else 1 << (count.bit_length() - 1)
+            wide, vectors = lanes, 1
+            full, rest = count // wide, count % wide
+        if full:
+            text += [f"for ({kind} t = 0; t < {full * wide}; t += {wide}) {{", *_in(block(lanes, vectors)), "}"]
+        if rest:
+            last = -(-rest // lanes)
+            start = count - last * lanes
+            text += _with(kind, "t", start, block(lanes, last))
+    else:
+        wide = lanes * vectors
+        text += [f"{kind} t = 0;", f"for (; t + {wide} <= {c(count)}; t += {wide}) {{", *_in(block(lanes, vectors)), "}"]
+        if vectors > 1:
+            text += [f"for (; t + {lanes} <= {c(count)}; t += {lanes}) {{", *_in(block(lanes, 1)), "}"]
+        if lanes > 1:
+            text += [f"if (t < {c(count)} && {c(count)} >= {lanes}) {{", f"    t = {c(count)} - {lanes};",
+                     *_in(block(lanes, 1)), f"    t = {c(count)};", "}"]
+            text += [f"for (; t < {c(count)}; t++) {{", *_in(block(1, 1)), "}"]
+    text += way.close
+    return "\n".join(text)
+
+
+def _in(lines: list[str], by: str = "    ") -> list[str]:
+    return [by + line if line else line for line in lines]
+
+
+def _with(kind: str, name: str, value: int, lines: list[str]) -> list[str]:
+    """The lines in a block where a counter has a fixed value, if they read it."""
+    read = any(re.search(rf"\b{name}\b", line) for line in lines)
+    return ["{", *([f"    const {kind} {name} = {value};"] if read else []), *_in(lines), "}"]
+
+
+def _columns_block(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, rows: int, depth: int,
+                   name: str) -> list[str]:
+    """All outputs at the positions t .. t + lanes * vectors - 1."""
+    outs, ins = found.outs, found.ins
+    text = ["const float *w = weight;"]
+    deep = depth < ins
+    inner: list[str] = []
+    if deep:
+        text += [f"for (int k0 = 0; k0 < {ins}; k0 += {depth}) {{",
+                 f"    const int ks = {ins} - k0 < {depth} ? {ins} - k0 : {depth};"]
+    full, rest = outs // rows, outs % rows
+    for high, start, loop in ((rows, 0, full), (rest, full * rows, 1)):
+        if not high or not loop:
+            continue
+        body = _panel(found, tail, way, lanes, vectors, high, "ks" if deep else str(ins), deep, depth, name)
+        if loop > 1:
+            inner += [f"for (int o = {start}; o < {start + loop * high}; o += {high}) {{", *_in(body), "}"]
+        else:
+            inner += _with("int", "o", start, body)
+    text += _in(inner) if deep else inner
+    return [*text, "}"] if deep else text
+
+
+def _panel(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, rows: int, ks: str, deep: bool, depth: int,
+           name: str) -> list[str]:
+    kind, wide = vector(lanes), lanes * vectors
+    sx, sy = way.feature[name], way.feature["y0"]
+    unit = lanes == 1
+    names = [[f"a{i}" if vectors == 1 else f"a{i}_{j}" for j in range(vectors)] for i in range(rows)]
+    flat = [n for line in names for n in line]
+
+    def load(pointer: str) -> str:
+        return f"*({pointer})" if unit else f"*(const {kind} *)({pointer})"
+
+    text = [f"const float *r = {at('x', ('k0' if deep else '0', sx), ('t', 1))};",
+            f"float *const q = {at('y', ('o', sy), ('t', 1))};", f"{kind} {', '.join(flat)};"]
+    first = []
+    for i in range(rows):
+        start = f"bias[o + {i}]" if tail.bias is not None else "0"
+        value = start if unit else f"({kind}){{}} + {start}" if tail.bias is not None else f"({kind}){{}}"
+        first.append(" ".join(f"{n} = {value};" for n in names[i]))
+    if deep:
+        again = [" ".join(f"{n} = {load(at('q', (str(i), sy), (str(j * lanes), 1)))};" for j, n in enumerate(names[i]))
+                 for i in range(rows)]
+        text += ["if (k0 == 0) {", *_in(first), "} else {", *_in(again), "}"]
+    else:
+        text += first
+    text += [f"for (int k = 0; k < {ks}; k++, w += {rows}, r += {c(sx)}) {{"]
+    text += [f"    const {kind} v{j} = {load(at('r', (str(j * lanes), 1)))};" for j in range(vectors)]
+    for i in range(rows):
+        if unit:
+            text.append("    " + " ".join(f"{n} += w[{i}] * v{j};" for j, n in enumerate(names[i])))
+        else:
+            text.append(f"    {{ const {kind} s = ({kind}){{}} + w[{i}]; "
+                        + " ".join(f"{n} += s * v{j};" for j, n in enumerate(names[i])) + " }")
+    text.append("}")
+    last = []
+    if tail.clamp is not None:
+        for n in flat:
+            last += [" ".join(clamped(n, lanes, tail.clamp))]
+    if last:
+        text += [f"if (k0 + {depth} >= {found.ins}) {{", *_in(last), "}"] if deep else last
+    for i in range(rows):
+        text.append(" ".join(
+            f"{'*(' if unit else f'*({kind} *)('}{at('q', (str(i), sy), (str(j * lanes), 1))}) = {n};"
+            for j, n in enumerate(names[i])))
+    if tail.expr is not None:
+        places = [at(f"e{i}", ("o + i", way.feature[f"x{i}"]), ("t", way.step[f"x{i}"])) for i in tail.extras]
+        loop = [f"for (int i = 0; i < {rows}; i++) {{", f"    float *const z = {at('q', ('i', sy))};",
+                *(f"    const float *const z{i} = {place};"
+                  for i, place in zip(tail.extras, places, strict=True)),
+                f"    for (int j = 0; j < {wide}; j++) {{",
+                *_in(tail.text("z[j]", [f"z{i}[{_times('j', way.step[f'x{i}'])}]" for i in tail.extras]), "        "),
+                "    }", "}"]
+        text += [f"if (k0 + {depth} >= {found.ins}) {{", *_in(loop), "}"] if deep else loop
+    return text
+
+
+def _times(index: str, stride: int) -> str:
+    return "0" if stride == 0 else index if stride == 1 and fixed(stride) else f"{index} * {c(stride)}"
+
+
+# -------------------------------------------------------------------------------------------------------------- rows
+
+
+def packed_rows(weight: Array, wide: int, lanes: int) -> Array:
+    """(out, in) in blocks of `wide` outputs, each input's together; the last is as wide as vectors need."""
+    outs, ins = weight.shape
+    parts = []
+    for o in range(0, outs, wide):
+        part = weight[o: o + wide]
+        held = np.zeros((-(-len(part) // lanes) * lanes, ins), np.float32)
+        held[: len(part)] = part
+        parts.append(held.T.reshape(-1))
+    return np.concatenate(parts)
+
+
+def _rows(found: Linear, target: Target, lanes: int, high: int, vectors: int) -> Kernel:
+    node, tail = found.node, tail_of(found.node, found.feature_y)
+    want_x, want_y = found.inner(positions_inside=False)
+    constants: dict[str, Array] = {"weight": packed_rows(found.weight, lanes * vectors, lanes)}
+    if tail.bias is not None:
+        bias = np.zeros(-(-found.outs // lanes) * lanes, np.float32)
+        bias[: found.outs] = tail.bias
+        constants["bias"] = bias
+    wants = [None, None, None, None]
+    wants[found.x] = want_x  # type: ignore[call-overload]
+    skips = (1 - found.x, *((2,) if tail.bias is not None else ()))
+    padded = -(-found.outs // lanes) * lanes
+    work = macs_ns(target, padded * found.ins * int(found.positions))
+    bytes_ns = padded * found.ins * 4 / 100  # the weights come from L2 at best
+    return Kernel(
+        f"dense, {high} positions x {lanes * vectors} outputs", lambda n: _rows_body(n, found, tail, lanes, high, vectors),
+        tuple(wants), want_y, constants, skips, cost_ns=max(work, bytes_ns) * 1.03 + 20, helpers=_helpers(tail, lanes),
+        values=found.weight.size,
+    )  # fmt: skip
+
+
+def _rows_body(node: Node, found: Linear, tail: Tail, lanes: int, high: int, vectors: int) -> str:
+    x, y = node.input(found.x), node.y
+    name = f"x{found.x}"
+    way = walk(y, found.feature_y, [(name, x, found.feature_x), *tail.others(node)])
+    text: list[str] = [*way.open, f"const float *const x = {way.base[name]};", f"float *const y = {way.base['y0']};"]
+    for i in tail.extras:
+        text.append(f"const float *const e{i} = {way.base[f'x{i}']};")
+    count, outs, wide = way.count, found.outs, lanes * vectors
+    text.append("const float *w = weight;")
+    full, rest = outs // wide, outs % wide
+    for width, start, loop in ((wide, 0, full), (rest, full * wide, 1)):
+        if not width or not loop:
+            continue
+        use = -(-width // lanes)
+        inner = _positions(found, tail, way, lanes, use, width, high, count, name)
+        inner.append(f"w += {use * lanes * found.ins};")
+        if loop > 1:
+            text += [f"for (int o = {start}; o < {start + loop * width}; o += {width}) {{", *_in(inner), "}"]
+        else:
+            text += _with("int", "o", start, inner)
+    text += way.close
+    return "\n".join(text)
+
+
+def _positions(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, width: int, high: int, count: int,
+               name: str) -> list[str]:
+    """Outputs o .. o + width - 1 at every position."""
+    kind = size_type(count)
+
+    def tile(high: int) -> list[str]:
+        return _tile(found, tail, way, lanes, vectors, width, high, name)
+
+    text: list[str] = []
+    if fixed(count):
+        count = int(count)
+        blocks = -(-count // high)
+        high = -(-count // blocks)
+        full, rest = count // high, count % high
+        if full > 1:
+            text += [f"for ({kind} t = 0; t < {full * high}; t += {high}) {{", *_in(tile(high)), "}"]
+        else:
+            text += _with(kind, "t", 0, tile(high))
+        if rest:
+            text += _with(kind, "t", full * high, tile(rest))
+        return text
+    text += [f"{kind} t = 0;", f"for (; t + {high} <= {c(count)}; t += {high}) {{", *_in(tile(high)), "}"]
+    if high > 4:
+        text += [f"for (; t + 4 <= {c(count)}; t += 4) {{", *_in(tile(4)), "}"]
+    if high > 1:
+        text += [f"for (; t < {c(count)}; t++) {{", *_in(tile(1)), "}"]
+    return text
+
+
+def _tile(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, width: int, high: int,
+          name: str) -> list[str]:
+    kind, unit = vector(lanes), lanes == 1
+    sx, tx, sy, ty = way.feature[name], way.step[name], way.feature["y0"], way.step["y0"]
+    names = [[f"a{i}" if vectors == 1 else f"a{i}_{j}" for j in range(vectors)] for i in range(high)]
+    flat = [n for line in names for n in line]
+    text = [f"const float *r = {at('x', ('t', tx))};", "const float *v = w;",
+            f"float *const q = {at('y', ('t', ty), ('o', 1))};", f"{kind} {', '.join(flat)};"]
+    for j in range(vectors):
+        start = f"bias[o + {j * lanes}]" if unit else f"*(const {kind} *)(bias + o + {j * lanes})"
+        value = start if tail.bias is not None else "0" if unit else f"({kind}){{}}"
+        text.append(" ".join(f"{names[i][j]} = {value};" for i in range(high)))
+    text += [f"for (int k = 0; k < {found.ins}; k++, v += {vectors * lanes}, r += {c(sx)}) {{"]
+    load = "v[{}]" if unit else f"*(const {kind} *)(v + {{}})"
+    text += [f"    const {kind} v{j} = {load.format(j * lanes)};" for j in range(vectors)]
+    for i in range(high):
+        number = f"r[{_times(str(i), tx)}]" if i else "r[0]"
+        if unit:
+            text.append("    " + " ".join(f"{n} += {number} * v{j};" for j, n in enumerate(names[i])))
+        else:
+            text.append(f"    {{ const {kind} s = ({kind}){{}} + {number}; "
+                        + " ".join(f"{n} += s * v{j};" for j, n in enumerate(names[i])) + " }")
+    text.append("}")
+    if tail.clamp is not None:
+        for n in flat:
+            text.append(" ".join(clamped(n, lanes, tail.clamp)))
+    whole, left = width // lanes, width % lanes
+    for i in range(high):
+        place = at("q", (str(i), ty))
+        text += ([" ".join(f"{'*(' if unit else f'*({kind} *)('}{place} + {j * lanes}) = {names[i][j]};"
+                           for j in range(whole))] if whole else [])
+        if left:
+            text += [f"for (int j = 0; j < {left}; j++) ({place})[{whole * lanes} + j] = {names[i][whole]}[j];"]
+    if tail.expr is not None:
+        text += [f"for (int i = 0; i < {high}; i++) {{", f"    float *const z = {at('q', ('i', ty))};"]
+        for i in tail.extras:
+            place = at(f"e{i}", ("t + i", way.step[f"x{i}"]), ("o", way.feature[f"x{i}"]))
+            text.append(f"    const float *const z{i} = {place};")
+        text += [f"    for (int j = 0; j < {width}; j++) {{",
+                 *_in(tail.text("z[j]", [f"z{i}[{_times('j', way.feature[f'x{i}'])}]" for i in tail.extras]),
+                      "        "), "    }", "}"]
+    return text

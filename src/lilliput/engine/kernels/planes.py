@@ -1,0 +1,245 @@
+"""What the kernels over planes share: runs of pixels, accumulators that cover a run, and what follows the sum.
+
+A value (N, C, ...) in channel-major order is one plane a channel. A kernel works on runs: pixels that lie one after
+another in every plane, in blocks whose accumulators stay in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lilliput.engine import loops
+from lilliput.engine.expr import Expr, arg, clamp_of, needs, statements
+from lilliput.engine.graph import Array, Node, Value
+from lilliput.engine.helpers import HELPERS
+from lilliput.engine.kernel import Want
+from lilliput.engine.kernels.product import clamped, pick, vector, vector_types
+from lilliput.engine.size import c, fixed
+from lilliput.engine.target import Target
+
+L1_BYTES = 32 * 1024
+
+
+def registers(target: Target) -> int:
+    """How many vector registers (of floats, in scalar C) the machine has."""
+    many = {"AVX512F", "aarch64", "riscv64", "AARCH64EL", "riscv"}
+    return 32 if many & target.features else 16
+
+
+def widths(lanes: int) -> list[int]:
+    """The vector widths a kernel may use at most `lanes` wide, the widest first, 1 the last."""
+    return [width for width in (16, 8, 4) if width <= lanes] + [1]
+
+
+def heads(lanes: int) -> tuple[str, ...]:
+    """The C text that vectors of at most `lanes` need."""
+    return tuple(text for width in reversed(widths(lanes)) if width > 1 for text in (vector_types(width), pick(width)))
+
+
+def spread(name: str, lanes: int) -> str:
+    """The C expression of a vector with a number everywhere."""
+    return name if lanes == 1 else f"{name} - ({vector(lanes)}){{}}"
+
+
+def load(pointer: str, lanes: int) -> str:
+    """The C expression of the vector at a pointer."""
+    return f"*(const {vector(lanes)} *)({pointer})"
+
+
+def store(pointer: str, lanes: int, value: str) -> str:
+    """The C statement that writes a vector."""
+    return f"*({vector(lanes)} *)({pointer}) = {value};"
+
+
+def plus(base: str, *terms: tuple[str, int] | int) -> str:
+    """The C expression of a base plus numbers and index * step, without what is zero."""
+    parts = [base]
+    for term in terms:
+        if isinstance(term, tuple):
+            name, step = term
+            if step != 0:
+                parts.append(name if step == 1 and fixed(step) else f"{name} * {c(step)}")
+        elif term != 0:
+            parts.append(c(term))
+    return " + ".join(parts)
+
+
+# ----------------------------------------------------------------------------------------------------- after the sum
+
+
+@dataclass(frozen=True)
+class After:
+    """What a convolution does after its sum: add the bias (out,), add an input of the output's shape, an activation.
+
+    residual: the number of that input, or None. clamp: (low, high) where the activation is one. act: its expression
+    where it is not.
+    """
+
+    bias: Array | None
+    residual: int | None
+    clamp: tuple[float, float] | None
+    act: Expr | None
+
+    @property
+    def helpers(self) -> tuple[str, ...]:
+        """The C text that the activation needs."""
+        return () if self.act is None else tuple(HELPERS[name] for name in needs([self.act]))
+
+    def finished(self, name: str, lanes: int) -> list[str]:
+        """C lines that finish an accumulator which already has bias and residual, as far as vectors do it."""
+        return clamped(name, lanes, self.clamp) if self.clamp else []
+
+    def rest(self, pointer: str, count: int) -> list[str]:
+        """C lines that do the remaining activation in place over `count` numbers that were stored."""
+        if self.act is None:
+            return []
+        if count == 1:
+            lines, (result,) = statements([self.act], [f"{pointer}[0]"])
+            return ["{", *(f"    {line}" for line in lines), f"    {pointer}[0] = {result};", "}"]
+        lines, (result,) = statements([self.act], [f"{pointer}[j]"])
+        return [f"for (int j = 0; j < {count}; j++) {{", *(f"    {line}" for line in lines),
+                f"    {pointer}[j] = {result};", "}"]
+
+
+def after(node: Node) -> After | None:
+    """What a Conv does after its sum; None where it is not float32 with a known bias."""
+    bias = node.maybe(2)
+    if node.y.dtype != np.float32 or node.x.dtype != np.float32 or (bias is not None and bias.data is None):
+        return None
+    act = node.attrs.get("act")
+    clamp = None if act is None else clamp_of(act)
+    if act is not None and act.op == "arg":
+        act = None
+    return After(None if bias is None else np.asarray(bias.data, np.float32).reshape(-1),
+                 3 if node.maybe(3) is not None else None, clamp, None if clamp else act)
+
+
+# -------------------------------------------------------------------------------------------------------------- runs
+
+
+@dataclass
+class Runs:
+    """The loops around a run, and the run: `count` pixels that are neighbours in each operand.
+
+    channel: by operand, the step from a plane to the next. gap: whether whole vectors may be read and written behind the run.
+    """
+
+    sizes: list[int]
+    steps: list[list[int]]
+    count: int
+    channel: list[int]
+    gap: Callable[[int], bool]
+
+    def opened(self, names: Sequence[str], kinds: Sequence[str], sources: Sequence[str]) -> tuple[list[str], str, list[str]]:
+        """(lines that open the loops and define a pointer for each operand, the indent inside, lines that close)."""
+        lines, indent = [], ""
+        counters = [f"r{k}" for k in range(len(self.sizes))]
+        for name, size in zip(counters, self.sizes, strict=True):
+            kind = "int" if fixed(size) else "int64_t"
+            lines.append(f"{indent}for ({kind} {name} = 0; {name} < {c(size)}; {name}++) {{")
+            indent += "    "
+        for name, kind, source, steps in zip(names, kinds, sources, self.steps, strict=True):
+            lines.append(f"{indent}{kind} *{name} = {plus(source, *zip(counters, steps, strict=True))};")
+        return lines, indent, ["    " * k + "}" for k in reversed(range(len(self.sizes)))]
+
+
+def runs(operands: Sequence[Value]) -> Runs:
+    """The runs over operands of one shape but for the channels (dimension 1), each with stride 1 innermost."""
+    first = operands[0]
+    dims = [0, *range(2, first.rank)]
+    shape = [first.shape[d] for d in dims]
+    sizes, steps = loops.collapsed(shape, [tuple(v.strides[d] for d in dims) for v in operands])
+    if not sizes or not fixed(sizes[-1]) or any(s[-1] != 1 for s in steps):
+        sizes, steps = [*sizes, 1], [[*s, 1] for s in steps]
+    count = int(sizes[-1])
+
+    def gap(lanes: int) -> bool:
+        whole = -(-count // lanes) * lanes
+        for value in operands:
+            assert value.buffer is not None
+            if value.border or len(sizes) > 1 and any(
+                    fixed(s) and 0 < int(s) < whole for v, s in zip(sizes[:-1], _steps(value, operands, steps)[:-1],
+                                                                    strict=True) if v != 1):
+                return False
+            if value.shape[1] != 1 and not (fixed(value.strides[1]) and int(value.strides[1]) >= whole):
+                return False
+            last = sum(int(s) * (int(n) - 1) for s, n in zip(value.strides, value.shape, strict=True))
+            if int(value.offset) + last + 1 + whole - count > int(value.buffer.count) or not fixed(*value.shape):
+                return False
+        return True
+
+    return Runs(sizes[:-1], [s[:-1] for s in steps], count, [v.strides[1] for v in operands], gap)
+
+
+def _steps(value: Value, operands: Sequence[Value], steps: list[list[int]]) -> list[int]:
+    return steps[next(i for i, v in enumerate(operands) if v is value)]
+
+
+Piece = tuple[int, int]  # (place in the block, lanes)
+
+
+@dataclass(frozen=True)
+class Block:
+    """`times` blocks one after another from pixel `start`, each of `width` pixels covered by the pieces."""
+
+    start: int
+    times: int
+    width: int
+    pieces: tuple[Piece, ...]
+
+
+def blocks(count: int, lanes: int, most: int, gap: bool) -> list[Block]:
+    """Cover `count` pixels with blocks of about `most` vectors; a rest by narrower vectors, or by one that overruns."""
+    whole, rest = divmod(count, lanes)
+    tail: list[int] = []
+    if rest and gap and (rest > lanes // 4 or not whole):
+        whole, rest = whole + 1, 0
+    for width in widths(lanes)[1:]:
+        while rest >= width:
+            tail.append(width)
+            rest -= width
+    if len(tail) > 3 and len(set(tail)) > 1:  # many small pieces: their own block
+        pass
+    number = max(1, round(whole / most))
+    base, more = divmod(whole, number)
+    found: list[Block] = []
+    start = 0
+    sizes = [base + 1] * more + [base] * (number - more)
+    for i, size in enumerate(sizes):
+        pieces = [(k * lanes, lanes) for k in range(size)]
+        width = size * lanes
+        if i == number - 1:
+            for piece in tail:
+                pieces.append((width, piece))
+                width += piece
+        block = Block(start, 1, width, tuple(pieces))
+        if found and found[-1].pieces == block.pieces:
+            last = found[-1]
+            found[-1] = Block(last.start, last.times + 1, last.width, last.pieces)
+        else:
+            found.append(block)
+        start += width
+    return found
+
+
+def planes(value: Value, lanes: int) -> Want:
+    """Channel-major, every plane starting at a multiple of a vector."""
+    if value.rank == 3:
+        return Want(pitch=lanes)
+    return Want(plane=lanes if value.rank == 4 else 1)
+
+
+def around(number: int, name: str, body: Sequence[str], indent: str = "") -> list[str]:
+    """Lines in a loop that runs `number` times; without a loop (the counter a constant) where it is 1."""
+    if number == 1:
+        return [f"{indent}{{", f"{indent}    const int {name} = 0;", *(f"{indent}    {line}" for line in body), f"{indent}}}"] if (
+            any(name in line for line in body)) else [f"{indent}{{", *(f"{indent}    {line}" for line in body), f"{indent}}}"]
+    return [f"{indent}for (int {name} = 0; {name} < {number}; {name}++) {{", *(f"{indent}    {line}" for line in body),
+            f"{indent}}}"]
+
+
+__all__ = ["After", "Block", "Piece", "Runs", "after", "arg", "around", "blocks", "heads", "load", "planes", "plus",
+           "registers", "runs", "spread", "store", "widths"]

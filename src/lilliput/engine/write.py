@@ -1,0 +1,349 @@
+"""From a plan to C: model.c and model.h, with the constants in them or beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lilliput.engine import loops
+from lilliput.engine.expr import literal
+from lilliput.engine.graph import C_TYPES, Array, Node, Value
+from lilliput.engine.kernel import Kernel
+from lilliput.engine.plan import ALIGN, Plan, shape_text
+from lilliput.engine.read import C_WORDS
+from lilliput.engine.size import c
+
+INSIDE_BYTES = 512 * 1024  # up to which constants stand in model.c; more are a file that is mapped
+
+
+@dataclass
+class Source:
+    """What was written: the texts, the constants' bytes (empty when they are in the C), and each layer's facts."""
+
+    c: str
+    h: str
+    weights: bytes
+    layers: list[dict[str, Any]]
+    inputs: list[str]
+    outputs: list[str]
+    sizes: list[str]
+    errors: list[str]
+
+
+def identifier(name: str, taken: set[str] | None = None) -> str:
+    """A C identifier like a name, different from those in `taken`, which it joins.
+
+    >>> identifier("layer1.0/conv weight")
+    'layer1_0_conv_weight'
+    """
+    text = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_")[-48:].strip("_") or "v"
+    text = text if re.match(r"[A-Za-z]", text) and text not in C_WORDS else f"n_{text}"
+    if taken is None:
+        return text
+    number, found = 2, text
+    while found in taken:
+        found, number = f"{text}_{number}", number + 1
+    taken.add(found)
+    return found
+
+
+def comment(text: str) -> str:
+    """A text that can stand in a C comment, whatever a file put into its names."""
+    return re.sub(r"[^\w.,:;=+()\[\] %/*<>-]", "?", text, flags=re.ASCII).replace("*/", "* /").replace("/*", "/ *")[:200]
+
+
+# ---------------------------------------------------------------------------------------------------------- constants
+
+
+@dataclass
+class Constants:
+    """The arrays that kernels keep, each once, in C or in a file of weights."""
+
+    inside: bool = True
+    taken: set[str] = field(default_factory=set)
+    known: dict[bytes, tuple[str, int, Array]] = field(default_factory=dict)
+    end: int = 0
+
+    def add(self, data: Array, name: str) -> str:
+        """Keep an array; the C expression of a pointer to it."""
+        data = np.ascontiguousarray(data)
+        key = data.dtype.str.encode() + data.tobytes()
+        if key not in self.known:
+            self.end = -(-self.end // ALIGN) * ALIGN
+            self.known[key] = (identifier(name, self.taken), self.end, data)
+            self.end += max(data.nbytes, 1)
+        found, at, _ = self.known[key]
+        return found if self.inside else f"(const {C_TYPES[data.dtype.name]} *)(weights + {at})"
+
+    def text(self) -> str:
+        """The arrays as C."""
+        return "\n".join(f"static const {C_TYPES[data.dtype.name]} {name}[{max(data.size, 1)}] = {{\n{numbers(data)}}};"
+                         for name, _, data in self.known.values()) if self.inside else ""
+
+    def data(self) -> bytes:
+        """The arrays as the bytes of a file."""
+        if self.inside:
+            return b""
+        found = bytearray(-(-self.end // ALIGN) * ALIGN)
+        for _, at, data in self.known.values():
+            found[at: at + data.nbytes] = data.tobytes()
+        return bytes(found)
+
+
+def numbers(data: Array) -> str:
+    """An array's numbers as C, some lines of them."""
+    flat = data.reshape(-1)
+    if data.dtype == np.float32:
+        words = [literal(x, "float32").strip("()") for x in flat]
+    elif data.dtype == np.float16:
+        words = [str(x) for x in flat.view(np.uint16)]
+    elif data.dtype == np.int64:
+        words = [literal(x, "int64").strip("()") for x in flat]
+    elif data.dtype == np.bool_:
+        words = [str(int(x)) for x in flat]
+    else:
+        words = [literal(x, data.dtype.name) if int(x) == -(2**31) else str(int(x)) for x in flat]
+    lines, line = [], "   "
+    for word in words or ["0"]:
+        if len(line) + len(word) > 116:
+            lines.append(line)
+            line = "   "
+        line += f" {word},"
+    return "\n".join([*lines, line]) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------- functions
+
+
+def parameters(node: Node, kernel: Kernel, sizes: Sequence[str]) -> list[tuple[str, str]]:
+    """(C declaration, what is passed: "x0", "y0", a constant's key, "scratch" or a size) of a layer's function."""
+    shared = any(x is not None and x.buffer is not None and y is not None and x.buffer is y.buffer
+                 for x in node.inputs for y in node.outputs)
+    restrict = " " if shared else " restrict "
+    found = []
+    for i, value in enumerate(node.outputs):
+        if value is not None:
+            found.append((f"{value.c_type} *{restrict.strip() + ' ' if restrict.strip() else ''}y{i}", f"y{i}"))
+    for i, value in enumerate(node.inputs):
+        if value is not None and i not in kernel.skips:
+            found.append((f"const {value.c_type} *{restrict.strip() + ' ' if restrict.strip() else ''}x{i}", f"x{i}"))
+    for key, data in kernel.constants.items():
+        found.append((f"const {C_TYPES[np.asarray(data).dtype.name]} *restrict {key}", key))
+    if kernel.scratch:
+        found.append(("unsigned char *restrict scratch", "scratch"))
+    return found + [(f"int64_t {name}", name) for name in sizes]
+
+
+def function(node: Node, kernel: Kernel, sizes: Sequence[str], name: str = "%s") -> str:
+    """The text of a layer's function; %s stands for its name."""
+    body = kernel.body(node)
+    used = [(declared, key) for declared, key in parameters(node, kernel, sizes)
+            if key not in sizes or re.search(rf"\b{key}\b", body)]
+    lines = "\n".join(f"    {line}" if line and not line.startswith("#") else line for line in body.splitlines())
+    kind = "int" if kernel.fails else "void"
+    silent = "".join(f"    (void){key};\n" for _, key in used if not re.search(rf"\b{key}\b", body))
+    return f"static {kind} {name}({', '.join(declared for declared, _ in used)})\n{{\n{silent}{lines}\n}}\n"
+
+
+def arguments(node: Node, kernel: Kernel, sizes: Sequence[str], constants: Constants, label: str,
+              text: str) -> list[str]:
+    """The C expressions that a layer's function is called with."""
+    found = []
+    head = text.split("\n{\n", 1)[0]
+    for declared, key in parameters(node, kernel, sizes):
+        if not re.search(rf"[ *]{key}[,)]", head):
+            continue
+        del declared
+        if key in sizes:
+            found.append(key)
+        elif key == "scratch":
+            found.append(f"arena + {node.attrs['scratch'].at}")
+        elif key in kernel.constants:
+            found.append(constants.add(np.asarray(kernel.constants[key]), f"{label}_{key}"))
+        else:
+            value = (node.outputs if key[0] == "y" else node.inputs)[int(key[1:])]
+            assert value is not None
+            found.append(pointer(value, constants))
+    return found
+
+
+def pointer(value: Value, constants: Constants) -> str:
+    """The C expression of a pointer to a value's first element."""
+    buffer = value.buffer
+    assert buffer is not None
+    if buffer.place == "constant":
+        assert buffer.data is not None
+        base = constants.add(buffer.data, buffer.name)
+    elif buffer.place == "arena":
+        base = f"({value.c_type} *)(arena + {buffer.at})"
+    else:
+        base = f"call->{buffer.name}"
+    return base if value.offset == 0 else f"{base} + {c(value.offset)}"
+
+
+# --------------------------------------------------------------------------------------------------------------- file
+
+
+HEADER = """\
+/* Made by lilliput from {name}. {macs}
+ *
+ * Fill a model_call and run it. Nothing is allocated and nothing is kept between calls: threads run at once, each with
+ * an arena of its own. */
+#ifndef MODEL_H
+#define MODEL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct {{
+    void *arena;            /* model_arena_bytes() bytes, aligned to 64 */
+    const void *weights;    /* {weights} */
+{members}}} model_call;
+
+#define MODEL_ARENA_BYTES {arena}
+
+#if defined(__GNUC__)
+#define MODEL_API __attribute__((visibility("default")))
+#else
+#define MODEL_API
+#endif
+
+/* Bytes of the arena. */
+MODEL_API size_t model_arena_bytes(void);
+
+/* Compute the outputs. Returns 0, {errors}. */
+MODEL_API int model_run(const model_call *call);
+{profile}
+#endif
+"""
+
+
+def written(plan: Plan, name: str = "model.onnx") -> Source:
+    """The C of a plan."""
+    graph = plan.graph
+    sizes = sorted(graph.sizes)
+    inside = _constant_bytes(plan) <= INSIDE_BYTES
+    taken = {"arena", "weights", *sizes}
+    inputs = [_member(value, taken) for value in graph.inputs]
+    outputs = [_member(value, taken) for value in graph.outputs]
+    constants = Constants(inside, {*C_WORDS, *taken})
+    functions: dict[str, str] = {}
+    helpers: dict[str, None] = {}
+    calls, layers, errors = [], [], []
+    names: set[str] = set()
+    for i, node in enumerate(graph.nodes):
+        kernel: Kernel = node.kernel
+        label = identifier(node.name)
+        for text in kernel.helpers:
+            helpers[text] = None
+        text = function(node, kernel, sizes)
+        if text not in functions:
+            functions[text] = identifier(f"{label}_{identifier(node.op)}".lower(), names)
+        called = f"{functions[text]}({', '.join(arguments(node, kernel, sizes, constants, label, text))})"
+        about = describe(node, kernel)
+        calls.append(f"    /* {comment(about)} */")
+        if kernel.fails:
+            errors.append((len(errors) + 1, f"{node.name}: {kernel.fails}"))
+            calls.append(f"    LAYER({i}, if ({called}) return {len(errors)})")
+        else:
+            calls.append(f"    LAYER({i}, {called})")
+        for value in node.outputs:
+            if value is not None and value.border:
+                zero = f"static void %s({value.c_type} *restrict y" + "".join(f", int64_t {s}" for s in sizes if re.search(
+                    rf"\b{s}\b", loops.zero_border(value))) + ")\n{\n" + "\n".join(
+                        f"    {line}" for line in loops.zero_border(value).splitlines()) + "\n}\n"
+                if zero not in functions:
+                    functions[zero] = identifier("zero_border", names)
+                extra = "".join(f", {s}" for s in sizes if re.search(rf"int64_t {s}\b", zero.split("{")[0]))
+                calls.append(f"    LAYER({i}, {functions[zero]}({pointer(value, constants)}{extra}))")
+        layers.append({"name": node.name, "op": node.op, "kernel": kernel.name, "output": shape_text(node.y.shape),
+                       "values": kernel.values, "nonzeros": kernel.nonzeros,
+                       "bytes": sum(np.asarray(a).nbytes for a in kernel.constants.values()),
+                       "function": functions[text]})
+    written_functions = "\n".join(text.replace("%s(", f"{f}(", 1) for text, f in functions.items())
+    body = "\n".join([
+        "#include \"model.h\"", "", "#include <math.h>", "#include <string.h>", "",
+        *helpers, constants.text(), "", written_functions, PROFILE,
+        "size_t model_arena_bytes(void) { return MODEL_ARENA_BYTES; }", "",
+        "#ifdef MODEL_PROFILE", "int model_profile(const model_call *call, double *seconds)", "#else",
+        "int model_run(const model_call *call)", "#endif", "{",
+        "    unsigned char *arena = (unsigned char *)call->arena;",
+        *([] if inside else ["    const unsigned char *weights = (const unsigned char *)call->weights;"]),
+        *(f"    const int64_t {s} = call->{s};" for s in sizes),
+        *([f"    if ({' || '.join(f'{s} < 1 || {s} > {graph.sizes[s]}' for s in sizes)}) return -1;"] if sizes else []),
+        "    (void)arena;", *calls, "    return 0;", "}", ""])
+    members = []
+    for value, member in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True):
+        const = "const " if member in inputs else ""
+        members.append(f"    {const}{value.c_type} *{member};    /* {comment(shape_text(value.shape))} */\n")
+    members += [f"    int64_t {s};    /* 1 to {graph.sizes[s]} */\n" for s in sizes]
+    codes = "; ".join(f"{n}: {comment(text)}" for n, text in errors)
+    header = HEADER.format(
+        name=comment(name), macs="", weights="not read: they are in model.c" if inside else
+        "the bytes of model.weights, aligned to 64", members="".join(members), arena=plan.arena_bytes + ALIGN,
+        errors=("-1 where a size is out of range; " if sizes else "") + (codes or "there is no other error"),
+        profile=PROFILE_H)
+    return Source(body, header, constants.data(), layers, inputs, outputs, sizes, [text for _, text in errors])
+
+
+PROFILE = """
+#ifdef MODEL_PROFILE
+#include <time.h>
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+#define LAYER(i, f) do { const double start = now(); f; seconds[i] += now() - start; } while (0);
+#else
+#define LAYER(i, f) f;
+#endif
+"""
+PROFILE_H = """
+#ifdef MODEL_PROFILE
+/* The same, adding to seconds[i] what layer i took. */
+MODEL_API int model_profile(const model_call *call, double *seconds);
+#endif
+"""
+
+
+def _member(value: Value, taken: set[str]) -> str:
+    assert value.buffer is not None
+    value.buffer.name = identifier(value.name.removesuffix(".out"), taken)
+    return value.buffer.name
+
+
+def _constant_bytes(plan: Plan) -> int:
+    total = 0
+    for node in plan.graph.nodes:
+        total += sum(np.asarray(a).nbytes for a in node.kernel.constants.values())
+        total += sum(v.data.nbytes for i, v in enumerate(node.inputs)
+                     if v is not None and v.data is not None and i not in node.kernel.skips)
+    return total
+
+
+def describe(node: Node, kernel: Kernel) -> str:
+    """One line on a layer for people: what, from which shape to which, how much of it is not zero, by which kernel."""
+    shapes = " ".join(shape_text(v.shape) for v in node.inputs[:1] if v is not None)
+    kept = f", {kernel.nonzeros} of {kernel.values} non-zero" if kernel.nonzeros is not None else ""
+    return f"{node.name}: {node.op} {shapes} -> {shape_text(node.y.shape)}{kept}, {kernel.name}"
+
+
+def manifest(plan: Plan, source: Source, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What manifest.json says."""
+    graph = plan.graph
+
+    def entry(value: Value, member: str) -> dict[str, Any]:
+        return {"name": value.name.removesuffix(".out"), "member": member, "dtype": value.dtype.name,
+                "shape": [c(s) if not isinstance(s, int) or type(s) is not int else s for s in value.shape]}
+
+    return {**facts, "inputs": [entry(v, m) for v, m in zip(graph.inputs, source.inputs, strict=True)],
+            "outputs": [entry(v, m) for v, m in zip(graph.outputs, source.outputs, strict=True)],
+            "sizes": {name: int(most) for name, most in graph.sizes.items()},
+            "arena_bytes": plan.arena_bytes, "live_bytes": plan.live_bytes, "weight_bytes": len(source.weights),
+            "layers": source.layers}
