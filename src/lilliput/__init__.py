@@ -14,6 +14,9 @@ _NAMES = {
     "Result": "lilliput.search.finish",
     "load": "lilliput.export.pack",
     "run": "lilliput.workshop",
+    # the engine
+    "compile": "lilliput.engine.compile",
+    "Engine": "lilliput.engine.run",
     # the nouns
     "Task": "lilliput.task",
     "Code": "lilliput.code.base",
@@ -80,6 +83,8 @@ if TYPE_CHECKING:
     from lilliput.code.output import QuantizeActivations as QuantizeActivations
     from lilliput.code.uniform import Half as Half
     from lilliput.code.uniform import Uniform as Uniform
+    from lilliput.engine.compile import compile as compile
+    from lilliput.engine.run import Engine as Engine
     from lilliput.distill.features import Features as Features
     from lilliput.distill.logits import Distill as Distill
     from lilliput.errors import ExportError as ExportError

@@ -12,6 +12,7 @@ from typing import Any
 
 from lilliput.engine import tune as tuning
 from lilliput.engine.build import library
+from lilliput.engine.example import example
 from lilliput.engine.fuse import fused
 from lilliput.engine.graph import Array
 from lilliput.engine.lower import lowered, supported
@@ -65,6 +66,9 @@ def write(model: Any, out: str | Path | None, found: Target, tune: bool = True,
         (temporary / "model.h").write_text(source.h, encoding="utf-8")
         if source.weights:
             (temporary / "model.weights").write_bytes(source.weights)
+        text = example(found, list(zip(source.inputs, graph.inputs, strict=True)),
+                       list(zip(source.outputs, graph.outputs, strict=True)), graph.sizes, len(source.weights))
+        (temporary / "example.c").write_text(text, encoding="utf-8")
         facts = {"model": name, "target": found.name, "cc": list(found.cc), "flags": list(found.flags),
                  "library": LIBRARY, "errors": source.errors}
         if found.name in ("native", "portable"):

@@ -263,7 +263,7 @@ def written(plan: Plan, name: str = "model.onnx") -> Source:
         layers.append({"name": node.name, "op": node.op, "kernel": kernel.name, "output": shape_text(node.y.shape),
                        "values": kernel.values, "nonzeros": kernel.nonzeros,
                        "bytes": sum(np.asarray(a).nbytes for a in kernel.constants.values()),
-                       "function": functions[text]})
+                       "function": functions[text], "ns": round(kernel.cost_ns)})
     written_functions = "\n".join(text.replace("%s(", f"{f}(", 1) for text, f in functions.items())
     body = "\n".join([
         "#include \"model.h\"", "", "#include <math.h>", "#include <string.h>", "",

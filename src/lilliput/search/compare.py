@@ -1,16 +1,20 @@
-"""lilliput measure: ONNX files side by side in one interleaved run."""
+"""lilliput measure and bench: ONNX files, and runtimes, side by side in one interleaved run."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from lilliput.cost.measure import latency
+from lilliput.cost.measure import latency, machine
+from lilliput.cost.runtimes import open_session
 from lilliput.errors import near
 from lilliput.export.onnx import Session
 from lilliput.search.units import shown
+from lilliput.store import write
 
 TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_,
          "tensor(float16)": np.float16, "tensor(uint8)": np.uint8, "tensor(int8)": np.int8}
@@ -55,28 +59,45 @@ def example(session: Session, batch: int, fixed: dict[str, tuple[int, ...]]) -> 
     return found
 
 
-def compare(files: Sequence[Path], seconds: float, batch: int, given: Sequence[str]) -> Table:
-    """A table of bytes, median and quartiles, and the ratio to the first file."""
+def compare(files: Sequence[Path], seconds: float, batch: int, given: Sequence[str],
+            runtimes: Sequence[str] = ("onnxruntime",), out: Path | None = None) -> Table:
+    """A table of bytes, median, quartiles and the ratio to the first file in the first runtime, all in one run.
+
+    runtimes: each file is measured in each of them. out: where the record is written as JSON.
+    """
     for path in files:
         if not path.is_file():
             raise ValueError(f"measure: the file must exist, got {path}.")
-    sessions = {str(path): Session(path) for path in files}
-    first = next(iter(sessions.values()))
-    inputs = example(first, batch, shapes(given))
-    for name, session in sessions.items():
-        try:
-            session.all(inputs)
-        except Exception as error:
-            raise ValueError(f"measure: {name} must run on inputs of the first file, "
-                             f"{ {key: value.shape for key, value in inputs.items()} }, but raised: {error}. Fix sizes "
-                             "with --shape and --batch.") from error
-    times = latency(sessions, inputs, seconds=seconds, batch=len(next(iter(inputs.values()))))
-    base = times[str(files[0])]
-    table = Table(title="one interleaved run, one thread, ONNX Runtime", title_justify="left")
-    for column in ("file", "bytes", "median ms", "quartiles ms", "times faster"):
-        table.add_column(column, justify="left" if column == "file" else "right")
+    fixed = shapes(given)
+    first = Session(files[0])
+    inputs = example(first, batch, fixed)
+    sizes = {name: x.shape for name, x in inputs.items()}
+    sessions: dict[tuple[str, str], Any] = {}
     for path in files:
-        t = times[str(path)]
-        table.add_row(str(path), shown(path.stat().st_size), f"{t.median_ms:.4f}", f"{t.q1_ms:.4f} to {t.q3_ms:.4f}",
-                      f"{base.median_ms / t.median_ms:.2f}")
+        for runtime in runtimes:
+            session = open_session(runtime, path, sizes)
+            sessions[str(path), runtime] = session
+            try:
+                session.run(session.feed(inputs))
+            except Exception as error:
+                raise ValueError(f"measure: {path} must run on inputs of the first file, {sizes}, in {runtime}, but "
+                                 f"raised: {error}. Fix sizes with --shape and --batch.") from error
+    rows = latency({" in ".join(key): session for key, session in sessions.items()}, inputs, seconds=seconds,
+                   batch=len(next(iter(inputs.values()))))
+    times = dict(zip(sessions, rows.values(), strict=True))
+    base = times[str(files[0]), runtimes[0]]
+    table = Table(title="one interleaved run, one thread" + (", ONNX Runtime" if list(runtimes) == ["onnxruntime"] else ""),
+                  title_justify="left")
+    several = len(runtimes) > 1 or runtimes[0] != "onnxruntime"
+    for column in ("file", *(["runtime"] if several else []), "bytes", "median ms", "quartiles ms", "times faster"):
+        table.add_column(column, justify="left" if column in ("file", "runtime") else "right")
+    for (name, runtime), t in times.items():
+        table.add_row(name, *([runtime] if several else []), shown(Path(name).stat().st_size), f"{t.median_ms:.4f}",
+                      f"{t.q1_ms:.4f} to {t.q3_ms:.4f}", f"{base.median_ms / t.median_ms:.2f}")
+    if out is not None:
+        record = {"machine": machine(), "inputs": {name: list(size) for name, size in sizes.items()}, "rows": [
+            {"file": name, "bytes": Path(name).stat().st_size, **asdict(t), "runtime": t.runtime,
+             "times_faster": round(base.median_ms / t.median_ms, 4)} for (name, _), t in times.items()]}
+        data = json.dumps(record, indent=1).encode()
+        write(out, lambda file: file.write(data))
     return table
