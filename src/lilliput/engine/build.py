@@ -9,16 +9,13 @@ from pathlib import Path
 from lilliput.engine.target import WARNINGS, Target
 from lilliput.errors import ExportError
 
-SMALL = ("-Wl,--build-id=none", "-Wl,-z,noseparate-code", "-s")
-
 
 def library(source: Path, out: Path, target: Target, more: Sequence[str] = (), timeout_s: float = 600) -> None:
-    """Compile a C file to a shared library that Python can load.
+    """Compile a C file to what goes with it on the target: a library to load, an object, a module.
 
     Raises ExportError with what the compiler said.
     """
-    command = [*target.cc, *target.flags, *WARNINGS, "-shared", "-fPIC", "-fvisibility=hidden", *more, str(source),
-               "-o", str(out), "-lm", *SMALL]
+    command = [*target.cc, *target.flags, *WARNINGS, *more, str(source), "-o", str(out), *target.link]
     run(command, timeout_s)
 
 

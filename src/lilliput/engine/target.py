@@ -7,26 +7,47 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 NAMES = ("native", "portable", "cortex-m", "wasm")
 WARNINGS = ("-Wall", "-Wextra")
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=fast")
+SHARED = ("-shared", "-fPIC", "-fvisibility=hidden", "-lm")
+SMALL = ("-Wl,--build-id=none", "-Wl,-z,noseparate-code", "-s")  # what a linker may take to make a library smaller
+EXPORTS = ("model_run", "model_arena_bytes", "malloc", "free")  # of a WebAssembly module: what its caller needs
+HOSTS = {"x86_64": "x86_64", "AMD64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64", "riscv64": "riscv"}
+CORTEX_M4 = {  # with its FPU, which clang leaves out unless it is asked for
+    "zig": ("-target", "thumb-linux-musleabihf", "-mcpu=cortex_m4+vfp4d16sp"),
+    "": ("-mthumb", "-mcpu=cortex-m4", "-mfpu=fpv4-sp-d16", "-mfloat-abi=hard"),
+}
+WASM = ("-target", "wasm32-wasi")
+
+Command = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Target:
     """A machine to compile for.
 
-    vector_bytes: of the widest vector that generated code uses; 0 is scalar C99. flags: the compiler's, without the files.
+    vector_bytes: of the widest vector that generated code uses; 0 is scalar C99. flags: the compiler's, without the
+    files. cc: the compiler. features: what it may use, by its macros without underscores. library: the file that is
+    made from the C and goes with it; "" for the C alone. link: the flags that make it. here: whether this machine can
+    load that file.
     """
 
     name: str = "native"
     vector_bytes: int = 32
-    flags: tuple[str, ...] = FLAGS
-    cc: tuple[str, ...] = ("cc",)
+    flags: Command = FLAGS
+    cc: Command = ("cc",)
     features: frozenset[str] = frozenset()
+    library: str = "libmodel.so"
+    link: Command = SHARED
+    here: bool = True
 
     @property
     def lanes(self) -> int:
@@ -37,18 +58,52 @@ class Target:
 def target(name: str = "native", cc: str | None = None) -> Target:
     """The target of a name, with the compiler that makes it.
 
-    Raises ValueError for an unknown name, and OSError where there is no compiler.
+    "native" is the machine that the compiler makes code for: this one, unless `cc` is a cross-compiler, which makes an
+    object file. "portable" is scalar C99 for the same. "cortex-m" is scalar C99 and an object file for a Cortex-M4 with
+    its FPU (`cc` may name another), "wasm" a WebAssembly module for WASI with 128-bit vectors; where no compiler for
+    these two is found, the C is made alone.
+
+    Raises ValueError for an unknown name, and OSError where there is no compiler for a library that must be made.
     """
     if name not in NAMES:
         raise ValueError(f"compile: the target must be one of {', '.join(NAMES)}, got {name!r}.")
-    compiler = _compiler(cc)
-    if name in ("portable", "cortex-m"):
-        return Target(name, 0, ("-std=c99", *FLAGS), compiler)
+    if name == "cortex-m":
+        flags: Command = ("-std=c99", *FLAGS)
+        found = _given(cc) or _first("arm-none-eabi-gcc") or _ziglang()
+        if not found:
+            return Target(name, 0, flags, ("cc",), library="", here=False)
+        kind = "zig" if _is_zig(found) else ""
+        flags += CORTEX_M4[kind] if not any(word.startswith("-mcpu") for word in found) else ()
+        return Target(name, 0, flags, found, _features(found, flags), "model.o", ("-c",), here=False)
     if name == "wasm":
-        return Target(name, 16, ("-std=gnu99", *FLAGS, "-msimd128"), compiler, frozenset({"simd128"}))
-    features = _features(compiler)
-    width = 64 if "AVX512F" in features else 32 if "AVX2" in features else 16
-    return Target(name, width, ("-std=gnu99", *FLAGS, *_native(compiler)), compiler, features)
+        flags = ("-std=gnu99", *FLAGS, "-msimd128")
+        found = _given(cc) or _ziglang()
+        if not found:
+            return Target(name, 16, flags, ("cc",), frozenset({"wasm_simd128"}), "", here=False)
+        flags += WASM if _is_zig(found) and not {"-target", "--target"} & set(found) else ()
+        link = ("-mexec-model=reactor", *(f"-Wl,--export={name}" for name in EXPORTS), "-s", "-lm")
+        return Target(name, 16, flags, found, _features(found, flags), "model.wasm", link, here=False)
+    found = _given(cc) or _first("cc", "gcc", "clang") or _ziglang()
+    if not found:
+        raise OSError("compile: a C compiler must be found, got none of cc, gcc and clang. Install one, or `pip "
+                      'install ziglang` and pass --cc "python -m ziglang cc".')  # fmt: skip
+    flags = ("-std=c99", *FLAGS) if name == "portable" else ("-std=gnu99", *FLAGS, *_native(found))
+    features = _features(found, flags)
+    width = 0 if name == "portable" else vector_bytes(features)
+    here = HOSTS.get(platform.machine(), platform.machine()) in features | {""} and (
+        ("linux" in features) == (sys.platform == "linux"))
+    if not here:
+        return Target(name, width, flags, found, features, "model.o", ("-c",), here=False)
+    return Target(name, width, flags, found, features, link=(*SHARED, *_small(found)))
+
+
+def vector_bytes(features: frozenset[str]) -> int:
+    """The widest vector that a machine with these features computes with; 0 where it has none."""
+    if "AVX512F" in features:
+        return 64
+    if "AVX2" in features:
+        return 32
+    return 16 if features & {"SSE2", "ARM_NEON", "riscv_v", "wasm_simd128", "VSX"} else 0
 
 
 def widths(found: Target) -> list[Target]:
@@ -57,32 +112,71 @@ def widths(found: Target) -> list[Target]:
     return [found, *(replace(found, vector_bytes=width) for width in others)]
 
 
-def _compiler(cc: str | None) -> tuple[str, ...]:
+# ---------------------------------------------------------------------------------------------------------- compilers
+
+
+def _given(cc: str | None) -> Command:
+    """The compiler that was asked for: an argument, else the environment variable CC."""
     asked = cc or os.environ.get("CC")
-    if asked:
-        words = tuple(shlex.split(asked))
-        if not words or not shutil.which(words[0]):
-            raise OSError(f"compile: the compiler must be a command that can be run, got {asked!r}.")
-        return words
-    for name in ("cc", "gcc", "clang"):
-        if shutil.which(name):
-            return (name,)
-    raise OSError('compile: a C compiler must be found, got none of cc, gcc and clang. Install one, or `pip install '
-                  'ziglang` and pass --cc "python -m ziglang cc".')
+    if not asked:
+        return ()
+    words = tuple(shlex.split(asked))
+    if not words or not shutil.which(words[0]):
+        raise OSError(f"compile: the compiler must be a command that can be run, got {asked!r}. Install it, or `pip "
+                      'install ziglang` and pass --cc "python -m ziglang cc".')  # fmt: skip
+    return words
+
+
+def _first(*names: str) -> Command:
+    return next(((name,) for name in names if shutil.which(name)), ())
+
+
+def _ziglang() -> Command:
+    """The compiler of the package ziglang where this Python has it, which compiles for every target."""
+    return (sys.executable, "-m", "ziglang", "cc") if find_spec("ziglang") else ()
+
+
+def _is_zig(cc: Command) -> bool:
+    return any(Path(word).stem in ("zig", "ziglang") for word in cc)
+
+
+def _asked(command: Command) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
 
 
 @cache
-def _native(compiler: tuple[str, ...]) -> tuple[str, ...]:
+def _native(cc: Command) -> Command:
+    """The flags for all that this machine can do; none for a cross-compiler, whose command says what it is for."""
+    if any(word.startswith(("-mcpu", "-march")) for word in cc):
+        return ()
     for flags in (("-march=native",), ("-mcpu=native",)):
-        if subprocess.run([*compiler, *flags, "-E", "-x", "c", os.devnull], capture_output=True).returncode == 0:
+        if _asked((*cc, *flags, "-E", "-x", "c", os.devnull)).returncode == 0:
             return flags
     return ()
 
 
 @cache
-def _features(compiler: tuple[str, ...]) -> frozenset[str]:
-    """The instruction sets that the compiler uses on this machine, by their macros without underscores."""
-    asked = subprocess.run([*compiler, *_native(compiler), "-dM", "-E", "-x", "c", os.devnull], capture_output=True,
-                           text=True)
-    names = {line.split()[1].strip("_") for line in asked.stdout.splitlines() if line.startswith("#define __")}
-    return frozenset(names | {platform.machine()})
+def _features(cc: Command, flags: Command) -> frozenset[str]:
+    """What the compiler may use with these flags, by its macros without underscores.
+
+    Raises OSError where it refuses the flags.
+    """
+    asked = _asked((*cc, *flags, "-dM", "-E", "-x", "c", os.devnull))
+    if asked.returncode:
+        raise OSError(f"compile: {shlex.join(cc)} must be a C compiler that takes {shlex.join(flags)}, and says: "
+                      f"{asked.stderr.strip()[:300]}")  # fmt: skip
+    lines = (line.split() for line in asked.stdout.splitlines())
+    return frozenset(words[1].strip("_") for words in lines if len(words) > 1)
+
+
+@cache
+def _small(cc: Command) -> Command:
+    """Those of SMALL that the linker takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "empty.c")
+        source.write_text("int nothing(void);\nint nothing(void) { return 0; }\n")
+
+        def takes(*flags: str) -> bool:
+            return _asked((*cc, str(source), "-o", str(source.with_suffix(".so")), *SHARED, *flags)).returncode == 0
+
+        return SMALL if takes(*SMALL) else tuple(flag for flag in SMALL if takes(flag))
