@@ -305,7 +305,7 @@ def compile_(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="folder to write [default: MODEL-engine]")] = None,
     to: Annotated[str, typer.Option("--for", help="native, portable, cortex-m or wasm")] = "native",
     cc: Annotated[str | None, typer.Option(help='the C compiler, such as clang or "python -m ziglang cc"')] = None,
-    no_tune: Annotated[bool, typer.Option("--no-tune", help="choose kernels by a cost model, not by measuring")] = False,
+    no_tune: Annotated[bool, typer.Option("--no-tune", help="choose kernels by a cost model, do not measure")] = False,
     shape: Annotated[list[str] | None, typer.Option(help="name=1x3x224x224: an input's largest sizes")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print manifest.json and nothing else")] = False,
 ) -> None:

@@ -18,8 +18,8 @@ Shapes = Mapping[str, Sequence[int]]
 class EngineSession:
     """A network in lilliput's engine, compiled from ONNX for this machine.
 
-    model: a file, its bytes or a ModelProto. shapes: the largest sizes of inputs with free ones. tune: choose kernels by
-    measuring them. out: where the C program is kept; a temporary folder otherwise.
+    model: a file, its bytes or a ModelProto. shapes: the largest sizes of inputs with free ones. tune: choose kernels
+    by measuring them. out: where the C program is kept; a temporary folder otherwise.
 
     Raises NotSupported for operators that the engine does not know, OSError without a C compiler.
     """

@@ -28,20 +28,24 @@ def front(summary: Summary) -> Table:
     quality, dense, described = Quality.of(summary), summary["dense"], words.shown(summary)
     table = Table(title=Text(str(summary["task"])), box=None, header_style="dim", pad_edge=False)
     table.add_column("point", overflow="fold")
-    for heading in (quality.metric, "loss", "model.onnx", "", "packed", "", "latency", ""):
-        table.add_column(heading, justify="right", no_wrap=True)
     rest = [point for point in summary.get("front") or () if not _same(point, described)]
     points = [dense, *([described] if described else []), *rest]
+    in_engine = any(words.known(point.get("engine_ms")) for point in points)
+    for heading in (quality.metric, "loss", "model.onnx", "", "packed", "", "latency", "",
+                    *(["engine", ""] if in_engine else [])):
+        table.add_column(heading, justify="right", no_wrap=True)
     for point in sorted(points, key=lambda point: -(cost(point, "onnx_bytes") or 0)):
         drop = quality.drop(dense.get("val"), point.get("val"))
         label = "dense" if point is dense else str(point.get("name") or "unnamed")
         if point is described:
             label += "  (chosen)" if summary.get("met", True) else "  (nearest)"
         cells = [quality.score(point.get("val")), words.MISSING if point is dense else quality.bare(drop)]
-        for key, text in (("onnx_bytes", words.size), ("packed_bytes", words.size), ("latency_ms", words.milliseconds)):
-            before = dense.get("onnx_bytes") if key == "packed_bytes" else cost(dense, key)
+        for key, text in (("onnx_bytes", words.size), ("packed_bytes", words.size), ("latency_ms", words.milliseconds),
+                          *([("engine_ms", words.milliseconds)] if in_engine else [])):
+            before = cost(dense, {"packed_bytes": "onnx_bytes", "engine_ms": "latency_ms"}.get(key, key))
             change = words.ratio(before, cost(point, key))
-            cells += [text(cost(point, key)), "" if point is dense or change is None else f"{words.times(change)}x"]
+            same = point is dense and key != "engine_ms"
+            cells += [text(cost(point, key)), "" if same or change is None else f"{words.times(change)}x"]
         style = "bold" if point is described else ""
         table.add_row(*(Text(cell) for cell in (label, *cells)), style=style)  # Text: names are no markup
     return table

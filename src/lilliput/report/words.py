@@ -228,6 +228,9 @@ def gains(summary: Summary, point: Mapping[str, Any]) -> str:
     if smaller and packed is not None and packed >= 1.05:
         smaller += f" ({times(packed)} times packed)"
     faster = compared(ratio(cost(dense, "latency_ms"), cost(point, "latency_ms")), "faster", "slower", "as fast")
+    in_engine = ratio(cost(dense, "latency_ms"), cost(point, "engine_ms"))
+    if in_engine is not None and in_engine >= 1.05:
+        faster += f" ({times(in_engine)} times in lilliput's engine)" if faster else f"{times(in_engine)} times faster"
     return " and ".join(part for part in (smaller, faster) if part)
 
 

@@ -86,9 +86,8 @@ def compare(files: Sequence[Path], seconds: float, batch: int, given: Sequence[s
                    batch=len(next(iter(inputs.values()))))
     times = dict(zip(sessions, rows.values(), strict=True))
     base = times[str(files[0]), runtimes[0]]
-    table = Table(title="one interleaved run, one thread" + (", ONNX Runtime" if list(runtimes) == ["onnxruntime"] else ""),
-                  title_justify="left")
-    several = len(runtimes) > 1 or runtimes[0] != "onnxruntime"
+    several = list(runtimes) != ["onnxruntime"]
+    table = Table(title="one interleaved run, one thread" + ("" if several else ", ONNX Runtime"), title_justify="left")
     for column in ("file", *(["runtime"] if several else []), "bytes", "median ms", "quartiles ms", "times faster"):
         table.add_column(column, justify="left" if column in ("file", "runtime") else "right")
     for (name, runtime), t in times.items():

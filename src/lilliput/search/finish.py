@@ -1,6 +1,7 @@
 """The end of a search: the survivors measured side by side, the choice, the test split read once, the files."""
 
 import json
+import math
 import platform
 import shlex
 import subprocess
@@ -21,7 +22,7 @@ from lilliput.export import pack as pack_format
 from lilliput.export.guard import flags
 from lilliput.export.onnx import Session
 from lilliput.recipe import Recipe
-from lilliput.search import post_onnx
+from lilliput.search import engine, post_onnx
 from lilliput.search.choose import Choice, choose, examples_for, front
 from lilliput.search.onnx_target import OnnxModel
 from lilliput.search.points import Point, bits, values
@@ -64,11 +65,13 @@ def conclude(search: "Search") -> Result:
     load_before = machine()["load"]
     best = _front(search)
     with search.clock.on("measure"):
-        sessions = {str(i): Session(point.proto) for i, point in enumerate(best)}
-        seconds = max(2 * SECONDS_EACH, min(12.0, SECONDS_EACH * len(best), search.clock.left(0.97)))
+        sessions: dict[str, Any] = {str(i): Session(point.proto) for i, point in enumerate(best)}
+        compiled = engine.sessions(search, best, search.clock.left(0.97) - 6) if search.priced_by_runtime() else {}
+        sessions |= {f"engine {i}": session for i, session in compiled.items()}
+        seconds = max(2 * SECONDS_EACH, min(12.0, SECONDS_EACH * len(sessions), search.clock.left(0.97)))
         times = latency(sessions, task.example, seconds=seconds)
     for i, point in enumerate(best):
-        point.latency = times[str(i)]
+        point.latency, point.engine = times[str(i)], times.get(f"engine {i}")
         point.flags = flags(point.proto, dense.proto, point.latency, dense.latency or times["0"])
     search.show.advance()
     choice, rivals = _choose(search, best)
@@ -77,6 +80,10 @@ def conclude(search: "Search") -> Result:
     with search.clock.on("measure"):
         tests = _test(search, winner)
     summary = _summary(search, best, rivals, choice, winner, tests, load_before)
+    written = winner or dense
+    if written in best and best.index(written) in compiled:
+        summary["chosen" if winner else "dense"]["engine"] = engine.keep(
+            search, written, compiled[best.index(written)], search.folder / "engine")
     _write(search, winner, summary)
     search.show.advance()
     return Result(winner is not None, search.folder, summary, None if winner is None else winner.model)
@@ -101,8 +108,9 @@ def _front(search: "Search") -> list[Point]:
 
 def _price(search: "Search", point: Point) -> float:
     objective = search.question.objective
-    if objective == "latency":
-        return float(point.latency.median_ms)
+    if objective == "latency":  # what is as fast within the noise of a measurement is chosen by its size
+        step = round(math.log(point.fastest_ms, 1.05))
+        return step + min(point.packed_bytes / (search.dense.packed_bytes + 1.0), 0.999)
     return float(point.macs if objective == "macs" else point.packed_bytes)
 
 
@@ -111,7 +119,7 @@ def _choose(search: "Search", best: list[Point]) -> tuple[Choice, list[Point]]:
     limit = None if question.floor is None else question.floor.points(dense.score.value)
     rivals = best[1:] or best
     fits = [(question.max_bytes is None or point.onnx_bytes <= question.max_bytes)
-            and (question.max_latency_ms is None or point.latency.median_ms <= question.max_latency_ms)
+            and (question.max_latency_ms is None or point.fastest_ms <= question.max_latency_ms)
             for point in rivals]
     choice = choose(task, dense.score, [point.score for point in rivals], [_price(search, point) for point in rivals],
                     floor=limit, fits=fits, distance=[point.distance for point in rivals], seed=search.seed)

@@ -89,6 +89,7 @@ class Point:
     agreement: dict[str, float]
     model: nn.Module | None = None
     latency: Any = None
+    engine: Any = None
     flags: list[str] = field(default_factory=list)
 
     def row(self, task: Task) -> dict[str, Any]:
@@ -100,7 +101,14 @@ class Point:
             "runtime": "onnxruntime", "threads": 1}
         if self.latency is not None:
             found |= {"latency_ms": self.latency.median_ms, "latency_iqr_ms": [self.latency.q1_ms, self.latency.q3_ms]}
+        if self.engine is not None:
+            found |= {"engine_ms": self.engine.median_ms, "engine_iqr_ms": [self.engine.q1_ms, self.engine.q3_ms]}
         return found
+
+    @property
+    def fastest_ms(self) -> float:
+        """The median latency in the runtime that is faster."""
+        return float(min(m.median_ms for m in (self.latency, self.engine) if m is not None))
 
 
 class Press:

@@ -26,7 +26,7 @@ from lilliput.graph.fold import fold_batchnorm
 from lilliput.graph.stride import earlier_stride, set_stride
 from lilliput.quant.allocate import allocate_bits
 from lilliput.recipe import Recipe
-from lilliput.search import post, post_onnx, sensitivity, units
+from lilliput.search import engine, post, post_onnx, sensitivity, units
 from lilliput.search.check import check, place
 from lilliput.search.choose import front
 from lilliput.search.finish import Result, conclude
@@ -285,6 +285,8 @@ class Search:
         asked = self.trials or (12 if budget is None or budget >= 60 else 4)
         self.finals = max(1, min(3 if asked >= 6 else 2, asked))
         self.tails = (Tail(4), Tail(3), Tail(4, 0.5)) if not self.space.tables else (Tail(4), Tail(3))
+        if self.question.objective == "latency" or self.question.max_latency_ms is not None:
+            self.tails = (Tail(4), *(Tail(8, sparsity) for sparsity in self._rewarded()))
         with self.clock.on("train"):
             self._teach(pool)
         share = asked / 16 + (asked // 3) * (RUNGS[1] - RUNGS[0]) + self.finals * (
@@ -303,7 +305,7 @@ class Search:
             proposed = [study.ask() for _ in range(min(4, asked - first))]
             plans = [self.space.ask(trial) for trial in proposed]
             fresh = list(dict.fromkeys(plan for plan in plans if plan not in seen))
-            if self._priced_by_runtime():
+            if self.priced_by_runtime():
                 self._export(fresh)
             for plan, row in zip(fresh, pool.map(lambda plan: self._rung(plan, RUNGS[0]), fresh), strict=True):
                 seen[plan] = row
@@ -336,7 +338,23 @@ class Search:
                 self._topologies[plan] = f"{self._topology(plan)} {plan}"
                 self.press.structure(plain, self._topology(plan))
 
-    def _priced_by_runtime(self) -> bool:
+    def _rewarded(self) -> tuple[float, ...]:
+        """The sparsities that the engine rewards on the structure that is tried first."""
+        if self.dense.values > engine.MOST_VALUES:
+            return ()
+        plan = self.space.first()[0]
+        try:
+            plain = fold_batchnorm(realize(self.shop.make(self.space.recipe(plan))).cpu(), self.task.example)
+            structure = self.press.structure(plain, self._topology(plan))
+            with self.clock.on("measure"):
+                return engine.rewarded(structure, pack(plain), self.task.example)
+        except StoreError:
+            raise
+        except FAILURES:
+            return ()
+
+    def priced_by_runtime(self) -> bool:
+        """Whether time or multiply-adds are asked for, so that structures are exported as they come."""
         return self.question.objective != "size" or self.question.max_latency_ms is not None
 
     def _slot(self, seconds: float) -> float:
@@ -470,7 +488,7 @@ class Search:
 
     def _price(self, model: nn.Module, plan: Plan) -> float:
         """What a structure costs by the objective: packed bytes at four bits, or the layers' milliseconds or MACs."""
-        if not self._priced_by_runtime():
+        if not self.priced_by_runtime():
             return sum(s.storage().bits / (8 if bits(s) >= 32 else 1) for s in pack(realize(model)).values()) / 8
         plain = fold_batchnorm(realize(model), self.task.example)
         structure = self.press.structure(plain, self._topology(plan))

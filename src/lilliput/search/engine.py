@@ -1,0 +1,81 @@
+"""The engine in a search for speed: survivors measured in it, zeros proposed where it rewards them."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lilliput.code.stored import Plain, Stored
+from lilliput.cost.measure import latency
+from lilliput.cost.runtimes import EngineSession
+from lilliput.errors import ExportError, NotSupported
+from lilliput.export.guard import compare
+from lilliput.export.onnx import Session, Structure
+from lilliput.search.points import Point
+
+if TYPE_CHECKING:
+    from lilliput.search.shrink import Search
+
+MOST_VALUES = 3_000_000  # of a network that is compiled while a search goes on; a larger one takes minutes
+REWARD = 1.15  # how much faster zeros must make a structure to be worth a training
+SPARSITIES = (0.8, 0.9)
+REFUSALS = (NotSupported, ExportError, OSError, ValueError)
+
+
+def sessions(search: "Search", points: list[Point], seconds: float) -> dict[int, EngineSession]:
+    """The points in the engine, by their place, as many as can be compiled in this time; the reason for what cannot."""
+    found: dict[int, EngineSession] = {}
+    began = time.monotonic()
+    for i, point in enumerate(points):
+        if point.values > MOST_VALUES or time.monotonic() - began > seconds:
+            search.left.append(("the engine", f"no time to compile {point.name}"))
+            continue
+        try:
+            session = EngineSession(point.proto)
+            example = session.feed(search.task.example)
+            got = session.run({name: x[:1] for name, x in example.items()})[0]
+            wanted = Session(point.proto).outputs({name: x[:1] for name, x in example.items()})
+            compare(np.asarray(got), wanted, exact=True, who=f"{point.name} in the engine")
+            found[i] = session
+        except REFUSALS as error:
+            search.left.append(("the engine", f"{point.name}: {str(error)[:200]}"))
+            if isinstance(error, NotSupported | OSError):
+                break
+    return found
+
+
+def rewarded(structure: Structure, stored: dict[str, Stored], example: Any) -> tuple[float, ...]:
+    """The sparsities that make this structure faster in the engine by more than REWARD each, by random zeros."""
+    draw = np.random.default_rng(0)
+    try:
+        opened = {0.0: EngineSession(structure.write(stored))}
+        for sparsity in SPARSITIES:
+            opened[sparsity] = EngineSession(structure.write({
+                name: Plain(np.where(draw.random(s.array.shape) < sparsity, 0, s.array).astype(s.array.dtype))
+                if isinstance(s, Plain) and s.array.ndim > 1 else s for name, s in stored.items()}))
+        times = latency({f"{s:g}": session for s, session in opened.items()}, example, seconds=0.3)
+    except REFUSALS:
+        return ()
+    found, best = [], times["0"].median_ms
+    for sparsity in SPARSITIES:
+        if best / times[f"{sparsity:g}"].median_ms >= REWARD:
+            found.append(sparsity)
+            best = times[f"{sparsity:g}"].median_ms
+    return tuple(found)
+
+
+def keep(search: "Search", point: Point, session: EngineSession, folder: Path) -> dict[str, Any]:
+    """Write the compiled point beside the other files, and score it on val; what the summary says of it."""
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(session.engine.folder, folder)
+    inputs, _ = search.task.split("val")
+    outputs = torch.from_numpy(np.array(session.outputs(inputs)))
+    score = search.task.rate(outputs, "val")
+    manifest = session.engine.manifest
+    return {"val": round(float(score.value), 6), "library_bytes": manifest.get("library_bytes"),
+            "weight_bytes": manifest["weight_bytes"], "arena_bytes": manifest["arena_bytes"],
+            "distance": float(np.abs(outputs.numpy() - point.score.outputs.numpy()).max())}
