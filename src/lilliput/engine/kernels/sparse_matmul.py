@@ -17,7 +17,7 @@ import numpy as np
 from lilliput.engine.graph import Array, Node
 from lilliput.engine.kernel import Kernel, kernel
 from lilliput.engine.kernels.dense_matmul import _in, macs_ns, registers
-from lilliput.engine.kernels.narrow import Codes, codes_of
+from lilliput.engine.kernels.narrow import Stored, stored
 from lilliput.engine.kernels.product import (
     Linear,
     Tail,
@@ -55,23 +55,24 @@ class Format:
     """The non-zeros of (out, in) weights in the order they are read.
 
     For each tile of `depth` inputs and each group of `rows` outputs (`order` says which): `steps` rounds of `unroll` x
-    rows values, each with an index in units of 8 bytes (one index for all rows where `shared`).
+    rows values, each with an index in units of 8 bytes (one index for all rows where `shared`). places: which weight each
+    value is, counted in C order; -1 where it is padding.
     """
 
     rows: int
     unroll: int
     depth: int
     shared: bool
-    values: Array = field(repr=False)
+    places: Array = field(repr=False)
     index: Array = field(repr=False)
     steps: Array = field(repr=False)
     order: Array = field(repr=False)
 
 
 def formatted(weight: Array, rows: int, unroll: int, depth: int, scale: int, shared: bool) -> Format:
-    """Weights (out, in), or integer codes of them, in a Format; scale: a row of the buffer in units of 8 bytes."""
+    """Weights (out, in) in a Format; scale: a row of the buffer in units of 8 bytes."""
     outs, ins = weight.shape
-    values, index, steps, order = [], [], [], []
+    places, index, steps, order = [], [], [], []
     for k in range(0, ins, depth):
         part = weight[:, k: k + depth]
         if shared:
@@ -80,11 +81,11 @@ def formatted(weight: Array, rows: int, unroll: int, depth: int, scale: int, sha
             for place in sorted(range(len(groups)), key=lambda g: -len(columns[g])):
                 used, group = columns[place], groups[place]
                 count = -(-len(used) // unroll) * unroll
-                held = np.zeros((count, rows), weight.dtype)
-                held[: len(used)] = part[group][:, used].T
+                held = np.full((count, rows), -1)
+                held[: len(used)] = group * ins + k + used[:, None]
                 where = np.zeros(count, np.uint16)
                 where[: len(used)] = used * scale
-                values.append(held.reshape(-1))
+                places.append(held.reshape(-1))
                 index.append(where)
                 steps.append(count // unroll)
                 order.append(group)
@@ -95,17 +96,17 @@ def formatted(weight: Array, rows: int, unroll: int, depth: int, scale: int, sha
         for g in range(0, len(ranked), rows):
             group = ranked[g: g + rows]
             count = -(-int(nonzeros[group].max()) // unroll) * unroll
-            held, where = np.zeros((count, rows), weight.dtype), np.zeros((count, rows), np.uint16)
+            held, where = np.full((count, rows), -1), np.zeros((count, rows), np.uint16)
             for place, o in enumerate(group):
                 used = np.flatnonzero(part[o])
-                held[: len(used), place] = part[o, used]
+                held[: len(used), place] = o * ins + k + used
                 where[: len(used), place] = used * scale
-            values.append(held.reshape(-1))
+            places.append(held.reshape(-1))
             index.append(where.reshape(-1))
             steps.append(count // unroll)
             order.append(group)
     kind = np.uint16 if outs < 2**16 else np.uint32
-    return Format(rows, unroll, depth, shared, np.concatenate(values), np.concatenate(index),
+    return Format(rows, unroll, depth, shared, np.concatenate(places), np.concatenate(index),
                   np.array(steps, np.uint16), np.concatenate(order).astype(kind))
 
 
@@ -155,53 +156,51 @@ def sparse_columns(node: Node, target: Target) -> Iterator[Kernel]:
 
 def _sparse(found: Linear, target: Target, lanes: int, columns: int, rows: int, unroll: int, shared: bool) -> Kernel:
     node, tail = found.node, tail_of(found.node, found.feature_y)
-    codes = codes_of(found.narrow, found.weight)
     most = max(CACHE_BYTES // (4 * columns), 64)
     tiles = -(-found.ins // most)
     depth = min(-(-(-(-found.ins // tiles)) // 8) * 8, found.ins)
-    form = formatted(codes.codes if codes else found.weight, rows, unroll, depth, columns // 2, shared)
+    form = formatted(found.weight, rows, unroll, depth, columns // 2, shared)
+    kept = stored(found.weight, found.narrow, form.places, 4 * depth * columns)
     want_x, want_y = found.inner(positions_inside=True)
-    constants: dict[str, Array] = {**(codes.stored(form.values) if codes else {"value": form.values}),
-                                   "index": form.index, "steps": form.steps, "order": form.order}
+    constants = {**kept.constants, "index": form.index, "steps": form.steps, "order": form.order}
     if tail.bias is not None:
         constants["bias"] = tail.bias
-    if codes is not None and codes.scale is not None:
-        constants["scale"] = codes.scale
+    if kept.scale is not None:
+        constants["scale"] = kept.scale
     wants = [None, None, None, None]
     wants[found.x] = want_x  # type: ignore[call-overload]
     skips = (1 - found.x, *((2,) if tail.bias is not None else ()))
     count = int(found.positions)
     padded = -(-count // lanes) * lanes
-    work = macs_ns(target, form.values.size * padded)
+    work = macs_ns(target, form.places.size * padded)
     share = 0.92 if shared else 0.72 if columns > 16 else 0.55
     copied = found.ins * padded / 16.0
-    scratch = depth * columns * 4 + (codes.expanded(form.values.size) * 4 if codes else 0)
+    scratch = 4 * depth * columns + kept.scratch
     name = f"sparse blocks of {rows}" if shared else "sparse"
     helpers = [vector_types(lanes), *([QUADS] if lanes == 16 else [])]
     if tail.clamp is not None:
         helpers.append(pick(lanes))
     return Kernel(
-        f"{name}{f', {codes.bits} bits' if codes else ''}, {rows} outputs x {columns} positions"
+        f"{name}{f', {found.narrow.bits} bits' if kept.lines[1:] and found.narrow else ''}, {rows} outputs x {columns} positions"
         f"{f', {unroll} at once' if unroll > 1 else ''}",
-        lambda n: _body(n, found, tail, codes, form, lanes, columns),
+        lambda n: _body(n, found, tail, kept, form, lanes, columns),
         tuple(wants), want_y, constants, skips, scratch=scratch, cost_ns=work / share + copied + 60,
-        helpers=(*helpers, *(codes.helpers if codes else ()), *tail.helpers), nonzeros=int(np.count_nonzero(found.weight)), values=found.weight.size,
+        helpers=(*helpers, *kept.helpers, *tail.helpers), nonzeros=int(np.count_nonzero(found.weight)), values=found.weight.size,
     )  # fmt: skip
 
 
-def _body(node: Node, found: Linear, tail: Tail, codes: Codes | None, form: Format, lanes: int, columns: int) -> str:
+def _body(node: Node, found: Linear, tail: Tail, kept: Stored, form: Format, lanes: int, columns: int) -> str:
     x, y = node.input(found.x), node.y
     name = f"x{found.x}"
     way = walk(y, found.feature_y, [(name, x, found.feature_x), *tail.others(node)])
     text = ["float *const buffer = (float *)scratch;"]
-    if codes is not None:
-        text += [f"float *const value = buffer + {form.depth * columns};", *codes.expand("value", form.values.size)]
+    text += kept.lines
     text += [*way.open, f"const float *const x = {way.base[name]};", f"float *const y = {way.base['y0']};"]
     text += [f"const float *const e{i} = {way.base[f'x{i}']};" for i in tail.extras]
     count, kind = way.count, size_type(way.count)
 
     def block(vectors: int, width: int | str) -> list[str]:
-        return _block(found, tail, codes, form, way, lanes, columns, vectors, width, name)
+        return _block(found, tail, kept, form, way, lanes, columns, vectors, width, name)
 
     if fixed(count):
         count = int(count)
@@ -220,13 +219,13 @@ def _body(node: Node, found: Linear, tail: Tail, codes: Codes | None, form: Form
     return "\n".join([*text, *way.close])
 
 
-def _block(found: Linear, tail: Tail, codes: Codes | None, form: Format, way: Walk, lanes: int, columns: int,
+def _block(found: Linear, tail: Tail, kept: Stored, form: Format, way: Walk, lanes: int, columns: int,
            vectors: int, width: int | str, name: str) -> list[str]:
     """All outputs at positions t .. t + width - 1, in `vectors` vectors."""
     ins, depth, sx = found.ins, form.depth, way.feature[name]
     index = "uint16_t"
     order = {np.dtype(np.uint16): "uint16_t", np.dtype(np.uint32): "uint32_t"}[form.order.dtype]
-    text = ["const float *v = value;", f"const {index} *at = index, *n = steps;", f"const {order} *o = order;"]
+    text = ["const float *v = value_of;", f"const {index} *at = index, *n = steps;", f"const {order} *o = order;"]
     deep = depth < ins
     rows = f"{ins} - k0 < {depth} ? {ins} - k0 : {depth}" if deep and ins % depth else str(depth)
     groups = len(form.steps) // -(-ins // depth)
@@ -243,7 +242,7 @@ def _block(found: Linear, tail: Tail, codes: Codes | None, form: Format, way: Wa
                   f"    for (int j = {width}; j < {vectors * lanes}; j++) to[j] = 0;"]
     inner.append("}")
     inner += [f"for (int g = 0; g < {groups}; g++, o += {form.rows}) {{",
-              *_in(_group(found, tail, codes, form, way, lanes, columns, vectors, width)), "}"]
+              *_in(_group(found, tail, kept, form, way, lanes, columns, vectors, width)), "}"]
     if not deep:
         return [*text, *inner]
     if ins % depth:
@@ -251,7 +250,7 @@ def _block(found: Linear, tail: Tail, codes: Codes | None, form: Format, way: Wa
     return [*text, f"for (int k0 = 0; k0 < {ins}; k0 += {depth}) {{", *_in(inner), "}"]
 
 
-def _group(found: Linear, tail: Tail, codes: Codes | None, form: Format, way: Walk, lanes: int, columns: int,
+def _group(found: Linear, tail: Tail, kept: Stored, form: Format, way: Walk, lanes: int, columns: int,
            vectors: int, width: int | str) -> list[str]:
     kind, rows, sy = vector(lanes), form.rows, way.feature["y0"]
     deep = form.depth < found.ins
@@ -260,7 +259,7 @@ def _group(found: Linear, tail: Tail, codes: Codes | None, form: Format, way: Wa
     flat = [n for line in names for n in line]
     text = [f"float *const y{i}_ = {at('y', (f'o[{i}]', sy), ('t', 1))};" for i in range(rows)]
     text.append(f"{kind} {', '.join(flat)};")
-    scaled = codes is not None and codes.scale is not None
+    scaled = kept.scale is not None
     zero = f"({kind}){{}}"
 
     def biased(i: int) -> str:
