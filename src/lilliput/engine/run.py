@@ -67,8 +67,9 @@ class Engine:
 
     def __call__(self, *inputs: Any, out: Any = None, **named: Any) -> Any:
         """The outputs for these inputs."""
-        call, address, _ = getattr(self._local, "held", None) or self._mine()
-        given = self._given(inputs, named) if named or len(inputs) != len(self._kinds) else inputs
+        call, at, _ = getattr(self._local, "held", None) or self._mine()
+        plain = not named and len(inputs) == len(self._kinds) and not (inputs and type(inputs[0]) is dict)
+        given = inputs if plain else self._given(inputs, named)
         kept, shapes = [], []
         for value, (name, dtype, shape), entry in zip(given, self._kinds, self.inputs, strict=True):
             array = value if type(value) is np.ndarray else np.asarray(value)
@@ -79,12 +80,12 @@ class Engine:
             if not array.flags.c_contiguous:
                 array = np.ascontiguousarray(array)
             kept.append(array)
-            setattr(call, entry["member"], array.__array_interface__["data"][0])
+            setattr(call, entry["member"], address(array))
         sizes = self._fit(shapes, call) if self._sizes or shapes else {}
         outputs = self._outputs(out, sizes)
         for array, entry in zip(outputs, self.outputs, strict=True):
-            setattr(call, entry["member"], array.__array_interface__["data"][0])
-        status = self._run(address)
+            setattr(call, entry["member"], address(array))
+        status = self._run(at)
         if status:
             raise ValueError(self._wrong(status))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -162,6 +163,14 @@ class Engine:
                 seconds[:] = 0
             run(address, seconds.ctypes.data)
         return [{**layer, "ms": float(s) / runs * 1e3} for layer, s in zip(layers, seconds, strict=True)]
+
+
+def address(array: Array) -> int:
+    """Where a contiguous array lies."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # a third of the time of array.ctypes.data
+    except (TypeError, ValueError):  # read-only or empty
+        return int(array.ctypes.data)
 
 
 def loaded(path: Path) -> ctypes.CDLL:
