@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lilliput.engine.graph import C_TYPES
+from lilliput.engine.helpers import with_needed
 
 
 @dataclass(frozen=True)
@@ -165,13 +166,13 @@ def literal(value: Any, dtype: str) -> str:
 Writer = Callable[[Expr, list[str]], str]
 # operator -> C text of (expression, its arguments in C). ops/ adds to it with `writes`.
 WRITERS: dict[str, Writer] = {}
-# operator -> names of the C helpers (see helpers.py) that its text calls, by the type of its first argument.
-NEEDS: dict[str, tuple[str, ...]] = {}
+# operator -> names of the C helpers (see helpers.py) that its text calls, or a function of the expression that says them.
+NEEDS: dict[str, Sequence[str] | Callable[[Expr], Sequence[str]]] = {}
 
 
-def writes(op: str, template: str | Writer, needs: Sequence[str] = ()) -> None:
+def writes(op: str, template: str | Writer, needs: Sequence[str] | Callable[[Expr], Sequence[str]] = ()) -> None:
     """Say how an operator is written: a template over {0}, {1}, {T} (its C type), or a function."""
-    NEEDS[op] = tuple(needs)
+    NEEDS[op] = needs
     if isinstance(template, str):
         text = template
         WRITERS[op] = lambda e, a: text.format(*a, T=C_TYPES[e.dtype])
@@ -199,8 +200,13 @@ def statements(results: Sequence[Expr], arguments: Sequence[str], indent: str = 
 
 
 def needs(results: Sequence[Expr]) -> tuple[str, ...]:
-    """The C helpers that the statements call."""
-    return tuple(dict.fromkeys(name for result in results for e in result.walk() for name in NEEDS.get(e.op, ())))
+    """The C helpers that the statements call, each behind those that it calls itself."""
+    found: dict[str, None] = {}
+    for e in (e for result in results for e in result.walk()):
+        asked = NEEDS.get(e.op, ())
+        for name in asked(e) if callable(asked) else asked:
+            found.update(dict.fromkeys(with_needed(name)))
+    return tuple(found)
 
 
 def clamp_of(e: Expr) -> tuple[float, float] | None:
@@ -221,20 +227,6 @@ def clamp_of(e: Expr) -> tuple[float, float] | None:
     return (low, high) if e.op == "arg" and e.value == 0 and (low, high) != (-math.inf, math.inf) else None
 
 
-writes("add", lambda e, a: _wrap(e, f"{a[0]} + {a[1]}"))
-writes("sub", lambda e, a: _wrap(e, f"{a[0]} - {a[1]}"))
-writes("mul", lambda e, a: _wrap(e, f"{a[0]} * {a[1]}"))
-writes("neg", lambda e, a: _wrap(e, f"-{a[0]}"))
-writes("max", lambda e, a: f"{a[0]} > {a[1]} ? {a[0]} : {a[1]}")
-writes("min", lambda e, a: f"{a[0]} < {a[1]} ? {a[0]} : {a[1]}")
-for _op, _sign in {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "=="}.items():
-    writes(_op, f"{{0}} {_sign} {{1}}")
-writes("where", "{0} ? {1} : {2}")
-writes("cast", lambda e, a: f"{a[0]} != 0" if e.dtype == "bool" else f"({C_TYPES[e.dtype]}){a[0]}")
-writes("div", lambda e, a: f"{a[0]} / {a[1]}" if e.dtype.startswith("float") else f"div_{e.dtype}({a[0]}, {a[1]})",
-       ["div"])
-
-
 def _wrap(e: Expr, text: str) -> str:
     """Integer arithmetic that wraps: on unsigned numbers, since signed overflow is undefined in C."""
     if e.dtype in ("int64", "int32"):
@@ -244,4 +236,88 @@ def _wrap(e: Expr, text: str) -> str:
                 left, right = text.split(sign, 1)
                 return f"({s})(({u}){left}{sign}({u}){right})"
         return f"({s})(0u - ({u}){text[1:]})"
-    return text if e.dtype.startswith("float") else f"({C_TYPES[e.dtype]})({text})"
+    return text if _floats(e) else f"({C_TYPES[e.dtype]})({text})"
+
+
+def _floats(e: Expr) -> bool:
+    return e.dtype.startswith("float")
+
+
+def _cast(e: Expr, a: list[str]) -> str:
+    if e.dtype == "bool":
+        return f"{a[0]} != 0"
+    if not _floats(e.args[0]) or _floats(e):
+        return f"({C_TYPES[e.dtype]}){a[0]}"
+    return f"to_int64({a[0]})" if e.dtype == "int64" else f"({C_TYPES[e.dtype]})to_int32({a[0]})"
+
+
+def _power(e: Expr, a: list[str]) -> str:
+    base, exponent = e.args
+    known = float(exponent.value) if exponent.op == "const" else None
+    short = {1.0: "{0}", 2.0: "{0} * {0}", 3.0: "{0} * {0} * {0}", 0.5: "sqrtf({0})", -1.0: "1.0f / {0}",
+             -0.5: "1.0f / sqrtf({0})", 4.0: "({0} * {0}) * ({0} * {0})"}
+    if _floats(e):
+        return short[known].format(a[0]) if known in short else f"powf({a[0]}, {a[1]})"
+    if _floats(exponent):
+        kind = C_TYPES[e.dtype]
+        return f"({kind})to_int{'64' if e.dtype == 'int64' else '32'}(powf((float){a[0]}, {a[1]}))"
+    return f"({C_TYPES[e.dtype]})power_int64({a[0]}, {a[1]})"
+
+
+def _by_type(floats: str, integers: str, unsigned: str = "") -> Writer:
+    def write(e: Expr, a: list[str]) -> str:
+        kind = e.args[0].dtype
+        text = floats if kind.startswith("float") else unsigned if unsigned and kind in ("uint8", "bool") else integers
+        return text.format(*a, T=C_TYPES[e.dtype])
+
+    return write
+
+
+def _if_integer(*names: str) -> Callable[[Expr], Sequence[str]]:
+    return lambda e: () if _floats(e) else names
+
+
+def _divide(e: Expr, a: list[str]) -> str:
+    if not _floats(e):
+        return f"div_{e.dtype}({a[0]}, {a[1]})"
+    if e.args[1].op == "const" and abs(float(e.args[1].value)) > 1e-30 and np.isfinite(e.args[1].value):
+        inverse = np.float32(1) / np.float32(e.args[1].value)
+        if inverse * np.float32(e.args[1].value) == 1 and abs(np.frexp(inverse)[0]) == 0.5:
+            return f"{a[0]} * {literal(inverse, e.dtype)}"
+    return f"{a[0]} / {a[1]}"
+
+
+writes("add", lambda e, a: _wrap(e, f"{a[0]} + {a[1]}"))
+writes("sub", lambda e, a: _wrap(e, f"{a[0]} - {a[1]}"))
+writes("mul", lambda e, a: _wrap(e, f"{a[0]} * {a[1]}"))
+writes("neg", lambda e, a: _wrap(e, f"-{a[0]}"))
+writes("div", _divide, _if_integer("div"))
+# NaN as the first argument stays.
+writes("max", "{0} < {1} ? {1} : {0}")
+writes("min", "{0} > {1} ? {1} : {0}")
+for _op, _sign in {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "=="}.items():
+    writes(_op, f"{{0}} {_sign} {{1}}")
+writes("where", "{0} ? {1} : {2}")
+writes("cast", _cast, lambda e: ("to_int",) if _floats(e.args[0]) and not _floats(e) and e.dtype != "bool" else ())
+writes("not", "!{0}")
+for _op, _sign in {"and": "&", "or": "|", "xor": "^"}.items():
+    writes(_op, f"({{T}})({{0}} {_sign} {{1}})")
+writes("invert", "({T})~{0}")
+writes("shift_left", "({T})((uint64_t){1} < 8 * sizeof({T}) ? (uint64_t){0} << {1} : 0)")
+writes("shift_right", _by_type("", "({T})((uint64_t){1} < 8 * sizeof({T}) ? {0} >> {1} : {0} < 0 ? -1 : 0)",
+                               "({T})((uint64_t){1} < 8 * sizeof({T}) ? {0} >> {1} : 0)"))
+writes("isnan", "{0} != {0}")
+writes("isinf", "fabsf({0}) > 3.4028235e38f")
+writes("abs", _by_type("fabsf({0})", "({T})({0} < 0 ? 0u - (uint64_t){0} : (uint64_t){0})", "{0}"))
+writes("sign", _by_type("{0} > 0 ? 1 : {0} < 0 ? -1 : {0}", "{0} > 0 ? 1 : {0} < 0 ? -1 : 0", "{0} > 0"))
+writes("floor", "floorf({0})")
+writes("ceil", "ceilf({0})")
+writes("round", "rintf({0})")
+writes("sqrt", "sqrtf({0})")
+writes("pow", _power, lambda e: () if _floats(e) else ("to_int",) if _floats(e.args[1]) else ("power",))
+writes("mod", _by_type("mod_float({0}, {1})", "({T})mod_int64({0}, {1})"), ["mod"])
+writes("fmod", _by_type("fmodf({0}, {1})", "({T})fmod_int64({0}, {1})"), lambda e: () if _floats(e) else ("mod",))
+for _op in ("exp", "log", "tanh", "sigmoid", "erf", "softplus"):
+    writes(_op, f"fast_{_op}({{0}})", [_op])
+for _op in ("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh"):
+    writes(_op, f"{_op}f({{0}})")
