@@ -1,5 +1,6 @@
-"""The method table of the documentation, from the registry: a hook of mkdocs, or python scripts/methods.py."""
+"""Tables of the documentation, from the registry, the engine and its record: a hook of mkdocs, or this script."""
 
+import json
 import sys
 from collections.abc import Iterable
 from itertools import groupby, zip_longest
@@ -8,9 +9,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+from lilliput.engine import lower
 from lilliput.registry import Entry, methods
 
-MARKER = "<!-- methods: made by scripts/methods.py -->"
+ROOT = Path(__file__).resolve().parents[1]
+MARKER = "<!-- {}: made by scripts/methods.py -->"
 
 
 def tables(entries: Iterable[Entry]) -> str:
@@ -38,9 +41,34 @@ def escaped(text: str) -> str:
     return "".join(part for pair in zip_longest(prose, (f"`{part}`" for part in code), fillvalue="") for part in pair)
 
 
+def operators() -> str:
+    """The ONNX operators that the engine compiles, a row for each of its files."""
+    files: dict[str, list[str]] = {}
+    for op, lowering in lower.gather().items():
+        files.setdefault(lowering.__module__, []).append(op)
+    rows = "\n".join(f"| {escaped(sys.modules[module].__doc__.splitlines()[0].split(':')[0])} | "
+                     f"{', '.join(f'`{op}`' for op in sorted(found))} |" for module, found in sorted(files.items()))
+    return ("| | operators |\n|---|---|\n" + rows + "\n\nOperators that ONNX itself defines by others are written out, so "
+            "some that are not in this table compile too.")
+
+
+def speed() -> str:
+    """The engine's speed table, from its record."""
+    path = ROOT / "results" / "engine" / "speed.json"
+    if not path.exists():
+        return "Run `python bench/engine.py`."
+    from readme import speed as table
+
+    return table(json.loads(path.read_text(encoding="utf-8")))
+
+
 def on_page_markdown(markdown: str, **unused: Any) -> str:
     """Called by mkdocs for each page."""
-    return markdown.replace(MARKER, tables(methods())) if MARKER in markdown else markdown
+    for name, make in {"methods": lambda: tables(methods()), "operators": operators, "speed": speed}.items():
+        marker = MARKER.format(name)
+        if marker in markdown:
+            markdown = markdown.replace(marker, make())
+    return markdown
 
 
 if __name__ == "__main__":
