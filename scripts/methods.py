@@ -48,8 +48,8 @@ def operators() -> str:
         files.setdefault(lowering.__module__, []).append(op)
     rows = "\n".join(f"| {escaped(sys.modules[module].__doc__.splitlines()[0].split(':')[0])} | "
                      f"{', '.join(f'`{op}`' for op in sorted(found))} |" for module, found in sorted(files.items()))
-    return ("| | operators |\n|---|---|\n" + rows + "\n\nOperators that ONNX itself defines by others are written out, so "
-            "some that are not in this table compile too.")
+    return ("| | operators |\n|---|---|\n" + rows + "\n\nOperators that ONNX itself defines by others are written "
+            "out, so some that are not in this table compile too.")
 
 
 def speed() -> str:
