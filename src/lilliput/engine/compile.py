@@ -22,8 +22,6 @@ from lilliput.engine.run import Engine
 from lilliput.engine.target import Target, target
 from lilliput.engine.write import manifest, written
 
-LIBRARY = "libmodel.so"
-
 
 def compile(model: Any, out: str | Path | None = None, *, to: str = "native", cc: str | None = None, tune: bool = True,
             shapes: Mapping[str, Sequence[int]] | None = None,
@@ -55,7 +53,7 @@ def write(model: Any, out: str | Path | None, found: Target, tune: bool = True,
     """Compile a model into a folder, which is whole or not there; returns it."""
     name = Path(model).name if isinstance(model, str | Path) else "model.onnx"
     graph = fused(lowered(read(model, shapes, constants, supported)))
-    ranked = tuning.measured(graph, found) if tune and found.name == "native" else tuning.estimated(found)
+    ranked = tuning.measured(graph, found) if tune and found.name == "native" and found.here else tuning.estimated(found)
     plan = planned(graph, ranked)
     source = written(plan, name)
     folder = Path(tempfile.mkdtemp(prefix="lilliput-")) if out is None else Path(out)
@@ -69,11 +67,12 @@ def write(model: Any, out: str | Path | None, found: Target, tune: bool = True,
         text = example(found, list(zip(source.inputs, graph.inputs, strict=True)),
                        list(zip(source.outputs, graph.outputs, strict=True)), graph.sizes, len(source.weights))
         (temporary / "example.c").write_text(text, encoding="utf-8")
-        facts = {"model": name, "target": found.name, "cc": list(found.cc), "flags": list(found.flags),
-                 "library": LIBRARY, "errors": source.errors}
-        if found.name in ("native", "portable"):
-            library(temporary / "model.c", temporary / LIBRARY, found)
-            facts["library_bytes"] = (temporary / LIBRARY).stat().st_size
+        facts: dict[str, Any] = {"model": name, "target": found.name, "cc": list(found.cc), "flags": list(found.flags),
+                 "link": list(found.link),
+                 "library": found.library, "errors": source.errors}
+        if found.library:
+            library(temporary / "model.c", temporary / found.library, found)
+            facts["library_bytes"] = (temporary / found.library).stat().st_size
         text = json.dumps(manifest(plan, source, facts), indent=1)
         (temporary / "manifest.json").write_text(text, encoding="utf-8")
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,6 +92,6 @@ def profiling(folder: Path) -> Path:
     made = folder / "libmodel.profile.so"
     if not made.is_file():
         facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        found = Target(facts["target"], 0, tuple(facts["flags"]), tuple(facts["cc"]))
+        found = Target(facts["target"], 0, tuple(facts["flags"]), tuple(facts["cc"]), link=tuple(facts["link"]))
         library(folder / "model.c", made, found, ["-DMODEL_PROFILE"])
     return made

@@ -16,7 +16,7 @@ from lilliput.engine.graph import Buffer, Graph, Node, Value
 from lilliput.engine.kernel import Kernel, Want, candidates, constant
 from lilliput.engine.plan import ALIGN, Ranked
 from lilliput.engine.target import Target
-from lilliput.engine.write import Constants, arguments, function
+from lilliput.engine.write import APART, Constants, arguments, function
 
 KEPT = 6  # candidates that are measured, the ones that promise most
 
@@ -98,6 +98,7 @@ def _measure(heads: list[tuple[Node, list[Kernel]]], sizes: list[str], most: dic
             cases.append(f"    case {len(cases)}: {'(void)' if kernel.fails else ''}{name}({passed}); break;")
     harness = "\n".join([
         "#include <math.h>", "#include <stddef.h>", "#include <stdint.h>", "#include <string.h>", "#include <time.h>", "",
+        APART,
         *helpers, *functions, "", HARNESS.replace("SIZES", "\n".join(
             f"    const int64_t {s} = {most[s]};\n    (void){s};" for s in sizes)).replace("CASES", "\n".join(cases))])
     weights = np.frombuffer(constants.data() + bytes(2 * ALIGN), np.uint8)
