@@ -91,7 +91,8 @@ def scales(graph: Graph) -> None:
             bias = maker.maybe(2)
             if bias is not None and bias.data is None:
                 continue
-            before = np.zeros(_channels(maker), np.float32) if bias is None else bias.data.astype(np.float32)
+            known = None if bias is None else bias.data
+            before = np.zeros(_channels(maker), np.float32) if known is None else known.astype(np.float32)
             after = before if a is None else before * a
             after = after if b is None else after + b
             if bias is not None or b is not None:

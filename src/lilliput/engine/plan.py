@@ -51,7 +51,7 @@ class _Planner:
                 constant(value)
         for value in graph.inputs:
             dense(value, Buffer(value.dtype, value.size, "input", name=value.name))
-        self.outputs = {}
+        self.outputs: dict[Value, Buffer] = {}
         self._outputs()
         for node in graph.nodes:
             if node.op == "View":

@@ -262,7 +262,8 @@ class _Reader:
 
     def _dtype(self, kind: int, name: str) -> np.dtype[Any]:
         try:
-            return np.dtype(helper.tensor_dtype_to_np_dtype(kind))
+            found: np.dtype[Any] = np.dtype(helper.tensor_dtype_to_np_dtype(kind))
+            return found
         except KeyError:
             raise NotSupported(f"compile: {name!r} must hold numbers, got elements of type {kind}.") from None
 

@@ -92,8 +92,8 @@ class Engine:
 
     def _given(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
         names = [name for name, _, _ in self._kinds]
-        if len(inputs) == 1 and isinstance(inputs[0], dict) and not named:
-            inputs, named = (), inputs[0]
+        if len(inputs) == 1 and isinstance(inputs[0], dict):
+            named, inputs = {**inputs[0], **named}, ()
         found = dict(zip(names, inputs, strict=False)) | named
         unknown = set(found) - set(names)
         if unknown or len(inputs) > len(names):
@@ -168,7 +168,7 @@ class Engine:
 def address(array: Array) -> int:
     """Where a contiguous array lies."""
     try:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # a third of the time of array.ctypes.data
+        return ctypes.addressof(ctypes.c_char.from_buffer(array.data))  # a third of the time of array.ctypes.data
     except (TypeError, ValueError):  # read-only or empty
         return int(array.ctypes.data)
 

@@ -29,7 +29,7 @@ class Size(int):
     @staticmethod
     def named(name: str, most: int) -> Size:
         """The free size `name`, at most `most`."""
-        return Size._of({(name,): 1}, most)  # type: ignore[return-value]
+        return Size._of({(name,): 1}, most)
 
     @staticmethod
     def _of(terms: dict[Term, int], most: int) -> int:
@@ -63,7 +63,9 @@ class Size(int):
         return self * -1
 
     def __sub__(self, other: Any) -> int:
-        return self + -other if _whole(other) else NotImplemented
+        if not _whole(other):
+            return NotImplemented  # type: ignore[no-any-return]
+        return self + -other
 
     def __rsub__(self, other: Any) -> int:
         return -self + other

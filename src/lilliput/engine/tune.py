@@ -83,7 +83,8 @@ def _measure(heads: list[tuple[Node, list[Kernel]]], sizes: list[str], most: dic
     """ns of every candidate of every head, from one generated C file."""
     constants = Constants(inside=False)
     helpers: dict[str, None] = {}
-    functions, cases = [], []
+    functions: list[str] = []
+    cases: list[str] = []
     arena_bytes = 0
     for node, found in heads:
         for kernel in found:

@@ -53,7 +53,8 @@ def identifier(name: str, taken: set[str] | None = None) -> str:
 
 def comment(text: str) -> str:
     """A text that can stand in a C comment, whatever a file put into its names."""
-    return re.sub(r"[^\w.,:;=+()\[\] %/*<>-]", "?", text, flags=re.ASCII).replace("*/", "* /").replace("/*", "/ *")[:200]
+    plain = re.sub(r"[^\w.,:;=+()\[\] %/*<>-]", "?", text, flags=re.ASCII)[:200]
+    return plain.replace("*/", "* /").replace("/*", "/ *")
 
 
 # ---------------------------------------------------------------------------------------------------------- constants
@@ -199,7 +200,7 @@ def pointer(value: Value, constants: Constants) -> str:
 
 
 HEADER = """\
-/* Made by lilliput from {name}. {macs}
+/* Made by lilliput from {name}.
  *
  * Fill a model_call and run it. Nothing is allocated and nothing is kept between calls: threads run at once, each with
  * an arena of its own. */
@@ -232,72 +233,86 @@ MODEL_API int model_run(const model_call *call);
 """
 
 
+@dataclass
+class _Text:
+    """What is gathered while layers are written."""
+
+    sizes: list[str]
+    constants: Constants
+    functions: dict[str, str] = field(default_factory=dict)  # text -> name: equal layers share one
+    helpers: dict[str, None] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+    calls: list[str] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def layer(self, number: int, node: Node) -> None:
+        """A node's function, its call and its facts."""
+        kernel: Kernel = node.kernel
+        label = identifier(node.name)
+        self.helpers |= dict.fromkeys(kernel.helpers)
+        text = function(node, kernel, self.sizes)
+        name = self.functions.setdefault(text, "") or identifier(f"{label}_{identifier(node.op)}".lower(), self.names)
+        self.functions[text] = name
+        call = f"{name}({', '.join(arguments(node, kernel, self.sizes, self.constants, label, text))})"
+        self.calls.append(f"    /* {comment(describe(node, kernel))} */")
+        if kernel.fails:
+            self.errors.append(f"{node.name}: {kernel.fails}")
+            call = f"if ({call}) return {len(self.errors)}"
+        self.calls.append(f"    LAYER({number}, {call})")
+        for value in node.outputs:
+            if value is not None and value.border:
+                self.border(number, value)
+        self.layers.append({
+            "name": node.name, "op": node.op, "kernel": kernel.name, "output": shape_text(node.y.shape),
+            "values": kernel.values, "nonzeros": kernel.nonzeros, "function": name, "ns": round(kernel.cost_ns),
+            "bytes": sum(np.asarray(a).nbytes for a in kernel.constants.values())})
+
+    def border(self, number: int, value: Value) -> None:
+        """The zeros around a value."""
+        lines = loops.zero_border(value)
+        used = [s for s in self.sizes if re.search(rf"\b{s}\b", lines)]
+        body = "\n".join(f"    {line}" for line in lines.splitlines())
+        text = (f"static void %s({', '.join([f'{value.c_type} *restrict y', *(f'int64_t {s}' for s in used)])})\n"
+                f"{{\n{body}\n}}\n")
+        name = self.functions.setdefault(text, "") or identifier("zero_border", self.names)
+        self.functions[text] = name
+        self.calls.append(f"    LAYER({number}, {name}({', '.join([pointer(value, self.constants), *used])}))")
+
+
 def written(plan: Plan, name: str = "model.onnx") -> Source:
     """The C of a plan."""
     graph = plan.graph
     sizes = sorted(graph.sizes)
-    inside = _constant_bytes(plan) <= INSIDE_BYTES
     taken = {"arena", "weights", *sizes}
     inputs = [_member(value, taken) for value in graph.inputs]
     outputs = [_member(value, taken) for value in graph.outputs]
-    constants = Constants(inside, {*C_WORDS, *taken})
-    functions: dict[str, str] = {}
-    helpers: dict[str, None] = {}
-    calls, layers, errors = [], [], []
-    names: set[str] = set()
+    constants = Constants(_constant_bytes(plan) <= INSIDE_BYTES, {*C_WORDS, *taken})
+    text = _Text(sizes, constants)
     for i, node in enumerate(graph.nodes):
-        kernel: Kernel = node.kernel
-        label = identifier(node.name)
-        for text in kernel.helpers:
-            helpers[text] = None
-        text = function(node, kernel, sizes)
-        if text not in functions:
-            functions[text] = identifier(f"{label}_{identifier(node.op)}".lower(), names)
-        called = f"{functions[text]}({', '.join(arguments(node, kernel, sizes, constants, label, text))})"
-        about = describe(node, kernel)
-        calls.append(f"    /* {comment(about)} */")
-        if kernel.fails:
-            errors.append((len(errors) + 1, f"{node.name}: {kernel.fails}"))
-            calls.append(f"    LAYER({i}, if ({called}) return {len(errors)})")
-        else:
-            calls.append(f"    LAYER({i}, {called})")
-        for value in node.outputs:
-            if value is not None and value.border:
-                zero = f"static void %s({value.c_type} *restrict y" + "".join(f", int64_t {s}" for s in sizes if re.search(
-                    rf"\b{s}\b", loops.zero_border(value))) + ")\n{\n" + "\n".join(
-                        f"    {line}" for line in loops.zero_border(value).splitlines()) + "\n}\n"
-                if zero not in functions:
-                    functions[zero] = identifier("zero_border", names)
-                extra = "".join(f", {s}" for s in sizes if re.search(rf"int64_t {s}\b", zero.split("{")[0]))
-                calls.append(f"    LAYER({i}, {functions[zero]}({pointer(value, constants)}{extra}))")
-        layers.append({"name": node.name, "op": node.op, "kernel": kernel.name, "output": shape_text(node.y.shape),
-                       "values": kernel.values, "nonzeros": kernel.nonzeros,
-                       "bytes": sum(np.asarray(a).nbytes for a in kernel.constants.values()),
-                       "function": functions[text], "ns": round(kernel.cost_ns)})
-    written_functions = "\n".join(text.replace("%s(", f"{f}(", 1) for text, f in functions.items())
-    body = "\n".join([
-        "#include \"model.h\"", "", "#include <math.h>", "#include <string.h>", "", APART,
-        *helpers, constants.text(), "", written_functions, PROFILE,
+        text.layer(i, node)
+    bounds = " || ".join(f"{s} < 1 || {s} > {graph.sizes[s]}" for s in sizes)
+    source = "\n".join([
+        '#include "model.h"', "", "#include <math.h>", "#include <string.h>", "", APART, *text.helpers,
+        constants.text(), "", *(body.replace("%s(", f"{f}(", 1) for body, f in text.functions.items()), PROFILE,
         "size_t model_arena_bytes(void) { return MODEL_ARENA_BYTES; }", "",
         "#ifdef MODEL_PROFILE", "int model_profile(const model_call *call, double *seconds)", "#else",
         "int model_run(const model_call *call)", "#endif", "{",
         "    unsigned char *arena = (unsigned char *)call->arena;",
-        *([] if inside else ["    const unsigned char *weights = (const unsigned char *)call->weights;"]),
+        *([] if constants.inside else ["    const unsigned char *weights = (const unsigned char *)call->weights;"]),
         *(f"    const int64_t {s} = call->{s};" for s in sizes),
-        *([f"    if ({' || '.join(f'{s} < 1 || {s} > {graph.sizes[s]}' for s in sizes)}) return -1;"] if sizes else []),
-        "    (void)arena;", *calls, "    return 0;", "}", ""])
-    members = []
-    for value, member in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True):
-        const = "const " if member in inputs else ""
-        members.append(f"    {const}{value.c_type} *{member};    /* {comment(shape_text(value.shape))} */\n")
+        *([f"    if ({bounds}) return -1;"] if sizes else []),
+        "    (void)arena;", *text.calls, "    return 0;", "}", ""])
+    members = [f"    {'const ' if m in inputs else ''}{v.c_type} *{m};    /* {comment(shape_text(v.shape))} */\n"
+               for v, m in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True)]
     members += [f"    int64_t {s};    /* 1 to {graph.sizes[s]} */\n" for s in sizes]
-    codes = "; ".join(f"{n}: {comment(text)}" for n, text in errors)
+    codes = [*(["-1 where a size is out of range"] if sizes else []),
+             *(f"{number}: {comment(error)}" for number, error in enumerate(text.errors, 1))]
     header = HEADER.format(
-        name=comment(name), macs="", weights="not read: they are in model.c" if inside else
+        name=comment(name), weights="not read: they are in model.c" if constants.inside else
         "the bytes of model.weights, aligned to 64", members="".join(members), arena=plan.arena_bytes + ALIGN,
-        errors=("-1 where a size is out of range; " if sizes else "") + (codes or "there is no other error"),
-        profile=PROFILE_H)
-    return Source(body, header, constants.data(), layers, inputs, outputs, sizes, [text for _, text in errors])
+        errors="; ".join(codes) or "there is no other result", profile=PROFILE_H)
+    return Source(source, header, constants.data(), text.layers, inputs, outputs, sizes, text.errors)
 
 
 PROFILE = """

@@ -50,7 +50,7 @@ def rewarded(structure: Structure, stored: dict[str, Stored], example: Any) -> t
     """The sparsities that make this structure faster in the engine by more than REWARD each, by random zeros."""
     draw = np.random.default_rng(0)
     try:
-        opened = {0.0: EngineSession(structure.write(stored))}
+        opened: dict[float, Any] = {0.0: EngineSession(structure.write(stored))}
         for sparsity in SPARSITIES:
             opened[sparsity] = EngineSession(structure.write({
                 name: Plain(np.where(draw.random(s.array.shape) < sparsity, 0, s.array).astype(s.array.dtype))
