@@ -27,7 +27,7 @@ class Size(int):
     terms: dict[Term, int]
 
     @staticmethod
-    def named(name: str, most: int) -> Size:
+    def named(name: str, most: int) -> int:
         """The free size `name`, at most `most`."""
         return Size._of({(name,): 1}, most)
 
@@ -42,7 +42,7 @@ class Size(int):
 
     def __add__(self, other: Any) -> int:
         if not _whole(other):
-            return NotImplemented  # type: ignore[no-any-return]
+            return NotImplemented
         terms = dict(self.terms)
         for term, k in _terms(other).items():
             terms[term] = terms.get(term, 0) + k
@@ -50,7 +50,7 @@ class Size(int):
 
     def __mul__(self, other: Any) -> int:
         if not _whole(other):
-            return NotImplemented  # type: ignore[no-any-return]
+            return NotImplemented
         terms: dict[Term, int] = {}
         for (a, j), (b, k) in itertools.product(self.terms.items(), _terms(other).items()):
             term = tuple(sorted(a + b))
@@ -64,11 +64,11 @@ class Size(int):
 
     def __sub__(self, other: Any) -> int:
         if not _whole(other):
-            return NotImplemented  # type: ignore[no-any-return]
-        return self + -other
+            return NotImplemented
+        return self.__add__(-other)
 
     def __rsub__(self, other: Any) -> int:
-        return -self + other
+        return (-self).__add__(other)
 
     def __eq__(self, other: Any) -> bool:
         return _whole(other) and _terms(self) == _terms(other)
