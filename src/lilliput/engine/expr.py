@@ -166,7 +166,7 @@ def literal(value: Any, dtype: str) -> str:
 Writer = Callable[[Expr, list[str]], str]
 # operator -> C text of (expression, its arguments in C). ops/ adds to it with `writes`.
 WRITERS: dict[str, Writer] = {}
-# operator -> names of the C helpers (see helpers.py) that its text calls, or a function of the expression that says them.
+# operator -> names of the C helpers (see helpers.py) that its text calls, or a function of the expression that says it.
 NEEDS: dict[str, Sequence[str] | Callable[[Expr], Sequence[str]]] = {}
 
 
@@ -180,10 +180,14 @@ def writes(op: str, template: str | Writer, needs: Sequence[str] | Callable[[Exp
         WRITERS[op] = template
 
 
-def statements(results: Sequence[Expr], arguments: Sequence[str], indent: str = "") -> tuple[list[str], list[str]]:
-    """C statements that compute the results from the arguments' C expressions, and the results' C expressions."""
+def statements(results: Sequence[Expr], arguments: Sequence[str], indent: str = "",
+               prefix: str = "t") -> tuple[list[str], list[str]]:
+    """C statements that compute the results from the arguments' C expressions, and the results' C expressions.
+
+    prefix: of the names of what is in between.
+    """
     names: dict[Expr, str] = {}
-    lines = []
+    lines: list[str] = []
     for result in results:
         for e in result.walk():
             if e in names:
@@ -193,7 +197,7 @@ def statements(results: Sequence[Expr], arguments: Sequence[str], indent: str = 
             elif e.op == "const":
                 names[e] = literal(e.value, e.dtype)
             else:
-                names[e] = f"t{len(lines)}"
+                names[e] = f"{prefix}{len(lines)}"
                 text = WRITERS[e.op](e, [names[a] for a in e.args])
                 lines.append(f"{indent}const {C_TYPES[e.dtype]} {names[e]} = {text};")
     return lines, [names[result] for result in results]
@@ -252,7 +256,7 @@ def _cast(e: Expr, a: list[str]) -> str:
 
 
 def _power(e: Expr, a: list[str]) -> str:
-    base, exponent = e.args
+    exponent = e.args[1]
     known = float(exponent.value) if exponent.op == "const" else None
     short = {1.0: "{0}", 2.0: "{0} * {0}", 3.0: "{0} * {0} * {0}", 0.5: "sqrtf({0})", -1.0: "1.0f / {0}",
              -0.5: "1.0f / sqrtf({0})", 4.0: "({0} * {0}) * ({0} * {0})"}

@@ -1,8 +1,8 @@
 """C helpers that generated code calls: each text stands once in a file that needs it.
 
-The functions of an element are polynomials (or their quotients) fitted for the least largest relative error. They have no
-branch and call nothing, so that the loop which calls them becomes vector instructions; where float32 ends they are what the C
-library's are (infinities, NaN), except that exp is 0 where the result would be below the normal numbers.
+The functions of an element are polynomials (or their quotients) fitted for the least largest relative error. They have
+no branch and call nothing, so that the loop which calls them becomes vector instructions; where float32 ends they are
+what the C library's are (infinities, NaN), except that exp is 0 where the result would be below the normal numbers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ def texts(*names: str) -> tuple[str, ...]:
 
 helper("div", """
 /* Integer division as ONNX has it: towards zero, and defined where C leaves it open. */
-static inline int64_t div_int64(int64_t a, int64_t b) { return b == 0 ? 0 : b == -1 ? (int64_t)(0u - (uint64_t)a) : a / b; }
+static inline int64_t div_int64(int64_t a, int64_t b)
+{
+    return b == 0 ? 0 : b == -1 ? (int64_t)(0u - (uint64_t)a) : a / b;
+}
 static inline int32_t div_int32(int32_t a, int32_t b) { return (int32_t)div_int64(a, b); }
 static inline int8_t div_int8(int8_t a, int8_t b) { return (int8_t)div_int64(a, b); }
 static inline uint8_t div_uint8(uint8_t a, uint8_t b) { return b == 0 ? 0 : (uint8_t)(a / b); }

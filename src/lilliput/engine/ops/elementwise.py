@@ -19,6 +19,10 @@ def _of(name: str) -> Callable[[Node, Expr], Expr]:
     return lambda n, x: x.of(name)
 
 
+def _both(name: str) -> Callable[[Expr, Expr], Expr]:
+    return lambda a, b: a.of(name, b)
+
+
 def _number(node: Node, name: str, default: float) -> float:
     return float(node.attrs.get(name, default))
 
@@ -89,8 +93,8 @@ UNARY: dict[str, Callable[[Node, Expr], Expr]] = {
     "IsInf": _isinf,
     "BitwiseNot": _of("invert"),
     **{name: _of(name.lower()) for name in (
-        "Sigmoid", "Tanh", "Exp", "Log", "Sqrt", "Erf", "Abs", "Softplus", "Sign", "Floor", "Ceil", "Round", "Sin", "Cos",
-        "Tan", "Asin", "Acos", "Atan", "Sinh", "Cosh", "Asinh", "Acosh", "Atanh")},
+        "Sigmoid", "Tanh", "Exp", "Log", "Sqrt", "Erf", "Abs", "Softplus", "Sign", "Floor", "Ceil", "Round", "Sin",
+        "Cos", "Tan", "Asin", "Acos", "Atan", "Sinh", "Cosh", "Asinh", "Acosh", "Atanh")},
 }
 BINARY: dict[str, Callable[[Expr, Expr], Expr]] = {
     "Add": lambda a, b: a + b,
@@ -101,7 +105,7 @@ BINARY: dict[str, Callable[[Expr, Expr], Expr]] = {
     "LessOrEqual": lambda a, b: a <= b,
     "Greater": lambda a, b: a > b,
     "GreaterOrEqual": lambda a, b: a >= b,
-    **{name: lambda a, b, op=name.removeprefix("Bitwise").lower(): a.of(op, b) for name in (
+    **{name: _both(name.removeprefix("Bitwise").lower()) for name in (
         "And", "Or", "Xor", "BitwiseAnd", "BitwiseOr", "BitwiseXor")},
     "PRelu": lambda x, slope: where(x < 0, x * slope, x),
 }
@@ -145,7 +149,7 @@ def div(node: Node, build: Build) -> None:
 
     def quotient(a: Expr, b: Expr) -> Expr:
         if b.op == "const" and b.dtype == "float32" and 1e-30 < abs(b.value) < 1e30:
-            return a * (1 / b.value)
+            return a * (1 / float(b.value))
         return a / b
 
     _two(node, build, quotient)
