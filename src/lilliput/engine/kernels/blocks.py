@@ -76,7 +76,7 @@ def _kernel(found: Linear, target: Target, size: int, lanes: int, held: Array, w
     narrow = scale is not None
     helpers = [vector_types(lanes)]
     if narrow:
-        helpers.append(f"typedef int8_t i8x{lanes} __attribute__((vector_size({lanes}), aligned(1), may_alias));")
+        helpers.append(_widened(lanes))
     if tail.clamp is not None:
         helpers.append(pick(lanes))
     return Kernel(
@@ -100,8 +100,7 @@ def _body(node: Node, found: Linear, tail: Tail, size: int, lanes: int, narrow: 
         parts = [f"const {kind} s = ({kind}){{}} + {way.base[name]}[{place}];"]
         for j, sum_ in enumerate(names[u if at else 0]):
             address = f"v + {(u * vectors + j) * lanes}"
-            load = (f"__builtin_convertvector(__builtin_convertvector(*(const i8x{lanes} *)({address}), i32x{lanes}), "
-                    f"{kind})" if narrow else f"*(const {kind} *)({address})")
+            load = f"widened_{kind}({address})" if narrow else f"*(const {kind} *)({address})"
             parts.append(f"{sum_} += s * {load};")
         return "{ " + " ".join(parts) + " }"
 
@@ -136,6 +135,21 @@ def _body(node: Node, found: Linear, tail: Tail, size: int, lanes: int, narrow: 
         after = tail.text("y[j]", places)
         text += [f"    for (int j = 0; j < {size}; j++) {{", *(f"        {line}" for line in after), "    }"]
     return "\n".join([*text, "}"])
+
+
+def _widened(lanes: int) -> str:
+    """C text: int8 values as a vector of float32. GCC converts vectors of bytes one by one, so x86 has its own way."""
+    kind, x86 = vector(lanes), {16: ("AVX512F", "512", "loadu_si128", "(const __m128i *)"),
+                                8: ("AVX2", "256", "loadl_epi64", "(const __m128i *)")}.get(lanes)
+    lines = [f"static inline {kind} widened_{kind}(const int8_t *p)", "{", f"    {kind} wide;",
+             f"    for (int j = 0; j < {lanes}; j++)", "        wide[j] = p[j];", "    return wide;", "}"]
+    if x86:
+        feature, bits, load, cast = x86
+        lines[:0] = [
+            f"#ifdef __{feature}__", "#include <immintrin.h>", *lines[:2],
+            f"    return ({kind})_mm{bits}_cvtepi32_ps(_mm{bits}_cvtepi8_epi32(_mm_{load}({cast}p)));", "}", "#else"]
+        lines.append("#endif")
+    return "\n".join(lines)
 
 
 def _c_type(ins: int) -> str:
