@@ -103,7 +103,7 @@ def numbers(data: Array) -> str:
     elif data.dtype == np.float16:
         words = [str(x) for x in flat.view(np.uint16)]
     elif data.dtype == np.int64:
-        words = [literal(x, "int64").strip("()") for x in flat]
+        words = [literal(x, "int64") for x in flat]
     elif data.dtype == np.bool_:
         words = [str(int(x)) for x in flat]
     else:

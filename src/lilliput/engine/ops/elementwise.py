@@ -12,6 +12,7 @@ import numpy as np
 from lilliput.engine.expr import Expr, const, where
 from lilliput.engine.graph import Node, Value
 from lilliput.engine.lower import Build, lower
+from lilliput.engine.read import INFER
 from lilliput.errors import NotSupported
 
 
@@ -111,6 +112,10 @@ BINARY: dict[str, Callable[[Expr, Expr], Expr]] = {
 }
 VARIADIC: dict[str, Callable[[Expr, Expr], Expr]] = {
     "Max": lambda a, b: a.max(b), "Min": lambda a, b: a.min(b), "Sum": lambda a, b: a + b, "Mean": lambda a, b: a + b}
+
+
+for _op in ("Gelu", "QuickGelu"):
+    INFER[f"com.microsoft.{_op}"] = lambda node, shapes: [("float32", shapes[0])]
 
 
 def scalar(value: Value | None) -> Any:
