@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from lilliput.engine.attend import attended
 from lilliput.engine.expr import Expr, arg
 from lilliput.engine.graph import Graph, Narrow, Node, Value
 
@@ -13,7 +14,7 @@ PRODUCTS = ("Conv", "ConvTranspose", "MatMul")
 
 def fused(graph: Graph) -> Graph:
     """The graph with fewer nodes that computes the same."""
-    for step in (scales, chains, epilogues, scales, chains):
+    for step in (scales, chains, epilogues, scales, chains, attended):
         step(graph)
         graph.prune()
     return graph

@@ -15,7 +15,7 @@ import numpy as np
 
 from lilliput.engine.expr import Expr, arg, clamp_of, literal, needs, statements
 from lilliput.engine.graph import Array, Narrow, Node, Value
-from lilliput.engine.helpers import HELPERS
+from lilliput.engine.helpers import texts
 from lilliput.engine.kernel import Want
 from lilliput.engine.size import Size, c, fixed, product
 
@@ -116,7 +116,7 @@ class Tail:
     @property
     def helpers(self) -> tuple[str, ...]:
         """C text that the lines need."""
-        return () if self.expr is None else tuple(HELPERS[name] for name in needs([self.expr]))
+        return () if self.expr is None else texts(*needs([self.expr]))
 
 
 def tail_of(node: Node, feature_y: int) -> Tail:
