@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -93,6 +94,21 @@ def test_other_objectives(objective: str, toy: tuple[nn.Module, Task], tmp_path:
     assert found.met and found.chosen is not None and found.summary["objective"] == objective
     if objective == "macs":
         assert found.chosen["macs"] == min(point["macs"] for point in found.front if point.get("eligible"))
+
+
+def test_for_latency_the_engine_is_measured_and_its_artifact_written(toy: tuple[nn.Module, Task],
+                                                                     tmp_path: Path) -> None:
+    model, task = toy
+    found = lilliput.shrink(model, task, floor="30%", objective="latency", trials=1, out=tmp_path / "out")
+    assert found.met and found.chosen is not None
+    fastest = min(min(p["latency_ms"], p.get("engine_ms", 9e9)) for p in found.front if p.get("eligible"))
+    assert min(found.chosen["latency_ms"], found.chosen["engine_ms"]) <= 1.06 * fastest
+    engine, inputs = lilliput.Engine(tmp_path / "out" / "engine"), np.asarray(task.split("val")[0])
+    expected = Session(tmp_path / "out" / "model.onnx").outputs(inputs)
+    got = np.concatenate([engine(x[None]) for x in inputs.astype(np.float32)])
+    assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert abs(found.chosen["engine"]["val"] - found.chosen["val"]) < 0.02
+    assert found.summary["files"]["engine/libmodel.so"] == found.chosen["engine"]["library_bytes"]
 
 
 def test_most_bytes_turn_the_question_round(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:

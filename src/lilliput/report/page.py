@@ -28,6 +28,8 @@ _FILES = {
     "model.lil": "the same, packed bit by bit; lilliput.load reads it",
     "model.safetensors": "its weights, to train on",
     "recipe.toml": "the stages that made it",
+    "engine/model.c": "the chosen network as a C program whose kernels skip the zeros",
+    "engine/libmodel.so": "the same, compiled for this machine; lilliput.Engine loads its folder",
     "summary.json": "the numbers behind this page",
 }
 _TIP = """<div style="font:13px/1.45 system-ui,sans-serif;max-width:20rem;white-space:normal;color:var(--ink)">
@@ -80,6 +82,7 @@ def page(source: str | Path | Summary) -> str:
         measured=_measured(summary, point),
         shares=_shares(summary.get("shares") or {}),
         points=_table(summary, quality),
+        in_engine=any(known(point.get("engine_ms")) for point in every_point(summary)),
         failed=_failed(summary),
         files=[(name, files[name], _FILES.get(name, "")) for name in sorted(files, key=_order)],
     )
@@ -279,8 +282,10 @@ def _figures(summary: Summary, point: Mapping[str, Any] | None, quality: Quality
         ("onnx_bytes", "model.onnx", words.size, "smaller", "larger", "as large"),
         ("packed_bytes", "model.lil, packed", words.size, "smaller", "larger", "as large"),
         ("latency_ms", "latency, one input", words.milliseconds, "faster", "slower", "as fast"),
+        ("engine_ms", "in lilliput's engine", words.milliseconds, "faster", "slower", "as fast"),
     ):
-        before = cost(dense, "onnx_bytes" if key == "packed_bytes" else key)  # the file as given
+        # The file as given, in the runtime that it ran in.
+        before = cost(dense, {"packed_bytes": "onnx_bytes", "engine_ms": "latency_ms"}.get(key, key))
         after = cost(point, key)
         if after is not None:
             change = words.compared(words.ratio(before, after), better, worse, same).replace(" times", "×")
@@ -424,10 +429,12 @@ def _measured(summary: Summary, point: Mapping[str, Any] | None) -> list[tuple[s
         )
     medians = []
     for name, entry in (("dense", dense), ("this model" if summary.get("met", True) else "nearest", point or {})):
-        if known(entry.get("latency_ms")):
-            spread = list(entry.get("latency_iqr_ms") or [])
-            between = f" (quartiles {words.number(spread[0])} to {words.number(spread[1])})" if len(spread) == 2 else ""
-            medians.append(f"{name} {words.milliseconds(entry['latency_ms'])}{between}")
+        for key, where in (("latency", ""), ("engine", " in the engine")):
+            if known(entry.get(f"{key}_ms")):
+                spread = list(entry.get(f"{key}_iqr_ms") or [])
+                between = (f" (quartiles {words.number(spread[0])} to {words.number(spread[1])})"
+                           if len(spread) == 2 else "")
+                medians.append(f"{name}{where} {words.milliseconds(entry[f'{key}_ms'])}{between}")
     out.append(("Latency, median", "; ".join(medians)))
     splits = ", ".join(f"{words.count(n)} {name}" for name, n in (summary.get("examples") or {}).items())
     out.append(

@@ -274,6 +274,9 @@ def _write(search: "Search", winner: Point | None, summary: dict[str, Any]) -> N
     if sizes["model.onnx"] != point.onnx_bytes or sizes["model.lil"] != point.packed_bytes:
         raise StoreError(f"shrink: the files must have the sizes that were counted ({point.onnx_bytes} and "
                          f"{point.packed_bytes} bytes), got {sizes['model.onnx']} and {sizes['model.lil']}.")
+    for name in ("engine/model.c", "engine/libmodel.so"):
+        if "engine" in (summary["chosen"] or summary["dense"]) and (folder / name).is_file():
+            sizes[name] = (folder / name).stat().st_size
     summary["files"] = sizes
     encoded = json.dumps(summary, indent=1, allow_nan=False).encode()
     write(folder / "summary.json", lambda file: file.write(encoded))
