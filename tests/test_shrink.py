@@ -96,6 +96,7 @@ def test_other_objectives(objective: str, toy: tuple[nn.Module, Task], tmp_path:
         assert found.chosen["macs"] == min(point["macs"] for point in found.front if point.get("eligible"))
 
 
+@pytest.mark.slow
 def test_for_latency_the_engine_is_measured_and_its_artifact_written(toy: tuple[nn.Module, Task],
                                                                      tmp_path: Path) -> None:
     model, task = toy
