@@ -120,23 +120,27 @@ def numbers(data: Array) -> str:
 # ---------------------------------------------------------------------------------------------------------- functions
 
 
-def parameters(node: Node, kernel: Kernel, sizes: Sequence[str]) -> list[tuple[str, str]]:
-    """(C declaration, what is passed: "x0", "y0", a constant's key, "scratch" or a size) of a layer's function."""
-    shared = any(x is not None and x.buffer is not None and y is not None and x.buffer is y.buffer
-                 for x in node.inputs for y in node.outputs)
-    restrict = " " if shared else " restrict "
-    found = []
-    for i, value in enumerate(node.outputs):
-        if value is not None:
-            found.append((f"{value.c_type} *{restrict.strip() + ' ' if restrict.strip() else ''}y{i}", f"y{i}"))
-    for i, value in enumerate(node.inputs):
-        if value is not None and i not in kernel.skips:
-            found.append((f"const {value.c_type} *{restrict.strip() + ' ' if restrict.strip() else ''}x{i}", f"x{i}"))
-    for key, data in kernel.constants.items():
-        found.append((f"const {C_TYPES[np.asarray(data).dtype.name]} *restrict {key}", key))
-    if kernel.scratch:
+def parameters(node: Node, kernel: Kernel, sizes: Sequence[str], body: str | None = None) -> list[tuple[str, str]]:
+    """(C declaration, what is passed: "x0", "y0", a constant's key, "scratch" or a size) of a layer's function.
+
+    body: its statements; what they do not name is left out. Only what shares memory with an output is not restrict.
+    """
+
+    def named(key: str) -> bool:
+        return body is None or re.search(rf"\b{key}\b", body) is not None
+
+    outputs = [(f"y{i}", v) for i, v in enumerate(node.outputs) if v is not None and named(f"y{i}")]
+    inputs = [(f"x{i}", v) for i, v in enumerate(node.inputs)
+              if v is not None and i not in kernel.skips and named(f"x{i}")]
+    met = {id(v.buffer) for _, v in outputs} & {id(v.buffer) for _, v in inputs}
+    found = [(f"{value.c_type} *{'' if id(value.buffer) in met else 'restrict '}{key}", key) for key, value in outputs]
+    found += [(f"const {value.c_type} *{'' if id(value.buffer) in met else 'restrict '}{key}", key)
+              for key, value in inputs]
+    found += [(f"const {C_TYPES[np.asarray(data).dtype.name]} *restrict {key}", key)
+              for key, data in kernel.constants.items() if named(key)]
+    if kernel.scratch and named("scratch"):
         found.append(("unsigned char *restrict scratch", "scratch"))
-    return found + [(f"int64_t {name}", name) for name in sizes]
+    return found + [(f"int64_t {name}", name) for name in sizes if named(name)]
 
 
 # A compiler that inlines the layers into one function runs out of registers in it (measured: 40% slower).
@@ -152,12 +156,11 @@ APART = """\
 def function(node: Node, kernel: Kernel, sizes: Sequence[str], name: str = "%s") -> str:
     """The text of a layer's function; %s stands for its name."""
     body = kernel.body(node)
-    used = [(declared, key) for declared, key in parameters(node, kernel, sizes)
-            if key not in sizes or re.search(rf"\b{key}\b", body)]
+    used = parameters(node, kernel, sizes, body)
     lines = "\n".join(f"    {line}" if line and not line.startswith("#") else line for line in body.splitlines())
     kind = "int" if kernel.fails else "void"
-    silent = "".join(f"    (void){key};\n" for _, key in used if not re.search(rf"\b{key}\b", body))
-    return f"LAYER_FUNCTION {kind} {name}({', '.join(declared for declared, _ in used)})\n{{\n{silent}{lines}\n}}\n"
+    declared = ", ".join(text for text, _ in used) or "void"
+    return f"LAYER_FUNCTION {kind} {name}({declared})\n{{\n{lines}\n}}\n"
 
 
 def arguments(node: Node, kernel: Kernel, sizes: Sequence[str], constants: Constants, label: str,
