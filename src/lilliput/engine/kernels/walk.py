@@ -8,11 +8,12 @@ compilers keep in vector registers; nothing needs floating point sums to be reor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lilliput.engine import loops
-from lilliput.engine.expr import Expr, arg, literal, statements
+from lilliput.engine.expr import WRITERS, Expr, arg, literal
 from lilliput.engine.graph import C_TYPES
 from lilliput.engine.size import c, fixed
 from lilliput.engine.target import Target
@@ -163,9 +164,7 @@ class Walk:
             done = list(step.lines(self))
             for name, how, make in step.results:
                 here = f"{name}{suffix}[j]"
-                extra, (result,) = statements([COMBINE[how](arg(0, step.dtype), arg(1, step.dtype))],
-                                              [here, make(self)], prefix=f"{name}_")
-                done += [*extra, f"{here} = {result};"]
+                done.append(updated(how, step.dtype, here, make(self)))
             return done
 
         if inside:
@@ -213,14 +212,21 @@ def pieces(size: int, width: int, counter: str) -> list[tuple[str, str, str]]:
     return found
 
 
+def updated(how: str, dtype: str, a: str, b: str) -> str:
+    """The C statement that combines an expression into a place."""
+    if dtype == "float32" and how in ("sum", "prod"):
+        return f"{a} {'+' if how == 'sum' else '*'}= {b};"
+    whole = COMBINE[how](arg(0, dtype), arg(1, dtype))
+    return f"{a} = {WRITERS[whole.op](whole, [a, b if re.fullmatch(r'[^ ]+|.*[]]', b) else f'({b})'])};"
+
+
 def fold(name: str, width: int, how: str, dtype: str) -> list[str]:
     """C statements that combine an array's elements into its first."""
     lines = []
     while width > 1:
         half = (width + 1) // 2
-        extra, (result,) = statements([COMBINE[how](arg(0, dtype), arg(1, dtype))],
-                                      [f"{name}[j]", f"{name}[j + {half}]"])
-        lines.append(f"for (int j = 0; j < {width - half}; j++) {{ {' '.join([*extra, f'{name}[j] = {result};'])} }}")
+        lines.append(f"for (int j = 0; j < {width - half}; j++) "
+                     f"{updated(how, dtype, f'{name}[j]', f'{name}[j + {half}]')}")
         width = half
     return lines
 
