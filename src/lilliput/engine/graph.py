@@ -93,7 +93,7 @@ class Value:
     strides: tuple[int, ...] = ()
     border: tuple[tuple[int, int], ...] = ()
     tag: str = ""
-    entries: tuple[int, ...] | None = None  # of a small integer constant whose entries are free sizes
+    entries: tuple[int, ...] | None = None  # of small integers that follow from the free sizes: then data is None
 
     @property
     def size(self) -> int:
@@ -180,7 +180,8 @@ class Node:
     def ints(self, attribute: str, i: int) -> list[int] | None:
         """A list of integers that is an attribute in old files and constant input i in new ones; None where absent."""
         if attribute in self.attrs:
-            return [int(x) for x in self.attrs[attribute]]
+            held = self.attrs[attribute]
+            return [int(x) for x in (held if isinstance(held, list | tuple | np.ndarray) else [held])]
         value = self.maybe(i)
         if value is not None and value.entries is not None:
             return list(value.entries)
@@ -201,6 +202,7 @@ class Graph:
     outputs: list[Value]
     nodes: list[Node]
     sizes: dict[str, int] = field(default_factory=dict)  # free sizes and their maxima
+    needs: list[int] = field(default_factory=list)  # free sizes that must not be negative when the model runs
 
     def uses(self) -> dict[Value, list[Node]]:
         """The nodes that read each value."""

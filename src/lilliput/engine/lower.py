@@ -16,7 +16,7 @@ import numpy as np
 
 from lilliput.engine.expr import Expr, arg
 from lilliput.engine.graph import Array, Graph, Node, Value
-from lilliput.engine.size import c, product
+from lilliput.engine.size import c, fixed, never_negative, product
 
 Lowering = Callable[[Node, "Build"], None]
 LOWERINGS: dict[str, Lowering] = {}
@@ -50,23 +50,45 @@ def supported(op: str) -> bool:
 
 def lowered(graph: Graph) -> Graph:
     """The graph in the engine's own operators."""
-    build = Build()
+    build = Build(graph)
     table = gather()
     for node in graph.nodes:
         build.source = node
         table[node.op](node, build)
     graph.nodes = build.nodes
     graph.prune()
+    _entries(graph)
+    for value in graph.values():
+        for size in value.shape:
+            build.need(size)
     return graph
+
+
+def _entries(graph: Graph) -> None:
+    """Numbers that follow from the free sizes, and that something reads, are written when the model runs."""
+    made: list[Node] = []
+    for value in list(graph.values()):
+        if value.entries is not None:
+            made.append(Node("Entries", [], [value], {"entries": value.entries}))
+    graph.nodes[:0] = made
 
 
 class Build:
     """The nodes of a lowered graph, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, graph: Graph | None = None) -> None:
         self.nodes: list[Node] = []
         self.source: Node | None = None
+        self.graph = graph or Graph([], [], [])
         self._count = 0
+
+    def need(self, size: int) -> None:
+        """A size that is at least 0 at the maxima must be so for every smaller one: checked when the model runs."""
+        if not never_negative(size, self.graph.sizes) and size not in self.graph.needs:
+            if fixed(size) or int(size) < 0:
+                raise ValueError(f"compile: {self.source.name if self.source else 'a size'} must not have negative "
+                                 f"sizes, got {size}. The file is damaged.")
+            self.graph.needs.append(size)
 
     def value(self, dtype: Any, shape: Sequence[int], like: str = "") -> Value:
         """A new value."""

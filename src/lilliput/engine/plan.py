@@ -74,7 +74,7 @@ class _Planner:
                 self.uses.setdefault(value, []).append(graph.nodes[-1])
             seen.add(graph.outputs[i])
         for node in reversed(graph.nodes):
-            x = node.inputs[0]
+            x = node.maybe(0)
             if node.op == "View" and node.attrs["how"] == "reshape" and node.y in self.outputs and x is not None:
                 if x in makers and x not in self.outputs and makers[x].op != "View":
                     self.outputs[x] = self.outputs[node.y]
@@ -242,6 +242,8 @@ def reshaped(old: Sequence[int], strides: Sequence[int], new: Sequence[int]) -> 
     """Strides of the same elements in a new shape; None where there are none."""
     if tuple(old) == tuple(new):
         return tuple(strides)
+    if 0 in new:
+        return row_major(new)
     # Runs of old dimensions that are walked through as one, each split into some of the new ones.
     dims = [(size, stride) for size, stride in zip(old, strides, strict=True) if size != 1]
     found: list[int] = []

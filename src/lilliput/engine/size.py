@@ -101,6 +101,14 @@ def c(size: int) -> str:
     return parts[0] if len(parts) == 1 and size.terms[next(iter(size.terms))] == 1 else f"({' + '.join(parts)})"
 
 
+def never_negative(size: int, most: Mapping[str, int]) -> bool:
+    """Whether a size is at least 0 for all free sizes from 1 to their maxima (as far as its terms tell one by one)."""
+    if not isinstance(size, Size):
+        return int(size) >= 0
+    return sum(k * (1 if k > 0 else int(np.prod([most[name] for name in term], dtype=object)) if term else 1)
+               for term, k in size.terms.items()) >= 0
+
+
 def product(sizes: Sequence[int]) -> int:
     """The product, which stays free where a factor is."""
     total = 1
@@ -124,11 +132,14 @@ class Worlds:
         draw = np.random.default_rng(0)
         self.choices = [self.most]
         if names:
+            # Not so small that what is cut off at an end differs from the maxima, nor so large that folding is slow.
+            high = {name: min(size, 40) for name, size in self.most.items()}
+            low = {name: max(2, size // 3) for name, size in high.items()}
             spare = 3
             for _ in range(1000):
                 if len(self.choices) == len(self.monomials) + spare:
                     break
-                world = {name: int(draw.integers(2, 24)) for name in names}
+                world = {name: int(draw.integers(low[name], max(high[name], low[name] + 9) + 1)) for name in names}
                 if world not in self.choices:
                     self.choices.append(world)
 

@@ -294,7 +294,8 @@ def written(plan: Plan, name: str = "model.onnx") -> Source:
     text = _Text(sizes, constants)
     for i, node in enumerate(graph.nodes):
         text.layer(i, node)
-    bounds = " || ".join(f"{s} < 1 || {s} > {graph.sizes[s]}" for s in sizes)
+    bounds = " || ".join([*(f"{s} < 1 || {s} > {graph.sizes[s]}" for s in sizes),
+                          *(f"{c(s)} < 0" for s in graph.needs)])
     source = "\n".join([
         '#include "model.h"', "", "#include <math.h>", "#include <string.h>", "", APART, *text.helpers,
         constants.text(), "", *(body.replace("%s(", f"{f}(", 1) for body, f in text.functions.items()), PROFILE,
