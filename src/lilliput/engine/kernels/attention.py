@@ -13,8 +13,8 @@ from lilliput.engine.expr import needs, statements
 from lilliput.engine.graph import Node
 from lilliput.engine.helpers import texts
 from lilliput.engine.kernel import Kernel, Want, kernel
-from lilliput.engine.kernels.dense_matmul import _in, _with, macs_ns, tiles
-from lilliput.engine.kernels.product import at, size_type, vector, vector_types
+from lilliput.engine.kernels.dense_matmul import macs_ns, tiles
+from lilliput.engine.kernels.product import at, at_value, inside, size_type, times, vector, vector_types
 from lilliput.engine.size import c, fixed, product
 from lilliput.engine.target import Target
 
@@ -88,19 +88,20 @@ def _body(node: Node, lanes: int, rows: int, vectors: int, packed: bool) -> str:
         count = int(count)
         full, rest = count // wide, count % wide
         if full:
-            text += [f"for ({kind} t = 0; t < {full * wide}; t += {wide}) {{", *_in(block(vectors, wide, packed)), "}"]
+            text += [f"for ({kind} t = 0; t < {full * wide}; t += {wide}) {{",
+                     *inside(block(vectors, wide, packed)), "}"]
         start = full * wide
         if rest >= lanes:
             some = rest // lanes
-            text += _with(kind, "t", start, block(some, some * lanes, packed))
+            text += at_value(kind, "t", start, block(some, some * lanes, packed))
             start, rest = start + some * lanes, rest % lanes
         if rest:
-            text += _with(kind, "t", start, block(1, rest, True))
+            text += at_value(kind, "t", start, block(1, rest, True))
     else:
         text += [f"{kind} t = 0;", f"for (; t + {wide} <= {c(count)}; t += {wide}) {{",
-                 *_in(block(vectors, wide, packed)), "}", f"for (; t < {c(count)}; t += {lanes}) {{",
+                 *inside(block(vectors, wide, packed)), "}", f"for (; t < {c(count)}; t += {lanes}) {{",
                  f"    const int width = {c(count)} - t < {lanes} ? (int)({c(count)} - t) : {lanes};",
-                 *_in(block(1, "width", True)), "}"]
+                 *inside(block(1, "width", True)), "}"]
     return "\n".join([*text, *["}"] * len(sizes)])
 
 
@@ -131,10 +132,11 @@ def _block(node: Node, lanes: int, rows: int, vectors: int, width: int | str, co
     for i in range(3, len(node.inputs)):
         along, down = loops.strides_of(node.input(i), shape)[-2:]
         text.append(f"    const {node.input(i).c_type} *const z{i} = {at(f'e{i}', ('t', along), ('r', down))};")
-        places.append(f"z{i}[{'0' if along == 0 else 'j' if along == 1 and fixed(along) else f'j * {c(along)}'}]")
+        places.append(f"z{i}[{times('j', along)}]")
     lines, (result,) = statements([node.attrs["expr"]], places)
     if lines or result != "z[j]":
-        text += [f"    for (int j = 0; j < {width}; j++) {{", *_in(lines, "        "), f"        z[j] = {result};", "    }"]
+        text += [f"    for (int j = 0; j < {width}; j++) {{", *inside(lines, "        "), f"        z[j] = {result};",
+                 "    }"]
     text += [f"    for (int j = 0; j < {wide}; j++) top[j] = z[j] > top[j] ? z[j] : top[j];", "}",
              f"for ({kk} r = 0; r < {c(keys)}; r++) {{", f"    float *const z = scores + r * {wide};",
              f"    for (int j = 0; j < {wide}; j++) {{", "        z[j] = fast_exp(z[j] - top[j]);",
@@ -154,11 +156,11 @@ def _over(count: int, rows: int, make: object) -> list[str]:
         count = int(count)
         rows = -(-count // -(-count // rows))
         full, rest = count // rows, count % rows
-        text = [f"for ({kind} r = 0; r < {full * rows}; r += {rows}) {{", *_in(make(rows)), "}"]  # type: ignore[operator]
-        return text + (_with(kind, "r", full * rows, make(rest)) if rest else [])  # type: ignore[operator]
+        text = [f"for ({kind} r = 0; r < {full * rows}; r += {rows}) {{", *inside(make(rows)), "}"]  # type: ignore[operator]
+        return text + (at_value(kind, "r", full * rows, make(rest)) if rest else [])  # type: ignore[operator]
     return ["{", f"    {kind} r = 0;", f"    for (; r + {rows} <= {c(count)}; r += {rows}) {{",
-            *_in(make(rows), "        "), "    }",  # type: ignore[operator]
-            f"    for (; r < {c(count)}; r++) {{", *_in(make(1), "        "), "    }", "}"]  # type: ignore[operator]
+            *inside(make(rows), "        "), "    }",  # type: ignore[operator]
+            f"    for (; r < {c(count)}; r++) {{", *inside(make(1), "        "), "    }", "}"]  # type: ignore[operator]
 
 
 def _product(lanes: int, rows: int, vectors: int, base: str, step: int, scalars: str, across: int, down: int,
@@ -182,7 +184,8 @@ def _product(lanes: int, rows: int, vectors: int, base: str, step: int, scalars:
     text.append("}")
     if scale:
         for j in range(vectors):
-            text.append(f"const {kind} f{j} = {f'{scale}[{j}]' if unit else f'*(const {kind} *)({scale} + {j * lanes})'};")
+            held = f"{scale}[{j}]" if unit else f"*(const {kind} *)({scale} + {j * lanes})"
+            text.append(f"const {kind} f{j} = {held};")
             text.append(" ".join(f"{names[i][j]} *= f{j};" for i in range(rows)))
     whole = width == wide and along == 1 and fixed(along)
     for i, place in enumerate(places):

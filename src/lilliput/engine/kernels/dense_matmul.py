@@ -1,25 +1,27 @@
-"""Dense products with constant weights: blocks of outputs x positions in registers, weights packed in the order read."""
+"""Dense products with constant weights: blocks of outputs x positions in registers, weights packed as they are read."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 
 import numpy as np
 
 from lilliput.engine.graph import Array, Node
-from lilliput.engine.kernel import Kernel, kernel
+from lilliput.engine.kernel import Kernel, Want, kernel
 from lilliput.engine.kernels.product import (
     Linear,
     Tail,
     Walk,
     at,
+    at_value,
     clamped,
+    inside,
     linear,
     pick,
     size_type,
     tail_of,
+    times,
     vector,
     vector_types,
     walk,
@@ -111,11 +113,11 @@ def packed(weight: Array, rows: int, depth: int) -> Array:
 def depth_of(ins: int) -> int:
     """Inputs in one step over the depth: equal steps of at most DEPTH, in eights."""
     steps = -(-ins // DEPTH)
-    return min(ins, -(-(-(-ins // steps)) // 8) * 8)
+    return min(ins, math.ceil(math.ceil(ins / steps) / 8) * 8)
 
 
 def _columns(found: Linear, target: Target, lanes: int, rows: int, vectors: int) -> Kernel:
-    node, tail = found.node, tail_of(found.node, found.feature_y)
+    tail = tail_of(found.node, found.feature_y)
     depth = depth_of(found.ins)
     want_x, want_y = found.inner(positions_inside=True)
     constants: dict[str, Array] = {"weight": packed(found.weight, rows, depth)}
@@ -124,18 +126,19 @@ def _columns(found: Linear, target: Target, lanes: int, rows: int, vectors: int)
     count = found.positions
     wide = lanes * vectors
     blocks = max(1.0, math.ceil(int(count) / lanes) * lanes / int(count))
-    wants = [None, None, None, None]
-    wants[found.x] = want_x  # type: ignore[call-overload]
+    wants: list[Want | None] = [None] * 4
+    wants[found.x] = want_x
     skips = (1 - found.x, *((2,) if tail.bias is not None else ()))
     return Kernel(
         f"dense, {rows} outputs x {wide} positions", lambda n: _columns_body(n, found, tail, lanes, rows, vectors),
         tuple(wants), want_y, constants, skips,
         cost_ns=macs_ns(target, found.outs * found.ins * int(count) * blocks) * (1.02 if vectors == 1 else 1) + 30,
-        helpers=_helpers(tail, lanes), values=found.weight.size,
+        helpers=tail_helpers(tail, lanes), values=found.weight.size,
     )  # fmt: skip
 
 
-def _helpers(tail: Tail, lanes: int) -> tuple[str, ...]:
+def tail_helpers(tail: Tail, lanes: int) -> tuple[str, ...]:
+    """C text that vectors and what follows the sum need."""
     found = [vector_types(lanes)] if lanes > 1 else []
     if lanes > 1 and tail.clamp is not None and not (tail.clamp[0] == 0 and math.isinf(tail.clamp[1])):
         found.append(pick(lanes))
@@ -165,32 +168,23 @@ def _columns_body(node: Node, found: Linear, tail: Tail, lanes: int, rows: int, 
             wide, vectors = lanes, 1
             full, rest = count // wide, count % wide
         if full:
-            text += [f"for ({kind} t = 0; t < {full * wide}; t += {wide}) {{", *_in(block(lanes, vectors)), "}"]
+            text += [f"for ({kind} t = 0; t < {full * wide}; t += {wide}) {{", *inside(block(lanes, vectors)), "}"]
         if rest:
             last = -(-rest // lanes)
             start = count - last * lanes
-            text += _with(kind, "t", start, block(lanes, last))
+            text += at_value(kind, "t", start, block(lanes, last))
     else:
         wide = lanes * vectors
-        text += [f"{kind} t = 0;", f"for (; t + {wide} <= {c(count)}; t += {wide}) {{", *_in(block(lanes, vectors)), "}"]
+        text += [f"{kind} t = 0;", f"for (; t + {wide} <= {c(count)}; t += {wide}) {{", *inside(block(lanes, vectors)),
+                 "}"]
         if vectors > 1:
-            text += [f"for (; t + {lanes} <= {c(count)}; t += {lanes}) {{", *_in(block(lanes, 1)), "}"]
+            text += [f"for (; t + {lanes} <= {c(count)}; t += {lanes}) {{", *inside(block(lanes, 1)), "}"]
         if lanes > 1:
             text += [f"if (t < {c(count)} && {c(count)} >= {lanes}) {{", f"    t = {c(count)} - {lanes};",
-                     *_in(block(lanes, 1)), f"    t = {c(count)};", "}"]
-            text += [f"for (; t < {c(count)}; t++) {{", *_in(block(1, 1)), "}"]
+                     *inside(block(lanes, 1)), f"    t = {c(count)};", "}"]
+            text += [f"for (; t < {c(count)}; t++) {{", *inside(block(1, 1)), "}"]
     text += way.close
     return "\n".join(text)
-
-
-def _in(lines: list[str], by: str = "    ") -> list[str]:
-    return [by + line if line else line for line in lines]
-
-
-def _with(kind: str, name: str, value: int, lines: list[str]) -> list[str]:
-    """The lines in a block where a counter has a fixed value, if they read it."""
-    read = any(re.search(rf"\b{name}\b", line) for line in lines)
-    return ["{", *([f"    const {kind} {name} = {value};"] if read else []), *_in(lines), "}"]
 
 
 def _columns_block(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, rows: int, depth: int,
@@ -209,10 +203,10 @@ def _columns_block(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: in
             continue
         body = _panel(found, tail, way, lanes, vectors, high, "ks" if deep else str(ins), deep, depth, name)
         if loop > 1:
-            inner += [f"for (int o = {start}; o < {start + loop * high}; o += {high}) {{", *_in(body), "}"]
+            inner += [f"for (int o = {start}; o < {start + loop * high}; o += {high}) {{", *inside(body), "}"]
         else:
-            inner += _with("int", "o", start, body)
-    text += _in(inner) if deep else inner
+            inner += at_value("int", "o", start, body)
+    text += inside(inner) if deep else inner
     return [*text, "}"] if deep else text
 
 
@@ -237,7 +231,7 @@ def _panel(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, rows:
     if deep:
         again = [" ".join(f"{n} = {load(at('q', (str(i), sy), (str(j * lanes), 1)))};" for j, n in enumerate(names[i]))
                  for i in range(rows)]
-        text += ["if (k0 == 0) {", *_in(first), "} else {", *_in(again), "}"]
+        text += ["if (k0 == 0) {", *inside(first), "} else {", *inside(again), "}"]
     else:
         text += first
     text += [f"for (int k = 0; k < {ks}; k++, w += {rows}, r += {c(sx)}) {{"]
@@ -254,7 +248,7 @@ def _panel(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, rows:
         for n in flat:
             last += [" ".join(clamped(n, lanes, tail.clamp))]
     if last:
-        text += [f"if (k0 + {depth} >= {found.ins}) {{", *_in(last), "}"] if deep else last
+        text += [f"if (k0 + {depth} >= {found.ins}) {{", *inside(last), "}"] if deep else last
     for i in range(rows):
         text.append(" ".join(
             f"{'*(' if unit else f'*({kind} *)('}{at('q', (str(i), sy), (str(j * lanes), 1))}) = {n};"
@@ -265,14 +259,10 @@ def _panel(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, rows:
                 *(f"    const float *const z{i} = {place};"
                   for i, place in zip(tail.extras, places, strict=True)),
                 f"    for (int j = 0; j < {wide}; j++) {{",
-                *_in(tail.text("z[j]", [f"z{i}[{_times('j', way.step[f'x{i}'])}]" for i in tail.extras]), "        "),
+                *inside(tail.text("z[j]", [f"z{i}[{times('j', way.step[f'x{i}'])}]" for i in tail.extras]), "        "),
                 "    }", "}"]
-        text += [f"if (k0 + {depth} >= {found.ins}) {{", *_in(loop), "}"] if deep else loop
+        text += [f"if (k0 + {depth} >= {found.ins}) {{", *inside(loop), "}"] if deep else loop
     return text
-
-
-def _times(index: str, stride: int) -> str:
-    return "0" if stride == 0 else index if stride == 1 and fixed(stride) else f"{index} * {c(stride)}"
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
@@ -291,23 +281,24 @@ def packed_rows(weight: Array, wide: int, lanes: int) -> Array:
 
 
 def _rows(found: Linear, target: Target, lanes: int, high: int, vectors: int) -> Kernel:
-    node, tail = found.node, tail_of(found.node, found.feature_y)
+    tail = tail_of(found.node, found.feature_y)
     want_x, want_y = found.inner(positions_inside=False)
     constants: dict[str, Array] = {"weight": packed_rows(found.weight, lanes * vectors, lanes)}
     if tail.bias is not None:
         bias = np.zeros(-(-found.outs // lanes) * lanes, np.float32)
         bias[: found.outs] = tail.bias
         constants["bias"] = bias
-    wants = [None, None, None, None]
-    wants[found.x] = want_x  # type: ignore[call-overload]
+    wants: list[Want | None] = [None] * 4
+    wants[found.x] = want_x
     skips = (1 - found.x, *((2,) if tail.bias is not None else ()))
     padded = -(-found.outs // lanes) * lanes
     work = macs_ns(target, padded * found.ins * int(found.positions))
     bytes_ns = padded * found.ins * 4 / 100  # the weights come from L2 at best
     return Kernel(
-        f"dense, {high} positions x {lanes * vectors} outputs", lambda n: _rows_body(n, found, tail, lanes, high, vectors),
-        tuple(wants), want_y, constants, skips, cost_ns=max(work, bytes_ns) * 1.03 + 20, helpers=_helpers(tail, lanes),
-        values=found.weight.size,
+        f"dense, {high} positions x {lanes * vectors} outputs",
+        lambda n: _rows_body(n, found, tail, lanes, high, vectors),
+        tuple(wants), want_y, constants, skips, cost_ns=max(work, bytes_ns) * 1.03 + 20,
+        helpers=tail_helpers(tail, lanes), values=found.weight.size,
     )  # fmt: skip
 
 
@@ -328,9 +319,9 @@ def _rows_body(node: Node, found: Linear, tail: Tail, lanes: int, high: int, vec
         inner = _positions(found, tail, way, lanes, use, width, high, count, name)
         inner.append(f"w += {use * lanes * found.ins};")
         if loop > 1:
-            text += [f"for (int o = {start}; o < {start + loop * width}; o += {width}) {{", *_in(inner), "}"]
+            text += [f"for (int o = {start}; o < {start + loop * width}; o += {width}) {{", *inside(inner), "}"]
         else:
-            text += _with("int", "o", start, inner)
+            text += at_value("int", "o", start, inner)
     text += way.close
     return "\n".join(text)
 
@@ -350,24 +341,24 @@ def _positions(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, w
         high = -(-count // blocks)
         full, rest = count // high, count % high
         if full > 1:
-            text += [f"for ({kind} t = 0; t < {full * high}; t += {high}) {{", *_in(tile(high)), "}"]
+            text += [f"for ({kind} t = 0; t < {full * high}; t += {high}) {{", *inside(tile(high)), "}"]
         else:
-            text += _with(kind, "t", 0, tile(high))
+            text += at_value(kind, "t", 0, tile(high))
         if rest:
-            text += _with(kind, "t", full * high, tile(rest))
+            text += at_value(kind, "t", full * high, tile(rest))
         return text
-    text += [f"{kind} t = 0;", f"for (; t + {high} <= {c(count)}; t += {high}) {{", *_in(tile(high)), "}"]
+    text += [f"{kind} t = 0;", f"for (; t + {high} <= {c(count)}; t += {high}) {{", *inside(tile(high)), "}"]
     if high > 4:
-        text += [f"for (; t + 4 <= {c(count)}; t += 4) {{", *_in(tile(4)), "}"]
+        text += [f"for (; t + 4 <= {c(count)}; t += 4) {{", *inside(tile(4)), "}"]
     if high > 1:
-        text += [f"for (; t < {c(count)}; t++) {{", *_in(tile(1)), "}"]
+        text += [f"for (; t < {c(count)}; t++) {{", *inside(tile(1)), "}"]
     return text
 
 
 def _tile(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, width: int, high: int,
           name: str) -> list[str]:
     kind, unit = vector(lanes), lanes == 1
-    sx, tx, sy, ty = way.feature[name], way.step[name], way.feature["y0"], way.step["y0"]
+    sx, tx, ty = way.feature[name], way.step[name], way.step["y0"]
     names = [[f"a{i}" if vectors == 1 else f"a{i}_{j}" for j in range(vectors)] for i in range(high)]
     flat = [n for line in names for n in line]
     text = [f"const float *r = {at('x', ('t', tx))};", "const float *v = w;",
@@ -380,7 +371,7 @@ def _tile(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, width:
     load = "v[{}]" if unit else f"*(const {kind} *)(v + {{}})"
     text += [f"    const {kind} v{j} = {load.format(j * lanes)};" for j in range(vectors)]
     for i in range(high):
-        number = f"r[{_times(str(i), tx)}]" if i else "r[0]"
+        number = f"r[{times(str(i), tx)}]" if i else "r[0]"
         if unit:
             text.append("    " + " ".join(f"{n} += {number} * v{j};" for j, n in enumerate(names[i])))
         else:
@@ -403,6 +394,6 @@ def _tile(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, width:
             place = at(f"e{i}", ("t + i", way.step[f"x{i}"]), ("o", way.feature[f"x{i}"]))
             text.append(f"    const float *const z{i} = {place};")
         text += [f"    for (int j = 0; j < {width}; j++) {{",
-                 *_in(tail.text("z[j]", [f"z{i}[{_times('j', way.feature[f'x{i}'])}]" for i in tail.extras]),
+                 *inside(tail.text("z[j]", [f"z{i}[{times('j', way.feature[f'x{i}'])}]" for i in tail.extras]),
                       "        "), "    }", "}"]
     return text

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from lilliput.engine import loops
 from lilliput.engine.graph import Node, Value
 from lilliput.engine.kernel import Kernel, Want, kernel
-from lilliput.engine.kernels.dense_matmul import _helpers, _in, _with, macs_ns, tiles
-from lilliput.engine.kernels.product import Tail, at, clamped, size_type, tail_of, vector
+from lilliput.engine.kernels.dense_matmul import macs_ns, tail_helpers, tiles
+from lilliput.engine.kernels.product import Tail, at, at_value, clamped, inside, size_type, tail_of, times, vector
 from lilliput.engine.size import c, fixed, product
 from lilliput.engine.target import Target
 
@@ -77,8 +77,8 @@ def _kernel(roles: Roles, target: Target, lanes: int, rows: int, vectors: int, p
     wants: list[Want | None] = [None, None, None, None]
     rank = roles.vectors.rank
     if not packed:
-        swap = tuple(range(rank - 2))
-        wants[roles.along] = Want(order=(*swap, rank - 2, rank - 1) if roles.along == 1 else (*swap, rank - 1, rank - 2))
+        last = (rank - 2, rank - 1) if roles.along == 1 else (rank - 1, rank - 2)
+        wants[roles.along] = Want(order=(*range(rank - 2), *last))
     head = tuple(range(y.rank - 2))
     gives = Want(order=(*head, y.rank - 2, y.rank - 1) if roles.along == 1 else (*head, y.rank - 1, y.rank - 2))
     count = int(y.shape[roles.v])
@@ -91,7 +91,7 @@ def _kernel(roles: Roles, target: Target, lanes: int, rows: int, vectors: int, p
         f"{'columns' if roles.along == 1 else 'rows'}{', copied' if packed else ''}",
         lambda n: _body(Roles(n, roles.along), tail, lanes, rows, vectors, packed), tuple(wants), gives,
         scratch=4 * depth * wide if packed or partial else 0, cost_ns=work * 1.05 + copied + 30,
-        helpers=_helpers(tail, lanes),
+        helpers=tail_helpers(tail, lanes),
     )  # fmt: skip
 
 
@@ -131,20 +131,20 @@ def _all(roles: Roles, tail: Tail, lanes: int, rows: int, vectors: int, packed: 
         text = []
         if full:
             text += [f"for ({kind} t = 0; t < {full * wide}; t += {wide}) {{",
-                     *_in(_columns(roles, tail, lanes, rows, vectors, wide, packed)), "}"]
+                     *inside(_columns(roles, tail, lanes, rows, vectors, wide, packed)), "}"]
         start = full * wide
         if rest >= lanes:
             some = rest // lanes
-            text += _with(kind, "t", start, _columns(roles, tail, lanes, rows, some, some * lanes, packed))
+            text += at_value(kind, "t", start, _columns(roles, tail, lanes, rows, some, some * lanes, packed))
             start, rest = start + some * lanes, rest % lanes
         if rest:
-            text += _with(kind, "t", start, _columns(roles, tail, lanes, rows, 1, rest, True))
+            text += at_value(kind, "t", start, _columns(roles, tail, lanes, rows, 1, rest, True))
         return text
     return [f"{kind} t = 0;", f"for (; t + {wide} <= {c(count)}; t += {wide}) {{",
-            *_in(_columns(roles, tail, lanes, rows, vectors, wide, packed)), "}",
+            *inside(_columns(roles, tail, lanes, rows, vectors, wide, packed)), "}",
             f"for (; t < {c(count)}; t += {lanes}) {{",
             f"    const int width = {c(count)} - t < {lanes} ? (int)({c(count)} - t) : {lanes};",
-            *_in(_columns(roles, tail, lanes, rows, 1, "width", True)), "}"]
+            *inside(_columns(roles, tail, lanes, rows, 1, "width", True)), "}"]
 
 
 def _columns(roles: Roles, tail: Tail, lanes: int, rows: int, vectors: int, width: int | str,
@@ -176,15 +176,15 @@ def _columns(roles: Roles, tail: Tail, lanes: int, rows: int, vectors: int, widt
         rows = -(-count // -(-count // rows))
         full, rest = count // rows, count % rows
         if full > 1:
-            text += [f"for ({kind} r = 0; r < {full * rows}; r += {rows}) {{", *_in(tile(rows)), "}"]
+            text += [f"for ({kind} r = 0; r < {full * rows}; r += {rows}) {{", *inside(tile(rows)), "}"]
         else:
-            text += _with(kind, "r", 0, tile(rows))
+            text += at_value(kind, "r", 0, tile(rows))
         if rest:
-            text += _with(kind, "r", full * rows, tile(rest))
+            text += at_value(kind, "r", full * rows, tile(rest))
         return text
-    text += [f"{kind} r = 0;", f"for (; r + {rows} <= {c(count)}; r += {rows}) {{", *_in(tile(rows)), "}"]
+    text += [f"{kind} r = 0;", f"for (; r + {rows} <= {c(count)}; r += {rows}) {{", *inside(tile(rows)), "}"]
     if rows > 1:
-        text += [f"for (; r < {c(count)}; r++) {{", *_in(tile(1)), "}"]
+        text += [f"for (; r < {c(count)}; r++) {{", *inside(tile(1)), "}"]
     return text
 
 
@@ -232,8 +232,9 @@ def _tile(roles: Roles, tail: Tail, lanes: int, rows: int, vectors: int, width: 
         places = []
         for e in tail.extras:
             steps = loops.strides_of(node.input(e), y.shape)
-            text.append(f"    const float *const z{e} = {at(f'e{e}', ('r + i', steps[roles.r]), ('t', steps[roles.v]))};")
-            stride = steps[roles.v]
-            places.append(f"z{e}[{'0' if stride == 0 else 'j' if stride == 1 and fixed(stride) else f'j * {c(stride)}'}]")
-        text += [f"    for (int j = 0; j < {width}; j++) {{", *_in(tail.text("z[j]", places), "        "), "    }", "}"]
+            down, stride = steps[roles.r], steps[roles.v]
+            text.append(f"    const float *const z{e} = {at(f'e{e}', ('r + i', down), ('t', stride))};")
+            places.append(f"z{e}[{times('j', stride)}]")
+        text += [f"    for (int j = 0; j < {width}; j++) {{", *inside(tail.text("z[j]", places), "        "), "    }",
+                 "}"]
     return text

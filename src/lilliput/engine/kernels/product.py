@@ -1,4 +1,4 @@
-"""What all matrix products share: which dimension is summed over, how positions are walked, what is done to each result.
+"""What all matrix products share: the dimension that is summed over, how positions are walked, what follows the sum.
 
 A product with constant weights is y[t, o] = tail(sum_k x[t, k] W[o, k] + bias[o]): t runs over the positions (tokens,
 pixels, rows of a batch), o over the outputs. Positions may be several dimensions; those whose strides allow it are
@@ -8,6 +8,7 @@ walked as one.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -217,6 +218,22 @@ def at(base: str, *terms: tuple[str, int]) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- text
+
+
+def inside(lines: Sequence[str], by: str = "    ") -> list[str]:
+    """Lines moved to the right."""
+    return [by + line if line else line for line in lines]
+
+
+def at_value(kind: str, name: str, value: int, lines: Sequence[str]) -> list[str]:
+    """The lines in a block where a counter has a fixed value, if they read it."""
+    read = any(re.search(rf"\b{name}\b", line) for line in lines)
+    return ["{", *([f"    const {kind} {name} = {value};"] if read else []), *inside(lines), "}"]
+
+
+def times(index: str, stride: int) -> str:
+    """The C expression index * stride."""
+    return "0" if stride == 0 else index if stride == 1 and fixed(stride) else f"{index} * {c(stride)}"
 
 
 def vector(lanes: int, kind: str = "f32") -> str:

@@ -9,14 +9,15 @@ can be predicted. Outputs in blocks that share their zeros share their indices t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from lilliput.engine.graph import Array, Node
-from lilliput.engine.kernel import Kernel, kernel
-from lilliput.engine.kernels.dense_matmul import _in, macs_ns, registers
+from lilliput.engine.kernel import Kernel, Want, kernel
+from lilliput.engine.kernels.dense_matmul import macs_ns, registers
 from lilliput.engine.kernels.narrow import Stored, stored
 from lilliput.engine.kernels.product import (
     Linear,
@@ -24,10 +25,12 @@ from lilliput.engine.kernels.product import (
     Walk,
     at,
     clamped,
+    inside,
     linear,
     pick,
     size_type,
     tail_of,
+    times,
     vector,
     vector_types,
     walk,
@@ -50,13 +53,21 @@ QUADS = """\
 #endif"""
 
 
+FETCH = """\
+#ifdef __GNUC__
+#define FETCH(at) __builtin_prefetch(at, 1)
+#else
+#define FETCH(at)
+#endif"""
+
+
 @dataclass(frozen=True)
 class Format:
     """The non-zeros of (out, in) weights in the order they are read.
 
     For each tile of `depth` inputs and each group of `rows` outputs (`order` says which): `steps` rounds of `unroll` x
-    rows values, each with an index in units of 8 bytes (one index for all rows where `shared`). places: which weight each
-    value is, counted in C order; -1 where it is padding.
+    rows values, each with an index in units of 8 bytes (one index for all rows where `shared`). places: which weight
+    each value is, counted in C order; -1 where it is padding.
     """
 
     rows: int
@@ -78,7 +89,7 @@ def formatted(weight: Array, rows: int, unroll: int, depth: int, scale: int, sha
         if shared:
             groups = [np.minimum(np.arange(o, o + rows), outs - 1) for o in range(0, outs, rows)]
             columns = [np.flatnonzero((part[g] != 0).any(0)) for g in groups]
-            for place in sorted(range(len(groups)), key=lambda g: -len(columns[g])):
+            for place in np.argsort([-len(used) for used in columns], kind="stable"):
                 used, group = columns[place], groups[place]
                 count = -(-len(used) // unroll) * unroll
                 held = np.full((count, rows), -1)
@@ -106,6 +117,7 @@ def formatted(weight: Array, rows: int, unroll: int, depth: int, scale: int, sha
             steps.append(count // unroll)
             order.append(group)
     kind = np.uint16 if outs < 2**16 else np.uint32
+    order.append(np.zeros(rows, np.int64))  # what the last group asks for beforehand
     return Format(rows, unroll, depth, shared, np.concatenate(places), np.concatenate(index),
                   np.array(steps, np.uint16), np.concatenate(order).astype(kind))
 
@@ -116,7 +128,7 @@ def blocked(weight: Array, rows: int) -> bool:
     if outs < weight.shape[0] or not outs:
         return False
     held = (weight.reshape(-1, rows, weight.shape[1]) != 0).any(1).sum() * rows
-    return bool(held <= 1.15 * max(np.count_nonzero(weight), 1))
+    return bool(held <= 1.15 * max(int(np.count_nonzero(weight)), 1))
 
 
 @kernel("MatMul")
@@ -155,10 +167,10 @@ def sparse_columns(node: Node, target: Target) -> Iterator[Kernel]:
 
 
 def _sparse(found: Linear, target: Target, lanes: int, columns: int, rows: int, unroll: int, shared: bool) -> Kernel:
-    node, tail = found.node, tail_of(found.node, found.feature_y)
+    tail = tail_of(found.node, found.feature_y)
     most = max(CACHE_BYTES // (4 * columns), 64)
     tiles = -(-found.ins // most)
-    depth = min(-(-(-(-found.ins // tiles)) // 8) * 8, found.ins)
+    depth = min(math.ceil(math.ceil(found.ins / tiles) / 8) * 8, found.ins)
     form = formatted(found.weight, rows, unroll, depth, columns // 2, shared)
     kept = stored(found.weight, found.narrow, form.places, 4 * depth * columns)
     want_x, want_y = found.inner(positions_inside=True)
@@ -167,25 +179,26 @@ def _sparse(found: Linear, target: Target, lanes: int, columns: int, rows: int, 
         constants["bias"] = tail.bias
     if kept.scale is not None:
         constants["scale"] = kept.scale
-    wants = [None, None, None, None]
-    wants[found.x] = want_x  # type: ignore[call-overload]
+    wants: list[Want | None] = [None] * 4
+    wants[found.x] = want_x
     skips = (1 - found.x, *((2,) if tail.bias is not None else ()))
     count = int(found.positions)
     padded = -(-count // lanes) * lanes
     work = macs_ns(target, form.places.size * padded)
-    share = 0.92 if shared else 0.72 if columns > 16 else 0.55
+    share: float = 0.92 if shared else 0.72 if columns > 16 else 0.55
     copied = found.ins * padded / 16.0
     scratch = 4 * depth * columns + kept.scratch
     name = f"sparse blocks of {rows}" if shared else "sparse"
-    helpers = [vector_types(lanes), *([QUADS] if lanes == 16 else [])]
+    helpers = [vector_types(lanes), FETCH, *([QUADS] if lanes == 16 else [])]
     if tail.clamp is not None:
         helpers.append(pick(lanes))
+    bits = f", {found.narrow.bits} bits" if kept.scratch and found.narrow else ""
     return Kernel(
-        f"{name}{f', {found.narrow.bits} bits' if kept.lines[1:] and found.narrow else ''}, {rows} outputs x {columns} positions"
-        f"{f', {unroll} at once' if unroll > 1 else ''}",
+        f"{name}{bits}, {rows} outputs x {columns} positions{f', {unroll} at once' if unroll > 1 else ''}",
         lambda n: _body(n, found, tail, kept, form, lanes, columns),
         tuple(wants), want_y, constants, skips, scratch=scratch, cost_ns=work / share + copied + 60,
-        helpers=(*helpers, *kept.helpers, *tail.helpers), nonzeros=int(np.count_nonzero(found.weight)), values=found.weight.size,
+        helpers=(*helpers, *kept.helpers, *tail.helpers), nonzeros=int(np.count_nonzero(found.weight)),
+        values=found.weight.size,
     )  # fmt: skip
 
 
@@ -207,15 +220,15 @@ def _body(node: Node, found: Linear, tail: Tail, kept: Stored, form: Format, lan
         full, rest = count // columns, count % columns
         if full:
             text += [f"for ({kind} t = 0; t < {full * columns}; t += {columns}) {{",
-                     *_in(block(columns // lanes, columns)), "}"]
+                     *inside(block(columns // lanes, columns)), "}"]
         if rest:
-            text += ["{", f"    const {kind} t = {full * columns};", *_in(block(-(-rest // lanes), rest)), "}"]
+            text += ["{", f"    const {kind} t = {full * columns};", *inside(block(-(-rest // lanes), rest)), "}"]
     else:
         text += [f"{kind} t = 0;", f"for (; t + {columns} <= {c(count)}; t += {columns}) {{",
-                 *_in(block(columns // lanes, columns)), "}",
+                 *inside(block(columns // lanes, columns)), "}",
                  f"for (; t < {c(count)}; t += {lanes}) {{",
                  f"    const int width = {c(count)} - t < {lanes} ? (int)({c(count)} - t) : {lanes};",
-                 *_in(block(1, "width")), "}"]
+                 *inside(block(1, "width")), "}"]
     return "\n".join([*text, *way.close])
 
 
@@ -242,12 +255,12 @@ def _block(found: Linear, tail: Tail, kept: Stored, form: Format, way: Walk, lan
                   f"    for (int j = {width}; j < {vectors * lanes}; j++) to[j] = 0;"]
     inner.append("}")
     inner += [f"for (int g = 0; g < {groups}; g++, o += {form.rows}) {{",
-              *_in(_group(found, tail, kept, form, way, lanes, columns, vectors, width)), "}"]
+              *inside(_group(found, tail, kept, form, way, lanes, columns, vectors, width)), "}"]
     if not deep:
         return [*text, *inner]
     if ins % depth:
         inner.insert(0, f"const int ks = {rows};")
-    return [*text, f"for (int k0 = 0; k0 < {ins}; k0 += {depth}) {{", *_in(inner), "}"]
+    return [*text, f"for (int k0 = 0; k0 < {ins}; k0 += {depth}) {{", *inside(inner), "}"]
 
 
 def _group(found: Linear, tail: Tail, kept: Stored, form: Format, way: Walk, lanes: int, columns: int,
@@ -271,14 +284,22 @@ def _group(found: Linear, tail: Tail, kept: Stored, form: Format, way: Walk, lan
         return f"*(const {kind} *)(y{i}_ + {j * lanes})" if j else f"*(const {kind} *)y{i}_"
 
     def start(lines_first: list[str], lines_again: list[str]) -> list[str]:
-        return ["if (k0 == 0) {", *_in(lines_first), "} else {", *_in(lines_again), "}"] if deep else lines_first
+        return ["if (k0 == 0) {", *inside(lines_first), "} else {", *inside(lines_again), "}"] if deep else lines_first
 
     if scaled:
         text += [f"{' = '.join(flat)} = {zero};"]
     else:
         text += start([" ".join(f"{n} = {biased(i)};" for n in names[i]) for i in range(rows)],
                       _loaded(names, full, vectors, lanes, width, kind, rows, old))
-    text += [f"for (int s = *n++; s > 0; s--) {{"]
+    # The outputs come in no order that the machine foresees: what the next group touches is asked for now.
+    for i in range(rows):
+        o = f"o[{rows + i}]"
+        others = [(f"e{e}", way.feature[f"x{e}"], way.step[f"x{e}"]) for e in tail.extras]
+        for base, step, along in (("y", sy, 1), *others):
+            if step != 0 and along == 1:
+                text.append(" ".join(f"FETCH({at(base, (o, step), ('t', 1))}{f' + {j}' if j else ''});"
+                                     for j in range(0, vectors * lanes, 16)))
+    text.append("for (int s = *n++; s > 0; s--) {")
     together = rows * form.unroll
     quads = lanes == 16 and together % 4 == 0
     if quads:
@@ -317,7 +338,7 @@ def _group(found: Linear, tail: Tail, kept: Stored, form: Format, way: Walk, lan
     last = f"k0 + {form.depth} >= {found.ins}"
     if tail.clamp is not None:
         lines = [" ".join(clamped(n, lanes, tail.clamp)) for n in flat]
-        text += [f"if ({last}) {{", *_in(lines), "}"] if deep else lines
+        text += [f"if ({last}) {{", *inside(lines), "}"] if deep else lines
     # One output after the other: the last group may hold an output twice.
     for i in range(rows):
         text += [" ".join(f"*({kind} *)(y{i}_ + {j * lanes}) = {names[i][j]};" for j in range(full))] if full else []
@@ -329,14 +350,10 @@ def _group(found: Linear, tail: Tail, kept: Stored, form: Format, way: Walk, lan
             for e in tail.extras:
                 place = at(f"e{e}", (f"o[{i}]", way.feature[f"x{e}"]), ("t", way.step[f"x{e}"]))
                 loop.append(f"const float *const z{e} = {place};")
-            places = [f"z{e}[{_by('j', way.step[f'x{e}'])}]" for e in tail.extras]
-            loop += [f"for (int j = 0; j < {width}; j++) {{", *_in(tail.text(f"y{i}_[j]", places)), "}"]
-            text += [f"if ({last}) {{" if deep else "{", *_in(loop), "}"]
+            places = [f"z{e}[{times('j', way.step[f'x{e}'])}]" for e in tail.extras]
+            loop += [f"for (int j = 0; j < {width}; j++) {{", *inside(tail.text(f"y{i}_[j]", places)), "}"]
+            text += [f"if ({last}) {{" if deep else "{", *inside(loop), "}"]
     return text
-
-
-def _by(index: str, stride: int) -> str:
-    return "0" if stride == 0 else index if stride == 1 and fixed(stride) else f"{index} * {c(stride)}"
 
 
 def _loaded(names: list[list[str]], full: int, vectors: int, lanes: int, width: int | str, kind: str, rows: int,
