@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 JOBS = {  # target, budget, floor
     "work-digits": ("bench/work.py:digits", "5m", "0.5%"),
     "work-digits-10m": ("bench/work.py:digits", "10m", "0.5%"),
+    "work-digits-latency": ("bench/work.py:digits", "5m", "0.5%", "--for", "latency"),
     "work-mlp": ("bench/work.py:mlp", "2m", "1%"),
     "work-cnn": ("bench/work.py:cnn", "2m", "1%"),
     "digits": ("digits", "5m", "0.5%"),

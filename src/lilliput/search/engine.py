@@ -19,16 +19,20 @@ if TYPE_CHECKING:
     from lilliput.search.shrink import Search
 
 MOST_VALUES = 3_000_000  # of a network that is compiled while a search goes on; a larger one takes minutes
+RESERVED = 0.05  # of a search's budget, for compiling its survivors
 REWARD = 1.15  # how much faster zeros must make a structure to be worth a training
 SPARSITIES = (0.8, 0.9)
 REFUSALS = (NotSupported, ExportError, OSError, ValueError)
 
 
 def sessions(search: "Search", points: list[Point], seconds: float) -> dict[int, EngineSession]:
-    """The points in the engine, by their place, as many as can be compiled in this time; the reason for what cannot."""
+    """The points in the engine, by their place, as many as this time compiles, those within the floor first."""
     found: dict[int, EngineSession] = {}
     began = time.monotonic()
-    for i, point in enumerate(points):
+    floor = 0.01 if search.question.floor is None else search.question.floor.points(search.dense.score.value)
+    loses = [search.task.loss_of(search.dense.score.value, point.score.value) > floor for point in points]
+    for i in sorted(range(len(points)), key=lambda i: (loses[i], points[i].macs)):
+        point = points[i]
         if point.values > MOST_VALUES or time.monotonic() - began > seconds:
             search.left.append(("the engine", f"no time to compile {point.name}"))
             continue

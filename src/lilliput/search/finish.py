@@ -66,7 +66,8 @@ def conclude(search: "Search") -> Result:
     best = _front(search)
     with search.clock.on("measure"):
         sessions: dict[str, Any] = {str(i): Session(point.proto) for i, point in enumerate(best)}
-        compiled = engine.sessions(search, best, search.clock.left(0.97) - 6) if search.priced_by_runtime() else {}
+        search.clock.reserved_s = 0.0
+        compiled = engine.sessions(search, best, search.clock.left(0.97) - 6) if search.for_latency else {}
         sessions |= {f"engine {i}": session for i, session in compiled.items()}
         seconds = max(2 * SECONDS_EACH, min(12.0, SECONDS_EACH * len(sessions), search.clock.left(0.97)))
         times = latency(sessions, task.example, seconds=seconds)

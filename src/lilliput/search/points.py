@@ -24,10 +24,13 @@ from lilliput.task import Score, Task, leaves, predict
 
 
 class Clock:
-    """How long a search has run, of which budget, and what the time went on (the union over its workers)."""
+    """How long a search has run, of which budget, and what the time went on (the union over its workers).
+
+    reserved_s: of the budget's end, for what comes after the trainings.
+    """
 
     def __init__(self, budget_s: float | None) -> None:
-        self.budget_s, self.began = budget_s, time.monotonic()
+        self.budget_s, self.began, self.reserved_s = budget_s, time.monotonic(), 0.0
         self._spans: list[tuple[float, float, str]] = []
         self._lock = threading.Lock()
 
@@ -37,8 +40,8 @@ class Clock:
         return time.monotonic() - self.began
 
     def left(self, until: float = 1.0) -> float:
-        """Seconds until a fraction of the budget; infinite without one."""
-        return float("inf") if self.budget_s is None else self.budget_s * until - self.now
+        """Seconds until a fraction of the budget that is not reserved; infinite without one."""
+        return float("inf") if self.budget_s is None else (self.budget_s - self.reserved_s) * until - self.now
 
     @contextmanager
     def on(self, what: str) -> Iterator[None]:

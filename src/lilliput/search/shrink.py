@@ -285,8 +285,9 @@ class Search:
         asked = self.trials or (12 if budget is None or budget >= 60 else 4)
         self.finals = max(1, min(3 if asked >= 6 else 2, asked))
         self.tails = (Tail(4), Tail(3), Tail(4, 0.5)) if not self.space.tables else (Tail(4), Tail(3))
-        if self.question.objective == "latency" or self.question.max_latency_ms is not None:
+        if self.for_latency:
             self.tails = (Tail(4), *(Tail(8, sparsity) for sparsity in self._rewarded()))
+            self.clock.reserved_s = 0.0 if budget is None else engine.RESERVED * budget
         with self.clock.on("train"):
             self._teach(pool)
         share = asked / 16 + (asked // 3) * (RUNGS[1] - RUNGS[0]) + self.finals * (
@@ -305,7 +306,7 @@ class Search:
             proposed = [study.ask() for _ in range(min(4, asked - first))]
             plans = [self.space.ask(trial) for trial in proposed]
             fresh = list(dict.fromkeys(plan for plan in plans if plan not in seen))
-            if self.priced_by_runtime():
+            if self._priced_by_runtime():
                 self._export(fresh)
             for plan, row in zip(fresh, pool.map(lambda plan: self._rung(plan, RUNGS[0]), fresh), strict=True):
                 seen[plan] = row
@@ -353,7 +354,12 @@ class Search:
         except FAILURES:
             return ()
 
-    def priced_by_runtime(self) -> bool:
+    @property
+    def for_latency(self) -> bool:
+        """Whether what is asked for is time, so that the engine has a say."""
+        return self.question.objective == "latency" or self.question.max_latency_ms is not None
+
+    def _priced_by_runtime(self) -> bool:
         """Whether time or multiply-adds are asked for, so that structures are exported as they come."""
         return self.question.objective != "size" or self.question.max_latency_ms is not None
 
@@ -488,7 +494,7 @@ class Search:
 
     def _price(self, model: nn.Module, plan: Plan) -> float:
         """What a structure costs by the objective: packed bytes at four bits, or the layers' milliseconds or MACs."""
-        if not self.priced_by_runtime():
+        if not self._priced_by_runtime():
             return sum(s.storage().bits / (8 if bits(s) >= 32 else 1) for s in pack(realize(model)).values()) / 8
         plain = fold_batchnorm(realize(model), self.task.example)
         structure = self.press.structure(plain, self._topology(plan))

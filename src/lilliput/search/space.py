@@ -19,6 +19,8 @@ from lilliput.train import Train
 
 WIDTHS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.1875, 0.125, 0.0625)
 
+MOST_AT_ONCE = 0.6  # zeros that a short training recovers from; more are made while it trains
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -151,7 +153,11 @@ def tail(which: Tail, steps: int, batch_size: int, lr: float, seed: int, labels:
     """The stages of a tail, behind a trained structure. A lookup table gets one step size: one for each of its many
     short rows would weigh as much as their codes."""
     stages: list[Any] = [FoldBatchNorm()]
-    if which.sparsity:
+    polish = Train(steps=steps, lr=Cosine(lr), rules=(Distill(),), supervised=labels, batch_size=batch_size,
+                   weight_decay=0.0, seed=seed)
+    if which.sparsity > MOST_AT_ONCE:  # gradually; 8 bits lose nothing after it
+        stages.append(replace(polish, lr=Cosine(4 * lr), rules=(Prune(which.sparsity), Distill())))
+    elif which.sparsity:
         stages.append(Prune(which.sparsity))
     if which.bits < 32:
         width = max(2, min(8, round(which.bits)))
@@ -162,9 +168,8 @@ def tail(which: Tail, steps: int, batch_size: int, lr: float, seed: int, labels:
         if rest or not tables:
             stages.append(Quantize(bits=width, where=",".join(rest) if tables else "*",
                                    allocation=tuple(pair for pair in bits if pair[0] not in tables)))
-        if which.trained:
-            stages.append(Train(steps=steps, lr=Cosine(lr), rules=(Distill(),), supervised=labels,
-                                batch_size=batch_size, weight_decay=0.0, seed=seed))
+        if which.trained and which.sparsity <= MOST_AT_ONCE:
+            stages.append(polish)
     return tuple(stages)
 
 
