@@ -25,6 +25,7 @@ def layer(rng: np.random.Generator, number: int, zeros: float, settings: dict[st
     group, ins, outs = s.get("group", 1), s.get("ins", 3), s.get("outs", 5)
     kernel = s["kernel"]
     w = rng.standard_normal((outs, ins // group, *kernel)).astype(np.float32)
+    w /= np.sqrt(w[0].size, dtype=np.float32)
     w[rng.random(w.shape) < zeros] = 0
     constants = [numpy_helper.from_array(w, f"w{number}")]
     names = [f"x{number}", f"w{number}"]
@@ -125,3 +126,19 @@ def test_sparse_convolutions_of_every_setting(starts: str, tmp_path: Path, monke
     used = check(model(layers), tmp_path / "net", starts, monkeypatch)
     share = 0.5 if starts == "sparse shifts" else 0.9
     assert sum(n for name, n in used.items() if name.startswith(starts)) >= share * len(layers)
+
+
+@pytest.mark.parametrize("starts", ["winograd 2x2", "winograd 4x4"])
+def test_dense_convolutions_with_fewer_multiplications(starts: str, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(2)
+    settings = [
+        {"size": (32, 32), "ins": 16, "outs": 16}, {"size": (16, 16), "ins": 8, "outs": 20},
+        {"size": (8, 8), "ins": 9, "outs": 17}, {"size": (28, 28), "ins": 4, "outs": 5, "batch": 2},
+        {"size": (14, 14), "ins": 5, "outs": 8}, {"size": (7, 7), "ins": 8, "outs": 16},
+        {"size": (17, 30), "ins": 4, "outs": 4, "pads": [0, 1, 2, 1]}, {"size": (30, 13), "ins": 5, "outs": 8,
+                                                                      "pads": [1, 0, 0, 0]},
+        {"size": (10, 60), "ins": 4, "outs": 4}, {"size": (9, 31), "ins": 4, "outs": 7, "pads": [3, 1, 3, 1]}]
+    layers = [layer(rng, i, 0.0, {"kernel": (3, 3), **s}) for i, s in enumerate(settings)]
+    used = check(model(layers), tmp_path / "net", starts, monkeypatch)
+    assert used[starts] >= 7

@@ -33,7 +33,7 @@ class Geometry:
     @property
     def after(self) -> tuple[int, int]:
         """Rows and columns that are read behind the last ones."""
-        return tuple(max((m - 1) * s + (k - 1) * d + 1 - b - n, 0) for m, s, k, d, b, n in zip(  # type: ignore
+        return tuple(max((m - 1) * s + (k - 1) * d + 1 - b - n, 0) for m, s, k, d, b, n in zip(
             self.made, self.stride, self.kernel, self.dilation, self.before, self.size, strict=True))
 
     @property
@@ -145,42 +145,54 @@ class Finish:
         value = self.node.maybe(3)
         if value is None:
             return []
-        _, _, row, column = strides(value)
-        kind, lines = vector(self.lanes), []
-        for i, s in enumerate(sums):
-            r, v = divmod(i, self.vectors)
-            at = r * row + v * self.lanes * column
-            left = self.columns - v * self.lanes
-            if column == 1 and left >= self.lanes:
-                lines.append(f"{s} += *(const {kind} *)({self.residual} + {at});")
-                continue
-            for lane in range(min(left, self.lanes)):
-                lines.append(f"{s}[{lane}] += {self.residual}[{at + lane * column}];")
-        return lines
-
-    def _stored(self, sums: Sequence[str]) -> list[str]:
-        y = self.node.y
-        _, _, row, column = strides(y)
-        spare = y.border[-1][1] if y.border else 0  # zeros behind a row are set again after the layer ran
         lines = []
         for i, s in enumerate(sums):
             r, v = divmod(i, self.vectors)
-            at, left = r * row + v * self.lanes, self.columns - v * self.lanes
-            if column == 1 and left + spare >= self.lanes:
-                lines.append(f"*({vector(self.lanes)} *)({self.out} + {at}) = {s};")
-                continue
-            left, lane = min(left, self.lanes), 0
-            while lane < left:
-                size = next((w for w in (8, 4) if w <= left - lane), 1) if column == 1 else 1
-                if size == 1:
-                    where = r * row + (v * self.lanes + lane) * column
-                    lines.append(f"{self.out}[{where}] = {s}[{lane}];")
-                else:
-                    part = shuffled(s, s, lane, size) if lane else (
-                        f"__builtin_shufflevector({s}, {s}, {', '.join(str(k) for k in range(size))})")
-                    lines.append(f"*({vector(size)} *)({self.out} + {at + lane}) = {part};")
-                lane += size
+            lines += added(s, self.lanes, value, self.residual, r, v * self.lanes, self.columns)
         return lines
+
+    def _stored(self, sums: Sequence[str]) -> list[str]:
+        lines = []
+        for i, s in enumerate(sums):
+            r, v = divmod(i, self.vectors)
+            lines += put(s, self.lanes, self.node.y, self.out, r, v * self.lanes, self.columns)
+        return lines
+
+
+def added(name: str, lanes: int, value: Value, base: str, row: int, column: int, columns: int) -> list[str]:
+    """C lines that add to a vector what `value` holds at (row, column) from `base` on, of rows of `columns`."""
+    _, _, step, one = strides(value)
+    at, left = row * step + column * one, min(columns - column, lanes)
+    # Behind a value in the arena there is always a vector that may be read: what is summed there is not kept.
+    if one == 1 and (left == lanes or (value.buffer is not None and value.buffer.place == "arena")):
+        return [f"{name} += *(const {vector(lanes)} *)({base} + {at});"]
+    return [f"{name}[{lane}] += {base}[{at + lane * one}];" for lane in range(left)]
+
+
+def put(name: str, lanes: int, y: Value, base: str, row: int, column: int, columns: int, first: int = 0,
+        count: int | None = None) -> list[str]:
+    """C lines that store a vector's lanes, `count` from `first` on, at (row, column) from `base` on."""
+    _, _, step, one = strides(y)
+    count = lanes if count is None else count
+    spare = y.border[-1][1] if y.border else 0  # zeros behind a row are set again after the layer ran
+    left = count if one == 1 and columns - column + spare >= count else min(columns - column, count)
+    lines, lane = [], 0
+    while lane < left:
+        size = next((w for w in (16, 8, 4) if w <= left - lane), 1) if one == 1 else 1
+        where = row * step + (column + lane) * one
+        if size == 1:
+            lines.append(f"{base}[{where}] = {name}[{first + lane}];")
+        else:
+            lines.append(f"*({vector(size)} *)({base} + {where}) = {lanes_of(name, first + lane, size, lanes)};")
+        lane += size
+    return lines
+
+
+def lanes_of(name: str, first: int, count: int, lanes: int) -> str:
+    """The C expression of `count` lanes of a vector of `lanes`."""
+    if count == lanes:
+        return name
+    return f"__builtin_shufflevector({name}, {name}, {', '.join(str(first + k) for k in range(count))})"
 
 
 def batches(node: Node) -> tuple[str, list[str]]:
