@@ -90,7 +90,7 @@ def write(model: Any, out: str | Path | None, found: Target, tune: bool = True,
 def profiling(folder: Path) -> Path:
     """The library that times its layers, made from the folder's C when it is first asked for."""
     made = folder / "libmodel.profile.so"
-    if not made.is_file():
+    if not made.is_file() or made.stat().st_mtime < (folder / "model.c").stat().st_mtime:
         facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         found = Target(facts["target"], 0, tuple(facts["flags"]), tuple(facts["cc"]), link=tuple(facts["link"]))
         library(folder / "model.c", made, found, ["-DMODEL_PROFILE"])
