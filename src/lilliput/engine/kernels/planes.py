@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from lilliput.engine import loops
-from lilliput.engine.expr import Expr, arg, clamp_of, needs, statements
+from lilliput.engine.expr import Expr, clamp_of, needs, statements
 from lilliput.engine.graph import Array, Node, Value
 from lilliput.engine.helpers import HELPERS
 from lilliput.engine.kernel import Want
 from lilliput.engine.kernels.product import clamped, pick, vector, vector_types
-from lilliput.engine.size import c, fixed
+from lilliput.engine.size import c, fixed, product
 from lilliput.engine.target import Target
 
 L1_BYTES = 32 * 1024
@@ -36,7 +36,16 @@ def widths(lanes: int) -> list[int]:
 
 def heads(lanes: int) -> tuple[str, ...]:
     """The C text that vectors of at most `lanes` need."""
-    return tuple(text for width in reversed(widths(lanes)) if width > 1 for text in (vector_types(width), pick(width)))
+    return tuple(text for width in reversed(widths(lanes)) if width > 1
+                 for text in (vector_types(width), pick(width), shuffle(width)))
+
+
+def shuffle(lanes: int) -> str:
+    """C text of shuffle_f32xN(a, b, which lanes of both), for the head of the file."""
+    return (f"#if defined(__clang__) || __GNUC__ >= 12\n"
+            f"#define shuffle_f32x{lanes}(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)\n"
+            f"#else\n#define shuffle_f32x{lanes}(a, b, ...) __builtin_shuffle(a, b, (i32x{lanes}){{__VA_ARGS__}})\n"
+            f"#endif")
 
 
 def spread(name: str, lanes: int) -> str:
@@ -117,6 +126,47 @@ def after(node: Node) -> After | None:
                  3 if node.maybe(3) is not None else None, clamp, None if clamp else act)
 
 
+# ------------------------------------------------------------------------------------------------------------ windows
+
+
+@dataclass(frozen=True)
+class Window:
+    """A convolution's settings, heights first, widths second; one-dimensional ones have a height of 1."""
+
+    size: tuple[int, int]
+    out: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    before: tuple[int, int]
+    ins: int  # input and output channels of a group
+    outs: int
+    groups: int
+
+    @property
+    def depth(self) -> int:
+        """What is summed over for one output."""
+        return self.ins * self.kernel[0] * self.kernel[1]
+
+
+def window(node: Node) -> tuple[Window, Array] | None:
+    """The settings and weights (out, in, ...) of a convolution in one or two dimensions with known sizes, or None."""
+    a, x, y = node.attrs, node.x, node.y
+    weight = node.input(1).data
+    dims = x.rank - 2
+    if weight is None or dims not in (1, 2) or not fixed(*x.shape[1:]) or 0 in (*x.shape, *y.shape, *weight.shape):
+        return None
+
+    def pair(values: Sequence[int], fill: int = 1) -> tuple[int, int]:
+        both = [fill] * (2 - dims) + [int(v) for v in values]
+        return both[0], both[1]
+
+    group = int(a["group"])
+    return Window(pair(x.shape[2:]), pair(y.shape[2:]), pair(weight.shape[2:]), pair(a["strides"]),
+                  pair(a["dilations"]), pair(a["pads"][:dims], 0), int(weight.shape[1]),
+                  int(weight.shape[0]) // group, group), np.asarray(weight, np.float32)
+
+
 # -------------------------------------------------------------------------------------------------------------- runs
 
 
@@ -124,7 +174,8 @@ def after(node: Node) -> After | None:
 class Runs:
     """The loops around a run, and the run: `count` pixels that are neighbours in each operand.
 
-    channel: by operand, the step from a plane to the next. gap: whether whole vectors may be read and written behind the run.
+    channel: by operand, the step from a plane to the next. gap: whether whole vectors may be read and written behind
+    the run.
     """
 
     sizes: list[int]
@@ -133,17 +184,16 @@ class Runs:
     channel: list[int]
     gap: Callable[[int], bool]
 
-    def opened(self, names: Sequence[str], kinds: Sequence[str], sources: Sequence[str]) -> tuple[list[str], str, list[str]]:
-        """(lines that open the loops and define a pointer for each operand, the indent inside, lines that close)."""
-        lines, indent = [], ""
+    def inside(self, pointers: Sequence[tuple[str, str]], body: Sequence[str]) -> list[str]:
+        """The lines in the loops around, with a pointer ("float *y", where it starts from) for each operand."""
         counters = [f"r{k}" for k in range(len(self.sizes))]
-        for name, size in zip(counters, self.sizes, strict=True):
+        lines = [f"{declared} = {plus(source, *zip(counters, steps, strict=True))};"
+                 for (declared, source), steps in zip(pointers, self.steps, strict=True)]
+        lines += body
+        for name, size in reversed(list(zip(counters, self.sizes, strict=True))):
             kind = "int" if fixed(size) else "int64_t"
-            lines.append(f"{indent}for ({kind} {name} = 0; {name} < {c(size)}; {name}++) {{")
-            indent += "    "
-        for name, kind, source, steps in zip(names, kinds, sources, self.steps, strict=True):
-            lines.append(f"{indent}{kind} *{name} = {plus(source, *zip(counters, steps, strict=True))};")
-        return lines, indent, ["    " * k + "}" for k in reversed(range(len(self.sizes)))]
+            lines = [f"for ({kind} {name} = 0; {name} < {c(size)}; {name}++) {{", *(f"    {x}" for x in lines), "}"]
+        return lines
 
 
 def runs(operands: Sequence[Value]) -> Runs:
@@ -157,25 +207,20 @@ def runs(operands: Sequence[Value]) -> Runs:
     count = int(sizes[-1])
 
     def gap(lanes: int) -> bool:
+        """Whether the run is a whole plane and every operand has room for whole vectors at the end of each plane."""
         whole = -(-count // lanes) * lanes
         for value in operands:
             assert value.buffer is not None
-            if value.border or len(sizes) > 1 and any(
-                    fixed(s) and 0 < int(s) < whole for v, s in zip(sizes[:-1], _steps(value, operands, steps)[:-1],
-                                                                    strict=True) if v != 1):
+            if value.border or not fixed(*value.shape) or count != product(value.shape[2:]):
                 return False
-            if value.shape[1] != 1 and not (fixed(value.strides[1]) and int(value.strides[1]) >= whole):
+            if any(value.shape[d] != 1 and int(value.strides[d]) < whole for d in (0, 1)):
                 return False
             last = sum(int(s) * (int(n) - 1) for s, n in zip(value.strides, value.shape, strict=True))
-            if int(value.offset) + last + 1 + whole - count > int(value.buffer.count) or not fixed(*value.shape):
+            if int(value.offset) + last + 1 + whole - count > int(value.buffer.count):
                 return False
         return True
 
     return Runs(sizes[:-1], [s[:-1] for s in steps], count, [v.strides[1] for v in operands], gap)
-
-
-def _steps(value: Value, operands: Sequence[Value], steps: list[list[int]]) -> list[int]:
-    return steps[next(i for i, v in enumerate(operands) if v is value)]
 
 
 Piece = tuple[int, int]  # (place in the block, lanes)
@@ -191,8 +236,9 @@ class Block:
     pieces: tuple[Piece, ...]
 
 
-def blocks(count: int, lanes: int, most: int, gap: bool) -> list[Block]:
-    """Cover `count` pixels with blocks of about `most` vectors; a rest by narrower vectors, or by one that overruns."""
+def blocks(count: int, lanes: int, most: int, gap: bool, strict: bool = False) -> list[Block]:
+    """Cover `count` pixels with blocks of about (strict: at most) `most` vectors; a rest by narrower vectors, or by one
+    that overruns."""
     whole, rest = divmod(count, lanes)
     tail: list[int] = []
     if rest and gap and (rest > lanes // 4 or not whole):
@@ -201,9 +247,7 @@ def blocks(count: int, lanes: int, most: int, gap: bool) -> list[Block]:
         while rest >= width:
             tail.append(width)
             rest -= width
-    if len(tail) > 3 and len(set(tail)) > 1:  # many small pieces: their own block
-        pass
-    number = max(1, round(whole / most))
+    number = max(1, -(-whole // most) if strict else round(whole / most))
     base, more = divmod(whole, number)
     found: list[Block] = []
     start = 0
@@ -232,14 +276,8 @@ def planes(value: Value, lanes: int) -> Want:
     return Want(plane=lanes if value.rank == 4 else 1)
 
 
-def around(number: int, name: str, body: Sequence[str], indent: str = "") -> list[str]:
-    """Lines in a loop that runs `number` times; without a loop (the counter a constant) where it is 1."""
-    if number == 1:
-        return [f"{indent}{{", f"{indent}    const int {name} = 0;", *(f"{indent}    {line}" for line in body), f"{indent}}}"] if (
-            any(name in line for line in body)) else [f"{indent}{{", *(f"{indent}    {line}" for line in body), f"{indent}}}"]
-    return [f"{indent}for (int {name} = 0; {name} < {number}; {name}++) {{", *(f"{indent}    {line}" for line in body),
-            f"{indent}}}"]
+def around(number: int, name: str, body: Sequence[str]) -> list[str]:
+    """Lines in a loop that runs `number` times; in a block of their own, without the counter, where that is once."""
+    head = "{" if number == 1 else f"for (int {name} = 0; {name} < {number}; {name}++) {{"
+    return [head, *(f"    {line}" for line in body), "}"]
 
-
-__all__ = ["After", "Block", "Piece", "Runs", "after", "arg", "around", "blocks", "heads", "load", "planes", "plus",
-           "registers", "runs", "spread", "store", "widths"]
