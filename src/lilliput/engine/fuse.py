@@ -7,6 +7,8 @@ import numpy as np
 from lilliput.engine.attend import attended
 from lilliput.engine.expr import Expr, arg
 from lilliput.engine.graph import Graph, Narrow, Node, Value
+from lilliput.engine.integer import finished
+from lilliput.engine.patterns import absorbed, normalized
 
 MOST_INPUTS, MOST_OPERATORS = 8, 160
 PRODUCTS = ("Conv", "ConvTranspose", "MatMul")
@@ -14,7 +16,7 @@ PRODUCTS = ("Conv", "ConvTranspose", "MatMul")
 
 def fused(graph: Graph) -> Graph:
     """The graph with fewer nodes that computes the same."""
-    for step in (scales, chains, epilogues, scales, chains, attended):
+    for step in (scales, chains, normalized, epilogues, scales, chains, attended, absorbed, finished):
         step(graph)
         graph.prune()
     return graph

@@ -140,7 +140,9 @@ def binary(node: Node, build: Build) -> None:
 def _two(node: Node, build: Build, make: Callable[[Expr, Expr], Expr]) -> None:
     a, b = node.x, node.input(1)
     left, right = scalar(a), scalar(b)
-    if right is not None and a.shape == node.y.shape:
+    if a is b:
+        build.map([a], lambda x: make(x, x), node.y)
+    elif right is not None and a.shape == node.y.shape:
         build.map([a], lambda x: make(x, const(right, b.dtype)), node.y)
     elif left is not None and b.shape == node.y.shape:
         build.map([b], lambda x: make(const(left, a.dtype), x), node.y)
