@@ -21,6 +21,7 @@ from lilliput.errors import NotSupported, near
 
 MOST_ELEMENTS = 2**31 - 1  # of one tensor
 MOST_FOLDED = 2**24  # elements of a constant that folding may make larger than what it is made of
+MOST_NODES = 100_000
 ONNX_DOMAINS = ("", "ai.onnx")
 Shapes = Mapping[str, Sequence[int]]
 Constants = Mapping[str, Array]
@@ -140,6 +141,7 @@ def _inlined(proto: ModelProto, supported: Callable[[str], bool]) -> ModelProto:
     """Functions of the model, and operators that ONNX defines by others and nothing here compiles, written out."""
     from onnx import inliner
 
+    _written_out(proto)
     for _ in range(4):
         used = {(node.domain, node.op_type) for node in proto.graph.node}
         local = {(function.domain, function.name) for function in proto.functions}
@@ -156,14 +158,41 @@ def _inlined(proto: ModelProto, supported: Callable[[str], bool]) -> ModelProto:
                         wanted.append((domain, op_type))
         if not wanted:
             break
-        try:
-            new = inliner.inline_selected_functions(proto, wanted, inline_schema_functions=True)
-        except Exception as error:
-            raise ValueError(f"compile: the model's functions must be whole, got {str(error)[:160]}.") from error
+        new = proto
+        for name in sorted(wanted):
+            try:
+                new = inliner.inline_selected_functions(new, [name], inline_schema_functions=True)
+            except Exception as error:
+                if name in local:
+                    raise ValueError(f"compile: the function {name[1]!r} of the model must be whole, got "
+                                     f"{str(error)[:160]}.") from error
         if new.graph.node == proto.graph.node:
             break
         proto = new
     return proto
+
+
+def _written_out(proto: ModelProto) -> None:
+    """Functions must not call themselves, nor become more nodes than anything needs."""
+    bodies = {(f.domain, f.name): [(n.domain, n.op_type) for n in f.node] for f in proto.functions}
+    nodes: dict[tuple[str, str], int] = {}
+    for start in bodies:
+        path: list[tuple[tuple[str, str], int]] = [(start, 0)]
+        while path:
+            name, at = path.pop()
+            called = [call for call in bodies[name] if call in bodies]
+            if at < len(called):
+                path.append((name, at + 1))
+                if called[at] not in nodes:
+                    if any(held == called[at] for held, _ in path):
+                        raise ValueError(f"compile: the function {called[at][1]!r} must not call itself. The file is "
+                                         "damaged.")
+                    path.append((called[at], 0))
+            else:
+                nodes[name] = len(bodies[name]) + sum(nodes[call] for call in called)
+    total = len(proto.graph.node) + sum(nodes.get((n.domain, n.op_type), 0) for n in proto.graph.node)
+    if total > MOST_NODES:
+        raise ValueError(f"compile: a model must have at most {MOST_NODES} nodes, got {total} with its functions.")
 
 
 # ------------------------------------------------------------------------------------------------------------- graph
@@ -258,8 +287,14 @@ class _Reader:
             self._constant(tensor.name, _array(tensor))
 
     def _symbol(self, param: str, name: str, axis: int) -> str:
-        found = re.sub(r"\W", "_", param, flags=re.ASCII) or re.sub(r"\W", "_", f"{name}_{axis}", flags=re.ASCII)
-        return f"n_{found}" if not re.match(r"[A-Za-z]", found) or found in C_WORDS else found[:60]
+        """The C name of a free size, such as n_batch: no kernel has such names."""
+        key = param or f"{name} {axis}"
+        if key not in self.symbols:
+            found = short = f"n_{re.sub(r'[^A-Za-z0-9]+', '_', key).strip('_')[:40]}"
+            while found in self.symbols.values():
+                found = f"{short}_{len(self.symbols)}"
+            self.symbols[key] = found
+        return self.symbols[key]
 
     def _dtype(self, kind: int, name: str) -> np.dtype[Any]:
         try:
