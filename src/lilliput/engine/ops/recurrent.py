@@ -1,0 +1,150 @@
+"""Recurrent layers: the products with their inputs become one matrix product for all steps, the rest a Recurrence.
+
+A Recurrence has as inputs what each step gets from the input (steps, batch, directions * gates * hidden) with every
+bias that can be added before; the recurrent weights R (directions, gates * hidden, hidden); the bias (directions,
+hidden) that a GRU with linear_before_reset adds inside; the states before (h, c); the lengths of the sequences; and the
+peepholes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from lilliput.engine.expr import Expr, arg, where
+from lilliput.engine.graph import Node, Value
+from lilliput.engine.lower import Build, lower
+from lilliput.errors import NotSupported
+
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+DEFAULTS = {"RNN": ["Tanh"], "GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"]}
+# What takes alpha and beta, with their defaults.
+NUMBERS = {
+    "affine": (1.0, 0.0),
+    "leakyrelu": (0.01,),
+    "thresholdedrelu": (1.0,),
+    "scaledtanh": (1.0, 1.0),
+    "hardsigmoid": (0.2, 0.5),
+    "elu": (1.0,),
+}
+ACTIVATIONS: dict[str, Callable[..., Expr]] = {
+    "relu": lambda x: x.max(0),
+    "tanh": lambda x: x.of("tanh"),
+    "sigmoid": lambda x: x.of("sigmoid"),
+    "affine": lambda x, a, b: x * a + b,
+    "leakyrelu": lambda x, a: where(x < 0, x * a, x),
+    "thresholdedrelu": lambda x, a: where(x > a, x, x * 0),
+    "scaledtanh": lambda x, a, b: (x * b).of("tanh") * a,
+    "hardsigmoid": lambda x, a, b: (x * a + b).max(0).min(1),
+    "elu": lambda x, a: where(x < 0, x.of("exp") * a - a, x),
+    "softsign": lambda x: x / (x.of("abs") + 1),
+    "softplus": lambda x: x.of("softplus"),
+}
+
+
+@lower(*GATES)
+def recurrent(node: Node, build: Build) -> None:
+    """RNN, GRU and LSTM in one or both directions."""
+    gates = GATES[node.op]
+    w, r = node.known(1), node.known(2)
+    assert w is not None and r is not None
+    directions, hidden = int(r.shape[0]), int(r.shape[2])
+    wanted = {"forward": (False,), "reverse": (True,), "bidirectional": (False, True)}
+    reverse = wanted.get(node.attrs.get("direction", "forward"))
+    if reverse is None or len(reverse) != directions or w.shape[:2] != (directions, gates * hidden):
+        raise ValueError(
+            f"{node.op} {node.name}: weights must fit its direction, got {w.shape} and {r.shape}. The file is damaged."
+        )
+    batch_first = bool(node.attrs.get("layout", 0))
+    x = build.transpose(node.x, (1, 0, 2)) if batch_first else node.x
+    inside = node.op == "GRU" and bool(node.attrs.get("linear_before_reset", 0))
+    bias, kept = _biases(node, directions, gates, hidden, inside)
+    steps, batch = x.shape[:2]
+    weight = build.const(np.ascontiguousarray(w.reshape(-1, w.shape[2]).T, np.float32))
+    narrow = node.input(1).narrow
+    weight.narrow = None if narrow is None else narrow.moved(lambda a: a.reshape(-1, a.shape[2]).T)
+    weight.name = node.input(1).name
+    shape = (steps, batch, directions * gates * hidden)
+    each = build.value(np.float32, shape)
+    build.add("MatMul", [x, weight], [each])
+    if bias is not None:
+        each = build.map([each, build.const(bias.reshape(-1))], lambda a, b: a + b)
+
+    def state(i: int) -> Value | None:
+        value = node.maybe(i)
+        if value is None or (value.data is not None and not value.data.any()):
+            return None
+        return build.transpose(value, (1, 0, 2)) if batch_first else value
+
+    peepholes = node.known(7) if node.op == "LSTM" else None
+    held = build.const(np.ascontiguousarray(r, np.float32))
+    held.narrow, held.name = node.input(2).narrow, node.input(2).name
+    inputs = [
+        each,
+        held,
+        None if kept is None else build.const(kept),
+        state(5),
+        state(6) if node.op == "LSTM" else None,
+        node.maybe(4),
+        None if peepholes is None else build.const(np.asarray(peepholes, np.float32)),
+    ]
+    shapes = [(steps, directions, batch, hidden), (directions, batch, hidden), (directions, batch, hidden)]
+    perms = [(2, 0, 1, 3), (1, 0, 2), (1, 0, 2)]
+    found = [(i, value) for i, value in enumerate(node.outputs[:3]) if value is not None]
+    made = [build.value(np.float32, shapes[i]) if batch_first else value for i, value in found]
+    build.add(
+        "Recurrence",
+        inputs,
+        made,
+        kind=node.op,
+        reverse=reverse,
+        hidden=hidden,
+        inside=inside,
+        roles=tuple("hnc"[i] for i, _ in found),
+        acts=_activations(node, directions),
+        clip=float(node.attrs["clip"]) if "clip" in node.attrs else None,
+        input_forget=bool(node.attrs.get("input_forget", 0)),
+    )
+    if batch_first:
+        for (i, value), inner in zip(found, made, strict=True):
+            build.transpose(inner, perms[i], out=value)
+
+
+def _biases(
+    node: Node, directions: int, gates: int, hidden: int, inside: bool
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """(directions, gates * hidden) that is added to the inputs' products, and (directions, hidden) that cannot be."""
+    b = node.known(3)
+    if b is None:
+        return None, None
+    both = np.asarray(b, np.float32).reshape(directions, 2, gates * hidden)
+    outside = both.sum(1)
+    if not inside:
+        return outside, None
+    outside[:, 2 * hidden :] = both[:, 0, 2 * hidden :]
+    return outside, np.ascontiguousarray(both[:, 1, 2 * hidden :])
+
+
+def _activations(node: Node, directions: int) -> tuple[tuple[Expr, ...], ...]:
+    names = [str(n) for n in node.attrs.get("activations") or DEFAULTS[node.op] * directions]
+    if len(names) != len(DEFAULTS[node.op]) * directions:
+        raise ValueError(
+            f"{node.op} {node.name}: it must have {len(DEFAULTS[node.op])} activations a direction, got "
+            f"{len(names)}. The file is damaged."
+        )
+    alphas, betas = (list(node.attrs.get(f"activation_{which}", [])) for which in ("alpha", "beta"))
+    found = []
+    for name in names:
+        key = name.lower()
+        if key not in ACTIVATIONS:
+            raise NotSupported(
+                f"{node.op} {node.name}: its activations must be among {', '.join(ACTIVATIONS)}, got {name}."
+            )
+        numbers = [
+            float(given.pop(0)) if given else default
+            for default, given in zip(NUMBERS.get(key, ()), (alphas, betas), strict=False)
+        ]
+        found.append(ACTIVATIONS[key](arg(0, np.float32), *numbers))
+    each = len(names) // directions
+    return tuple(tuple(found[d * each : (d + 1) * each]) for d in range(directions))
