@@ -133,6 +133,10 @@ class Build:
 
     def reshape(self, x: Value, shape: Sequence[int], out: Value | None = None) -> Value:
         """The same elements, in C order, in another shape."""
+        if product(x.shape) != product(shape):
+            raise ValueError(f"compile: {self.source.name if self.source else x.name} must keep its elements, but "
+                             f"{shown(x.shape)} becomes {shown(shape)}. A size that is fixed in the file must be given as "
+                             "it is there.")
         return self.view(x, shape, "reshape", out)
 
     def transpose(self, x: Value, perm: Sequence[int], out: Value | None = None) -> Value:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lilliput.engine.expr import arg
-from lilliput.engine.graph import Buffer, Graph, Node, Value, row_major
+from lilliput.engine.graph import Buffer, Graph, Node, Value, row_major, same
 from lilliput.engine.kernel import Kernel, Want, constant, dense
 from lilliput.engine.size import Size, c
 from lilliput.errors import NotSupported
@@ -132,6 +132,8 @@ class _Planner:
             gives = kernel.gives[i] if isinstance(kernel.gives, tuple) else kernel.gives
             buffer = self.outputs.get(value)
             if buffer is not None:
+                if gives is None and kernel.follows and self._followed(node, value) is not None:
+                    gives = self._chosen(node, value)
                 if gives is None or gives.strides(value.shape)[:2] == (row_major(value.shape), 0) and not (
                         gives.tag or gives.slack):
                     dense(value, buffer)
@@ -162,7 +164,9 @@ class _Planner:
         order: tuple[int, ...] | None = None
         border = [(0, 0)] * value.rank
         pitch, plane, slack = 1, 1, 0
-        asked = False
+        asked = node.kernel.follows
+        if asked:
+            order = self._followed(node, value)
         for reader in self.uses.get(value, []):
             if reader.op == "View":
                 continue
@@ -174,9 +178,10 @@ class _Planner:
                 want = best.want(i)
                 if held is not value or want is None or want.tag or i in best.skips:
                     continue
-                if asked and (want.order or None) != order:
+                wanted = None if want.order == tuple(range(value.rank)) else want.order
+                if asked and wanted != order:
                     continue
-                asked, order = True, want.order
+                asked, order = True, wanted
                 if want.border and not want.exact:
                     border = [(max(b[0], w[0]), max(b[1], w[1])) for b, w in zip(border, want.border, strict=True)]
                 pitch, plane, slack = max(pitch, want.pitch), max(plane, want.plane), max(slack, want.slack)
@@ -242,7 +247,7 @@ def reshaped(old: Sequence[int], strides: Sequence[int], new: Sequence[int]) -> 
     """Strides of the same elements in a new shape; None where there are none."""
     if tuple(old) == tuple(new):
         return tuple(strides)
-    if 0 in new:
+    if 0 in new or same(old, strides, row_major(old)):
         return row_major(new)
     # Runs of old dimensions that are walked through as one, each split into some of the new ones.
     dims = [(size, stride) for size, stride in zip(old, strides, strict=True) if size != 1]
