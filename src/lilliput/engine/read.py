@@ -491,7 +491,7 @@ class _Reader:
         zero = parts[2] if len(parts) > 2 else None
         assert codes is not None and scale is not None
         axis, block = int(node.attrs.get("axis", 1)), int(node.attrs.get("block_size", 0))
-        bits = 4 if "4" in codes.dtype.name else 2 if "2" in codes.dtype.name and "32" not in codes.dtype.name else 8
+        bits = CODES.get(codes.dtype.name, 32)
         whole = codes.astype(np.int32)
 
         def spread(x: Array) -> Array:
@@ -512,12 +512,12 @@ class _Reader:
                              f"{error}.") from error
         name = proto.output[0]
         self._constant(name, data)
-        if codes.dtype.name in ("int8", "uint8") or bits < 8:
+        if bits <= 8:
             self.narrow[name] = Narrow(bits, whole.astype(np.int16 if codes.dtype.name == "uint8" else np.int8),
                                        scales, zeros)
 
     def _keep_narrow(self, proto: NodeProto, node: Node) -> None:
-        """How a constant is stored, carried through what only moves it."""
+        """How a constant is stored, carried through what only moves, shifts or scales it."""
         source, name = proto.input[0] if proto.input else "", proto.output[0]
         data = self.known[name].data
         if not source or data is None:
@@ -525,11 +525,25 @@ class _Reader:
         was = self.known[source].data
         if node.op == "Cast" and was is not None and was[0].dtype == np.float16 and data[0].dtype == np.float32:
             self.narrow[name] = Narrow(16, was[0])
+        if node.op == "Cast" and was is not None and was[0].dtype.name in CODES and data[0].dtype == np.float32:
+            codes = was[0].astype(np.int16 if was[0].dtype.name == "uint8" else np.int8)
+            self.narrow[name] = Narrow(CODES[was[0].dtype.name], codes, np.ones((1,) * codes.ndim, np.float32))
+        if node.op == "Mul" and source not in self.narrow:
+            source = proto.input[1]
         held = self.narrow.get(source)
         if held is None:
             return
         if node.op == "Identity":
             self.narrow[name] = held
+        elif node.op in ("Mul", "Sub") and held.scale is not None and held.codes.shape == data[0].shape:
+            other = self.known[proto.input[1] if proto.input[0] == source else proto.input[0]].data
+            assert other is not None
+            number = other[0].reshape((1,) * (held.codes.ndim - other[0].ndim) + other[0].shape)
+            if node.op == "Mul":
+                self.narrow[name] = Narrow(held.bits, held.codes, (held.scale * number).astype(np.float32),
+                                           held.zero_point)
+            elif held.zero_point is None and np.all(held.scale == 1) and np.array_equal(number, np.rint(number)):
+                self.narrow[name] = Narrow(held.bits, held.codes, held.scale, number.astype(np.int32))
         elif node.op in ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose"):
             perm = node.attrs.get("perm")
             moved = held.moved(lambda x: np.transpose(x, perm) if node.op == "Transpose" else x.reshape(data[0].shape))
@@ -566,6 +580,7 @@ class _Reader:
         return ""
 
 
+CODES = {"int8": 8, "uint8": 8, "int4": 4, "uint4": 4, "int2": 2, "uint2": 2}  # bits by numpy's name
 RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial",
                     "Bernoulli"})
 C_WORDS = frozenset(
