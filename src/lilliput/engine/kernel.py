@@ -108,8 +108,9 @@ class Kernel:
     from layer to layer (non-zeros, positions) belongs into constants: functions with equal text are written once.
     wants: by input, None for any strides (missing ones too). gives: the output's layout, by output where a tuple; None when any
     strides are written. skips: inputs that are not passed since `constants` hold them. cost_ns: estimate for the whole call.
-    helpers: C text that stands once in the file before the functions, in this order. fails: what went wrong where
+    helpers: C text that stands once in the file before the functions, in this order, or what says it once layouts are set. fails: what went wrong where
     the body says `return 1;` (then it must end in `return 0;`). reuses: inputs over which the output may be written.
+    follows: where gives is None, the output keeps the order of the input's dimensions whatever its readers ask for.
     """
 
     name: str
@@ -120,11 +121,16 @@ class Kernel:
     skips: tuple[int, ...] = ()
     scratch: int = 0
     cost_ns: float = 0.0
-    helpers: tuple[str, ...] = ()
+    helpers: tuple[str, ...] | Callable[[Node], tuple[str, ...]] = ()
     fails: str = ""
     reuses: tuple[int, ...] = ()
+    follows: bool = False
     nonzeros: int | None = None  # of how many weights are read, for the manifest
     values: int | None = None
+
+    def heads(self, node: Node) -> tuple[str, ...]:
+        """The C text that stands before the function of a node that is laid out."""
+        return self.helpers(node) if callable(self.helpers) else self.helpers
 
     def want(self, i: int) -> Want | None:
         """What is asked of input i."""

@@ -90,7 +90,7 @@ def _measure(heads: list[tuple[Node, list[Kernel]]], sizes: list[str], most: dic
         for kernel in found:
             alone, end = _alone(node, kernel)
             arena_bytes = max(arena_bytes, end)
-            for text in kernel.helpers:
+            for text in kernel.heads(alone):
                 helpers[text] = None
             text = function(alone, kernel, sizes)
             name = f"f{len(functions)}"

@@ -253,7 +253,7 @@ class _Text:
         """A node's function, its call and its facts."""
         kernel: Kernel = node.kernel
         label = identifier(node.name)
-        self.helpers |= dict.fromkeys(kernel.helpers)
+        self.helpers |= dict.fromkeys(kernel.heads(node))
         text = function(node, kernel, self.sizes)
         name = self.functions.setdefault(text, "") or identifier(f"{label}_{identifier(node.op)}".lower(), self.names)
         self.functions[text] = name

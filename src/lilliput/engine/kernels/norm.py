@@ -25,7 +25,7 @@ def normalize(node: Node, target: Target) -> Iterator[Kernel]:
     """
     pre = node.attrs.get("pre")
     yield Kernel("three passes", lambda n: _normalize(n, target), cost_ns=4.0 * int(node.x.size) / target.lanes + 50,
-                 helpers=texts(*(needs([pre]) if pre is not None else ())))
+                 helpers=texts(*(needs([pre]) if pre is not None else ())), follows=True)
 
 
 def _normalize(node: Node, target: Target) -> str:

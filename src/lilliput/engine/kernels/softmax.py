@@ -47,7 +47,7 @@ def softmax(node: Node, target: Target) -> Iterator[Kernel]:
     names = ["exp", "log"] if node.attrs.get("log") else ["exp"]
     pre = node.attrs.get("pre")
     yield Kernel("three passes", lambda n: _softmax(n, target), cost_ns=10.0 * int(node.x.size) / target.lanes + 50,
-                 helpers=texts(*names, *(needs([pre]) if pre is not None else ())))
+                 helpers=texts(*names, *(needs([pre]) if pre is not None else ())), follows=True)
 
 
 def _softmax(node: Node, target: Target) -> str:
