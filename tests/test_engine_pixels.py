@@ -87,8 +87,8 @@ def check(proto: onnx.ModelProto, folder: Path, starts: str, monkeypatch: pytest
 def blocks(zeros: float) -> onnx.ModelProto:
     """Inverted bottlenecks over planes of many sizes: 1x1, depthwise, 1x1 with a residual."""
     net = Net()
-    for number, (batch, height, width) in enumerate([(1, 14, 14), (2, 7, 7), (1, 3, 5), (3, 4, 4), (1, 1, 9), (1, 28, 13),
-                                                     (1, 2, 33)]):
+    sizes = [(1, 14, 14), (2, 7, 7), (1, 3, 5), (3, 4, 4), (1, 1, 9), (1, 28, 13), (1, 2, 33)]
+    for number, (batch, height, width) in enumerate(sizes):
         ins, inner = 5 + number, 24 + number
         x = net.conv(net.given(batch, ins, height, width), ins, ins, (1, 1), zeros)
         a = net.conv(x, inner, ins, (1, 1), zeros, act="Clip")
@@ -103,7 +103,8 @@ def blocks(zeros: float) -> onnx.ModelProto:
     ("pixels-dense", 0, "native"), ("pixels-sparse", 0, "native"),
     *(pytest.param(*settings, marks=pytest.mark.slow) for settings in (
         ("pixels-sparse", 4, "native"), ("pixels-dense", 4, "native"), ("pixels-sparse", 0, "portable")))])
-def test_inverted_bottlenecks(starts: str, lanes: int, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inverted_bottlenecks(starts: str, lanes: int, to: str, tmp_path: Path,
+                              monkeypatch: pytest.MonkeyPatch) -> None:
     used = check(blocks(0.8 if "sparse" in starts else 0.0), tmp_path / "net", starts, monkeypatch, lanes, to)
     assert sum(name.startswith(starts) for name in used) == 22
     assert sum(name.startswith("depthwise") for name in used) == 8
@@ -125,8 +126,8 @@ DEPTHWISE: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("lanes", "to"), [
-    (0, "native"), pytest.param(4, "native", marks=pytest.mark.slow), pytest.param(0, "portable", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("lanes", "to"), [(0, "native"), pytest.param(4, "native", marks=pytest.mark.slow),
+                                           pytest.param(0, "portable", marks=pytest.mark.slow)])
 def test_depthwise_convolutions_of_every_setting(lanes: int, to: str, tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     net = Net()
@@ -172,3 +173,53 @@ def test_patches_of_every_setting(starts: str, to: str, tmp_path: Path, monkeypa
         net.ends(net.conv(x, outs, ins, kernel, 0.7 if "sparse" in starts else 0.0, residual=more, **s))
     used = check(net.proto(), tmp_path / "net", starts, monkeypatch, to=to)
     assert sum(name.startswith(starts) for name in used) >= len(PATCHES) - 1
+
+
+POOLS: list[dict[str, Any]] = [
+    {"size": (12, 12), "kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]},
+    {"size": (13, 40), "kernel_shape": [2, 2], "strides": [2, 2], "ceil_mode": 1},
+    {"size": (7, 7), "kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "batch": 2},
+    {"size": (9, 33), "kernel_shape": [3, 5], "strides": [1, 3], "pads": [0, 2, 1, 1], "ceil_mode": 1},
+    {"size": (10, 20), "kernel_shape": [2, 3], "dilations": [2, 3], "auto_pad": "VALID"},
+    {"size": (10, 21), "kernel_shape": [3, 3], "strides": [2, 2], "auto_pad": "SAME_UPPER"},
+    {"size": (50,), "kernel_shape": [4], "strides": [3], "pads": [2, 1]},
+    {"size": (4, 5, 6), "kernel_shape": [2, 3, 2], "strides": [1, 2, 2], "pads": [0, 1, 1, 1, 1, 0]},
+    {"size": (6, 6), "kernel_shape": [6, 6]},
+]
+
+
+def test_pooling_of_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
+    for setting in POOLS:
+        s = dict(setting)
+        size, batch = s.pop("size"), s.pop("batch", 1)
+        x = net.given(batch, 3, *size)
+        net.ends(net.add("MaxPool", x, **s))
+        net.ends(net.add("MaxPool", net.conv(x, 4, 3, (1,) * len(size)), **s))
+        for include in (0, 1):
+            net.ends(net.add("AveragePool", x, count_include_pad=include, **s))
+        net.ends(net.add("LpPool", x, p=3, **s))
+    used = check(net.proto(), tmp_path / "net", "rows", monkeypatch)
+    assert used.count("rows") == 4 * (len(POOLS) - 1)
+
+
+def test_places_of_the_largest_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
+    net.nodes.append(helper.make_node("MaxPool", [net.given(2, 3, 8, 10)], ["large", "place"], kernel_shape=[2, 2],
+                                      strides=[2, 2]))
+    net.nodes.append(helper.make_node("MaxUnpool", ["large", "place"], ["back"], kernel_shape=[2, 2], strides=[2, 2]))
+    net.ends("back")
+    check(net.proto(), tmp_path / "net", "plain", monkeypatch)
+
+
+def test_means_of_whole_planes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
+    for size in ((7, 7), (14, 14), (1, 3), (40, 41), (100,)):
+        x = net.conv(net.given(2, 3, *size), 5, 3, (1,) * len(size))
+        net.ends(net.add("GlobalAveragePool", x))
+        net.ends(net.add("GlobalMaxPool", x))
+    x = net.given(3, 20, 50)
+    net.ends(net.add("ReduceMax", x, axes=[2], keepdims=0))
+    net.ends(net.add("ReduceSum", x, keepdims=0))
+    used = check(net.proto(17), tmp_path / "net", "whole", monkeypatch)
+    assert sum(name.startswith("whole") for name in used) >= 9
