@@ -128,7 +128,8 @@ class Sparse:
             constants["scale"] = kept.scale
         border = ((0, 0), (0, 0), (g.before[0], g.after[0]), (0, 0)) if node.x.rank == 4 else ()
         rows = Want(border=border, pitch=self.lanes, slack=self.wide * self.lanes - g.size[1])
-        wants = (Want() if self.copied else rows, None, None, None if node.maybe(3) is None else Want())
+        copied = Want(slack=max(self.loaded * self.lanes - g.size[1], 0))
+        wants = (copied if self.copied else rows, None, None, None if node.maybe(3) is None else Want())
         name = "sparse copies" if self.copied else "sparse shifts"
         tiles = -(-g.made[0] // self.rows) * len(self.starts)
         per = self.rows * self.vectors * max(self.lanes / 16, 0.25)
@@ -292,18 +293,7 @@ class Sparse:
         every = g.stride[0] if g.kernel[0] == 1 else 1
         low = -(-g.before[0] // every)
         high = min(rows, (g.size[0] - 1 + g.before[0]) // every + 1)
-        inner = []
-        for k, shift in enumerate(self.shifts):
-            low_c = min(max(-(shift // g.stride[1]), 0), g.made[1])
-            high_c = min(max((g.size[1] - 1 - shift) // g.stride[1] + 1, low_c), g.made[1])
-            to = f"to + {k * rows * pitch}"
-            if low_c:
-                inner.append(f"for (int j = 0; j < {low_c}; j++) ({to})[j] = 0;")
-            if high_c > low_c:
-                inner.append(f"for (int j = {low_c}; j < {high_c}; j++) ({to})[j] = x[{c(g.stride[1] * xk)} * j"
-                             f" + {shift * xk}];")
-            if high_c < pitch:
-                inner.append(f"for (int j = {high_c}; j < {pitch}; j++) ({to})[j] = 0;")
+        inner = self._vectors(rows * pitch) if self.loaded and xk == 1 else self._elements(rows * pitch, c(xk))
         zero = [f"for (int j = 0; j < {pitch}; j++) (to + {k * rows * pitch})[j] = 0;" for k in range(len(self.shifts))]
         body = [f"float *const to = copies + (i * {rows * len(self.shifts)} + r) * {pitch};"]
         inside = [f"const float *const x = x0{image} + i * {xc} + (r * {every} - {g.before[0]}) * {xr};", *inner]
@@ -312,6 +302,59 @@ class Sparse:
         else:
             body += inside
         return [*lines, f"    for (int r = 0; r < {rows}; r++) {{", *indented(body, 2), "    }"]
+
+    @property
+    def loaded(self) -> int:
+        """Vectors that are loaded of a row that is copied, 0 where it is copied by elements."""
+        g = self.g
+        count = -(-g.size[1] // (self.lanes * g.stride[1])) * g.stride[1]
+        return count if g.stride[1] in (1, 2) and count <= 16 else 0
+
+    def _elements(self, plane: int, step: str) -> list[str]:
+        """C lines that copy a row x to the rows `to`, element by element."""
+        g, pitch, lines = self.g, self.wide * self.lanes, []
+        for k, shift in enumerate(self.shifts):
+            low = min(max(-(shift // g.stride[1]), 0), g.made[1])
+            high = min(max((g.size[1] - 1 - shift) // g.stride[1] + 1, low), g.made[1])
+            to = f"to[{k * plane} + j]"
+            if low:
+                lines.append(f"for (int j = 0; j < {low}; j++) {to} = 0;")
+            if high > low:
+                lines.append(f"for (int j = {low}; j < {high}; j++) {to} = x[({g.stride[1]} * j + {shift}) * {step}];")
+            if high < pitch:
+                lines.append(f"for (int j = {high}; j < {pitch}; j++) {to} = 0;")
+        return lines
+
+    def _vectors(self, plane: int) -> list[str]:
+        """C lines that copy a row x to the rows `to` by vectors; with a stride of 2 even and odd columns part first."""
+        g, lanes, kind, two = self.g, self.lanes, vector(self.lanes), self.g.stride[1] == 2
+        zero, names, lines = f"({kind}){{0}}", [], []
+        for v in range(self.loaded):
+            left = g.size[1] - v * lanes
+            text = f"*(const {kind} *)(x + {v * lanes})" if left > 0 else zero
+            if 0 < left < lanes:
+                mask = ", ".join("-1" if i < left else "0" for i in range(lanes))
+                text = f"({kind})((i32x{lanes}){text} & (i32x{lanes}){{{mask}}})"
+            lines.append(f"const {kind} x{v} = {text};")
+            names.append(f"x{v}")
+        phases = [names]
+        if two:
+            phases = []
+            for p, letter in enumerate("eo"):
+                order = ", ".join(str(2 * i + p) for i in range(lanes))
+                phases.append([f"{letter}{v}" for v in range(self.loaded // 2)])
+                lines += [f"const {kind} {letter}{v} = __builtin_shufflevector(x{2 * v}, x{2 * v + 1}, {order});"
+                          for v in range(self.loaded // 2)]
+        for k, shift in enumerate(self.shifts):
+            ahead, phase = divmod(shift, g.stride[1])
+            held = phases[phase]
+            for v in range(self.wide):
+                start, rest = divmod(v * lanes + ahead, lanes)
+                pair = [held[i] if 0 <= i < len(held) else zero for i in (start, start + 1)]
+                text = zero if pair == [zero, zero] else shuffled(pair[0], pair[1], rest, lanes)
+                lines.append(f"*({kind} *)(to + {k * plane + v * lanes}) = {text};")
+        used = "\n".join(lines)
+        return [line for line in lines if " = " not in line or line.startswith("*") or used.count(line.split()[2]) > 1]
 
 
 def _count_type(counts: Array) -> str:
