@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -283,6 +283,20 @@ class _Text:
         self.calls.append(f"    LAYER({number}, {name}({', '.join([pointer(value, self.constants), *used])}))")
 
 
+HELPER = re.compile(r"^static inline [^\n;{}]*?\b(\w+)\([^;{}]*\)\s*\{(?:[^\n]*\}$|.*?^\}$)\n?", re.M | re.S)
+
+
+def needed(helpers: Iterable[str], bodies: Iterable[str]) -> list[str]:
+    """The helpers without the functions that nothing calls, of which some compilers warn."""
+    kept, last = list(helpers), [""]
+    while kept != last:
+        used = set(re.findall(r"\w+(?=\()", "\n".join(bodies)))
+        for text in kept:  # what a helper's own definition calls, its own name apart
+            used |= set(re.findall(r"\w+(?=\()", re.sub(r"^static inline [^\n;{}]*?\w+\(", "", text, flags=re.M)))
+        last, kept = kept, [HELPER.sub(lambda m, used=used: m[0] if m[1] in used else "", text) for text in kept]
+    return kept
+
+
 def written(plan: Plan, name: str = "model.onnx") -> Source:
     """The C of a plan."""
     graph = plan.graph
@@ -297,8 +311,9 @@ def written(plan: Plan, name: str = "model.onnx") -> Source:
     bounds = " || ".join([*(f"{s} < 1 || {s} > {graph.sizes[s]}" for s in sizes),
                           *(f"{c(s)} < 0" for s in graph.needs)])
     source = "\n".join([
-        '#include "model.h"', "", "#include <math.h>", "#include <string.h>", "", APART, *text.helpers,
-        constants.text(), "", *(body.replace("%s(", f"{f}(", 1) for body, f in text.functions.items()), PROFILE,
+        '#include "model.h"', "", "#include <math.h>", "#include <string.h>", "", APART,
+        *needed(text.helpers, text.functions), constants.text(), "",
+        *(body.replace("%s(", f"{f}(", 1) for body, f in text.functions.items()), PROFILE,
         "size_t model_arena_bytes(void) { return MODEL_ARENA_BYTES; }", "",
         "#ifdef MODEL_PROFILE", "int model_profile(const model_call *call, double *seconds)", "#else",
         "int model_run(const model_call *call)", "#endif", "{",
