@@ -9,8 +9,8 @@ from lilliput.engine.expr import Expr, arg, literal, needs, statements
 from lilliput.engine.graph import C_TYPES, Node, Value
 from lilliput.engine.helpers import texts
 from lilliput.engine.kernel import Kernel, kernel
-from lilliput.engine.kernels.walk import COMBINE, NEUTRAL, Each, Once, Walk
-from lilliput.engine.size import c, product
+from lilliput.engine.kernels.walk import COMBINE, NEUTRAL, Each, Once, Walk, pieces
+from lilliput.engine.size import c, fixed, product
 from lilliput.engine.target import Target
 
 
@@ -78,25 +78,42 @@ def arg_max(node: Node, target: Target) -> Iterator[Kernel]:
 
 def _arg_max(node: Node, target: Target) -> str:
     x, axis = node.x, node.attrs["axis"]
-    better = ("<" if node.attrs["largest"] else ">") + ("=" if node.attrs["last"] else "")
+    less, last = "<" if node.attrs["largest"] else ">", node.attrs["last"]
+    better = less + ("=" if last else "")
 
-    def scan(w: Walk, place: Callable[..., str], count: str) -> list[str]:
-        width = w.width if w.across else 1
+    def taken(next_: str, place: str) -> list[str]:
+        return [f"const {x.c_type} next = {next_};", f"at[j] = best[j] {better} next ? {place} : at[j];",
+                f"best[j] = best[j] {better} next ? next : best[j];"]
+
+    def across(w: Walk, place: Callable[..., str], count: str) -> list[str]:
         inner = ["r"] if w.inner else []
-        each = f"for (int j = 0; j < {count}; j++)" if w.across else "const int j = 0;"
-        lines = [f"{x.c_type} best[{width}];", f"int32_t at[{width}];", f"{each} {{", f"    best[j] = "
-                 f"{place('x0', *['0'] * len(inner))};", "    at[j] = 0;", "}"]
+        lines = [f"{x.c_type} best[{w.width}];", f"int32_t at[{w.width}];", f"for (int j = 0; j < {count}; j++) {{",
+                 f"    best[j] = {place('x0', *['0'] * len(inner))};", "    at[j] = 0;", "}"]
         if inner:
             lines += [f"for (int32_t r = 1; r < {c(x.shape[axis])}; r++) {{",
-                      f"    for (int j = 0; j < {count}; j++) {{" if w.across else "    {",
-                      f"        const {x.c_type} next = {place('x0', 'r')};",
-                      f"        at[j] = best[j] {better} next ? r : at[j];",
-                      f"        best[j] = best[j] {better} next ? next : best[j];", "    }", "}"]
-        lines += [f"for (int j = 0; j < {count}; j++) {{" if w.across else "{", f"    {place('y0')} = at[j];", "}"]
-        return lines
+                      f"    for (int j = 0; j < {count}; j++) {{", *(f"        {line}" for line in taken(place("x0", "r"), "r")), "    }", "}"]
+        return [*lines, f"for (int j = 0; j < {count}; j++) {place('y0')} = at[j];"]
 
-    operands = {"x0": x.strides, "y0": over(node.y, x.shape, [axis], node.attrs["keep"])}
-    return Walk(x.shape, [axis], operands, target).text(scan)
+    def inside(w: Walk, place: Callable[..., str], count: str) -> list[str]:
+        """Several candidates side by side, of which the best is taken at the end."""
+        if not w.inner:
+            return [f"{place('y0')} = 0;"]
+        width = w.width if fixed(x.shape[axis]) else 1
+        lines = [f"{x.c_type} best[{width}];", f"int32_t at[{width}];", f"for (int j = 0; j < {width}; j++) {{",
+                 f"    best[j] = {place('x0', 'j')};", "    at[j] = j;", "}"]
+        for head, start, many in pieces(x.shape[axis], width, "i"):
+            here = "j" if start == "0" else f"({start} + j)"
+            lines += [head, f"    for (int j = 0; j < {many}; j++) {{",
+                      *(f"        {line}" for line in taken(place("x0", here), f"(int32_t){here}")), "    }", "}"]
+        if width > 1:
+            lines += [f"for (int j = 1; j < {width}; j++) {{",
+                      f"    if (best[0] {less} best[j] || (best[0] == best[j] && at[j] {'>' if last else '<'} at[0]))",
+                      "    {",
+                      "        best[0] = best[j];", "        at[0] = at[j];", "    }", "}"]
+        return [*lines, f"{place('y0')} = at[0];"]
+
+    walk = Walk(x.shape, [axis], {"x0": x.strides, "y0": over(node.y, x.shape, [axis], node.attrs["keep"])}, target)
+    return walk.text(across if walk.across else inside)
 
 
 @kernel("Cumulative")

@@ -83,6 +83,8 @@ class Walk:
         run = self.kept[-1] if self.across else self.inner[-1] if self.inner else 1
         widest = 4 * self.target.lanes if self.target.lanes > 1 else 16 if self.across else 4
         self.width = max(min(int(run), widest), 1) if fixed(run) else widest
+        if not self.across:  # so that folding halves it evenly
+            self.width = 1 << (self.width.bit_length() - 1)
 
     # what steps ask for ------------------------------------------------------------------------------------------
 
