@@ -36,7 +36,7 @@ def prune_(weights: Iterator[Tensor], percent: int, seed: int = 0) -> None:
             order = torch.rand(weight.numel(), generator=generator).argsort()
             kept = torch.ones(weight.numel())
             kept[order[: round(weight.numel() * percent / 100)]] = 0
-            weight.mul_(kept.view_as(weight) * (1 - percent / 100) ** -0.5)
+            weight.mul_(kept.view_as(weight) * (1 - percent / 100) ** -0.5).add_(0.0)  # no -0.0
 
 
 def calibrate_(model: nn.Module, inputs: Tensor) -> None:

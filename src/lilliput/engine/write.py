@@ -293,8 +293,12 @@ def needed(helpers: Iterable[str], bodies: Iterable[str]) -> list[str]:
         used = set(re.findall(r"\w+(?=\()", "\n".join(bodies)))
         for text in kept:  # what a helper's own definition calls, its own name apart
             used |= set(re.findall(r"\w+(?=\()", re.sub(r"^static inline [^\n;{}]*?\w+\(", "", text, flags=re.M)))
-        last, kept = kept, [HELPER.sub(lambda m, used=used: m[0] if m[1] in used else "", text) for text in kept]
+        last, kept = kept, [_without(text, used) for text in kept]
     return kept
+
+
+def _without(text: str, used: set[str]) -> str:
+    return HELPER.sub(lambda m: m[0] if m[1] in used else "", text)
 
 
 def written(plan: Plan, name: str = "model.onnx") -> Source:
