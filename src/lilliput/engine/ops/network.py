@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from lilliput.engine.graph import Node
@@ -12,13 +14,18 @@ from lilliput.errors import NotSupported
 @lower("Conv")
 def conv(node: Node, build: Build) -> None:
     """Conv(x, w, b) with attrs strides, dilations, pads (before each, then after each) and group, all explicit."""
+    build.keep(node, **settings(node))
+
+
+def settings(node: Node) -> dict[str, Any]:
+    """The attributes of a convolution, all explicit."""
     x, w = node.x, node.input(1)
     dims = x.rank - 2
     kernel = list(w.shape[2:])
     strides = [int(s) for s in node.attrs.get("strides", [1] * dims)]
     dilations = [int(d) for d in node.attrs.get("dilations", [1] * dims)]
-    build.keep(node, strides=strides, dilations=dilations, group=int(node.attrs.get("group", 1)), kernel_shape=kernel,
-               pads=padding(node, list(x.shape[2:]), kernel, strides, dilations))
+    return {"strides": strides, "dilations": dilations, "group": int(node.attrs.get("group", 1)),
+            "kernel_shape": kernel, "pads": padding(node, list(x.shape[2:]), kernel, strides, dilations)}
 
 
 def padding(node: Node, sizes: list[int], kernel: list[int], strides: list[int], dilations: list[int]) -> list[int]:
