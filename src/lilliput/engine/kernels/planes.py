@@ -6,17 +6,18 @@ another in every plane, in blocks whose accumulators stay in registers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lilliput.engine import loops
-from lilliput.engine.expr import Expr, clamp_of, needs, statements
+from lilliput.engine.expr import Expr, clamp_of, literal, needs, statements
 from lilliput.engine.graph import Array, Node, Value
 from lilliput.engine.helpers import HELPERS
 from lilliput.engine.kernel import Want
-from lilliput.engine.kernels.product import clamped, pick, vector, vector_types
+from lilliput.engine.kernels.product import pick, vector, vector_types
 from lilliput.engine.size import c, fixed, product
 from lilliput.engine.target import Target
 
@@ -37,7 +38,25 @@ def widths(lanes: int) -> list[int]:
 def heads(lanes: int) -> tuple[str, ...]:
     """The C text that vectors of at most `lanes` need."""
     return tuple(text for width in reversed(widths(lanes)) if width > 1
-                 for text in (vector_types(width), pick(width), shuffle(width)))
+                 for text in (vector_types(width), pick(width), bounds(width), shuffle(width)))
+
+
+def bounds(lanes: int) -> str:
+    """C text of above_f32xN(a, b), the larger of each two, and below_f32xN: one instruction that GCC does not find."""
+    f = vector(lanes)
+    native = {16: [("__AVX512F__", "immintrin.h", "__m512", "_mm512_max_ps", "_mm512_min_ps")],
+              8: [("__AVX__", "immintrin.h", "__m256", "_mm256_max_ps", "_mm256_min_ps")],
+              4: [("__SSE__", "immintrin.h", "__m128", "_mm_max_ps", "_mm_min_ps"),
+                  ("__ARM_NEON", "arm_neon.h", "float32x4_t", "vmaxq_f32", "vminq_f32")]}[lanes]
+    lines = []
+    for number, (has, header, kind, larger, smaller) in enumerate(native):
+        lines += [f"#{'elif' if number else 'if'} defined({has})", f"#include <{header}>"]
+        lines += [f"static inline {f} {name}_{f}({f} a, {f} b) {{ return ({f}){call}(({kind})a, ({kind})b); }}"
+                  for name, call in (("above", larger), ("below", smaller))]
+    lines.append("#else")
+    lines += [f"static inline {f} {name}_{f}({f} a, {f} b) {{ return pick_{f}(a {sign} b, a, b); }}"
+              for name, sign in (("above", ">"), ("below", "<"))]
+    return "\n".join([*lines, "#endif"])
 
 
 def shuffle(lanes: int) -> str:
@@ -99,7 +118,15 @@ class After:
 
     def finished(self, name: str, lanes: int) -> list[str]:
         """C lines that finish an accumulator which already has bias and residual, as far as vectors do it."""
-        return clamped(name, lanes, self.clamp) if self.clamp else []
+        low, high = self.clamp or (-math.inf, math.inf)
+        lines = []
+        for bound, call, sign in ((low, "above", ">"), (high, "below", "<")):
+            text = "" if math.isinf(bound) else literal(bound, "float32")
+            if text and lanes == 1:
+                lines.append(f"{name} = {name} {sign} {text} ? {name} : {text};")
+            elif text:
+                lines.append(f"{name} = {call}_{vector(lanes)}({name}, {spread(text, lanes)});")
+        return lines
 
     def rest(self, pointer: str, count: int) -> list[str]:
         """C lines that do the remaining activation in place over `count` numbers that were stored."""

@@ -218,7 +218,7 @@ def _whole(node: Node, lanes: int) -> str:
     def joined(a: str, b: str, width: int = lanes) -> str:
         if kind != "max":
             return f"{a} += {b};"
-        return f"{a} = {a} > {b} ? {a} : {b};" if width == 1 else f"{a} = pick_{name}({a} > {b}, {a}, {b});"
+        return f"{a} = {a} > {b} ? {a} : {b};" if width == 1 else f"{a} = above_{name}({a}, {b});"
 
     def inner(names: list[str]) -> list[str]:
         place = y.strides[:axes[0]]
