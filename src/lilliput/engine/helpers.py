@@ -102,20 +102,39 @@ static inline float fast_exp(float x)
     return p * from_bits((bits_of(shifted) << 23) + (126u << 23)) * 2.0f;
 }
 """, ["bits"])
+helper("exp_falling", """
+/* e^x in the same way, for x that is not above 0. */
+static inline float fast_exp_falling(float x)
+{
+    x = x < -88.0f ? -88.0f : x;
+    const float shifted = x * 1.44269504f + 12582912.0f;
+    const float n = shifted - 12582912.0f;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    const float p = 1.0f + (r + r * r * (0.499992281f + r * (0.166671172f + r * (0.041890651f + r * 0.00831246749f))));
+    return p * from_bits((bits_of(shifted) << 23) + (127u << 23));
+}
+""", ["bits"])
+helper("log_series", """
+/* ln(1 + f) with 1 + f between sqrt(1/2) and sqrt(2). */
+static inline float log_series(float f)
+{
+    const float p = 0.333333313f + f * (-0.250008196f + f * (0.200012267f + f * (-0.166233569f
+        + f * (0.142017588f + f * (-0.13160184f + f * (0.12761572f + f * -0.0763448551f))))));
+    return f + f * f * (f * p - 0.5f);
+}
+""")
 helper("log", """
-/* ln(2^e (1 + f)) with 1 + f between sqrt(1/2) and sqrt(2). */
+/* ln(2^e (1 + f)). */
 static inline float fast_log(float x)
 {
     const int small = x < 1.17549435e-38f;
     const uint32_t bits = bits_of(small ? x * 8388608.0f : x) - 0x3f3504f3u;
     const float e = (float)((int32_t)bits >> 23) - (small ? 23.0f : 0.0f);
     const float f = from_bits((bits & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
-    const float p = 0.333333313f + f * (-0.250008196f + f * (0.200012267f + f * (-0.166233569f
-        + f * (0.142017588f + f * (-0.13160184f + f * (0.12761572f + f * -0.0763448551f))))));
-    const float y = e * 0.693359375f + (f + (f * f * (f * p - 0.5f) - e * 2.12194440e-4f));
+    const float y = e * 0.693359375f + (log_series(f) - e * 2.12194440e-4f);
     return x > 3.4028235e38f ? x : x > 0.0f ? y : x == 0.0f ? -INFINITY : NAN;
 }
-""", ["bits"])
+""", ["bits", "log_series"])
 helper("tanh", """
 /* x P(x^2) / Q(x^2); it is 1 from 9.08 on. */
 static inline float fast_tanh(float x)
@@ -143,10 +162,11 @@ helper("sigmoid", """
 static inline float fast_sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 """, ["exp"])
 helper("softplus", """
-/* ln(1 + e^x); where e^x is small the series of the logarithm. */
+/* ln(1 + e^x) = max(x, 0) + ln(1 + e) with e = e^-|x|, halved where 1 + e is above sqrt(2). */
 static inline float fast_softplus(float x)
 {
-    const float e = fast_exp(-fabsf(x));
-    return (x > 0.0f ? x : 0.0f) + (e < 1e-3f ? e - 0.5f * e * e : fast_log(1.0f + e)) + (x != x ? x : 0.0f);
+    const float e = fast_exp_falling(-fabsf(x));
+    const int large = e > 0.41421356f;
+    return (x < 0.0f ? 0.0f : x) + (log_series(large ? 0.5f * e - 0.5f : e) + (large ? 0.693147181f : 0.0f));
 }
-""", ["exp", "log"])
+""", ["exp_falling", "log_series"])

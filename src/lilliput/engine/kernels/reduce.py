@@ -24,7 +24,7 @@ def over(y: Value, shape: Sequence[int], axes: Sequence[int], keep: bool) -> tup
 def reduction(node: Node, target: Target) -> Iterator[Kernel]:
     """attrs: axes, kind, keep; pre, an expression of the inputs' elements, and post, one of the result."""
     used = [e for e in (node.attrs.get("pre"), node.attrs.get("post"), _combining(node)) if e is not None]
-    work = int(node.x.size) * (1 + sum(e.count() for e in used)) / max(target.lanes, 1)
+    work = 0.7 * int(node.x.size) * max(1, sum(e.count() for e in used)) / target.lanes
     yield Kernel("walk", lambda n: _reduce(n, target), cost_ns=work + 20, helpers=texts(*needs(used)))
 
 
@@ -91,7 +91,8 @@ def _arg_max(node: Node, target: Target) -> str:
                  f"    best[j] = {place('x0', *['0'] * len(inner))};", "    at[j] = 0;", "}"]
         if inner:
             lines += [f"for (int32_t r = 1; r < {c(x.shape[axis])}; r++) {{",
-                      f"    for (int j = 0; j < {count}; j++) {{", *(f"        {line}" for line in taken(place("x0", "r"), "r")), "    }", "}"]
+                      f"    for (int j = 0; j < {count}; j++) {{",
+                      *(f"        {line}" for line in taken(place("x0", "r"), "r")), "    }", "}"]
         return [*lines, f"for (int j = 0; j < {count}; j++) {place('y0')} = at[j];"]
 
     def inside(w: Walk, place: Callable[..., str], count: str) -> list[str]:

@@ -44,7 +44,7 @@ def operands(node: Node, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
 @kernel("Softmax")
 def softmax(node: Node, target: Target) -> Iterator[Kernel]:
     """attrs: axis; log; pre, an expression of the inputs' elements (x where it is None)."""
-    names = ["exp", "log"] if node.attrs.get("log") else ["exp"]
+    names = ["exp_falling", "log"] if node.attrs.get("log") else ["exp_falling"]
     pre = node.attrs.get("pre")
     yield Kernel("three passes", lambda n: _softmax(n, target), cost_ns=10.0 * int(node.x.size) / target.lanes + 50,
                  helpers=texts(*names, *(needs([pre]) if pre is not None else ())), follows=True)
@@ -55,7 +55,7 @@ def _softmax(node: Node, target: Target) -> str:
     entry = Entry(node)
 
     def grown(w: Walk) -> list[str]:
-        return [f"const float e = fast_exp({entry.again(w)} - {w.value('top')});",
+        return [f"const float e = fast_exp_falling({entry.again(w)} - {w.value('top')});",
                 *([] if node.attrs.get("log") else [f"{w.at('y0')} = e;"])]
 
     top = Each(entry.first, (("top", "max", lambda w: "element"),))
