@@ -117,7 +117,8 @@ def test_every_expression_is_written_without_a_name_twice() -> None:
 
 @pytest.mark.parametrize("to", ["native", "portable"])
 def test_activations_in_one_pass(tmp_path: Path, to: str) -> None:
-    ops = ["Relu", "LeakyRelu", "HardSigmoid", "HardSwish", "Elu", "Selu", "Gelu", "Mish", "Softsign", "ThresholdedRelu", "Sign", "Floor", "Round"]
+    ops = ["Relu", "LeakyRelu", "HardSigmoid", "HardSwish", "Elu", "Selu", "Gelu", "Mish", "Softsign",
+           "ThresholdedRelu", "Sign", "Floor", "Round"]
     nodes = [node(op, "x", op) for op in ops] + [node("Celu", "x", "Celu", alpha=0.7),
                                                 node("Gelu", "x", "tanh", approximate="tanh")]
     check(model(nodes, {"x": [3, 37]}, [*ops, "Celu", "tanh"], opset=22), tmp_path, to=to)
