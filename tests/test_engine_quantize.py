@@ -45,7 +45,8 @@ def test_static_quantization(tmp_path: Path, form: str, kind: str) -> None:
                       output_names=["y"], dynamo=False, opset_version=13)
     made = tmp_path / "quantized.onnx"
     q.quantize_static(tmp_path / "net.onnx", made, Reader(), per_channel=True,
-                      quant_format=getattr(q.QuantFormat, form), activation_type=getattr(q.QuantType, kind), weight_type=q.QuantType.QInt8)
+                      quant_format=getattr(q.QuantFormat, form), activation_type=getattr(q.QuantType, kind),
+                      weight_type=q.QuantType.QInt8)
     engine = compile(made, tune=False)
     scales = [numpy_helper.to_array(t) for t in onnx.load(made).graph.initializer if t.name == "y_scale"]
     for seed in range(5):
