@@ -145,8 +145,10 @@ def parameters(node: Node, kernel: Kernel, sizes: Sequence[str], body: str | Non
 
 # A compiler that inlines the layers into one function runs out of registers in it (measured: 40% slower).
 APART = """\
-#if defined(__GNUC__)
+#if defined(__clang__)
 #define LAYER_FUNCTION static __attribute__((noinline))
+#elif defined(__GNUC__)
+#define LAYER_FUNCTION static __attribute__((noipa)) /* nor made again for each call, with its constants unfolded */
 #else
 #define LAYER_FUNCTION static
 #endif
