@@ -15,7 +15,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from lilliput.engine.graph import RUNS, Array, Graph, Narrow, Node, Value
+from lilliput.engine.graph import C_TYPES, RUNS, Array, Graph, Narrow, Node, Value
 from lilliput.engine.qlinear import spelled
 from lilliput.engine.size import Size, Worlds
 from lilliput.errors import NotSupported, near
@@ -76,10 +76,32 @@ def load(model: str | Path | bytes | ModelProto) -> ModelProto:
             raise ValueError(f"compile: {name} must be an ONNX model, and is damaged ({str(error)[:80]}).") from error
     if not proto.graph.node and not proto.graph.output:
         raise ValueError(f"compile: {name} must be an ONNX model with nodes, got none. Export it again.")
+    _judge(proto, name)
     for tensor in _tensors(proto):
         if tensor.data_location == TensorProto.EXTERNAL:
             _bring(tensor, folder, name)
     return proto
+
+
+def _judge(proto: ModelProto, name: str) -> None:
+    """Raise ValueError where a name is no text, or a version none that the package onnx knows."""
+    newest = onnx.defs.onnx_opset_version()
+    for entry in proto.opset_import:
+        if not 1 <= entry.version <= (newest if entry.domain in ONNX_DOMAINS else 2**31 - 1):
+            raise ValueError(f"compile: {name} must be of opset 1 to {newest}, got {entry.version} of "
+                             f"{entry.domain!r}. A newer opset needs a newer onnx package.")
+    texts: list[Any] = [entry.domain for entry in proto.opset_import]
+    for holder in (proto.graph, *proto.functions):
+        for node in holder.node:
+            texts += [node.name, node.op_type, node.domain, *node.input, *node.output]
+            texts += [attribute.name for attribute in node.attribute]
+    for function in proto.functions:
+        texts += [function.name, function.domain, *function.input, *function.output, *function.attribute]
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        texts += [value.name, *(dim.dim_param for dim in value.type.tensor_type.shape.dim)]
+    texts += [tensor.name for tensor in _tensors(proto)]
+    if wrong := next((text for text in texts if not isinstance(text, str)), None):
+        raise ValueError(f"compile: the names of {name} must be UTF-8, got {wrong!r:.80}. The file is damaged.")
 
 
 def _tensors(proto: ModelProto) -> list[TensorProto]:
@@ -154,7 +176,10 @@ def _inlined(proto: ModelProto, supported: Callable[[str], bool]) -> ModelProto:
             elif not supported(op_type if domain in ONNX_DOMAINS else f"{domain}.{op_type}"):
                 version = opsets.get(domain, opsets.get("ai.onnx" if not domain else domain, 1))
                 if onnx.defs.has(op_type, domain) and version <= onnx.defs.onnx_opset_version():
-                    schema = onnx.defs.get_schema(op_type, version, domain)
+                    try:
+                        schema = onnx.defs.get_schema(op_type, version, domain)
+                    except onnx.defs.SchemaError:  # not in this version
+                        continue
                     if schema.has_function or schema.has_context_dependent_function:
                         wanted.append((domain, op_type))
         if not wanted:
@@ -305,6 +330,8 @@ class _Reader:
             raise NotSupported(f"compile: {name!r} must hold numbers, got elements of type {kind}.") from None
 
     def _constant(self, name: str, data: Array) -> None:
+        if data.dtype.kind in "OSU":
+            raise NotSupported(f"compile: the constant {name!r} must hold numbers, got {data.dtype.name}.")
         self.known[name] = _Known(data.dtype, [data.shape], [data])
 
     def graph(self) -> Graph:
@@ -347,8 +374,9 @@ class _Reader:
             outputs.append(self.value(value.name))
         inputs = [self.value(value.name) for value in self.given if self.known[value.name].data is None]
         nodes = [self._bind(proto, node) for proto, node in kept]
-        odd = sorted({f"{v.name} ({v.dtype.name})" for n in nodes for v in (*n.inputs, *n.outputs)
-                      if v is not None and v.dtype.name not in RUNS and not v.constant})
+        odd = sorted({f"{v.name} ({v.dtype.name})" for v in (*inputs, *outputs, *(
+            v for n in nodes for v in (*n.inputs, *n.outputs))) if v is not None and v.dtype.name not in (
+                (*C_TYPES, *CODES) if v.constant and v not in outputs else RUNS)})
         if odd:
             raise NotSupported(f"compile: values must be one of {', '.join(RUNS)}, got {', '.join(odd[:20])}.")
         graph = Graph(inputs, outputs, nodes, dict(self.worlds.most))
@@ -490,7 +518,9 @@ class _Reader:
         parts = [self.known[name].at(0)[1] if name else None for name in proto.input]
         codes, scale = parts[0], parts[1]
         zero = parts[2] if len(parts) > 2 else None
-        assert codes is not None and scale is not None
+        if codes is None or scale is None:
+            raise ValueError(f"compile: {node.name} (DequantizeLinear) must have codes and a scale. The file is "
+                             "damaged.")
         axis, block = int(node.attrs.get("axis", 1)), int(node.attrs.get("block_size", 0))
         bits = CODES.get(codes.dtype.name, 32)
         whole = codes.astype(np.int32)
@@ -520,8 +550,8 @@ class _Reader:
     def _keep_narrow(self, proto: NodeProto, node: Node) -> None:
         """How a constant is stored, carried through what only moves, shifts or scales it."""
         source, name = proto.input[0] if proto.input else "", proto.output[0]
-        data = self.known[name].data
-        if not source or data is None:
+        data = self.known[name].data if source and name else None
+        if data is None:
             return
         was = self.known[source].data
         if node.op == "Cast" and was is not None and was[0].dtype == np.float16 and data[0].dtype == np.float32:
