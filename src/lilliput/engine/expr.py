@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,12 @@ from lilliput.engine.graph import C_TYPES
 from lilliput.engine.helpers import with_needed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Expr:
     """One element's value: an operator over others, an argument ("arg", value = its number) or a constant ("const").
 
-    dtype: numpy's name of its type. Arithmetic is C's on that type (float32 for floats, wrapping for integers).
+    dtype: numpy's name of its type. Arithmetic is C's on that type (float32 for floats, wrapping for integers). key:
+    says what it is, so that expressions of any depth are compared at once.
     """
 
     op: str
@@ -26,12 +27,21 @@ class Expr:
     dtype: str
     value: Any = None
 
-    @cached_property
-    def _key(self) -> int:
-        return hash((self.op, self.args, self.dtype, repr(self.value)))
+    key: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        head = f"{self.op}|{self.dtype}|{self.value!r}|{len(self.args)}|".encode()
+        key = hashlib.blake2b(head + b"".join(a.key for a in self.args), digest_size=16).digest()
+        object.__setattr__(self, "key", key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Expr) and self.key == other.key
 
     def __hash__(self) -> int:
-        return self._key
+        return hash(self.key)
+
+    def __repr__(self) -> str:
+        return f"Expr({self.op}, {self.dtype}, {self.key.hex()})"
 
     def of(self, op: str, *others: Any, dtype: str | None = None) -> Expr:
         """`op` of this and others (numbers become constants of this type)."""
@@ -91,15 +101,16 @@ class Expr:
 
     def substitute(self, args: Sequence[Expr]) -> Expr:
         """With the arguments replaced."""
-        known: dict[Expr, Expr] = {}
+        return self.replaced({e: args[e.value] for e in self.walk() if e.op == "arg"})
 
-        def walk(e: Expr) -> Expr:
-            if e not in known:
-                known[e] = args[e.value] if e.op == "arg" else (
-                    e if not e.args else Expr(e.op, tuple(walk(a) for a in e.args), e.dtype, e.value))
-            return known[e]
-
-        return walk(self)
+    def replaced(self, known: Mapping[Expr, Expr]) -> Expr:
+        """With parts replaced by others."""
+        made = dict(known)
+        for e in self.walk():
+            if e not in made:
+                args = tuple(made[a] for a in e.args)
+                made[e] = e if args == e.args else Expr(e.op, args, e.dtype, e.value)
+        return made[self]
 
     def count(self) -> int:
         """Different operators in it."""
@@ -108,14 +119,14 @@ class Expr:
     def walk(self) -> list[Expr]:
         """Every part once, arguments before what uses them."""
         seen: dict[Expr, None] = {}
-
-        def visit(e: Expr) -> None:
-            if e not in seen:
-                for a in e.args:
-                    visit(a)
+        open_: list[tuple[Expr, bool]] = [(self, False)]
+        while open_:
+            e, done = open_.pop()
+            if done:
                 seen[e] = None
-
-        visit(self)
+            elif e not in seen:
+                open_.append((e, True))
+                open_ += [(a, False) for a in reversed(e.args) if a not in seen]
         return list(seen)
 
 

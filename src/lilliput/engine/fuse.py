@@ -47,6 +47,8 @@ def chains(graph: Graph) -> None:
                     continue
                 if len(node.inputs) + len(maker.inputs) - 1 > MOST_INPUTS:
                     continue
+                if maker.attrs["exprs"][0].count() >= MOST_OPERATORS:
+                    continue
                 inputs = [v for v in node.inputs if v is not value]
                 inner = []
                 for v in maker.inputs:
@@ -165,14 +167,7 @@ def _parents(root: Expr) -> dict[Expr, list[Expr]]:
 
 
 def _replaced(root: Expr, core: Expr, new: Expr) -> Expr:
-    known: dict[Expr, Expr] = {core: new}
-
-    def walk(e: Expr) -> Expr:
-        if e not in known:
-            known[e] = e if not e.args else Expr(e.op, tuple(walk(a) for a in e.args), e.dtype, e.value)
-        return known[e]
-
-    return walk(root)
+    return root.replaced({core: new})
 
 
 def _scale(node: Node, a: np.ndarray) -> bool:
