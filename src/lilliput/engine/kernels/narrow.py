@@ -1,4 +1,4 @@
-"""How the non-zeros of a sparse layer are stored: as narrow as the file has them, unpacked once when the layer starts."""
+"""How the non-zeros of a sparse layer are stored: as narrow as the file has them, unpacked when the layer starts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 
 from lilliput.engine.graph import Array, Narrow
 
-HALF = """
+# C that unpacks `count` numbers (bytes, where several are in one): once in a file, not in every layer.
+HALF = """\
 /* float16 to float32: the exponents differ by 112. */
 static inline float half_to_float(uint16_t half)
 {
@@ -19,7 +20,34 @@ static inline float half_to_float(uint16_t half)
     u.bits |= (uint32_t)(half & 0x8000) << 16;
     return u.value;
 }
-""".strip("\n") + "\n"
+"""
+HALVES = """
+LAYER_FUNCTION void unpack_halves(float *restrict to, const uint16_t *restrict from, int count)
+{
+    for (int i = 0; i < count; i++) to[i] = half_to_float(from[i]);
+}
+"""
+BYTES = """
+LAYER_FUNCTION void unpack_bytes(float *restrict to, const int8_t *restrict from, int count)
+{
+    for (int i = 0; i < count; i++) to[i] = (float)from[i];
+}
+"""
+NIBBLES = """
+LAYER_FUNCTION void unpack_nibbles(float *restrict to, const uint8_t *restrict from, int count)
+{
+    for (int i = 0; i < count; i++) {
+        to[2 * i] = (float)((from[i] & 15) - 8);
+        to[2 * i + 1] = (float)((from[i] >> 4) - 8);
+    }
+}
+"""
+SIGNS = """
+LAYER_FUNCTION void unpack_signs(float *restrict to, const uint8_t *restrict from, int count)
+{
+    for (int i = 0; i < 8 * count; i++) to[i] = (float)(1 - 2 * (from[i >> 3] >> (i & 7) & 1));
+}
+"""
 
 
 @dataclass(frozen=True)
@@ -49,36 +77,32 @@ def stored(weight: Array, narrow: Narrow | None, places: Array, at: int = 0) -> 
         return np.asarray(flat[places])
 
     whole = Stored({"values": taken(weight).astype(np.float32)}, ("const float *const value_of = values;",))
-    if narrow is None or count == 0:
+    scale = None if narrow is None or narrow.scale is None else _by_output(narrow.scale, weight.shape)
+    if narrow is None or count == 0 or (narrow.scale is not None and scale is None):
         return whole
-    unpack = f"float *const unpacked = (float *)(scratch + {at});"
-    end = "const float *const value_of = unpacked;"
-    if narrow.scale is None:
-        codes = taken(narrow.codes)
-        if codes.dtype != np.float16 or not np.isfinite(codes).all():
-            return whole
-        return Stored({"values": codes}, (unpack, f"for (int i = 0; i < {count}; i++) "
-                      "unpacked[i] = half_to_float(values[i]);", end), 4 * count, None, (HALF,))
-    scale = _by_output(narrow.scale, weight.shape)
+
+    def unpacked(values: Array, helper: str, each: int = 1) -> Stored:
+        """Values that a helper unpacks, `each` of them from one number."""
+        name = helper.split("(")[0].split()[-1]
+        lines = (f"float *const value_of = (float *)(scratch + {at});", f"{name}(value_of, values, many[0]);")
+        constants = {"values": values, "many": np.array([len(values)], np.int32)}
+        before = (HALF,) if helper == HALVES else ()
+        return Stored(constants, lines, 4 * each * len(values), scale, (*before, helper.lstrip("\n")))
+
+    if narrow.codes.dtype == np.float16:
+        halves = taken(narrow.codes)
+        return whole if narrow.zero_point is not None or not np.isfinite(halves).all() else unpacked(halves, HALVES)
     zero = np.zeros((), np.int32) if narrow.zero_point is None else narrow.zero_point.astype(np.int32)
     codes = narrow.codes.astype(np.int32) - zero
-    if scale is None or np.abs(codes).max(initial=0) > 127:
+    if np.abs(codes).max(initial=0) > 127 or scale is None:
         return whole
     found = taken(codes)
-    least, most = int(found.min()), int(found.max())
     if set(np.unique(found)) <= {-1, 1}:
-        bits = np.packbits(found < 0, bitorder="little")
-        lines = (f"for (int i = 0; i < {count}; i++) unpacked[i] = signs[i >> 3] >> (i & 7) & 1 ? -1.0f : 1.0f;",)
-        return Stored({"signs": bits}, (unpack, *lines, end), 4 * count, scale)
-    if least >= -8 and most <= 7:
-        pairs = np.append(found, [0] * (count % 2)).reshape(-1, 2) + 8
-        codes = (pairs[:, 0] | pairs[:, 1] << 4).astype(np.uint8)
-        lines = (f"for (int i = 0; i < {len(codes)}; i++) {{",
-                 "    unpacked[2 * i] = (float)((values[i] & 15) - 8);",
-                 "    unpacked[2 * i + 1] = (float)((values[i] >> 4) - 8);", "}")
-        return Stored({"values": codes}, (unpack, *lines, end), 8 * len(codes), scale)
-    return Stored({"values": found.astype(np.int8)},
-                  (unpack, f"for (int i = 0; i < {count}; i++) unpacked[i] = (float)values[i];", end), 4 * count, scale)
+        return unpacked(np.packbits(found < 0, bitorder="little"), SIGNS, 8)
+    if found.min() >= -8 and found.max() <= 7:
+        pairs = np.append(found, np.zeros(count % 2, np.int32)).reshape(-1, 2) + 8
+        return unpacked((pairs[:, 0] | pairs[:, 1] << 4).astype(np.uint8), NIBBLES, 2)
+    return unpacked(found.astype(np.int8), BYTES)
 
 
 def _by_output(scale: Array, shape: tuple[int, ...]) -> Array | None:
