@@ -236,8 +236,13 @@ def epilogues(graph: Graph) -> None:
                 continue
             if value.dtype != np.float32 or maker.attrs.get("act") is not None:
                 continue
+            held = [*node.inputs, *maker.inputs]
             if _join(graph, maker, node, i):
-                uses, makers = graph.uses(), graph.makers()
+                alive = [maker] if maker.outputs == node.outputs else [node, maker]
+                for v in dict.fromkeys(v for v in (*held, *node.inputs, *maker.inputs) if v is not None):
+                    uses[v] = [*(n for n in uses.get(v, []) if n is not node and n is not maker),
+                               *(n for n in alive if v in n.inputs)]
+                makers.update((v, n) for n in alive for v in n.outputs if v is not None)
                 break
 
 

@@ -14,9 +14,11 @@ MOST_INPUTS = 8
 
 def normalized(graph: Graph) -> None:
     """Layer normalisation, its form without the mean, and softmax, written as reductions and Maps, become one node."""
+    around = _around(graph)
     for node in list(graph.nodes):
-        if node in graph.nodes and node.op == "Map" and len(node.outputs) == 1 and node.y.dtype == np.float32:
-            _ = _softmax(graph, node) or _deviation(graph, node)
+        if node.op == "Map" and len(node.outputs) == 1 and node.y.dtype == np.float32 and around.makers.get(
+                node.y) is node and (_softmax(graph, node, around) or _deviation(graph, node, around)):
+            around = _around(graph)
     graph.prune()
 
 
@@ -49,12 +51,11 @@ def _around(graph: Graph) -> _Around:
 # ------------------------------------------------------------------------------------------------------------ softmax
 
 
-def _softmax(graph: Graph, last: Node) -> bool:
+def _softmax(graph: Graph, last: Node, around: _Around) -> bool:
     """e / sum(e) where e = exp(x) or exp(x - max(x))."""
     root = last.attrs["exprs"][0]
     if root.op != "div" or any(a.op != "arg" for a in root.args) or root.args[0] == root.args[1]:
         return False
-    around = _around(graph)
     e, total = (last.input(a.value) for a in root.args)
     summed, grown = around.reduction(total, "sum"), around.map(e)
     if summed is None or grown is None or summed.x is not e or summed.attrs.get("pre") is not None:
@@ -81,9 +82,8 @@ def _softmax(graph: Graph, last: Node) -> bool:
 # ----------------------------------------------------------------------------------------------------- normalisations
 
 
-def _deviation(graph: Graph, last: Node) -> bool:
+def _deviation(graph: Graph, last: Node, around: _Around) -> bool:
     """(x - mean) / sqrt(variance + epsilon), inside any expression; then a scale and a bias."""
-    around = _around(graph)
     root = last.attrs["exprs"][0]
     for e in root.walk():
         if e.op not in ("div", "mul") or len(e.args) != 2:

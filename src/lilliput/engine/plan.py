@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -357,8 +358,11 @@ def arena(graph: Graph) -> tuple[int, int]:
             at = max(at, end)
         buffer.at = at
         placed.append(buffer)
-    live = max((sum(size[b] for b, (first, last) in life.items() if first <= i <= last)
-                for i in range(len(graph.nodes))), default=0)
+    change = [0] * (len(graph.nodes) + 1)
+    for buffer, (first, last) in life.items():
+        change[first] += size[buffer]
+        change[last + 1] -= size[buffer]
+    live = max(itertools.accumulate(change))
     total = max((buffer.at + size[buffer] for buffer in placed), default=0)
     return total, live
 

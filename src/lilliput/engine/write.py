@@ -126,8 +126,10 @@ def parameters(node: Node, kernel: Kernel, sizes: Sequence[str], body: str | Non
     body: its statements; what they do not name is left out. Only what shares memory with an output is not restrict.
     """
 
+    words = None if body is None else set(re.findall(r"\w+", body))
+
     def named(key: str) -> bool:
-        return body is None or re.search(rf"\b{key}\b", body) is not None
+        return words is None or key in words
 
     outputs = [(f"y{i}", v) for i, v in enumerate(node.outputs) if v is not None and named(f"y{i}")]
     inputs = [(f"x{i}", v) for i, v in enumerate(node.inputs)
@@ -169,11 +171,10 @@ def arguments(node: Node, kernel: Kernel, sizes: Sequence[str], constants: Const
               text: str) -> list[str]:
     """The C expressions that a layer's function is called with."""
     found = []
-    head = text.split("\n{\n", 1)[0]
-    for declared, key in parameters(node, kernel, sizes):
-        if not re.search(rf"[ *]{key}[,)]", head):
+    head = set(re.findall(r"\w+(?=[,)])", text.split("\n{\n", 1)[0]))
+    for _, key in parameters(node, kernel, sizes):
+        if key not in head:
             continue
-        del declared
         if key in sizes:
             found.append(key)
         elif key == "scratch":
