@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -26,9 +26,11 @@ from lilliput.engine.kernels.product import (
     vector_types,
     walk,
 )
+from lilliput.engine.kernels.widen import Widen, widen
 from lilliput.engine.size import c, fixed
 from lilliput.engine.target import Target
 
+FEW = 8  # positions: below, widening narrow weights takes as long as the product
 DEPTH = 384  # values summed over before the next block of outputs: as many rows of a block of columns stay in L1
 
 
@@ -40,8 +42,12 @@ def columns(node: Node, target: Target) -> Iterator[Kernel]:
         return
     count = found.positions
     lanes = _lanes(target, int(count), fixed(count))
+    narrow = widen(found.narrow, found.weight)
     for rows, vectors in tiles(target, lanes, found.outs, max(int(count) // lanes, 1)):
-        yield _columns(found, target, lanes, rows, vectors)
+        if narrow is not None:
+            yield _columns(found, target, lanes, rows, vectors, narrow)
+        if narrow is None or (count < FEW and fixed(count)):
+            yield _columns(found, target, lanes, rows, vectors, None)
 
 
 @kernel("MatMul")
@@ -55,12 +61,15 @@ def rows(node: Node, target: Target) -> Iterator[Kernel]:
         lanes //= 2
     if found.outs < lanes:
         lanes = 1
-    count = found.positions
+    count, narrow = found.positions, widen(found.narrow, found.weight)
     for vectors, high in tiles(target, lanes, 0, -(-found.outs // lanes), flip=True):
         high = high if not fixed(count) or count >= high else int(count)
         if high <= 2:  # few positions: more vectors instead
             vectors = min(registers(target) * 3 // 4 // high, -(-found.outs // lanes), 12)
-        yield _rows(found, target, lanes, high, vectors)
+        if narrow is not None:
+            yield _rows(found, target, lanes, high, vectors, narrow)
+        if narrow is None or (count < FEW and fixed(count)):
+            yield _rows(found, target, lanes, high, vectors, None)
 
 
 def registers(target: Target) -> int:
@@ -110,17 +119,17 @@ def packed(weight: Array, rows: int, depth: int) -> Array:
     return np.concatenate(parts).astype(np.float32)
 
 
-def depth_of(ins: int) -> int:
-    """Inputs in one step over the depth: equal steps of at most DEPTH, in eights."""
+def depth_of(ins: int, block: int = 8) -> int:
+    """Inputs in one step over the depth: equal steps of about DEPTH, in blocks."""
     steps = -(-ins // DEPTH)
-    return min(ins, math.ceil(math.ceil(ins / steps) / 8) * 8)
+    return min(ins, math.ceil(math.ceil(ins / steps) / block) * block)
 
 
-def _columns(found: Linear, target: Target, lanes: int, rows: int, vectors: int) -> Kernel:
+def _columns(found: Linear, target: Target, lanes: int, rows: int, vectors: int, narrow: Widen | None) -> Kernel:
     tail = tail_of(found.node, found.feature_y)
-    depth = depth_of(found.ins)
+    depth = depth_of(found.ins) if narrow is None or narrow.block == found.ins else depth_of(found.ins, narrow.block)
     want_x, want_y = found.inner(positions_inside=True)
-    constants: dict[str, Array] = {"weight": packed(found.weight, rows, depth)}
+    constants = {"weight": packed(found.weight, rows, depth)} if narrow is None else narrow.constants(rows, depth)
     if tail.bias is not None:
         constants["bias"] = tail.bias
     count = found.positions
@@ -129,12 +138,19 @@ def _columns(found: Linear, target: Target, lanes: int, rows: int, vectors: int)
     wants: list[Want | None] = [None] * 4
     wants[found.x] = want_x
     skips = (1 - found.x, *((2,) if tail.bias is not None else ()))
+    work = macs_ns(target, found.outs * found.ins * int(count) * blocks) * (1.02 if vectors == 1 else 1)
+    work += macs_ns(target, found.weight.size) * 5 if narrow is not None else 0.0
     return Kernel(
-        f"dense, {rows} outputs x {wide} positions", lambda n: _columns_body(n, found, tail, lanes, rows, vectors),
-        tuple(wants), want_y, constants, skips,
-        cost_ns=macs_ns(target, found.outs * found.ins * int(count) * blocks) * (1.02 if vectors == 1 else 1) + 30,
-        helpers=tail_helpers(tail, lanes), values=found.weight.size,
+        f"dense{bits_of(narrow)}, {rows} outputs x {wide} positions",
+        lambda n: _columns_body(n, found, tail, lanes, rows, vectors, depth, narrow), tuple(wants), want_y, constants,
+        skips, scratch=4 * rows * (depth + 4) if narrow is not None else 0, cost_ns=work + 30, values=found.weight.size,
+        helpers=(*tail_helpers(tail, lanes), *(narrow.helpers if narrow is not None else ())),
     )  # fmt: skip
+
+
+def bits_of(narrow: Widen | None) -> str:
+    """What a kernel's name says of its weights."""
+    return "" if narrow is None else f", {narrow.bits}-bit weights"
 
 
 def tail_helpers(tail: Tail, lanes: int) -> tuple[str, ...]:
@@ -145,69 +161,85 @@ def tail_helpers(tail: Tail, lanes: int) -> tuple[str, ...]:
     return (*found, *tail.helpers)
 
 
-def _columns_body(node: Node, found: Linear, tail: Tail, lanes: int, rows: int, vectors: int) -> str:
+def _columns_body(node: Node, found: Linear, tail: Tail, lanes: int, rows: int, vectors: int, depth: int,
+                  narrow: Widen | None) -> str:
     x, y = node.input(found.x), node.y
-    way = walk(y, found.feature_y, [(f"x{found.x}", x, found.feature_x), *tail.others(node)])
     name = f"x{found.x}"
+    way = walk(y, found.feature_y, [(name, x, found.feature_x), *tail.others(node)])
     text: list[str] = [*way.open, f"const float *const x = {way.base[name]};", f"float *const y = {way.base['y0']};"]
     for i in tail.extras:
         text.append(f"const float *const e{i} = {way.base[f'x{i}']};")
-    count, depth = way.count, depth_of(found.ins)
+    if narrow is None:
+        text += _runs(way.count, lanes, vectors, lambda a, v: _columns_block(found, tail, way, a, v, rows, depth, name))
+        return "\n".join([*text, *way.close])
+    # Each panel is widened once, then used for all positions.
+    deep = depth < found.ins
+    blocks = f"((ks + {narrow.block - 1}) / {narrow.block})" if deep and narrow.block < found.ins else (
+        str(-(-found.ins // narrow.block)))
+    text += ["float *const wide = (float *)scratch;", *narrow.starts()]
 
-    def block(lanes: int, vectors: int) -> list[str]:
-        return _columns_block(found, tail, way, lanes, vectors, rows, depth, name)
+    def panel(high: int) -> list[str]:
+        ks = "ks" if deep else str(found.ins)
+        each = _runs(way.count, lanes, vectors, lambda a, v: [
+            "const float *w = wide;", *_panel(found, tail, way, a, v, high, ks, deep, depth, name)])
+        return [*narrow.lines(high, ks, blocks, "wide"), *each]
 
+    inner = _panels(found.outs, rows, panel)
+    if deep:
+        inner = [f"for (int k0 = 0; k0 < {found.ins}; k0 += {depth}) {{",
+                 f"    const int ks = {found.ins} - k0 < {depth} ? {found.ins} - k0 : {depth};", *inside(inner), "}"]
+    return "\n".join([*text, *inner, *way.close])
+
+
+def _runs(count: int, lanes: int, vectors: int, block: Callable[[int, int], list[str]]) -> list[str]:
+    """Lines for all positions: block(lanes, vectors) are those for the positions from t on."""
     kind = size_type(count)
     if fixed(count):
         count = int(count)
-        wide = min(lanes * vectors, max(count // lanes, 1) * lanes)
-        vectors = wide // lanes
-        full, rest = count // wide, count % wide
         if lanes > count:  # a walk with loops around may run over fewer positions than there are
             lanes = 1 if count < 4 else 1 << (count.bit_length() - 1)
-            wide, vectors = lanes, 1
-            full, rest = count // wide, count % wide
+        vectors = min(vectors, max(count // lanes, 1))
+        wide, text = lanes * vectors, []
+        full, rest = count // wide, count % wide
         if full:
             text += [f"for ({kind} t = 0; t < {full * wide}; t += {wide}) {{", *inside(block(lanes, vectors)), "}"]
         if rest:
             last = -(-rest // lanes)
-            start = count - last * lanes
-            text += at_value(kind, "t", start, block(lanes, last))
-    else:
-        wide = lanes * vectors
-        text += [f"{kind} t = 0;", f"for (; t + {wide} <= {c(count)}; t += {wide}) {{", *inside(block(lanes, vectors)),
-                 "}"]
-        if vectors > 1:
-            text += [f"for (; t + {lanes} <= {c(count)}; t += {lanes}) {{", *inside(block(lanes, 1)), "}"]
-        if lanes > 1:
-            text += [f"if (t < {c(count)} && {c(count)} >= {lanes}) {{", f"    t = {c(count)} - {lanes};",
-                     *inside(block(lanes, 1)), f"    t = {c(count)};", "}"]
-            text += [f"for (; t < {c(count)}; t++) {{", *inside(block(1, 1)), "}"]
-    text += way.close
-    return "\n".join(text)
+            text += at_value(kind, "t", count - last * lanes, block(lanes, last))
+        return text
+    wide = lanes * vectors
+    text = [f"{kind} t = 0;", f"for (; t + {wide} <= {c(count)}; t += {wide}) {{", *inside(block(lanes, vectors)), "}"]
+    if vectors > 1:
+        text += [f"for (; t + {lanes} <= {c(count)}; t += {lanes}) {{", *inside(block(lanes, 1)), "}"]
+    if lanes > 1:
+        text += [f"if (t < {c(count)} && {c(count)} >= {lanes}) {{", f"    t = {c(count)} - {lanes};",
+                 *inside(block(lanes, 1)), f"    t = {c(count)};", "}",
+                 f"for (; t < {c(count)}; t++) {{", *inside(block(1, 1)), "}"]
+    return ["{", *inside(text), "}"]
+
+
+def _panels(outs: int, rows: int, panel: Callable[[int], list[str]]) -> list[str]:
+    """Lines for all outputs: panel(how many) are those for the outputs from o on."""
+    text: list[str] = []
+    full, rest = outs // rows, outs % rows
+    if full > 1:
+        text += [f"for (int o = 0; o < {full * rows}; o += {rows}) {{", *inside(panel(rows)), "}"]
+    elif full:
+        text += at_value("int", "o", 0, panel(rows))
+    return text + (at_value("int", "o", full * rows, panel(rest)) if rest else [])
 
 
 def _columns_block(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, rows: int, depth: int,
                    name: str) -> list[str]:
     """All outputs at the positions t .. t + lanes * vectors - 1."""
-    outs, ins = found.outs, found.ins
-    text = ["const float *w = weight;"]
-    deep = depth < ins
-    inner: list[str] = []
-    if deep:
-        text += [f"for (int k0 = 0; k0 < {ins}; k0 += {depth}) {{",
-                 f"    const int ks = {ins} - k0 < {depth} ? {ins} - k0 : {depth};"]
-    full, rest = outs // rows, outs % rows
-    for high, start, loop in ((rows, 0, full), (rest, full * rows, 1)):
-        if not high or not loop:
-            continue
-        body = _panel(found, tail, way, lanes, vectors, high, "ks" if deep else str(ins), deep, depth, name)
-        if loop > 1:
-            inner += [f"for (int o = {start}; o < {start + loop * high}; o += {high}) {{", *inside(body), "}"]
-        else:
-            inner += at_value("int", "o", start, body)
-    text += inside(inner) if deep else inner
-    return [*text, "}"] if deep else text
+    ins, deep = found.ins, depth < found.ins
+    ks = "ks" if deep else str(ins)
+    inner = _panels(found.outs, rows, lambda high: _panel(
+        found, tail, way, lanes, vectors, high, ks, deep, depth, name))
+    if not deep:
+        return ["const float *w = weight;", *inner]
+    return ["const float *w = weight;", f"for (int k0 = 0; k0 < {ins}; k0 += {depth}) {{",
+            f"    const int ks = {ins} - k0 < {depth} ? {ins} - k0 : {depth};", *inside(inner), "}"]
 
 
 def _panel(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, rows: int, ks: str, deep: bool, depth: int,
@@ -280,10 +312,12 @@ def packed_rows(weight: Array, wide: int, lanes: int) -> Array:
     return np.concatenate(parts)
 
 
-def _rows(found: Linear, target: Target, lanes: int, high: int, vectors: int) -> Kernel:
+def _rows(found: Linear, target: Target, lanes: int, high: int, vectors: int, narrow: Widen | None) -> Kernel:
     tail = tail_of(found.node, found.feature_y)
     want_x, want_y = found.inner(positions_inside=False)
-    constants: dict[str, Array] = {"weight": packed_rows(found.weight, lanes * vectors, lanes)}
+    wide = lanes * vectors
+    constants = {"weight": packed_rows(found.weight, wide, lanes)} if narrow is None else (
+        narrow.constants(wide, found.ins, lanes))
     if tail.bias is not None:
         bias = np.zeros(-(-found.outs // lanes) * lanes, np.float32)
         bias[: found.outs] = tail.bias
@@ -293,16 +327,19 @@ def _rows(found: Linear, target: Target, lanes: int, high: int, vectors: int) ->
     skips = (1 - found.x, *((2,) if tail.bias is not None else ()))
     padded = -(-found.outs // lanes) * lanes
     work = macs_ns(target, padded * found.ins * int(found.positions))
-    bytes_ns = padded * found.ins * 4 / 100  # the weights come from L2 at best
+    bytes_ns = padded * found.ins * (4 if narrow is None else narrow.bits / 8) / 100  # they come from L2 at best
+    widened = macs_ns(target, padded * found.ins) * 5 if narrow is not None else 0.0
     return Kernel(
-        f"dense, {high} positions x {lanes * vectors} outputs",
-        lambda n: _rows_body(n, found, tail, lanes, high, vectors),
-        tuple(wants), want_y, constants, skips, cost_ns=max(work, bytes_ns) * 1.03 + 20,
-        helpers=tail_helpers(tail, lanes), values=found.weight.size,
+        f"dense{bits_of(narrow)}, {high} positions x {wide} outputs",
+        lambda n: _rows_body(n, found, tail, lanes, high, vectors, narrow), tuple(wants), want_y, constants, skips,
+        scratch=4 * wide * (found.ins + 4) if narrow is not None else 0,
+        cost_ns=max(work + widened, bytes_ns) * 1.03 + 20, values=found.weight.size,
+        helpers=(*tail_helpers(tail, lanes), *(narrow.helpers if narrow is not None else ())),
     )  # fmt: skip
 
 
-def _rows_body(node: Node, found: Linear, tail: Tail, lanes: int, high: int, vectors: int) -> str:
+def _rows_body(node: Node, found: Linear, tail: Tail, lanes: int, high: int, vectors: int,
+               narrow: Widen | None) -> str:
     x, y = node.input(found.x), node.y
     name = f"x{found.x}"
     way = walk(y, found.feature_y, [(name, x, found.feature_x), *tail.others(node)])
@@ -310,14 +347,18 @@ def _rows_body(node: Node, found: Linear, tail: Tail, lanes: int, high: int, vec
     for i in tail.extras:
         text.append(f"const float *const e{i} = {way.base[f'x{i}']};")
     count, outs, wide = way.count, found.outs, lanes * vectors
-    text.append("const float *w = weight;")
+    text += ["const float *w = weight;"] if narrow is None else ["float *const w = (float *)scratch;", *narrow.starts()]
     full, rest = outs // wide, outs % wide
     for width, start, loop in ((wide, 0, full), (rest, full * wide, 1)):
         if not width or not loop:
             continue
         use = -(-width // lanes)
         inner = _positions(found, tail, way, lanes, use, width, high, count, name)
-        inner.append(f"w += {use * lanes * found.ins};")
+        if narrow is None:
+            inner.append(f"w += {use * lanes * found.ins};")
+        else:
+            blocks = str(-(-found.ins // narrow.block))
+            inner = [*narrow.lines(use * lanes, str(found.ins), blocks, "w"), *inner]
         if loop > 1:
             text += [f"for (int o = {start}; o < {start + loop * width}; o += {width}) {{", *inside(inner), "}"]
         else:
