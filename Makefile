@@ -14,7 +14,7 @@ INSTALL = $(SCRIPTS)/python -m pip install --constraint $(VENV)/constraints.txt 
 
 export OMP_NUM_THREADS = 1
 
-.PHONY: demo test lint doctest examples evidence docs readme constraints clean
+.PHONY: demo test lint doctest examples evidence check-engine docs readme constraints clean
 
 demo: $(VENV)/demo.installed
 	$(SCRIPTS)/lilliput demo $(ARGS)
@@ -50,6 +50,10 @@ examples: $(VENV)/dev.installed
 
 evidence: $(VENV)/dev.installed
 	$(SCRIPTS)/lilliput evidence --quick --out build/evidence $(ARGS)
+
+# Some minutes: other processors, sanitizers, threads, damaged files, DeepSparse. ARGS="fuzz --seconds 600" for one of them.
+check-engine: $(VENV)/check.installed
+	$(SCRIPTS)/python scripts/check_engine.py $(ARGS)
 
 docs: $(VENV)/docs.installed
 	$(SCRIPTS)/mkdocs build --strict $(ARGS)
