@@ -284,7 +284,7 @@ class Search:
         budget = self.clock.budget_s
         asked = self.trials or (12 if budget is None or budget >= 60 else 4)
         self.finals = max(1, min(3 if asked >= 6 else 2, asked))
-        self.tails = (Tail(4), Tail(3), Tail(4, 0.5)) if not self.space.tables else (Tail(4), Tail(3))
+        self.tails: tuple[Tail, ...] = (Tail(4), Tail(3), *(() if self.space.tables else (Tail(4, 0.5),)))
         if self.for_latency:
             self.tails = (Tail(4), *(Tail(8, sparsity) for sparsity in self._rewarded()))
             self.clock.reserved_s = 0.0 if budget is None else engine.RESERVED * budget
