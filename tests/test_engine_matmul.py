@@ -99,6 +99,7 @@ def linear(x_shape, weight, bias, after, wide_shape):
     ((70, 410), 33, 0.9, 1, "residual"),
     ((2, 20, 24), 32, 0.8, 4, "clip"),
     ((1, 9), 40, 0.0, 1, "relu"),
+    ((1, 45), 39, 0.8, 1, "residual"),
     ((100, 800), 9, 0.8, 1, "relu"),
 ])  # fmt: skip
 def test_constant_weights(monkeypatch, shape, outs, zeros, block, after):

@@ -62,10 +62,14 @@ def rows(node: Node, target: Target) -> Iterator[Kernel]:
     if found.outs < lanes:
         lanes = 1
     count, narrow = found.positions, widen(found.narrow, found.weight)
+    done: set[tuple[int, int]] = set()
     for vectors, high in tiles(target, lanes, 0, -(-found.outs // lanes), flip=True):
         high = high if not fixed(count) or count >= high else int(count)
         if high <= 2:  # few positions: more vectors instead
             vectors = min(registers(target) * 3 // 4 // high, -(-found.outs // lanes), 12)
+        if (vectors, high) in done:
+            continue
+        done.add((vectors, high))
         if narrow is not None:
             yield _rows(found, target, lanes, high, vectors, narrow)
         if narrow is None or (count < FEW and fixed(count)):
