@@ -86,13 +86,12 @@ def _arg_max(node: Node, target: Target) -> str:
                 f"best[j] = best[j] {better} next ? next : best[j];"]
 
     def across(w: Walk, place: Callable[..., str], count: str) -> list[str]:
-        inner = ["r"] if w.inner else []
+        if not w.inner:
+            return [f"for (int j = 0; j < {count}; j++) {place('y0')} = 0;"]
         lines = [f"{x.c_type} best[{w.width}];", f"int32_t at[{w.width}];", f"for (int j = 0; j < {count}; j++) {{",
-                 f"    best[j] = {place('x0', *['0'] * len(inner))};", "    at[j] = 0;", "}"]
-        if inner:
-            lines += [f"for (int32_t r = 1; r < {c(x.shape[axis])}; r++) {{",
-                      f"    for (int j = 0; j < {count}; j++) {{",
-                      *(f"        {line}" for line in taken(place("x0", "r"), "r")), "    }", "}"]
+                 f"    best[j] = {place('x0', '0')};", "    at[j] = 0;", "}",
+                 f"for (int32_t r = 1; r < {c(x.shape[axis])}; r++) {{", f"    for (int j = 0; j < {count}; j++) {{",
+                 *(f"        {line}" for line in taken(place("x0", "r"), "r")), "    }", "}"]
         return [*lines, f"for (int j = 0; j < {count}; j++) {place('y0')} = at[j];"]
 
     def inside(w: Walk, place: Callable[..., str], count: str) -> list[str]:
