@@ -115,14 +115,14 @@ def test_constant_weights(monkeypatch, shape, outs, zeros, block, after):
     assert any(name.startswith("dense") for name in names)
 
 
-@pytest.mark.parametrize("zeros", [0.0, 0.85])
-def test_free_sizes(monkeypatch, zeros):
+@pytest.mark.parametrize(("zeros", "to"), [(0.0, "native"), (0.85, "native"), (0.85, "portable")])
+def test_free_sizes(monkeypatch, zeros, to):
     rng = np.random.default_rng(1)
     weight, bias = pruned(rng, (24, 21), zeros), rng.standard_normal(21).astype(np.float32)
     make = linear(("batch", "tokens", 24), weight, bias, "residual", ("batch", "tokens", 21))
     runs = [{n: rng.standard_normal((b, t, size)).astype(np.float32) for n, size in (("x", 24), ("r", 21))}
             for b, t in ((3, 40), (1, 40), (2, 17), (3, 1))]
-    each_kernel(monkeypatch, make, "MatMul", runs, shapes={"x": (3, 40, 24), "r": (3, 40, 21)})
+    each_kernel(monkeypatch, make, "MatMul", runs, shapes={"x": (3, 40, 24), "r": (3, 40, 21)}, to=to)
 
 
 @pytest.mark.parametrize(("bits", "scaled"), [(16, False), (8, True), (4, True)])

@@ -1,4 +1,4 @@
-"""A sparse matrix times one position, in the ways that recurrent networks use."""
+"""A sparse matrix times a position or a few, one after the other, in the ways that recurrent networks use."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from lilliput.engine.graph import Array, Node
 from lilliput.engine.kernel import Kernel, Want, kernel
 from lilliput.engine.kernels.matvec import MatVec, ways
-from lilliput.engine.kernels.product import Linear, Tail, inside, linear, tail_of, times, walk
-from lilliput.engine.size import fixed
+from lilliput.engine.kernels.product import Linear, Tail, at, inside, linear, size_type, tail_of, times, walk
+from lilliput.engine.size import c, fixed
 from lilliput.engine.target import Target
 
 DENSEST = 0.6
@@ -18,9 +18,9 @@ DENSEST = 0.6
 
 @kernel("MatMul")
 def sparse_vector(node: Node, target: Target) -> Iterator[Kernel]:
-    """One position whose weights have zeros."""
+    """Few positions, or any number where there are no vectors."""
     found = linear(node)
-    if found is None or not fixed(found.positions) or found.positions != 1:
+    if found is None or (target.vector_bytes > 0 and not (fixed(found.positions) and found.positions < 4)):
         return
     filled = np.count_nonzero(found.weight) / found.weight.size
     if filled > DENSEST or found.ins >= 2**16:
@@ -40,31 +40,39 @@ def _kernel(found: Linear, way: MatVec) -> Kernel:
     return Kernel(
         way.name, lambda n: _body(n, found, tail, way), tuple(wants), gives, constants,
         (1 - found.x, *((2,) if tail.bias is not None else ())), scratch=4 * (way.ins + way.outs + 16),
-        cost_ns=way.ns + 0.3 * found.outs + 20, helpers=(*way.helpers, *tail.helpers), nonzeros=way.nonzeros,
-        values=way.values,
+        cost_ns=(way.ns + 0.3 * found.outs) * int(found.positions) + 20, helpers=(*way.helpers, *tail.helpers),
+        nonzeros=way.nonzeros, values=way.values,
     )  # fmt: skip
 
 
 def _body(node: Node, found: Linear, tail: Tail, way: MatVec) -> str:
     x, y, name = node.input(found.x), node.y, f"x{found.x}"
     path = walk(y, found.feature_y, [(name, x, found.feature_x), *tail.others(node)])
-    step, text, given, made = path.feature[name], [], name, "y0"
-    room = -(-way.ins // 16) * 16
+    step, many = path.feature[name], not (fixed(path.count) and path.count == 1)
+    direct = way.outs == found.outs and path.feature["y0"] == 1
+
+    def place(key: str) -> str:
+        return at(path.base[key], ("t", path.step[key])) if many else path.base[key]
+
+    text = [f"const float *const x = {place(name)};", f"float *const y = {place('y0')};"]
+    given = "x"
     if way.ins != found.ins or step != 1:
         given = "in"
         text += ["float *const in = (float *)scratch;",
-                 f"for (int i = 0; i < {found.ins}; i++) in[i] = {name}[{times('i', step)}];",
-                 *([f"for (int i = {found.ins}; i < {way.ins}; i++) in[i] = 0;"] if way.ins > found.ins else [])]
-    direct = way.outs == found.outs and path.feature["y0"] == 1
+                 f"for (int i = 0; i < {found.ins}; i++) in[i] = x[{times('i', step)}];"]
+        if way.ins > found.ins:
+            text.append(f"for (int i = {found.ins}; i < {way.ins}; i++) in[i] = 0;")
+    made = "y" if direct else "sum"
     if not direct:
-        made = "sum"
-        text.append(f"float *const sum = (float *)scratch + {room};")
+        text.append(f"float *const sum = (float *)scratch + {-(-way.ins // 16) * 16};")
     text.append(way.call.format(y=made, x=given, **{key: key for key in way.constants}))
-    bias = [f"{made}[o] += bias[o];"] if tail.bias is not None else []
-    places = [f"x{i}[{times('o', path.feature[f'x{i}'])}]" for i in tail.extras]
-    after = [*bias, *tail.text(f"{made}[o]", places)]
+    after = [f"{made}[o] += bias[o];"] if tail.bias is not None else []
+    after += tail.text(f"{made}[o]", [f"({place(f'x{i}')})[{times('o', path.feature[f'x{i}'])}]" for i in tail.extras])
     if not direct:
-        after.append(f"y0[{times('o', path.feature['y0'])}] = sum[o];")
+        after.append(f"y[{times('o', path.feature['y0'])}] = sum[o];")
     if after:
         text += [f"for (int o = 0; o < {found.outs}; o++) {{", *inside(after), "}"]
-    return "\n".join(text)
+    if many:
+        kind = size_type(path.count)
+        text = [f"for ({kind} t = 0; t < {c(path.count)}; t++) {{", *inside(text), "}"]
+    return "\n".join([*path.open, *text, *path.close])
