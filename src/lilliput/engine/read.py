@@ -16,6 +16,7 @@ from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper, numpy_he
 from onnx.reference import ReferenceEvaluator
 
 from lilliput.engine.graph import C_TYPES, RUNS, Array, Graph, Narrow, Node, Value
+from lilliput.engine.halves import widened
 from lilliput.engine.qlinear import spelled
 from lilliput.engine.size import Size, Worlds
 from lilliput.errors import NotSupported, near
@@ -44,7 +45,7 @@ def read(model: str | Path | bytes | ModelProto, shapes: Shapes | None = None, c
         NotSupported: naming every node that cannot be compiled.
     """
     proto = load(model)
-    proto = _inlined(spelled(proto), supported)
+    proto = _inlined(widened(spelled(proto)), supported)
     return _Reader(proto, dict(shapes or {}), dict(constants or {}), supported).graph()
 
 
