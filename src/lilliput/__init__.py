@@ -83,10 +83,10 @@ if TYPE_CHECKING:
     from lilliput.code.output import QuantizeActivations as QuantizeActivations
     from lilliput.code.uniform import Half as Half
     from lilliput.code.uniform import Uniform as Uniform
-    from lilliput.engine.compile import compile as compile
-    from lilliput.engine.run import Engine as Engine
     from lilliput.distill.features import Features as Features
     from lilliput.distill.logits import Distill as Distill
+    from lilliput.engine.compile import compile as compile
+    from lilliput.engine.run import Engine as Engine
     from lilliput.errors import ExportError as ExportError
     from lilliput.errors import FloorNotMet as FloorNotMet
     from lilliput.errors import NotSupported as NotSupported

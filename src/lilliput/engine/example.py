@@ -28,7 +28,8 @@ def example(target: Target, inputs: Sequence[tuple[str, Value]], outputs: Sequen
     if weight_bytes:
         lines += MAPPED.format(size=weight_bytes).rstrip("\n").split("\n")
     fields = [".arena = arena + (64 - (uintptr_t)arena % 64)", *([".weights = weights"] if weight_bytes else []),
-              *(f".{name} = {name}" for name, _ in (*inputs, *outputs)), *(f".{n} = {most}" for n, most in sizes.items())]
+              *(f".{name} = {name}" for name, _ in (*inputs, *outputs)),
+              *(f".{name} = {most}" for name, most in sizes.items())]
     lines += [f"    const model_call call = {{{', '.join(fields)}}};", "    const int status = model_run(&call);",
               "    if (status) return status;"]
     for name, value in outputs:

@@ -1,4 +1,4 @@
-"""Fusion: chains of elementwise operators become one, and what follows a product (bias, residual, activation) joins it."""
+"""Fusion: chains of elementwise operators become one; bias, residual and activation join the product before them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def chains(graph: Graph) -> None:
         again = True
         while again:
             again = False
-            for i, value in enumerate(node.inputs):
+            for value in node.inputs:
                 maker = makers.get(value) if value is not None else None
                 if value is None or maker is None or maker.op != "Map" or maker in gone or value in graph.outputs:
                     continue
@@ -102,7 +102,7 @@ def scales(graph: Graph) -> None:
             after = after if b is None else after + b
             if bias is not None or b is not None:
                 held = Value(f"{maker.name}.bias", np.dtype(np.float32), (len(after),), after.astype(np.float32))
-                maker.inputs = [*(maker.inputs + [None, None])[:2], held]
+                maker.inputs = [*maker.inputs[:2], held]
             node.attrs = {**node.attrs, "exprs": (_replaced(expr, core, arg(i, value.dtype)),)}
             _drop_unread(node)
             uses, makers = graph.uses(), graph.makers()

@@ -1,4 +1,4 @@
-"""Sizes that are free until the model runs: an integer (the compiled maximum) that remembers how it follows from them."""
+"""Sizes that are free until the model runs: integers (the compiled maxima) that remember how they follow from them."""
 
 from __future__ import annotations
 
