@@ -1,4 +1,4 @@
-"""What a kernel is: one way to compute a node, with the layouts it asks for, the constants it keeps and the C it writes."""
+"""What a kernel is: one way to compute a node, the layouts it asks for, the constants it keeps, the C it writes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Want:
 
     order: the dimensions from the outermost (largest stride) to the innermost (stride 1); None is row-major. border:
     zeros (before, after) each dimension, which its producer keeps zero. pitch: the stride of the second innermost
-    dimension is a multiple of this. plane: so is that of the third innermost. slack: elements behind the last one that may be read and
-    overwritten (so a value with slack lies in the arena). exact: no more border and gaps than this. tag: a layout of
-    its own, which only kernels that name it read and write; count: its elements.
+    dimension is a multiple of this. plane: so is that of the third innermost. slack: elements behind the last one that
+    may be read and overwritten (so a value with slack lies in the arena). exact: no more border and gaps than this.
+    tag: a layout of its own, which only kernels that name it read and write; count: its elements.
     """
 
     order: tuple[int, ...] | None = None
@@ -85,7 +85,7 @@ class Want:
                 return False
             if int(stride) < int(step):
                 return False
-            if place == 1 and int(stride) % self.pitch or place == 2 and int(stride) % self.plane:
+            if (place == 1 and int(stride) % self.pitch) or (place == 2 and int(stride) % self.plane):
                 return False
             step = stride * value.shape[dim]
         if self.border and any(any(b) for b in self.border):
@@ -103,12 +103,13 @@ class Kernel:
     """One way to compute a node.
 
     name: what the manifest and the generated comment call it. body: the C statements, written after layouts are set;
-    in them x0, x1, ... point to the first element of each input, y0, ... of each output, every key of `constants` to its
-    array, `scratch` to that many bytes (aligned to 64), and free sizes have their names (int64_t). What differs
+    in them x0, x1, ... point to the first element of each input, y0, ... of each output, every key of `constants` to
+    its array, `scratch` to that many bytes (aligned to 64), and free sizes have their names (int64_t). What differs
     from layer to layer (non-zeros, positions) belongs into constants: functions with equal text are written once.
-    wants: by input, None for any strides (missing ones too). gives: the output's layout, by output where a tuple; None when any
-    strides are written. skips: inputs that are not passed since `constants` hold them. cost_ns: estimate for the whole call.
-    helpers: C text that stands once in the file before the functions, in this order, or what says it once layouts are set. fails: what went wrong where
+    wants: by input, None for any strides (missing ones too). gives: the output's layout, by output where a tuple; None
+    when any strides are written. skips: inputs that are not passed since `constants` hold them. cost_ns: estimate for
+    the whole call. helpers: C text that stands once in the file before the functions, in this order, or what says it
+    once layouts are set. fails: what went wrong where
     the body says `return 1;` (then it must end in `return 0;`). reuses: inputs over which the output may be written.
     follows: where gives is None, the output keeps the order of the input's dimensions whatever its readers ask for.
     """
@@ -177,4 +178,5 @@ def constant(value: Value) -> None:
     """Lay out a constant as it is stored: in C order."""
     assert value.data is not None
     value.strides, value.offset = row_major(value.shape), 0
-    value.buffer = Buffer(np.dtype(value.data.dtype), product(value.shape), "constant", name=value.name, data=value.data)
+    data = value.data
+    value.buffer = Buffer(np.dtype(data.dtype), product(value.shape), "constant", name=value.name, data=data)

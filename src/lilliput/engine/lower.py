@@ -1,7 +1,7 @@
 """Lowering: ONNX's many operators become few, so that each is fused, laid out and computed in one way.
 
-What is left after it: Map (elementwise expressions), View (another way to look at a value), Copy, Reduce, and the operators that have
-kernels of their own (Conv, MatMul, Softmax, ...).
+What is left after it: Map (elementwise expressions), View (another way to look at a value), Copy, Reduce, and the
+operators that have kernels of their own (Conv, MatMul, Softmax, ...).
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class Build:
         """The same elements, in C order, in another shape."""
         if product(x.shape) != product(shape):
             raise ValueError(f"compile: {self.source.name if self.source else x.name} must keep its elements, but "
-                             f"{shown(x.shape)} becomes {shown(shape)}. A size that is fixed in the file must be given as "
-                             "it is there.")
+                             f"{shown(x.shape)} becomes {shown(shape)}. A size that is fixed in the file must be "
+                             "given as it is there.")
         return self.view(x, shape, "reshape", out)
 
     def transpose(self, x: Value, perm: Sequence[int], out: Value | None = None) -> Value:

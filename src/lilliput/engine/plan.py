@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from lilliput.engine.size import Size, c
 from lilliput.errors import NotSupported
 
 ALIGN = 64
-Ranked = Callable[[Node], list[Kernel]]  # the candidates of a node, the fastest first, with cost_ns as measured or estimated
+Ranked = Callable[[Node], list[Kernel]]  # a node's candidates, the fastest first; cost_ns is measured or estimated
 
 
 @dataclass
@@ -25,6 +26,11 @@ class Plan:
     graph: Graph
     arena_bytes: int = 0
     live_bytes: int = 0
+
+    @property
+    def cost_ns(self) -> float:
+        """What the chosen kernels take, as measured or estimated."""
+        return sum(node.kernel.cost_ns for node in self.graph.nodes)
 
 
 def planned(graph: Graph, ranked: Ranked) -> Plan:
@@ -62,7 +68,7 @@ class _Planner:
         graph.nodes = self.nodes
 
     def _outputs(self) -> None:
-        """Buffers of the outputs; an output that is a constant, an input or a plain reshape of a value is arranged for."""
+        """Buffers of the outputs, also of one that is a constant, an input or a plain reshape of a value."""
         graph, makers = self.graph, self.graph.makers()
         seen: set[Value] = set()
         for i, value in enumerate(graph.outputs):
@@ -76,9 +82,9 @@ class _Planner:
             seen.add(graph.outputs[i])
         for node in reversed(graph.nodes):
             x = node.maybe(0)
-            if node.op == "View" and node.attrs["how"] == "reshape" and node.y in self.outputs and x is not None:
-                if x in makers and x not in self.outputs and makers[x].op != "View":
-                    self.outputs[x] = self.outputs[node.y]
+            reshapes = node.op == "View" and node.attrs["how"] == "reshape" and node.y in self.outputs
+            if reshapes and x in makers and x not in self.outputs and makers[x].op != "View":
+                self.outputs[x] = self.outputs[node.y]
 
     # views -------------------------------------------------------------------------------------------------------
 
@@ -135,8 +141,8 @@ class _Planner:
             if buffer is not None:
                 if gives is None and kernel.follows and self._followed(node, value) is not None:
                     gives = self._chosen(node, value)
-                if gives is None or gives.strides(value.shape)[:2] == (row_major(value.shape), 0) and not (
-                        gives.tag or gives.slack):
+                if gives is None or (gives.strides(value.shape)[:2] == (row_major(value.shape), 0) and not (
+                        gives.tag or gives.slack)):
                     dense(value, buffer)
                 else:
                     inner = Value(f"{value.name}.made", value.dtype, value.shape)
@@ -278,7 +284,7 @@ def reshaped(old: Sequence[int], strides: Sequence[int], new: Sequence[int]) -> 
                     return None
                 made = made * targets[k]
                 k += 1
-        for (_, outer), (inner_size, inner) in zip(group, group[1:], strict=False):
+        for (_, outer), (inner_size, inner) in pairwise(group):
             if outer != inner * inner_size:
                 return None
         step = group[-1][1]
@@ -312,7 +318,9 @@ def share_buffers(graph: Graph) -> None:
             continue
         for j in node.kernel.reuses:
             x = node.maybe(j)
-            if x is None or x.buffer is None or x.buffer.place != "arena" or x.buffer is y.buffer or last[x.buffer] != i:
+            if x is None or x.buffer is None or x.buffer.place != "arena" or x.buffer is y.buffer:
+                continue
+            if last[x.buffer] != i:
                 continue
             if (x.dtype.itemsize, x.shape, x.strides, x.offset) != (y.dtype.itemsize, y.shape, y.strides, y.offset):
                 continue

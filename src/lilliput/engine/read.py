@@ -22,6 +22,7 @@ from lilliput.engine.size import Size, Worlds
 from lilliput.errors import NotSupported, near
 
 MOST_ELEMENTS = 2**31 - 1  # of one tensor
+MOST_COMPUTED = 2**28  # of one that is computed
 MOST_FOLDED = 2**24  # elements of a constant that folding may make larger than what it is made of
 MOST_NODES = 100_000
 ONNX_DOMAINS = ("", "ai.onnx")
@@ -349,10 +350,11 @@ class _Reader:
             if missing:
                 wrong += [] if self.supported(op) else [label]  # what it reads is not known: only its type is judged
                 continue
-            node = self._node(proto, op)
             if any(a.HasField("g") or a.graphs for a in proto.attribute):
                 wrong.append(f"{label}: it has a graph of its own")
                 continue
+            self._checked(proto, label)
+            node = self._node(proto, op)
             if self._fold(proto, node):
                 steps.append((proto, node, True))
                 continue
@@ -460,6 +462,36 @@ class _Reader:
         return node
 
     # one node ----------------------------------------------------------------------------------------------------
+
+    def _checked(self, proto: NodeProto, label: str) -> None:
+        """Raise ValueError for a node that ONNX does not define so: what computes its shapes is not safe from such."""
+        context = onnx.checker.C.CheckerContext()
+        context.ir_version = 10
+        context.opset_imports = self.opsets
+        if proto.domain not in ONNX_DOMAINS and not onnx.defs.has(proto.op_type, proto.domain):
+            return
+        try:
+            onnx.checker.check_node(proto, context)
+        except onnx.checker.ValidationError as error:
+            raise ValueError(f"compile: {label} must be as ONNX defines it, got "
+                             f"{' '.join(str(error).split())[:160]}. The file is damaged.") from error
+        held = {a.name: a for a in proto.attribute}
+        if len(held) < len(proto.attribute):
+            raise ValueError(f"compile: {label} must have each attribute once. The file is damaged.")
+        first = self.known[proto.input[0]] if proto.input and proto.input[0] else None
+        if first is not None and proto.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            rank, many = len(first.shapes[0]), 0
+            named = [held["axis"].i] if "axis" in held else []
+            if "axes" in held:
+                named, many = list(held["axes"].ints), len(held["axes"].ints)
+            more = proto.op_type in ("Flatten", "OneHot", "Unsqueeze")
+            low, high = -max(rank, 1) - more - many * more, max(rank, 1) + more + many * more
+            if any(not low <= axis < high for axis in named):
+                raise ValueError(f"compile: {label} must name dimensions of its input, which has {rank}, got {named[:8]}.")
+        if proto.op_type == "Split" and "num_outputs" in held and held["num_outputs"].i != len(proto.output):
+            raise ValueError(f"compile: {label} must have {held['num_outputs'].i} outputs, got {len(proto.output)}.")
+        if proto.op_type == "Einsum" and not re.fullmatch(rb"[A-Za-z.,\s]*(->[A-Za-z.\s]*)?", held["equation"].s):
+            raise ValueError(f"compile: {label}: its equation must be letters, got {held['equation'].s!r:.80}.")
 
     def _fold(self, proto: NodeProto, node: Node) -> bool:
         """Compute a node whose inputs are known, or that only asks for a shape."""
@@ -607,7 +639,8 @@ class _Reader:
             if i >= len(per[0]):
                 return f"its output {i} has no type"
             shapes = [shape for _, shape in (world[i] for world in per)]
-            _count(shapes[0])
+            if _count(shapes[0]) > MOST_COMPUTED:
+                raise ValueError(f"compile: {name!r} must have at most {MOST_COMPUTED} elements, got {list(shapes[0])}.")
             self.known[name] = _Known(per[0][i][0], shapes if len(set(shapes)) > 1 else shapes[:1])
         return ""
 

@@ -98,7 +98,7 @@ def _measure(heads: list[tuple[Node, list[Kernel]]], sizes: list[str], most: dic
             passed = ", ".join(arguments(alone, kernel, sizes, constants, name, text))
             cases.append(f"    case {len(cases)}: {'(void)' if kernel.fails else ''}{name}({passed}); break;")
     harness = "\n".join([
-        "#include <math.h>", "#include <stddef.h>", "#include <stdint.h>", "#include <string.h>", "#include <time.h>", "",
+        *(f"#include <{name}.h>" for name in ("math", "stddef", "stdint", "string", "time")), "",
         APART,
         *helpers, *functions, "", HARNESS.replace("SIZES", "\n".join(
             f"    const int64_t {s} = {most[s]};\n    (void){s};" for s in sizes)).replace("CASES", "\n".join(cases))])
