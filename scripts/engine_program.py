@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 PROGRAM = r"""
+#define _POSIX_C_SOURCE 200809L /* posix_memalign, which C99 hides */
 #include "model.h"
 
 #include <stddef.h>

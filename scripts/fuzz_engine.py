@@ -84,9 +84,9 @@ def seeds() -> list[onnx.ModelProto]:
                "p": np.array([0, 1, 0, 1], int64), "q": np.array([4, -1], int64), "k": np.array([3, 0], int64),
                "z": np.array([1], int64)}),
         model([n("QuantizeLinear", ["x", "s", "o"], ["q"]), n("DequantizeLinear", ["q", "s", "o"], ["d"]),
-               n("ConvTranspose", ["d", "w"], ["t"], strides=[2, 2], group=2), n("Resize", ["t", "", "k"], ["r"]),
+               n("Conv", ["d", "w"], ["t"], strides=[2, 2], group=4), n("Resize", ["t", "", "k"], ["r"]),
                n("Where", ["c", "r", "e"], ["y"])], {"x": [1, 4, 5, 5]},
-              {"s": np.float32(0.1), "o": np.uint8(128), "w": floats(4, 2, 2, 2),
+              {"s": np.float32(0.1), "o": np.uint8(128), "w": floats(4, 1, 2, 2),
                "k": np.array([1, 1, 2, 2], np.float32), "c": np.array(True), "e": np.float32(0)}),
     ]  # fmt: skip
 

@@ -48,11 +48,15 @@ def recurrent(node: Node, build: Build) -> None:
     """RNN, GRU and LSTM in one or both directions."""
     gates = GATES[node.op]
     w, r = node.known(1), node.known(2)
-    assert w is not None and r is not None
+    if w is None or r is None or w.ndim != 3 or r.ndim != 3 or node.x.rank != 3:
+        raise ValueError(f"{node.op} {node.name}: its input and constant weights must have 3 dimensions. The file is "
+                         "damaged.")  # fmt: skip
     directions, hidden = int(r.shape[0]), int(r.shape[2])
     wanted = {"forward": (False,), "reverse": (True,), "bidirectional": (False, True)}
     reverse = wanted.get(node.attrs.get("direction", "forward"))
-    if reverse is None or len(reverse) != directions or w.shape[:2] != (directions, gates * hidden):
+    if reverse is None or len(reverse) != directions or not (
+        w.shape[:2] == r.shape[:2] == (directions, gates * hidden) and int(node.x.shape[2]) == w.shape[2]
+    ):
         raise ValueError(
             f"{node.op} {node.name}: weights must fit its direction, got {w.shape} and {r.shape}. The file is damaged."
         )
@@ -89,9 +93,20 @@ def recurrent(node: Node, build: Build) -> None:
         node.maybe(4),
         None if peepholes is None else build.const(np.asarray(peepholes, np.float32)),
     ]
+    wanted_state = (int(batch), directions, hidden) if batch_first else (directions, int(batch), hidden)
+    for i in (5, 6) if node.op == "LSTM" else (5,):
+        given = node.maybe(i)
+        if given is not None and tuple(map(int, given.shape)) != wanted_state:
+            raise ValueError(f"{node.op} {node.name}: {given.name} must have shape {wanted_state}, got "
+                             f"{tuple(map(int, given.shape))}. The file is damaged.")  # fmt: skip
     shapes = [(steps, directions, batch, hidden), (directions, batch, hidden), (directions, batch, hidden)]
     perms = [(2, 0, 1, 3), (1, 0, 2), (1, 0, 2)]
     found = [(i, value) for i, value in enumerate(node.outputs[:3]) if value is not None]
+    for i, value in found:
+        made_shape = tuple(shapes[i][p] for p in perms[i]) if batch_first else shapes[i]
+        if tuple(map(int, value.shape)) != tuple(map(int, made_shape)):
+            raise ValueError(f"{node.op} {node.name}: {value.name} must have shape {tuple(map(int, made_shape))}, got "
+                             f"{tuple(map(int, value.shape))}. The file is damaged.")  # fmt: skip
     made = [build.value(np.float32, shapes[i]) if batch_first else value for i, value in found]
     build.add(
         "Recurrence",
