@@ -1,5 +1,6 @@
 """Quantized networks: what ONNX Runtime's static quantizer writes, in both of its formats, agrees to one quantum."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from lilliput.engine.compile import compile
+from lilliput.engine.compile import compile, write
+from lilliput.engine.plan import Plan
+from lilliput.engine.run import Engine
+from lilliput.engine.target import target
 from lilliput.export.onnx import Session
 
 
@@ -71,3 +75,47 @@ def test_codes_and_back(axis: int | None) -> None:
     wanted = Session(onnx.load_from_string(data)).run({"x": x})
     assert np.abs(codes.astype(int) - wanted[0]).max() <= 1 and (codes == wanted[0]).mean() > 0.95
     assert np.abs(y - wanted[1]).max() <= 1.01 * scale.max()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("width", [64, 16, 0])
+def test_codes_between_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """The same file on its codes: integer layers give what ONNX Runtime's give."""
+    from onnxruntime import quantization as q
+
+    monkeypatch.setattr(Plan, "cost_ns", property(lambda plan: -sum("8" in node.op for node in plan.graph.nodes)))
+
+    class Reader(q.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = iter([{"x": np.random.default_rng(i).standard_normal((2, 4, 9, 9)).astype(np.float32)}
+                              for i in range(3)])
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.left, None)
+
+    torch.manual_seed(0)
+    torch.onnx.export(Block().eval(), (torch.zeros(2, 4, 9, 9),), str(tmp_path / "net.onnx"), input_names=["x"],
+                      output_names=["y"], dynamo=False, opset_version=13)
+    made = tmp_path / "quantized.onnx"
+    q.quantize_static(tmp_path / "net.onnx", made, Reader(), per_channel=True, weight_type=q.QuantType.QInt8)
+    native = target("native")
+    found = native if width == 64 else replace(native, vector_bytes=width)
+    engine = Engine(write(made, tmp_path / "out", found, tune=False))
+    assert sum(layer["op"] == "Conv8" for layer in engine.manifest["layers"]) == 4
+    scale = next(numpy_helper.to_array(t) for t in onnx.load(made).graph.initializer if t.name == "y_scale")
+    x = np.random.default_rng(10).standard_normal((2, 4, 9, 9)).astype(np.float32)
+    assert np.abs(engine(x) - Session(made).run({"x": x})[0]).max() <= 1.01 * float(scale)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1)
+        self.c, self.d = nn.Conv2d(24, 36, 3, stride=2, padding=1), nn.Conv2d(24, 36, 1, stride=2)
+        self.e, self.f = nn.Conv2d(36, 8, (3, 1), dilation=2), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.a(x))
+        x = torch.relu(self.b(x) + x)
+        x = torch.relu(self.c(x) + self.d(x))
+        return self.f(torch.relu(self.e(x)).mean((2, 3)))

@@ -12,11 +12,12 @@ from typing import Any
 
 from lilliput.engine import tune as tuning
 from lilliput.engine.build import library
+from lilliput.engine.codes import narrowable, narrowed
 from lilliput.engine.example import example
 from lilliput.engine.fuse import fused
 from lilliput.engine.graph import Array
 from lilliput.engine.lower import lowered, supported
-from lilliput.engine.plan import planned
+from lilliput.engine.plan import Plan, planned
 from lilliput.engine.read import read
 from lilliput.engine.run import Engine
 from lilliput.engine.target import Target, target
@@ -52,9 +53,18 @@ def write(model: Any, out: str | Path | None, found: Target, tune: bool = True,
           shapes: Mapping[str, Sequence[int]] | None = None, constants: Mapping[str, Array] | None = None) -> Path:
     """Compile a model into a folder, which is whole or not there; returns it."""
     name = Path(model).name if isinstance(model, str | Path) else "model.onnx"
-    graph = fused(lowered(read(model, shapes, constants, supported)))
-    ranked = tuning.measured(graph, found) if tune and found.name == "native" and found.here else tuning.estimated(found)
-    plan = planned(graph, ranked)
+    measure = tune and found.name == "native" and found.here
+
+    def made(codes: bool) -> tuple[Plan, bool]:
+        graph = fused(lowered(read(model, shapes, constants, supported)))
+        more = not codes and narrowable(graph)
+        graph = narrowed(graph) if codes else graph
+        return planned(graph, tuning.measured(graph, found) if measure else tuning.estimated(found)), more
+
+    plan, quantized = made(codes=False)
+    if quantized:  # computed on numbers, where zeros are skipped, or on codes: whichever takes less time
+        plan = min(plan, made(codes=True)[0], key=lambda p: p.cost_ns)
+    graph = plan.graph
     source = written(plan, name)
     folder = Path(tempfile.mkdtemp(prefix="lilliput-")) if out is None else Path(out)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ class Plan:
     @property
     def cost_ns(self) -> float:
         """What the chosen kernels take, as measured or estimated."""
-        return sum(node.kernel.cost_ns for node in self.graph.nodes)
+        return float(sum(node.kernel.cost_ns for node in self.graph.nodes))
 
 
 def planned(graph: Graph, ranked: Ranked) -> Plan:

@@ -137,5 +137,6 @@ def _masked(node: Node, build: Build, mask: Value, keys: int) -> Value:
         raise NotSupported(f"Attention {node.name}: a mask that is shorter than the keys must be so by a fixed number.")
     wide = build.value(np.float32, [*mask.shape[:3], keys])
     pads = build.const(np.array([0, 0, 0, 0, 0, 0, 0, int(missing)], np.int64))
-    gather()["Pad"](Node("Pad", [mask, pads, build.const(np.array(FORBIDDEN, np.float32))], [wide], {}, node.name, 13), build)
+    value = build.const(np.array(FORBIDDEN, np.float32))
+    gather()["Pad"](Node("Pad", [mask, pads, value], [wide], {}, node.name, 13), build)
     return wide
