@@ -14,6 +14,7 @@ from lilliput.engine import tune
 from lilliput.engine.graph import Node
 from lilliput.engine.kernel import Kernel
 from lilliput.engine.kernel import candidates as every_candidate
+from lilliput.engine.kernels import stripes
 from lilliput.export.onnx import Session
 
 
@@ -223,3 +224,26 @@ def test_means_of_whole_planes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     net.ends(net.add("ReduceSum", x, keepdims=0))
     used = check(net.proto(17), tmp_path / "net", "whole", monkeypatch)
     assert sum(name.startswith("whole") for name in used) >= 9
+
+
+@pytest.mark.parametrize(("zeros", "cache"), [(0.8, 9_000), pytest.param(0.0, 30_000, marks=pytest.mark.slow),
+                                              pytest.param(0.8, 90_000, marks=pytest.mark.slow)])
+def test_chains_in_stripes(zeros: float, cache: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stripes, "LEAST_BYTES", 0)
+    monkeypatch.setattr(stripes, "CACHE_BYTES", (cache,))
+    net = Net()
+    for batch, height, width, size, strides, pads in [
+            (1, 6, 24, 3, 1, [1, 1, 1, 1]), (1, 15, 24, 3, 2, [0, 0, 1, 1]), (2, 14, 14, 5, 2, [1, 1, 2, 2]),
+            (1, 7, 7, 5, 1, [2, 2, 2, 2]), (1, 11, 5, 3, 1, [1, 1, 1, 1])]:
+        for before, after in ((True, True), (True, False), (False, True)):
+            x = net.conv(net.given(batch, 4, height, width), 8, 4, (1, 1), act="Relu")
+            x = net.add("Neg", x)  # so that the first convolution is in no chain
+            y = net.conv(x, 8, 8, (1, 1), zeros, act="Clip") if before else x
+            y = net.conv(y, 8, 1, (size, size), group=8, pads=pads, strides=[strides] * 2, act="Clip")
+            if after:
+                y = net.conv(y, 8, 8, (1, 1), zeros, residual=x if strides == 1 else "")
+            # Planes whose end is the beginning of the next, and a reader that asks for room behind the last.
+            y = net.add("MaxPool", y, kernel_shape=[1, 1]) if batch == 2 else y
+            net.ends(net.conv(y, 8, 1, (3, 3), group=8, pads=[1] * 4))
+    used = check(net.proto(), tmp_path / "net", "stripes", monkeypatch)
+    assert sum(name.startswith("stripes") for name in used) >= 15

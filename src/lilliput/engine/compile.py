@@ -16,6 +16,7 @@ from lilliput.engine.codes import narrowable, narrowed
 from lilliput.engine.example import example
 from lilliput.engine.fuse import fused
 from lilliput.engine.graph import Array
+from lilliput.engine.kernels.stripes import striped
 from lilliput.engine.lower import lowered, supported
 from lilliput.engine.plan import Plan, planned
 from lilliput.engine.read import read
@@ -58,7 +59,7 @@ def write(model: Any, out: str | Path | None, found: Target, tune: bool = True,
     def made(codes: bool) -> tuple[Plan, bool]:
         graph = fused(lowered(read(model, shapes, constants, supported)))
         more = not codes and narrowable(graph)
-        graph = narrowed(graph) if codes else graph
+        graph = striped(narrowed(graph) if codes else graph)
         return planned(graph, tuning.measured(graph, found) if measure else tuning.estimated(found)), more
 
     plan, quantized = made(codes=False)

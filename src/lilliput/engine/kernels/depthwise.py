@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from lilliput.engine.graph import Node
+from lilliput.engine.graph import Array, Node, Value
 from lilliput.engine.kernel import Kernel, Want, kernel
 from lilliput.engine.kernels.planes import (
     After,
@@ -30,29 +30,47 @@ from lilliput.engine.kernels.product import vector
 from lilliput.engine.size import c, fixed
 from lilliput.engine.target import Target
 
+Masks = dict[tuple[bool, ...], str]  # names by which lanes are kept
 
 @kernel("Conv")
 def depthwise(node: Node, target: Target) -> Iterator[Kernel]:
     """Convolutions in one or two dimensions with as many groups as input channels."""
-    found, what = window(node), after(node)
-    if found is None or what is None:
+    found = suits(node)
+    if found is None:
         return
-    taps, weight = found
+    taps, weight, what = found
     x, y = node.x, node.y
-    if taps.ins != 1 or taps.groups == 1 < x.shape[1] or taps.stride[1] > 2 or taps.depth > 400:
-        return
     lanes = narrowest(taps.out[1], target.lanes)
     rows = height(taps, registers(target))
     bias = what.bias if what.bias is not None else np.zeros(y.shape[1], np.float32)
-    slack = (1 + taps.stride[1]) * lanes + sum(taps.kernel) * taps.dilation[1]
+    slack = reach(taps, lanes)
     whole = Want(pitch=target.lanes, slack=slack) if x.rank == 3 else Want(plane=target.lanes, slack=slack)
-    more = {3: whole} if what.residual else {}
-    vectors = -(-taps.out[1] // lanes)
-    count = taps.out[0] * vectors * taps.kernel[0] * taps.kernel[1] * int(x.shape[0]) * int(y.shape[1])
     yield Kernel(f"depthwise-{rows}x{lanes}", lambda n: body(n, what, taps, lanes, rows),
-                 wants=(whole, None, None, *more.values()), skips=(1, 2),
-                 constants={"w": np.ascontiguousarray(weight.reshape(-1), np.float32), "bias": bias},
-                 cost_ns=0.4 * count * max(lanes // 8, 1) / 2 + 100, helpers=(*heads(target.lanes), *what.helpers))
+                 wants=(whole, None, None, *([whole] if what.residual else [])), skips=(1, 2),
+                 constants={"w": weight, "bias": bias}, cost_ns=estimate(taps, lanes) * int(x.shape[0]) + 100,
+                 helpers=(*heads(target.lanes), *what.helpers))
+
+
+def suits(node: Node) -> tuple[Window, Array, After] | None:
+    """The settings, the weights in order and what follows of a Conv that is depthwise; None for another."""
+    found, what = window(node), after(node)
+    if found is None or what is None:
+        return None
+    taps, weight = found
+    if taps.ins != 1 or taps.groups == 1 < node.x.shape[1] or taps.stride[1] > 2 or taps.depth > 400:
+        return None
+    return taps, np.ascontiguousarray(weight.reshape(-1), np.float32), what
+
+
+def reach(taps: Window, lanes: int) -> int:
+    """How many elements behind the last one loads may reach."""
+    return (1 + taps.stride[1]) * lanes + sum(taps.kernel) * taps.dilation[1]
+
+
+def estimate(taps: Window, lanes: int) -> float:
+    """ns for one image."""
+    vectors = -(-taps.out[1] // lanes)
+    return 0.2 * max(lanes // 8, 1) * taps.out[0] * vectors * taps.depth * taps.groups * taps.outs
 
 
 def narrowest(width: int, lanes: int) -> int:
@@ -75,35 +93,49 @@ def height(taps: Window, registers: int) -> int:
 def body(node: Node, what: After, taps: Window, lanes: int, rows: int) -> str:
     """The C of the kernel."""
     x, y = node.x, node.y
+    residual = node.input(3) if what.residual is not None else None
+    masks: Masks = {}
+    lines = channels(x, y, residual, what, taps, lanes, rows, masks)
+    pointers = [f"const float *xn = {plus('x0', ('n', x.strides[0]))};",
+                f"float *yn = {plus('y0', ('n', y.strides[0]))};"]
+    if residual is not None:
+        pointers.append(f"const float *rn = {plus('x3', ('n', residual.strides[0]))};")
+    kind = "int" if fixed(x.shape[0]) else "int64_t"
+    return "\n".join([*declared(masks, lanes), f"for ({kind} n = 0; n < {c(x.shape[0])}; n++) {{",
+                      *(f"    {line}" for line in (*pointers, *lines)), "}"])
+
+
+def declared(masks: Masks, lanes: int) -> list[str]:
+    """C lines that define the masks."""
+    return [f"const {vector(lanes, 'i32')} {name} = {{{', '.join('-1' if on else '0' for on in bits)}}};"
+            for bits, name in masks.items()] if lanes > 1 else []
+
+
+def channels(x: Value, y: Value, residual: Value | None, what: After, taps: Window, lanes: int, rows: int,
+             masks: Masks, names: tuple[str, str, str] = ("xn", "yn", "rn")) -> list[str]:
+    """C lines for the channels of one image, whose pointers have these names."""
     flat = x.rank == 3
     pitch = {"x": 0 if flat else int(x.strides[2]), "y": 0 if flat else int(y.strides[2])}
-    residual = node.input(3) if what.residual is not None else None
     if residual is not None:
         pitch["r"] = 0 if flat else int(residual.strides[2])
-    text = _Text(node, what, taps, lanes, rows, pitch)
-    lines = text.plane()
-    masks = [f"const {vector(lanes, 'i32')} {name} = {{{', '.join('-1' if on else '0' for on in bits)}}};"
-             for bits, name in text.masks.items()] if lanes > 1 else []
+    lines = _Text(x, y, what, taps, lanes, rows, pitch, masks).plane()
     channel = "c" if taps.outs == 1 else f"(c / {taps.outs})"
-    pointers = [f"const float *x = {plus('x0', ('n', x.strides[0]), (channel, x.strides[1]))};",
-                f"float *y = {plus('y0', ('n', y.strides[0]), ('c', y.strides[1]))};",
-                f"const float *v = w + c * {taps.kernel[0] * taps.kernel[1]};"]
+    pointers = [f"const float *x = {plus(names[0], (channel, x.strides[1]))};",
+                f"float *y = {plus(names[1], ('c', y.strides[1]))};",
+                f"const float *v = {plus('w', ('c', taps.kernel[0] * taps.kernel[1]))};"]
     if residual is not None:
-        pointers.append(f"const float *r = {plus('x3', ('n', residual.strides[0]), ('c', residual.strides[1]))};")
-    kind = "int" if fixed(x.shape[0]) else "int64_t"
-    channels = around(int(y.shape[1]), "c", [*pointers, *lines])
+        pointers.append(f"const float *r = {plus(names[2], ('c', residual.strides[1]))};")
     if int(y.shape[1]) == 1:
-        channels = ["{", "    const int c = 0;", *channels[1:]]
-    return "\n".join([*masks, f"for ({kind} n = 0; n < {c(x.shape[0])}; n++) {{",
-                      *(f"    {line}" for line in channels), "}"])
+        return ["{", "    const int c = 0;", *(f"    {line}" for line in (*pointers, *lines)), "}"]
+    return around(int(y.shape[1]), "c", [*pointers, *lines])
 
 
 class _Text:
-    def __init__(self, node: Node, what: After, taps: Window, lanes: int, rows: int, pitch: dict[str, int]) -> None:
-        self.what, self.taps, self.lanes, self.rows, self.pitch = what, taps, lanes, rows, pitch
-        self.masks: dict[tuple[bool, ...], str] = {}
-        self.spill = _spills(node, taps, lanes)
-        self.before = int(node.x.offset)  # elements before the first that may be read
+    def __init__(self, x: Value, y: Value, what: After, taps: Window, lanes: int, rows: int, pitch: dict[str, int],
+                 masks: Masks) -> None:
+        self.what, self.taps, self.lanes, self.rows, self.pitch, self.masks = what, taps, lanes, rows, pitch, masks
+        self.spill = _spills(y, taps, lanes)
+        self.before = int(x.offset)  # elements before the first that may be read
 
     def plane(self) -> list[str]:
         """C lines that compute one plane: blocks of rows by blocks of columns, those that are alike in loops."""
@@ -230,9 +262,8 @@ class _Text:
         return lines
 
 
-def _spills(node: Node, taps: Window, lanes: int) -> Callable[[int], bool]:
+def _spills(y: Value, taps: Window, lanes: int) -> Callable[[int], bool]:
     """Whether the vector that ends an output row may write behind it."""
-    y = node.y
     assert y.buffer is not None
     over, pitch = lanes - taps.out[1], 0 if y.rank == 3 else int(y.strides[2])
     room = int(y.buffer.count) - int(y.offset) if fixed(*y.shape) else 0

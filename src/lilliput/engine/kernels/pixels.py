@@ -40,13 +40,11 @@ WORTH = 0.6  # the largest part of non-zeros with which skipping zeros may pay
 @kernel("Conv")
 def pixels(node: Node, target: Target) -> Iterator[Kernel]:
     """Convolutions of one pixel, in one group, that visit every pixel."""
-    a, x = node.attrs, node.x
-    weight, what = node.input(1).data, after(node)
-    if weight is None or what is None or a["group"] != 1 or x.rank < 3 or not fixed(*x.shape[1:]):
+    found = suits(node)
+    if found is None:
         return
-    if any(k != 1 for k in weight.shape[2:]) or any(s != 1 for s in a["strides"]) or any(a["pads"]) or 0 in x.shape:
-        return
-    weight = np.ascontiguousarray(weight.reshape(weight.shape[:2]), np.float32)
+    weight, what = found
+    x = node.x
     bias = what.bias if what.bias is not None else np.zeros(len(weight), np.float32)
     kept = int(np.count_nonzero(weight))
     pixels = int(x.size) // max(int(x.shape[1]), 1)
@@ -70,6 +68,17 @@ def pixels(node: Node, target: Target) -> Iterator[Kernel]:
             constants={"w": values, "indices": indices, "counts": counts, "bias": bias},
             cost_ns=1.6 * each_ns * kept + 1.5 * len(counts) * -(-pixels // block) + most, nonzeros=kept,
             values=weight.size, **common)  # type: ignore[arg-type]
+
+
+def suits(node: Node) -> tuple[Array, After] | None:
+    """The weights (out, in) and what follows of a Conv that is one pixel in size; None for another."""
+    a, x, what = node.attrs, node.x, after(node)
+    weight = node.input(1).data
+    if weight is None or what is None or a["group"] != 1 or x.rank < 3 or not fixed(*x.shape[1:]) or 0 in x.shape:
+        return None
+    if any(k != 1 for k in weight.shape[2:]) or any(s != 1 for s in a["strides"]) or any(a["pads"]):
+        return None
+    return np.ascontiguousarray(weight.reshape(weight.shape[:2]), np.float32), what
 
 
 def wide(target: Target) -> tuple[int, ...]:
