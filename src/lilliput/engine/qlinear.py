@@ -18,7 +18,8 @@ Names = list[str]
 class _Written:
     """The nodes that one node becomes."""
 
-    def __init__(self, node: NodeProto, number: int) -> None:
+    def __init__(self, node: NodeProto, number: int, opset: int, ranks: dict[str, int]) -> None:
+        self.opset, self.ranks = opset, ranks
         self.node, self.number, self.count = node, number, 0
         self.nodes: list[NodeProto] = []
 
@@ -38,8 +39,14 @@ class _Written:
 
     def numbers(self, codes: str, scale: str, zero: str, axis: int = 1) -> str:
         """DequantizeLinear."""
-        along: dict[str, Any] = {} if axis == 1 else {"axis": axis}
-        return self.add("DequantizeLinear", [codes, scale, zero], **along)
+        if axis == 1 or self.ranks.get(codes) == 1 or self.ranks.get(scale) == 0:
+            return self.add("DequantizeLinear", [codes, scale, zero])
+        if self.opset >= 13:
+            return self.add("DequantizeLinear", [codes, scale, zero], axis=axis)
+        # Before opset 13 the scales can only lie along the second dimension.
+        turn = [1, 0, *range(2, self.ranks.get(codes, 2))]
+        turned = self.add("DequantizeLinear", [self.add("Transpose", [codes], perm=turn), scale, zero])
+        return self.add("Transpose", [turned], perm=turn)
 
     def part(self, i: int) -> str:
         """The numbers of inputs i (codes), i + 1 (scale) and i + 2 (zero point)."""
@@ -150,9 +157,16 @@ def spelled(proto: ModelProto) -> ModelProto:
 
 
 def _nodes(proto: ModelProto, keys: list[tuple[str, str]]) -> Iterator[NodeProto]:
+    opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 1)
+    ranks = {
+        value.name: len(value.type.tensor_type.shape.dim)
+        for value in (*proto.graph.value_info, *proto.graph.input)
+        if value.type.tensor_type.HasField("shape")
+    }
+    ranks.update((tensor.name, len(tensor.dims)) for tensor in proto.graph.initializer)
     for number, (node, key) in enumerate(zip(proto.graph.node, keys, strict=True)):
         if key in WRITTEN:
-            written = _Written(node, number)
+            written = _Written(node, number, opset, ranks)
             WRITTEN[key](written)
             yield from written.nodes
         else:
