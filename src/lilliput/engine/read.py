@@ -487,7 +487,8 @@ class _Reader:
             more = proto.op_type in ("Flatten", "OneHot", "Unsqueeze")
             low, high = -max(rank, 1) - more - many * more, max(rank, 1) + more + many * more
             if any(not low <= axis < high for axis in named):
-                raise ValueError(f"compile: {label} must name dimensions of its input, which has {rank}, got {named[:8]}.")
+                raise ValueError(f"compile: {label} must name dimensions of its input, which has {rank}, got "
+                                 f"{named[:8]}.")
         if proto.op_type == "Split" and "num_outputs" in held and held["num_outputs"].i != len(proto.output):
             raise ValueError(f"compile: {label} must have {held['num_outputs'].i} outputs, got {len(proto.output)}.")
         if proto.op_type == "Einsum" and not re.fullmatch(rb"[A-Za-z.,\s]*(->[A-Za-z.\s]*)?", held["equation"].s):
@@ -640,7 +641,8 @@ class _Reader:
                 return f"its output {i} has no type"
             shapes = [shape for _, shape in (world[i] for world in per)]
             if _count(shapes[0]) > MOST_COMPUTED:
-                raise ValueError(f"compile: {name!r} must have at most {MOST_COMPUTED} elements, got {list(shapes[0])}.")
+                raise ValueError(f"compile: {name!r} must have at most {MOST_COMPUTED} elements, got "
+                                 f"{list(shapes[0])}.")
             self.known[name] = _Known(per[0][i][0], shapes if len(set(shapes)) > 1 else shapes[:1])
         return ""
 

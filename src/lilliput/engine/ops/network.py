@@ -24,8 +24,16 @@ def settings(node: Node) -> dict[str, Any]:
     kernel = list(w.shape[2:])
     strides = [int(s) for s in node.attrs.get("strides", [1] * dims)]
     dilations = [int(d) for d in node.attrs.get("dilations", [1] * dims)]
-    return {"strides": strides, "dilations": dilations, "group": int(node.attrs.get("group", 1)),
-            "kernel_shape": kernel, "pads": padding(node, list(x.shape[2:]), kernel, strides, dilations)}
+    group = int(node.attrs.get("group", 1))
+    sound = dims > 0 and len(kernel) == len(strides) == len(dilations) == dims and min(*strides, *dilations, group) > 0
+    if not sound or w.rank != x.rank or int(min(w.shape)) < 1 or int(w.shape[0]) % group:
+        raise ValueError(f"{node.op} {node.name}: weights, strides, dilations and group must fit its input, got "
+                         f"{[int(n) for n in w.shape]}, {strides}, {dilations} and {group}. The file is damaged.")
+    pads = padding(node, list(x.shape[2:]), kernel, strides, dilations)
+    if len(pads) != 2 * dims or min(pads) < 0:
+        raise ValueError(f"{node.op} {node.name}: pads must be {2 * dims} numbers from 0 on, got {pads}. The file is "
+                         "damaged.")
+    return {"strides": strides, "dilations": dilations, "group": group, "kernel_shape": kernel, "pads": pads}
 
 
 def padding(node: Node, sizes: list[int], kernel: list[int], strides: list[int], dilations: list[int]) -> list[int]:
@@ -86,3 +94,29 @@ def global_average_pool(node: Node, build: Build) -> None:
     """The mean over every dimension but the first two."""
     axes = tuple(range(2, node.x.rank))
     build.add("Reduce", [node.x], [node.y], axes=axes, kind="mean", keep=True)
+
+
+@lower("ConvTranspose")
+def conv_transpose(node: Node, build: Build) -> None:
+    """ConvTranspose(x, w, b) with attrs strides, dilations, pads (before each) and group, all explicit."""
+    x, w, y = node.x, node.input(1), node.y
+    dims = x.rank - 2
+    strides = [int(s) for s in node.attrs.get("strides", [1] * dims)]
+    dilations = [int(d) for d in node.attrs.get("dilations", [1] * dims)]
+    extra = [int(p) for p in node.attrs.get("output_padding", [0] * dims)]
+    group, how = int(node.attrs.get("group", 1)), node.attrs.get("auto_pad", "NOTSET") or "NOTSET"
+    sound = dims > 0 and w.rank == x.rank and len(strides) == len(dilations) == len(extra) == dims
+    if not sound or min(*strides, *dilations, group) < 1 or int(w.shape[0]) != int(x.shape[1]) or int(
+            x.shape[1]) % group:
+        raise ValueError(f"ConvTranspose {node.name}: weights, strides, dilations and group must fit its input, got "
+                         f"{[int(n) for n in w.shape]}, {strides}, {dilations} and {group}. The file is damaged.")
+    pads = [int(p) for p in node.attrs.get("pads", [0] * 2 * dims)][:dims]
+    if "output_shape" in node.attrs or how.startswith("SAME"):
+        pads = []
+        for d in range(dims):
+            reach = (int(w.shape[2 + d]) - 1) * dilations[d] + 1
+            total = max(strides[d] * (int(x.shape[2 + d]) - 1) + extra[d] + reach - int(y.shape[2 + d]), 0)
+            pads.append(total // 2 if how == "SAME_UPPER" else total - total // 2)
+    if len(pads) != dims or min(pads) < 0:
+        raise ValueError(f"ConvTranspose {node.name}: pads must be {2 * dims} numbers from 0 on. The file is damaged.")
+    build.keep(node, strides=strides, dilations=dilations, group=group, pads=pads)

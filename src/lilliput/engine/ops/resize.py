@@ -13,6 +13,8 @@ from lilliput.engine.ops.shape import padded, repeated
 from lilliput.engine.size import Size, fixed
 from lilliput.errors import NotSupported
 
+MOST_POSITIONS = 2**20  # of one dimension: each has a row of a table
+MOST_TAPS = 2**24
 Floats = np.ndarray[Any, Any]
 
 
@@ -42,6 +44,9 @@ def resize(node: Node, build: Build) -> None:
                                "factor.")
         if int(new) == 0 or int(size) == 0:
             continue
+        if int(new) > MOST_POSITIONS:
+            raise ValueError(f"compile: {node.name} ({node.op}) must make at most {MOST_POSITIONS} elements of a "
+                             f"dimension, got {new}.")
         place = coordinates(node, int(size), int(new), scales[axis], roi[axis])
         if _mode(node) == "tf_crop_and_resize":
             inside = np.flatnonzero((place >= 0) & (place <= int(size) - 1))
@@ -192,6 +197,9 @@ def taps(node: Node, mode: str, place: Floats, size: int, scale: float) -> tuple
     narrow = min(scale, 1.0) if node.attrs.get("antialias") else 1.0
     reach = (1 if mode == "linear" else 2) / narrow
     count = 2 * math.ceil(reach)
+    if count * len(place) > MOST_TAPS:
+        raise ValueError(f"compile: {node.name} ({node.op}) must take fewer elements together, got {count} for each of "
+                         f"{len(place)}.")
     a = float(node.attrs.get("cubic_coeff_a", -0.75))
     positions = np.floor(place)[:, None] + np.arange(count) - (count // 2 - 1)
     far = np.abs(positions - place[:, None]) * narrow
