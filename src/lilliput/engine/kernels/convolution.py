@@ -108,7 +108,8 @@ def helpers(node: Node, lanes: int) -> tuple[str, ...]:
 class Finish:
     """What becomes of the sums of a tile: bias, residual, activation, and the way to memory.
 
-    rows, columns: of the tile, which stands at `out` (and the residual at `residual`). lanes: of the vectors.
+    rows, columns: of the tile, which stands at `out` (and the residual at `more`). lanes: of the vectors. out_row,
+    more_row: C expressions of their steps from row to row, where they are not known yet.
     """
 
     node: Node
@@ -116,7 +117,9 @@ class Finish:
     columns: int
     lanes: int
     out: str = "out"
-    residual: str = "more"
+    more: str = "more"
+    out_row: str = ""
+    more_row: str = ""
 
     @property
     def vectors(self) -> int:
@@ -134,7 +137,7 @@ class Finish:
         lines += self._stored(sums)
         if act is not None and not clamp:
             _, _, row, column = strides(self.node.y)
-            where = f"{self.out}[r * {row} + i * {column}]"
+            where = f"{self.out}[r * {self.out_row or row} + i * {column}]"
             inner, (result,) = statements([act], ["sum"])
             lines += [f"for (int r = 0; r < {self.rows}; r++)", f"    for (int i = 0; i < {self.columns}; i++) {{",
                       f"        const float sum = {where};", *(f"        {line}" for line in inner),
@@ -148,15 +151,22 @@ class Finish:
         lines = []
         for i, s in enumerate(sums):
             r, v = divmod(i, self.vectors)
-            lines += added(s, self.lanes, value, self.residual, r, v * self.lanes, self.columns)
+            lines += added(s, self.lanes, value, _row(self.more, r, self.more_row), 0 if self.more_row else r,
+                           v * self.lanes, self.columns)
         return lines
 
     def _stored(self, sums: Sequence[str]) -> list[str]:
         lines = []
         for i, s in enumerate(sums):
             r, v = divmod(i, self.vectors)
-            lines += put(s, self.lanes, self.node.y, self.out, r, v * self.lanes, self.columns)
+            lines += put(s, self.lanes, self.node.y, _row(self.out, r, self.out_row), 0 if self.out_row else r,
+                         v * self.lanes, self.columns)
         return lines
+
+
+def _row(base: str, row: int, step: str) -> str:
+    """The C expression of where a row starts, its step being an expression ("" where it is added later)."""
+    return base if not step or row == 0 else f"{base} + {row} * {step}" if row > 1 else f"{base} + {step}"
 
 
 def added(name: str, lanes: int, value: Value, base: str, row: int, column: int, columns: int) -> list[str]:
@@ -166,7 +176,7 @@ def added(name: str, lanes: int, value: Value, base: str, row: int, column: int,
     # Behind a value in the arena there is always a vector that may be read: what is summed there is not kept.
     if one == 1 and (left == lanes or (value.buffer is not None and value.buffer.place == "arena")):
         return [f"{name} += *(const {vector(lanes)} *)({base} + {at});"]
-    return [f"{name}[{lane}] += {base}[{at + lane * one}];" for lane in range(left)]
+    return [f"{name}[{lane}] += ({base})[{at + lane * one}];" for lane in range(left)]
 
 
 def put(name: str, lanes: int, y: Value, base: str, row: int, column: int, columns: int, first: int = 0,
@@ -181,7 +191,7 @@ def put(name: str, lanes: int, y: Value, base: str, row: int, column: int, colum
         size = next((w for w in (16, 8, 4) if w <= left - lane), 1) if one == 1 else 1
         where = row * step + (column + lane) * one
         if size == 1:
-            lines.append(f"{base}[{where}] = {name}[{first + lane}];")
+            lines.append(f"({base})[{where}] = {name}[{first + lane}];")
         else:
             lines.append(f"*({vector(size)} *)({base} + {where}) = {lanes_of(name, first + lane, size, lanes)};")
         lane += size

@@ -10,7 +10,8 @@ A stride along the columns separates the columns into copies that need no shift.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,9 +49,21 @@ def sparse_conv(node: Node, target: Target) -> Iterator[Kernel]:
     if np.count_nonzero(weight) > MOST_FILLED * weight.size:
         return
     for lanes in lane_widths(target, g.made[1]):
-        for made in (shifting(g, lanes, registers(target)), copying(g, lanes, registers(target))):
-            if made is not None:
-                yield made.kernel(node)
+        made = shifting(g, lanes, registers(target)) or copying(g, lanes, registers(target))
+        yield made.kernel(node)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Where the non-zeros of a layer are.
+
+    counts: how many, by output and part. places: `Sparse.packed` says what they are. indices: the flat index of each
+    one's weight, -1 where there is none and only a step is made.
+    """
+
+    counts: Array
+    places: Array
+    indices: Array
 
 
 @dataclass(frozen=True)
@@ -85,34 +98,44 @@ class Sparse:
             return [list(columns)]
         return [[k] for k in sorted(columns, key=lambda k: (self.shifts[k] == 0, k))]
 
-    def packed(self, weight: Array) -> tuple[Array, Array, Array]:
-        """(how many places, by output and part; the places; the flat index of each place's weight, -1 for none).
+    @property
+    def copies(self) -> int:
+        """Planes that are made of each one that is read."""
+        return self.g.kernel[1] if self.copied else 1
 
-        A place is one byte: planes from the last one, and the kernel's row.
+    def ordered(self, weight: Array) -> tuple[Array, Array]:
+        """(where each non-zero is read, the flat index of its weight), in the order in which they are run through.
+
+        Where: rows of the kernel, in all planes of all parts of all outputs, counted one after the other.
         """
+        g = self.g
+        flat = np.arange(weight.size).reshape(g.outs, g.ins, *g.kernel)
+        # By output, part, channel, column within the part, row.
+        order = np.stack([flat[:, :, :, part].transpose(0, 1, 3, 2) for part in self.parts], 1).reshape(-1)
+        where = np.flatnonzero(weight.reshape(-1)[order])
+        return where, order[where]
+
+    def packed(self, weight: Array) -> Packed:
+        """A byte for each non-zero: planes from the one before, through all runs, and the kernel's row."""
         g, bits = self.g, self.row_bits
-        most, copies = 255 >> bits, g.kernel[1] if self.copied else 1
-        w = weight.reshape(g.outs, g.ins, *g.kernel)
-        flat = np.arange(w.size).reshape(w.shape)
-        counts, places, indices = [], [], []
-        for o in range(g.outs):
-            for part in self.parts:
-                at, count = 0, 0
-                # By plane, then by row: (in, columns of the part, rows).
-                chosen = w[o][:, :, part].transpose(0, 2, 1)
-                numbers = flat[o][:, :, part].transpose(0, 2, 1)
-                for i, k, r in zip(*np.nonzero(chosen), strict=True):
-                    plane = int(i) * copies + int(k)
-                    while plane - at > most:
-                        places.append(most << bits)
-                        indices.append(-1)
-                        at, count = at + most, count + 1
-                    places.append(plane - at << bits | int(r))
-                    indices.append(int(numbers[i, k, r]))
-                    at, count = plane, count + 1
-                counts.append(count)
-        kind = np.min_scalar_type(max(counts))
-        return np.array(counts, kind), np.array(places, np.uint8), np.array(indices, np.int64)
+        most, places, indices, planes, at = 255 >> bits, [], [], [], 0
+        for where, index in zip(*(x.tolist() for x in self.ordered(weight)), strict=True):
+            plane, row = divmod(where, g.kernel[0])
+            while plane - at > most:
+                places.append(most << bits)
+                indices.append(-1)
+                at += most
+                planes.append(at)
+            places.append((plane - at) << bits | row)
+            indices.append(index)
+            planes.append(plane)
+            at = plane
+        return Packed(self._counts(planes), np.array(places, np.uint8), np.array(indices, np.int64))
+
+    def _counts(self, planes: Sequence[int] | Array) -> Array:
+        """How many places there are in each run, given the plane of each, counted through all runs."""
+        runs = np.asarray(planes, np.int64) // (self.g.ins * self.copies)
+        return _small(np.bincount(runs, minlength=self.g.outs * len(self.parts)))
 
     # the kernel ------------------------------------------------------------------------------------------------------
 
@@ -120,10 +143,11 @@ class Sparse:
         """It, for a node with this geometry."""
         g, w = self.g, node.input(1)
         assert w.data is not None
-        counts, places, indices = self.packed(w.data)
-        copy_bytes = -(-4 * self._copy_floats() // 64) * 64 if self.copied else 0
-        kept = stored(w.data, w.narrow, indices, copy_bytes)
-        constants = {**kept.constants, "places": places, "counts": counts}
+        held = self.packed(w.data)
+        kept = stored(w.data, w.narrow, held.indices, self._copy_bytes)
+        # The steps are known when layouts are: `body` sets them, so that layers that differ in them share a function.
+        steps = np.zeros(4, np.int32)
+        constants = {**kept.constants, "places": held.places, "counts": held.counts, "steps": steps}
         if kept.scale is not None:
             constants["scale"] = kept.scale
         border = ((0, 0), (0, 0), (g.before[0], g.after[0]), (0, 0)) if node.x.rank == 4 else ()
@@ -133,14 +157,18 @@ class Sparse:
         name = "sparse copies" if self.copied else "sparse shifts"
         tiles = -(-g.made[0] // self.rows) * len(self.starts)
         per = self.rows * self.vectors * max(self.lanes / 16, 0.25)
-        ns = tiles * (len(indices) * (per * 0.3 + 0.15) + g.outs * (8 + per * len(self.shifts) * 0.6)) + 100
+        ns = tiles * (len(held.indices) * (per * 0.3 + 0.15) + g.outs * (8 + per * len(self.shifts) * 0.6)) + 100
         if self.copied:
             ns += 0.1 * self._copy_floats() + 100
         batch = int(node.x.shape[0])
-        return Kernel(f"{name} {self.lanes}x{self.rows * self.vectors}", lambda n: self.body(n, kept, counts), wants,
-                      None, constants, skips=(1,), scratch=copy_bytes + kept.scratch, cost_ns=ns * batch,
-                      helpers=(*helpers(node, self.lanes), *kept.helpers),
-                      nonzeros=int(np.count_nonzero(w.data)), values=int(w.data.size))
+        return Kernel(f"{name} {self.lanes}x{self.rows * self.vectors}", lambda n: self.body(n, kept, held, steps),
+                      wants, None, constants, skips=(1,), scratch=self._copy_bytes + kept.scratch, cost_ns=ns * batch,
+                      helpers=(*helpers(node, self.lanes), *kept.helpers), nonzeros=int(np.count_nonzero(w.data)),
+                      values=int(w.data.size))
+
+    @property
+    def _copy_bytes(self) -> int:
+        return -(-4 * self._copy_floats() // 64) * 64 if self.copied else 0
 
     def _copy_rows(self) -> int:
         g = self.g
@@ -149,11 +177,14 @@ class Sparse:
     def _copy_floats(self) -> int:
         return self.g.channels * self.g.kernel[1] * self._copy_rows() * self.wide * self.lanes
 
-    def body(self, node: Node, kept: Stored, counts: Array) -> str:
+    def body(self, node: Node, kept: Stored, held: Packed, steps: Array) -> str:
         """The C statements."""
         g, kind = self.g, vector(self.lanes)
         xn, xc, xr, _ = strides(node.x)
-        yn, yc, yr, _ = strides(node.y)
+        yn, *to = strides(node.y)
+        more = node.maybe(3)
+        mn, *on = strides(more) if more is not None else (0, 0, 0, 0)
+        steps[:] = to[0], to[1], on[0], on[1]
         n, opened = batches(node)
         image = f" + {c(xn)} * {n}" if n != "0" else ""
         lines = []
@@ -188,20 +219,21 @@ class Sparse:
         deep = len([o for o in outer if o.endswith("{")])
         shift = "" if len(self.starts) == 1 else " + column"
         inner = [f"const float *value = value_of, *const from = {_at(base, row, step, first)}{shift};",
-                 "const uint8_t *place = places;",
-                 f"const {_count_type(counts)} *count = counts;",
-                 f"float *out = {_at('y0' + (f' + {c(yn)} * {n}' if n != '0' else ''), row, yr, 0)}{shift};"]
-        more = node.maybe(3)
+                 "const uint8_t *place = places;", "int64_t at = 0;",
+                 f"const {_count_type(held.counts)} *count = counts;",
+                 f"float *out = y0{f' + {c(yn)} * {n}' if n != '0' else ''}{_times(row, 'out_row')}{shift};"]
         if more is not None:
-            mn, mc, mr, _ = strides(more)
             inner.append(f"const float *more = "
-                         f"{_at('x3' + (f' + {c(mn)} * {n}' if n != '0' else ''), row, mr, 0)}{shift};")
+                         f"x3{f' + {c(mn)} * {n}' if n != '0' else ''}{_times(row, 'more_row')}{shift};")
         start = "from" if g.groups == 1 else f"from + o / {g.outs // g.groups} * {group}"
         inner += [f"for (int o = 0; o < {g.outs}; o++) {{",
-                  *indented(self._output(node, kind, start, plane, tap, step, kept)), f"    out += {yc};",
-                  *([f"    more += {mc};"] if more is not None else []), "}"]
+                  *indented(self._output(node, kind, start, plane, tap, step, kept)), "    out += out_plane;",
+                  *(["    more += more_plane;"] if more is not None else []), "}"]
         lines += [*outer, *indented(inner, deep), *("    " * (deep - 1 - i) + "}" for i in range(deep))]
-        return "\n".join([*kept.lines, *opened, *indented(lines, len(opened)), *["}"] * len(opened)])
+        text = "\n".join([*opened, *indented(lines, len(opened)), *["}"] * len(opened)])
+        names = [f"{name} = steps[{i}]" for i, name in enumerate(("out_plane", "out_row", "more_plane", "more_row"))
+                 if re.search(rf"\b{name}\b", text)]
+        return "\n".join([*kept.lines, f"const int {', '.join(names)};", text])
 
     def _output(self, node: Node, kind: str, start: str, plane: int, tap: int, step: int, kept: Stored) -> list[str]:
         """C lines for one output plane of a tile."""
@@ -210,24 +242,24 @@ class Sparse:
         total = high * (self.vectors if self.copied else self.wide)
         bias = "x2[o]" if node.maybe(2) is not None else ""
         parts = self.parts
-        finish = Finish(node, high, min(g.made[1], self.vectors * lanes), lanes)
+        finish = Finish(node, high, min(g.made[1], self.vectors * lanes), lanes, out_row="out_row", more_row="more_row")
 
-        def run(sums: str, width: int) -> list[str]:
-            lines = ["{", f"    const float *plane = {start};", "    for (int left = *count++; left > 0; left--) {",
-                     "        const unsigned here = *place++;"]
+        def run(number: int, sums: str, width: int) -> list[str]:
             bits = self.row_bits
-            lines.append(f"        plane += (size_t){f'(here >> {bits})' if bits else 'here'} * {plane};")
-            where = f"plane + (here & {(1 << bits) - 1}) * {tap}" if bits else "plane"
-            lines += [f"        const float *const x = {where};",
-                      f"        const {kind} w = *value++ - ({kind}){{0}};"]
-            lines += [f"        {sums}{r * width + v} += w * *(const {kind} *)(x + {r * step + v * lanes});"
+            lines = ["for (int left = *count++; left > 0; left--) {"]
+            lines += ["    const unsigned here = *place++;",
+                      f"    at += {f'(here >> {bits})' if bits else '(int64_t)here'} * {plane};",
+                      f"    const float *const x = {start} + at"
+                      f"{f' + (here & {(1 << bits) - 1}) * {tap}' if bits else ''};"]
+            lines.append(f"    const {kind} w = *value++ - ({kind}){{0}};")
+            lines += [f"    {sums}{r * width + v} += w * *(const {kind} *)(x + {r * step + v * lanes});"
                       for r in range(high) for v in range(width)]
-            return [*lines, "    }", "}"]
+            return [*lines, "}", f"at -= {g.ins * self.copies * plane};"]
 
         zero = f"({kind}){{0}}"
         if len(parts) == 1 and (self.copied or self.shifts == (0,)):
             first = f"{bias} - {zero}" if bias and kept.scale is None else zero
-            lines = [f"{kind} {', '.join(f'a{k} = {first}' for k in range(total))};", *run("a", self.vectors)]
+            lines = [f"{kind} {', '.join(f'a{k} = {first}' for k in range(total))};", *run(0, "a", self.vectors)]
             return [*lines, *self._scaled("a", total, bias, kept), *finish.lines([f"a{k}" for k in range(total)])]
         made = high * self.vectors
         lines = [f"{kind} {', '.join(f'a{k} = {zero}' for k in range(total))};"]
@@ -239,15 +271,15 @@ class Sparse:
             shift = self.shifts[part[0]]
             if shift == 0 and number > 0:
                 if self.wide == self.vectors and g.made[1] <= g.size[1]:
-                    lines += run("b", self.vectors)
+                    lines += run(number, "b", self.vectors)
                 else:
-                    lines += [f"a{k} = {zero};" for k in range(total)] + run("a", self.wide)
+                    lines += [f"a{k} = {zero};" for k in range(total)] + run(number, "a", self.wide)
                     lines += self._masked(masks if g.made[1] > g.size[1] else "", kind)
                     lines += self._shift(0, zero, "b")
                 continue
             if number:
                 lines += [f"a{k} = {zero};" for k in range(total)]
-            lines += run("a", self.wide)
+            lines += run(number, "a", self.wide)
             lines += self._masked(masks if shift + g.made[1] > g.size[1] else "", kind)
             if number:
                 lines += self._shift(shift, zero, "b")
@@ -357,8 +389,17 @@ class Sparse:
         return [line for line in lines if " = " not in line or line.startswith("*") or used.count(line.split()[2]) > 1]
 
 
+def _small(numbers: Array) -> Array:
+    """Whole numbers in the narrowest type that holds them."""
+    return numbers.astype(np.min_scalar_type(int(numbers.max(initial=0))))
+
+
 def _count_type(counts: Array) -> str:
     return {"uint8": "uint8_t", "uint16": "uint16_t", "uint32": "uint32_t"}[counts.dtype.name]
+
+
+def _times(row: str, step: str) -> str:
+    return "" if row == "0" else f" + {row} * {step}"
 
 
 def _at(base: str, row: str, step: int, first: int) -> str:
@@ -389,7 +430,7 @@ def shifting(g: Geometry, lanes: int, held: int) -> Sparse | None:
     return Sparse(g, lanes, high, vectors, wide, shifts, copied=False)
 
 
-def copying(g: Geometry, lanes: int, held: int) -> Sparse | None:
+def copying(g: Geometry, lanes: int, held: int) -> Sparse:
     """The convolution over shifted copies of the planes."""
     shifts = tuple(k * g.dilation[1] - g.before[1] for k in range(g.kernel[1]))
     most = min(held - 4, 16)
