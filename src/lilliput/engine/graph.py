@@ -80,7 +80,7 @@ class Value:
 
     shape: ints at the compiled maximum (a Size where free). data: the numbers, of a constant. narrow: how the file
     stores them. buffer, offset, strides (in elements): where it lies, set by the layout. border: zeros that its
-    producer keeps around it, (before, after) for each dimension. tag: names a layout that strides cannot describe ("" for strides).
+    producer keeps around it, (before, after) for each dimension. tag: names a layout that strides cannot describe.
     """
 
     name: str

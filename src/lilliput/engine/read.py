@@ -176,7 +176,7 @@ def _inlined(proto: ModelProto, supported: Callable[[str], bool]) -> ModelProto:
             if (domain, op_type) in local:
                 wanted.append((domain, op_type))
             elif not supported(op_type if domain in ONNX_DOMAINS else f"{domain}.{op_type}"):
-                version = opsets.get(domain, opsets.get("ai.onnx" if not domain else domain, 1))
+                version = opsets.get(domain, opsets.get(domain or "ai.onnx", 1))
                 if onnx.defs.has(op_type, domain) and version <= onnx.defs.onnx_opset_version():
                     try:
                         schema = onnx.defs.get_schema(op_type, version, domain)
@@ -265,10 +265,10 @@ class _Reader:
         self.symbols: dict[str, str] = {}
         for value in self.given:
             kind = value.type.tensor_type
-            if not value.type.HasField("tensor_type") or not kind.HasField("shape"):
-                if value.name not in constants and value.name not in shapes:
-                    raise NotSupported(f"compile: input {value.name!r} must be a tensor whose rank is known. Name its "
-                                       f"sizes with --shape {value.name}=1x8.")
+            ranked = value.type.HasField("tensor_type") and kind.HasField("shape")
+            if not ranked and value.name not in constants and value.name not in shapes:
+                raise NotSupported(f"compile: input {value.name!r} must be a tensor whose rank is known. Name its "
+                                   f"sizes with --shape {value.name}=1x8.")
             if value.name in constants:
                 continue
             asked = shapes.get(value.name)
@@ -650,10 +650,11 @@ class _Reader:
 CODES = {"int8": 8, "uint8": 8, "int4": 4, "uint4": 4, "int2": 2, "uint2": 2}  # bits by numpy's name
 RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial",
                     "Bernoulli"})
-C_WORDS = frozenset(
-    "auto break case char const continue default do double else enum extern float for goto if inline int long register "
-    "restrict return short signed sizeof static struct switch typedef union unsigned void volatile while arena weights "
-    "main".split())
+C_WORDS = frozenset((
+    "auto", "break", "case", "char", "const", "continue", "default", "do", "double", "else", "enum", "extern", "float",
+    "for", "goto", "if", "inline", "int", "long", "register", "restrict", "return", "short", "signed", "sizeof",
+    "static", "struct", "switch", "typedef", "union", "unsigned", "void", "volatile", "while", "arena", "weights",
+    "main"))
 
 
 def _constant_of(node: Node) -> Array:
