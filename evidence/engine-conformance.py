@@ -1,4 +1,4 @@
-"""What the engine computes of ONNX: the backend node tests that come inside the onnx package, each compiled to C and run.
+"""What the engine computes of ONNX: the backend node tests that come inside onnx, each compiled to C and run.
 
 Of the operators that the engine promises, every node test (not its expansion into other operators) whose tensors are
 float32, int8, uint8, int32, int64 or bool. Inputs that decide a shape, and weights, are bound to the test's values when
@@ -140,7 +140,8 @@ def different(found: Any, wanted: Any, rtol: float, atol: float) -> str:
         if not np.allclose(a, b, rtol, atol, equal_nan=True):
             with np.errstate(all="ignore"):
                 far = np.abs(a.astype(float) - b.astype(float))
-            return f"output {i} differs by {np.nanmax(far):.3g} in {int(np.sum(~(far <= atol + rtol * abs(b))))} of {b.size}"
+            wrong = int(np.sum(~(far <= atol + rtol * abs(b))))
+            return f"output {i} differs by {np.nanmax(far):.3g} in {wrong} of {b.size}"
     return ""
 
 
@@ -207,8 +208,8 @@ def measure(quick: bool) -> dict[str, Any]:
     total = {key: sum(row[key] for row in rows.values()) for key in (
         "passed", "failed", "not_supported", "other_types_refused", "other_types_not_refused")}
     return {
-        "claim": f"of ONNX's node tests of the operators that the engine promises, at least {GOAL} pass, and every test "
-                 "of a type that it does not know is refused by name",
+        "claim": f"of ONNX's node tests of the operators that the engine promises, at least {GOAL} pass, and every "
+                 "test of a type that it does not know is refused by name",
         "baseline": f"onnx {onnx.__version__}, onnx.backend.test, compared as its runner does",
         "rows": [rows[op] for op in sorted(rows)], "total": total, "tests": total["passed"] + total["failed"] +
         total["not_supported"], "failures": failures, "passed": quick or total["passed"] >= GOAL,

@@ -66,6 +66,64 @@ def table(summary: dict[str, Any]) -> str:
     )
 
 
+NETWORKS = {"resnet20": "ResNet-20, 3x32x32", "effnet": "EfficientNet-Lite0, 3x224x224, 1x1 convolutions pruned",
+            "minilm": "MiniLM-L6, 128 tokens, linear layers pruned", "gru": "GRU, hidden 128, 40 steps"}
+
+
+def speed(record: dict[str, Any]) -> str:
+    """How many times faster the engine is than ONNX Runtime in float32 on the same file, by the share of zeros."""
+    found: dict[str, dict[str, str]] = {}
+    columns: dict[str, None] = {}
+    for row in record["rows"]:
+        kind, zeros = row["network"].rsplit("-", 1)
+        if kind in NETWORKS:
+            column = "no zeros" if zeros == "dense" else f"{zeros}% zeros"
+            columns[column] = None
+            cell = f"{row['ratio']:.1f}x ({words.milliseconds(row['engine_ms'])})"
+            found.setdefault(NETWORKS[kind], {})[column] = cell
+    order = sorted(columns, key=lambda column: (column != "no zeros", column))
+    lines = ["| network | " + " | ".join(order) + " |", "|---|" + "--:|" * len(order)]
+    lines += [f"| {name} | " + " | ".join(cells.get(column, "") for column in order) + " |"
+              for name, cells in found.items()]
+    rivals = next((row for row in record["rows"] if row["network"] == "resnet20-90"), {})
+    beside = " and ".join(f"{rivals[key]:.1f} times as fast as {name}" for key, name in (
+        ("times_int8", "ONNX Runtime's static int8"), ("times_deepsparse", f"DeepSparse {record.get('deepsparse')}"))
+        if words.known(rivals.get(key)))
+    return "\n".join(lines) + (
+        "\n\nTimes faster than ONNX Runtime in float32 on the same file, and the milliseconds: batch 1, one thread, "
+        f"medians of one interleaved run on {record['machine']['cpu']}. The zeros are at random places: that is enough "
+        "for speed, not for accuracy." + (f" At 90% ResNet-20 is {beside}." if beside else "")
+        + " The record is `results/engine/speed.json`.")
+
+
+def pruned(record: dict[str, Any], accuracy: dict[str, Any]) -> str:
+    """A really pruned network: what it scores and how fast it is."""
+    times = {row["network"]: row for row in record["rows"]}
+    rows = []
+    for row in accuracy["rows"]:
+        known = times.get(Path(row["file"]).stem)
+        if known:
+            rows.append({**row, **known, "name": row["network"], "score": f"{100 * row['val']:.1f}%"})
+    if not rows:
+        return ""
+    base = rows[0]["onnxruntime_ms"]
+    made = markdown(rows, {
+        "ResNet-20 on digits": "name", "accuracy on validation": "score", "non-zeros": "nonzero",
+        "ONNX Runtime": lambda row: words.milliseconds(row["onnxruntime_ms"]),
+        "engine": lambda row: words.milliseconds(row["engine_ms"]),
+        "times faster than dense in ONNX Runtime": lambda row: f"{base / row['engine_ms']:.1f}",
+    })  # fmt: skip
+    return (f"{made}\n\nGlobal gradual magnitude pruning with distillation, {accuracy['epochs']} epochs, one seed. "
+            "Records: [accuracy](results/engine/pruned-digits.json), [time](results/engine/speed.json).")
+
+
+def engine() -> dict[str, str]:
+    """The parts on the engine, from its records."""
+    record, accuracy = (json.loads((ROOT / "results" / "engine" / f"{name}.json").read_text(encoding="utf-8"))
+                        for name in ("speed", "pruned-digits"))
+    return {"speed": speed(record), "pruned": pruned(record, accuracy)}
+
+
 def fill(text: str, found: dict[str, str]) -> str:
     """`text` with each part between its markers replaced; raises ValueError for a part without markers."""
     for name, part in found.items():
@@ -89,7 +147,7 @@ def main() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(summary, path, key="packed_bytes", dark=dark)
     readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text(encoding="utf-8"), parts(summary)), encoding="utf-8")
+    readme.write_text(fill(readme.read_text(encoding="utf-8"), parts(summary) | engine()), encoding="utf-8")
 
 
 if __name__ == "__main__":

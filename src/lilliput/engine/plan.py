@@ -371,8 +371,11 @@ def arena(graph: Graph) -> tuple[int, int]:
         change[first] += size[buffer]
         change[last + 1] -= size[buffer]
     live = max(itertools.accumulate(change))
+    # What a kernel may read behind the end of an input lies in the arena, also for the last buffer in it.
+    behind = max((want.slack * value.dtype.itemsize for node in graph.nodes for i, value in enumerate(node.inputs)
+                  if value is not None and (want := node.kernel.want(i)) is not None), default=0)
     total = max((buffer.at + size[buffer] for buffer in placed), default=0)
-    return total, live
+    return total + -(-behind // ALIGN) * ALIGN, live
 
 
 def free_sizes(graph: Graph) -> list[str]:
