@@ -7,7 +7,10 @@ from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+import readme
 
 from lilliput.engine import lower
 from lilliput.registry import Entry, methods
@@ -57,9 +60,7 @@ def speed() -> str:
     path = ROOT / "results" / "engine" / "speed.json"
     if not path.exists():
         return "Run `python bench/engine.py`."
-    from readme import speed as table
-
-    return table(json.loads(path.read_text(encoding="utf-8")))
+    return readme.speed(json.loads(path.read_text(encoding="utf-8")))
 
 
 def on_page_markdown(markdown: str, **unused: Any) -> str:
