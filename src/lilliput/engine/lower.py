@@ -17,6 +17,7 @@ import numpy as np
 from lilliput.engine.expr import Expr, arg
 from lilliput.engine.graph import Array, Graph, Node, Value
 from lilliput.engine.size import c, fixed, never_negative, product
+from lilliput.errors import NotSupported
 
 Lowering = Callable[[Node, "Build"], None]
 LOWERINGS: dict[str, Lowering] = {}
@@ -54,7 +55,14 @@ def lowered(graph: Graph) -> Graph:
     table = gather()
     for node in graph.nodes:
         build.source = node
-        table[node.op](node, build)
+        try:
+            table[node.op](node, build)
+        except NotSupported:
+            raise
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as error:
+            raise ValueError(f"compile: {node.name} ({node.op}) must have inputs and attributes as ONNX defines them, "
+                             f"got {', '.join('none' if v is None else shown(v.shape) for v in node.inputs)} "
+                             f"({type(error).__name__}: {str(error)[:80]}). The file is damaged.") from error
     graph.nodes = build.nodes
     graph.prune()
     _entries(graph)

@@ -148,10 +148,10 @@ def _count(dims: Sequence[int]) -> int:
     for size in dims:
         if size < 0:
             raise ValueError(f"compile: sizes must not be negative, got {list(dims)}.")
-        count *= size
+        count *= size or 1  # a tensor without elements must not have huge sizes either
     if count > MOST_ELEMENTS:
         raise ValueError(f"compile: a tensor must have at most {MOST_ELEMENTS} elements, got {list(dims)}.")
-    return count
+    return 0 if 0 in dims else count
 
 
 def _array(tensor: TensorProto) -> Array:
@@ -640,7 +640,7 @@ class _Reader:
             if i >= len(per[0]):
                 return f"its output {i} has no type"
             shapes = [shape for _, shape in (world[i] for world in per)]
-            if _count(shapes[0]) > MOST_COMPUTED:
+            if _count([size or 1 for size in shapes[0]]) > MOST_COMPUTED:
                 raise ValueError(f"compile: {name!r} must have at most {MOST_COMPUTED} elements, got "
                                  f"{list(shapes[0])}.")
             self.known[name] = _Known(per[0][i][0], shapes if len(set(shapes)) > 1 else shapes[:1])

@@ -139,7 +139,7 @@ class Worlds:
             for _ in range(1000):
                 if len(self.choices) == len(self.monomials) + spare:
                     break
-                world = {name: int(draw.integers(low[name], max(high[name], low[name] + 9) + 1)) for name in names}
+                world = {name: int(draw.integers(low[name], max(high[name], low[name] + 2) + 1)) for name in names}
                 if world not in self.choices:
                     self.choices.append(world)
 
@@ -150,12 +150,14 @@ class Worlds:
         """The size with these values in the worlds; None where it is no such polynomial."""
         if all(value == values[0] for value in values):
             return int(values[0])
-        rows = [[float(np.prod([world[name] for name in term])) if term else 1.0 for term in self.monomials]
-                for world in self.choices]
-        # The maxima may be large, which would spoil the fit: they only check it.
-        found, *_ = np.linalg.lstsq(np.array(rows[1:]), np.array(values[1:], float), rcond=None)
-        terms = {term: round(k) for term, k in zip(self.monomials, found, strict=True)}
-        for world, value in zip(self.choices, values, strict=True):
-            if sum(k * int(np.prod([world[n] for n in term])) for term, k in terms.items()) != value:
-                return None
-        return Size._of(terms, int(values[0]))
+        for degree in range(1, len(self.monomials[-1]) + 1):  # the simplest that holds
+            used = [term for term in self.monomials if len(term) <= degree]
+            rows = [[float(np.prod([world[name] for name in term])) if term else 1.0 for term in used]
+                    for world in self.choices]
+            # The maxima may be large, which would spoil the fit: they only check it.
+            found, *_ = np.linalg.lstsq(np.array(rows[1:]), np.array(values[1:], float), rcond=None)
+            terms = {term: round(k) for term, k in zip(used, found, strict=True)}
+            if all(sum(k * int(np.prod([world[n] for n in term])) for term, k in terms.items()) == value
+                   for world, value in zip(self.choices, values, strict=True)):
+                return Size._of(terms, int(values[0]))
+        return None

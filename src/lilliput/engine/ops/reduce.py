@@ -38,7 +38,7 @@ def reduction(node: Node, build: Build) -> None:
     x = node.x
     pre = None if before is None else before(arg(0, x.dtype))
     post = None if after is None else after(arg(0, x.dtype))
-    build.add("Reduce", [x], [node.y], axes=reduced_axes(node), kind=kind, keep=bool(node.attrs.get("keepdims", 1)),
+    build.add("Reduce", [x], [node.y], axes=reduced_axes(node), kind=kind, keep=int(node.attrs.get("keepdims", 1)) == 1,
               pre=pre, post=post)
 
 
@@ -63,7 +63,7 @@ def log_sum_exp(node: Node, build: Build) -> None:
 def arg_max(node: Node, build: Build) -> None:
     """The place of the largest or smallest element: attrs axis, largest, last (of equal ones), keep."""
     build.keep(node, "ArgMax", axis=int(node.attrs.get("axis", 0)) % max(node.x.rank, 1), largest=node.op == "ArgMax",
-               last=bool(node.attrs.get("select_last_index", 0)), keep=bool(node.attrs.get("keepdims", 1)))
+               last=bool(node.attrs.get("select_last_index", 0)), keep=int(node.attrs.get("keepdims", 1)) == 1)
 
 
 @lower("TopK")

@@ -13,6 +13,8 @@ from lilliput.engine.lower import Build, lower
 from lilliput.engine.size import Size, fixed
 from lilliput.errors import NotSupported
 
+MOST_POSITIONS = 2**22
+
 
 @lower("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
 def reshape(node: Node, build: Build) -> None:
@@ -281,6 +283,9 @@ def center_crop_pad(node: Node, build: Build) -> None:
 
 def positions(build: Build, size: int, dtype: Any = np.int64) -> Value:
     """The numbers 0, 1, ... size - 1, where size may be free."""
+    if int(size) > MOST_POSITIONS:
+        raise ValueError(f"compile: a dimension that is numbered must have at most {MOST_POSITIONS} elements, got "
+                         f"{size}.")
     whole = build.const(np.arange(int(size)).astype(dtype))
     return build.slice(whole, [0], [size]) if isinstance(size, Size) else whole
 
