@@ -1,10 +1,11 @@
 """The engine's slow check: other processors, sanitizers, threads, damaged files, DeepSparse.
 
-    make check-engine [ARGS="cross sanitize threads fuzz deepsparse --seconds 60 --quick"]
+    make check-engine [ARGS="cross sanitize threads fuzz deepsparse --seconds 60 --quick --all"]
 
 cross      networks compiled for aarch64, riscv64 (with and without its vectors), Cortex-M and WebAssembly by the
            package ziglang, run under qemu and wasmtime, compared with ONNX Runtime
-sanitize   the same and the large ones, and every node test, under AddressSanitizer and UBSan
+sanitize   the same and the large ones, and each tenth node test (--all: every one, half an hour), under
+           AddressSanitizer and UBSan
 threads    two threads with two arenas: the same bytes as one, clean under ThreadSanitizer
 fuzz       damaged ONNX files through the reader, the planner and the writer, by atheris
 deepsparse the rival's outputs and its time beside the engine's, in one interleaved run
@@ -195,7 +196,7 @@ def variants() -> list[tuple[str, Target]]:
     return [*known, *([("128 bits", narrow)] if native.vector_bytes > 16 else []), ("portable", target("portable"))]
 
 
-def sanitize(files: list[Path], work: Path, quick: bool = False) -> Iterator[str]:
+def sanitize(files: list[Path], work: Path, quick: bool = False, all: bool = False) -> Iterator[str]:
     """Every file in every variant under AddressSanitizer and UBSan; the arena is filled with NaN before."""
     for path in files:
         quantum = 0.05 if path.stem.endswith("int8") else 0.0
@@ -212,11 +213,11 @@ def sanitize(files: list[Path], work: Path, quick: bool = False) -> Iterator[str
             except Exception as error:
                 wrong = f"{type(error).__name__}: {error}"
             yield f"! {label}: {wrong}" if wrong else f"  {label}: ok, {time.monotonic() - start:.0f} s"
-    yield from sanitized_nodes(quick)
+    yield from sanitized_nodes(all)
 
 
-def sanitized_nodes(quick: bool) -> Iterator[str]:
-    """Every node test of onnx with libraries that check themselves: the sanitizer's runtime is loaded first."""
+def sanitized_nodes(all: bool) -> Iterator[str]:
+    """Node tests of onnx with libraries that check themselves: the sanitizer's runtime is loaded first."""
     script = ROOT / "evidence" / "engine-conformance.py"
     if not script.exists():
         raise Skipped("sanitize, node tests: evidence/engine-conformance.py is not there")
@@ -227,7 +228,7 @@ def sanitized_nodes(quick: bool) -> Iterator[str]:
     environment = {**os.environ, "LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1",
                    "CC": " ".join([*cc, *SANITIZED])}
     start = time.monotonic()
-    command = [sys.executable, "-m", "lilliput.cli", "evidence", "engine-conformance", *(["--quick"] if quick else [])]
+    command = [sys.executable, "-m", "lilliput.cli", "evidence", "engine-conformance", *([] if all else ["--quick"])]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([*command, "--out", folder], cwd=ROOT, env=environment, capture_output=True, text=True)
     said = f"{done.stdout}\n{done.stderr}"
@@ -235,6 +236,8 @@ def sanitized_nodes(quick: bool) -> Iterator[str]:
         yield f"! sanitize, node tests: status {done.returncode}: {said.strip()[-1500:]}"
     else:
         yield f"  sanitize, node tests: ok, {time.monotonic() - start:.0f} s"
+    if not all:
+        yield "? sanitize, nine node tests of ten: --all"
 
 
 def threads(files: list[Path], work: Path) -> Iterator[str]:
@@ -340,6 +343,7 @@ def main() -> int:
     parser.add_argument("checks", nargs="*", default=names, metavar="CHECK")
     parser.add_argument("--seconds", type=int, default=60, help="of fuzzing")
     parser.add_argument("--quick", action="store_true", help="small networks and few variants")
+    parser.add_argument("--all", action="store_true", help="every node test under the sanitizers")
     parser.add_argument("--networks", type=Path, default=ROOT / "build" / "networks", help="where ONNX files are kept")
     parser.add_argument("--deepsparse", help="a Python with DeepSparse; build/deepsparse is made where left out")
     given = parser.parse_args()
@@ -357,7 +361,7 @@ def main() -> int:
         work = Path(temporary)
         checks: dict[str, Callable[[], Iterator[str]]] = {
             "cross": lambda: cross(files, work),
-            "sanitize": lambda: sanitize([*files, *large], work, given.quick),
+            "sanitize": lambda: sanitize([*files, *large], work, given.quick, given.all),
             "threads": lambda: threads(files, work),
             "fuzz": lambda: fuzz(work, given.seconds),
             "deepsparse": lambda: deepsparse(files[:1], work, given.deepsparse),
