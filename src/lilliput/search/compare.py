@@ -72,31 +72,32 @@ def compare(files: Sequence[Path], seconds: float, batch: int, given: Sequence[s
     first = Session(files[0])
     inputs = example(first, batch, fixed)
     sizes = {name: x.shape for name, x in inputs.items()}
-    sessions: dict[tuple[str, str], Any] = {}
-    for path in files:
+    sessions: dict[tuple[int, str], Any] = {}  # by the place of the file, which may be given twice
+    for number, path in enumerate(files):
         for runtime in runtimes:
             session = open_session(runtime, path, sizes)
-            sessions[str(path), runtime] = session
+            sessions[number, runtime] = session
             try:
                 session.run(session.feed(inputs))
             except Exception as error:
                 raise ValueError(f"measure: {path} must run on inputs of the first file, {sizes}, in {runtime}, but "
                                  f"raised: {error}. Fix sizes with --shape and --batch.") from error
-    rows = latency({" in ".join(key): session for key, session in sessions.items()}, inputs, seconds=seconds,
-                   batch=len(next(iter(inputs.values()))))
+    rows = latency({f"{number} {runtime}": session for (number, runtime), session in sessions.items()}, inputs,
+                   seconds=seconds, batch=len(next(iter(inputs.values()))))
     times = dict(zip(sessions, rows.values(), strict=True))
-    base = times[str(files[0]), runtimes[0]]
+    base = times[0, runtimes[0]]
     several = list(runtimes) != ["onnxruntime"]
     table = Table(title="one interleaved run, one thread" + ("" if several else ", ONNX Runtime"), title_justify="left")
     for column in ("file", *(["runtime"] if several else []), "bytes", "median ms", "quartiles ms", "times faster"):
         table.add_column(column, justify="left" if column in ("file", "runtime") else "right")
-    for (name, runtime), t in times.items():
+    for (number, runtime), t in times.items():
+        name = str(files[number])
         table.add_row(name, *([runtime] if several else []), shown(Path(name).stat().st_size), f"{t.median_ms:.4f}",
                       f"{t.q1_ms:.4f} to {t.q3_ms:.4f}", f"{base.median_ms / t.median_ms:.2f}")
     if out is not None:
         record = {"machine": machine(), "inputs": {name: list(size) for name, size in sizes.items()}, "rows": [
-            {"file": name, "bytes": Path(name).stat().st_size, **asdict(t), "runtime": t.runtime,
-             "times_faster": round(base.median_ms / t.median_ms, 4)} for (name, _), t in times.items()]}
+            {"file": str(files[number]), "bytes": files[number].stat().st_size, **asdict(t), "runtime": t.runtime,
+             "times_faster": round(base.median_ms / t.median_ms, 4)} for (number, _), t in times.items()]}
         data = json.dumps(record, indent=1).encode()
         write(out, lambda file: file.write(data))
     return table

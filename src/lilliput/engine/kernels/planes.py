@@ -54,7 +54,9 @@ def bounds(lanes: int) -> str:
         lines += [f"static inline {f} {name}_{f}({f} a, {f} b) {{ return ({f}){call}(({kind})a, ({kind})b); }}"
                   for name, call in (("above", larger), ("below", smaller))]
     lines.append("#else")
-    lines += [f"static inline {f} {name}_{f}({f} a, {f} b) {{ return pick_{f}(a {sign} b, a, b); }}"
+    i = vector(lanes, "i32")
+    lines += [f"static inline {f} {name}_{f}({f} a, {f} b)\n{{\n    const {i} mask = a {sign} b;\n"
+              f"    return ({f})((({i})a & mask) | (({i})b & ~mask));\n}}"
               for name, sign in (("above", ">"), ("below", "<"))]
     return "\n".join([*lines, "#endif"])
 
