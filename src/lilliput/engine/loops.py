@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from lilliput.engine.graph import Value, row_major
+from lilliput.engine.graph import Value
 from lilliput.engine.size import c, fixed
 
 Strides = tuple[int, ...]
@@ -78,8 +78,3 @@ def zero_border(value: Value) -> str:
             lines.append(nest(sizes, lambda names, at=at, steps=steps: [at.format(index(names, steps))]))  # type: ignore
             del side
     return "\n".join(lines)
-
-
-def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether strides are those of C order."""
-    return all(s == t or size == 1 for size, s, t in zip(shape, strides, row_major(shape), strict=True))

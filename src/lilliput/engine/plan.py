@@ -378,11 +378,6 @@ def arena(graph: Graph) -> tuple[int, int]:
     return total + -(-behind // ALIGN) * ALIGN, live
 
 
-def free_sizes(graph: Graph) -> list[str]:
-    """The names of the sizes that are free until the model runs."""
-    return sorted(graph.sizes)
-
-
 def shape_text(shape: Sequence[int]) -> str:
     """A shape for people: 16x32x32."""
     return "x".join(c(size).strip("()") if isinstance(size, Size) else str(size) for size in shape) or "scalar"

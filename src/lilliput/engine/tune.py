@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,8 +174,6 @@ def _alone(node: Node, kernel: Kernel) -> tuple[Node, int]:
         alone.attrs["scratch"] = scratch
     return alone, end
 
-
-Timer = Callable[[int], float]
 
 HARNESS = """
 static void once(int number, unsigned char *arena, const unsigned char *weights)
