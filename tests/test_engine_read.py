@@ -41,12 +41,14 @@ def test_thousands_of_nodes_in_a_row(op: str) -> None:
 @pytest.mark.parametrize(("nodes", "message"), [
     ([helper.make_node("Relu", ["nope"], ["y"])], "must be made before"),
     ([helper.make_node("Relu", ["z"], ["y"]), helper.make_node("Relu", ["y"], ["z"])], "must be made before"),
+    ([helper.make_node("Flatten", ["x"], ["y"]), helper.make_node("Squeeze", ["x"], ["y"])], "made once"),
+    ([helper.make_node("Relu", ["x"], ["x"])], "made once"),
     ([helper.make_node("Relu", [], ["y"])], "as ONNX defines"),
     ([helper.make_node("LayerNormalization", ["x", "x"], ["y"], axis=2**31)], "dimensions of its input"),
     ([helper.make_node("Split", ["x"], ["y", "z", "w"], axis=1, num_outputs=1)], "outputs"),
     ([helper.make_node("Einsum", ["x", "x"], ["y"], equation=b"x\xff")], "letters"),
     ([helper.make_node("Transpose", ["x"], ["y"], perm=[0, 0])], "once|fit"),
-], ids=["missing", "cycle", "no input", "axis", "split", "equation", "perm"])
+], ids=["missing", "cycle", "twice", "over its input", "no input", "axis", "split", "equation", "perm"])
 def test_damaged_nodes_are_refused(nodes: list[onnx.NodeProto], message: str) -> None:
     with pytest.raises((ValueError, NotSupported), match=message):
         graph_of(model(nodes))

@@ -6,6 +6,7 @@ A file may come from a stranger: nothing outside its folder is read, and no size
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,13 @@ def _judge(proto: ModelProto, name: str) -> None:
     texts += [tensor.name for tensor in _tensors(proto)]
     if wrong := next((text for text in texts if not isinstance(text, str)), None):
         raise ValueError(f"compile: the names of {name} must be UTF-8, got {wrong!r:.80}. The file is damaged.")
+
+
+def _once(names: Sequence[str]) -> None:
+    """Raise ValueError where two makers give one name: shapes and places would be taken from either."""
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise ValueError(f"compile: each value must be made once, got {twice!r:.80} more often. The file is damaged.")
 
 
 def _tensors(proto: ModelProto) -> list[TensorProto]:
@@ -253,6 +261,8 @@ class _Reader:
         self.fitted: dict[str, tuple[int, ...] | None] = {}
         held = {tensor.name for tensor in proto.graph.initializer}
         self.given = [value for value in proto.graph.input if value.name not in held]
+        _once([*(value.name for value in self.given), *(tensor.name for tensor in proto.graph.initializer),
+               *(output for node in proto.graph.node for output in node.output if output)])
         names = [value.name for value in self.given]
         for what in (*shapes, *constants):
             if what not in names:
