@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lilliput.code.base import theta
 from lilliput.stage import Reference
 from lilliput.task import Batch, Task
 
@@ -19,6 +20,9 @@ class Rule:
     A frozen dataclass with five moments. Each takes the state (tensors only) and may return a new one; the loop owns
     and checkpoints it. `steps` is how many optimizer steps the whole training has. A rule with `has_loss` adds to the
     loss; in a loop that is not ours its user writes `loss = loss + rule.loss(model, batch, output)`.
+
+    A key "fresh NAME" that `on_step` puts into the state holds a mask of the entries of tensor NAME that start anew:
+    the loop zeroes the optimizer's momenta there and takes the key out.
     """
 
     version: ClassVar[int] = 1
@@ -96,8 +100,21 @@ class Attached:
     def after(self, optimizer: torch.optim.Optimizer, *unused: Any) -> None:
         """The optimizer has stepped."""
         if not _skips(optimizer):
-            self.state = self.rule.on_step(self.state, self.model, self.step, self.steps)
+            state = self.rule.on_step(self.state, self.model, self.step, self.steps)
+            self.state = start_anew(state, self.model, optimizer)
             self.step += 1
+
+
+@torch.no_grad()
+def start_anew(state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    """Zero the optimizer's momenta where the keys "fresh NAME" of a state say so; returns the state without them."""
+    fresh = {key: where for key, where in state.items() if key.startswith("fresh ")}
+    for key, where in fresh.items():
+        parameter = theta(model, key.removeprefix("fresh "))
+        for held in optimizer.state.get(parameter, {}).values():
+            if isinstance(held, Tensor) and held.shape == parameter.shape:
+                held.masked_fill_(where, 0)
+    return {key: value for key, value in state.items() if key not in fresh} if fresh else state
 
 
 def _skips(optimizer: torch.optim.Optimizer) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.code.base import copy_model
-from lilliput.rule import Rule, State
+from lilliput.rule import Rule, State, start_anew
 from lilliput.schedule import Cosine, Schedule, at
 from lilliput.stage import Reference, Stage, on
 from lilliput.task import Batch, Task, call
@@ -123,7 +123,7 @@ def fit(
                            "Lower the learning rate.")
         optimizer.step()
         for i, rule in enumerate(stage.rules):
-            states[i] = rule.on_step(states[i], model, step, stage.steps)
+            states[i] = start_anew(rule.on_step(states[i], model, step, stage.steps), model, optimizer)
         step += 1
         if stop(step):
             break

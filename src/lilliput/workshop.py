@@ -122,7 +122,8 @@ class Workshop:
     def _restored(self, model: nn.Module, stage: Train, tensors: dict[str, Tensor]) -> nn.Module:
         model = copy_model(model)
         states = [rule.begin(model, self.task, self.reference, stage.steps) for rule in stage.rules]
-        for rule, state in zip(stage.rules, states, strict=True):
-            rule.end(state, model)
+        if stage.until in (None, stage.steps):
+            for rule, state in zip(stage.rules, states, strict=True):
+                rule.end(state, model)
         model.load_state_dict(tensors)
         return model.eval()

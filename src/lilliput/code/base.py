@@ -125,6 +125,20 @@ def _original_names(holder: Any) -> list[str]:
     return [f"original{i}" for i in range(holder.ntensors)]
 
 
+def theta(model: nn.Module, name: str) -> Tensor:
+    """The tensor that is trained for `name`: the first innermost one behind its codes, or the plain parameter itself.
+
+    >>> net = nn.Linear(2, 2)
+    >>> theta(net, "weight") is net.weight
+    True
+    """
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    if parametrize.is_parametrized(module, attribute):
+        return next(_originals(module, attribute))
+    return module.get_parameter(attribute)
+
+
 def holders(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
     """Every (module, attribute) that holds the parameter `name`: several where weights are tied."""
     path, _, attribute = name.rpartition(".")

@@ -1,5 +1,7 @@
 """Masked: keep some entries of a tensor, drop the others."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -8,11 +10,24 @@ from lilliput.code.base import Code
 from lilliput.code.stored import Grid, Plain, Sparse, Stored
 
 
+class _Straight(torch.autograd.Function):
+    """m * theta forward; backward as if m were one."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, mask: Tensor) -> Tensor:
+        return theta * mask
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient[0], None
+
+
 class Masked(Code):
     """W = m * theta, with a boolean mask m of W's shape.
 
     theta keeps its dense shape while training, so that a rule can move the mask; stored are the kept entries and their
     positions (a bitmap or index gaps, whichever is smaller). `block` is the shape that the pattern keeps together.
+    straight: gradients reach dropped entries too, as methods need that ask which ones would help.
 
     >>> code = Masked(torch.tensor([[True, False]]))
     >>> code.decode(torch.tensor([[3.0, 4.0]]))
@@ -22,27 +37,26 @@ class Masked(Code):
     inner = (0,)
     mask: Tensor
 
-    def __init__(self, mask: Tensor, block: tuple[int, ...] | None = None) -> None:
+    def __init__(self, mask: Tensor, block: tuple[int, ...] | None = None, straight: bool = False) -> None:
         super().__init__()
-        self.block = block
+        self.block, self.straight = block, straight
         self.register_buffer("mask", mask.bool())
 
     def encode(self, weight: Tensor) -> Tensor:
         return weight * self.mask
 
     def decode(self, *theta: Tensor) -> Tensor:
-        return theta[0] * self.mask.view(torch.uint8)  # as bytes: three times faster than as booleans
+        mask = self.mask.view(torch.uint8)  # as bytes: three times faster than as booleans
+        if self.straight and torch.is_grad_enabled():
+            straight: Tensor = _Straight.apply(theta[0], mask)  # type: ignore[no-untyped-call]
+            return straight
+        return theta[0] * mask
 
     @property
     def sparsity(self) -> float:
         """The fraction of entries that is zero."""
-        return 1 - float(self.mask.float().mean())
+        return 1 - int(self.mask.sum()) / max(1, self.mask.numel())
 
     def pack(self, *theta: Stored) -> Stored:
         values = theta[0] if isinstance(theta[0], Plain | Grid) else Plain(theta[0].decode())
         return Sparse(np.asarray(self.mask.cpu().numpy()), values, self.block)
-
-
-def full(weight: Tensor) -> Masked:
-    """A mask that keeps everything: where a gradual rule starts."""
-    return Masked(torch.ones_like(weight, dtype=torch.bool))

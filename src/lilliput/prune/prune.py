@@ -1,18 +1,23 @@
 """Prune: set the weights that matter least to zero, at once or gradually while training."""
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from lilliput.calibrate import FROM_DATA, Statistics, sees_inputs, statistics
-from lilliput.code.base import attach, codes, copy_model, find, holders, parameter_names, reason
+from lilliput.code.base import copy_model, holders, theta
 from lilliput.code.masked import Masked
-from lilliput.errors import NotSupported, near
 from lilliput.prune import patterns, scores
-from lilliput.prune.allocations import ALLOCATIONS
+from lilliput.prune.masks import (
+    attach_masks,
+    check_allocation,
+    check_sparsity,
+    chosen,
+    prunable,
+    put_,
+    select,
+)
 from lilliput.rule import Rule, State
 from lilliput.schedule import Cubic, Schedule, at
 from lilliput.stage import Reference, Stage
@@ -24,7 +29,8 @@ class Prune(Stage, Rule):
     """Zeros where a score is lowest: W = m * theta, m keeping a fraction 1 - sparsity of the entries.
 
     As a stage it prunes once. As a rule it starts dense and raises the sparsity by a schedule (a number s means
-    Cubic(s)), taking new masks every `every` steps; what was dropped stays dropped.
+    Cubic(s)), taking new masks every `every` steps; what was dropped stays dropped, unless the schedule falls
+    (Cyclic): then what matters most by the score comes back with the values it had.
 
     sparsity: the fraction that becomes zero, in [0, 1), or a schedule of the step. score: a name in
     `lilliput.prune.scores.SCORES`. pattern: "elements", "even", "channel", "2:4" (any N:M) or "block 4x1" (any size).
@@ -53,16 +59,14 @@ class Prune(Stage, Rule):
     def __post_init__(self) -> None:
         pattern, given = patterns.parse(self.pattern), self.allocation
         scores.lookup(self.score)
-        if isinstance(given, str) and given not in ALLOCATIONS:
-            raise ValueError(f"Prune: allocation must be pairs (name, sparsity) or a known name, got {given!r}. "
-                             f"{near(given, ALLOCATIONS)}")
+        check_allocation(given, "Prune")
         if self.sparsity is None and isinstance(given, str):
             raise ValueError("Prune: sparsity must be given, got None. Write Prune(0.9) for 90% zeros.")
         pairs = () if isinstance(given, str) else given
         for value in [] if self.sparsity is None else [at(self.sparsity, 0, 1), at(self.sparsity, 1, 1)]:
-            _check(value, pattern.most, self.pattern)
+            check_sparsity(value, pattern, "Prune", self.pattern)
         for _, value in pairs:
-            _check(value, pattern.most, self.pattern)
+            check_sparsity(value, pattern, "Prune", self.pattern)
         if self.every < 1:
             raise ValueError(f"Prune: every must be at least 1 step, got {self.every}.")
 
@@ -95,7 +99,7 @@ class Prune(Stage, Rule):
             return state
         state = dict(state)
         for name in self._masked(model):
-            gradient = _theta(model, name).grad
+            gradient = theta(model, name).grad
             if gradient is not None:
                 key = f"gradient {name}"
                 mean = state.get(key, torch.zeros_like(gradient))
@@ -112,7 +116,7 @@ class Prune(Stage, Rule):
             need, _, name = key.partition(" ")
             if name in known:
                 known[name][need] = value
-        self._mask(model, list(known), known, sparsity)
+        self._mask(model, list(known), known, sparsity, grow=sparsity < float(state["sparsity"]))
         return {**state, "sparsity": torch.tensor(sparsity, dtype=torch.float64)}
 
     @property
@@ -123,33 +127,11 @@ class Prune(Stage, Rule):
         return Cubic(float(self.sparsity)) if isinstance(self.sparsity, int | float) else self.sparsity
 
     def _sort(self, model: nn.Module) -> tuple[list[str], dict[str, str]]:
-        tensors, kept, left = parameter_names(model), [], {}
-        pattern = patterns.parse(self.pattern)
-        if isinstance(self.allocation, str):
-            names = find(model, self.where, who="Prune")
-        else:
-            names = [name for name, _ in self.allocation]
-            for name in names:
-                if name not in tensors:
-                    raise ValueError(f"Prune: allocation must name tensors of the model, got {name!r}. "
-                                     f"{near(name, tensors)}")
-        seen, wanted = codes(model), scores.needs(scores.lookup(self.score))
-        for name in names:
-            if why := reason(model, name):
-                left[name] = why
-                continue
-            try:
-                pattern.check(tuple(tensors[name].shape))
-            except ValueError as error:
-                left[name] = str(error)
-                continue
-            if "input_norm" in wanted and not sees_inputs(model, name):
+        kept, left = prunable(model, self.where, patterns.parse(self.pattern), "Prune", self.allocation)
+        if set(scores.needs(scores.lookup(self.score))) & {"input_norm", "input_second_moment"}:
+            for name in [name for name in kept if not sees_inputs(model, name)]:
+                kept.remove(name)
                 left[name] = f"the score {self.score!r} needs its inputs, which no module shows"
-                continue
-            if name in seen and not isinstance(seen[name][0], Masked):
-                raise NotSupported(f"Prune: {name} must be plain or masked, but is stored by "
-                                   f"{type(seen[name][0]).__name__}. Prune first, then quantize or factorise.")
-            kept.append(name)
         return kept, left
 
     def _attach(self, model: nn.Module) -> list[str]:
@@ -157,62 +139,28 @@ class Prune(Stage, Rule):
         if not names:
             raise ValueError(f"Prune: some tensor must be left to prune, got none of {list(left)[:3]}: "
                              f"{next(iter(left.values()), 'the allocation is empty')}.")
-        pattern, coded = patterns.parse(self.pattern), codes(model)
-        for name in names:
-            module, attribute = holders(model, name)[0]
-            weight = getattr(module, attribute)
-            if name not in coded:
-                attach(model, name, Masked(torch.ones_like(weight, dtype=torch.bool),
-                                           pattern.block(tuple(weight.shape))))
+        attach_masks(model, names, patterns.parse(self.pattern))
         return names
 
     def _masked(self, model: nn.Module) -> dict[str, Masked]:
-        wanted = None if isinstance(self.allocation, str) else {name for name, _ in self.allocation}
-        found = {name: chain[0] for name, chain in codes(model).items() if isinstance(chain[0], Masked)}
-        if wanted is None:
-            wanted = set(find(model, self.where, who="Prune"))
-        return {name: code for name, code in found.items() if name in wanted}
+        return chosen(model, self.where, "Prune", self.allocation)
 
     @torch.no_grad()
-    def _mask(self, model: nn.Module, names: list[str], known: Statistics, sparsity: float) -> None:
+    def _mask(self, model: nn.Module, names: list[str], known: Statistics, sparsity: float, grow: bool = False) -> None:
         """New masks at an overall sparsity (with pairs: at that share of the way to their amounts)."""
         pattern, score, masked = patterns.parse(self.pattern), scores.lookup(self.score), self._masked(model)
         rated: dict[str, Tensor] = {}
         for name in names:
             if set(scores.needs(score)) <= set(known[name]):
                 module, attribute = holders(model, name)[0]
-                rated[name] = score(getattr(module, attribute).float(), **known[name]) * masked[name].mask
+                weight = theta(model, name) if grow else getattr(module, attribute)
+                rated[name] = score(weight.float(), **known[name])
+                if not grow:
+                    rated[name] = rated[name] * masked[name].mask
         if not rated:
             raise ValueError(f"Prune: score {self.score!r} must have its statistics for some tensor, got none for "
                              f"{names[:3]}. Use score='magnitude' for these.")
-        if isinstance(self.allocation, str):
-            pooled = {name: pattern.pooled(value) for name, value in rated.items()}
-            amounts = ALLOCATIONS[self.allocation](pooled, sparsity)
-        else:
-            share = sparsity / at(self._schedule, 1, 1)
-            amounts = {name: amount * share for name, amount in self.allocation if name in rated}
-        for name, value in rated.items():
-            old = masked[name]
-            block = pattern.block(tuple(value.shape))
-            if old.block != block:
-                # Entries that went one by one lie across the blocks; positions are then stored entry by entry.
-                old.block = block if bool(old.mask.all()) else None
-            old.mask.copy_(pattern(value, amounts[name]) & old.mask)
-
-
-def _check(sparsity: float, most: float, pattern: str) -> None:
-    if not 0 <= sparsity < 1:
-        hint = f"For {sparsity:g}% write {sparsity / 100:g}." if 1 < sparsity < 100 else "It is the fraction of zeros."
-        raise ValueError(f"Prune: sparsity must be in [0, 1), got {sparsity:g}. {hint}")
-    if sparsity > most + 1e-9:
-        raise ValueError(f"Prune: sparsity must be at most {most:g} with pattern {pattern!r}, got {sparsity:g}.")
-
-
-def _theta(model: nn.Module, name: str) -> Tensor:
-    """The trained tensor behind a mask."""
-    path, _, attribute = name.rpartition(".")
-    holder: Any = cast(Any, model.get_submodule(path)).parametrizations[attribute]
-    while parametrize.is_parametrized(holder):
-        holder = holder.parametrizations["original"]
-    theta: Tensor = holder.original if getattr(holder, "is_tensor", True) else holder.original0
-    return theta
+        new = select(rated, sparsity, self.allocation, pattern, at(self._schedule, 1, 1))
+        if not grow:
+            new = {name: mask & masked[name].mask for name, mask in new.items()}
+        put_(masked, new, pattern)

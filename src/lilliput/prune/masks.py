@@ -1,0 +1,143 @@
+"""Masks: the tensors that can be pruned, the masks on them, and new masks from scores."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lilliput.code.base import attach, codes, find, holders, parameter_names, reason, theta
+from lilliput.code.masked import Masked
+from lilliput.errors import NotSupported, near
+from lilliput.prune.allocations import ALLOCATIONS
+from lilliput.prune.patterns import Pattern
+
+Allocation = str | tuple[tuple[str, float], ...]
+
+
+def check_sparsity(sparsity: float, pattern: Pattern, who: str, name: str = "") -> None:
+    """Raise ValueError unless 0 <= sparsity < 1 and the pattern allows that many zeros."""
+    if not 0 <= sparsity < 1:
+        hint = f"For {sparsity:g}% write {sparsity / 100:g}." if 1 < sparsity < 100 else "It is the fraction of zeros."
+        raise ValueError(f"{who}: sparsity must be in [0, 1), got {sparsity:g}. {hint}")
+    if sparsity > pattern.most + 1e-9:
+        raise ValueError(f"{who}: sparsity must be at most {pattern.most:g} with pattern {name!r}, got {sparsity:g}.")
+
+
+def check_allocation(allocation: Allocation, who: str) -> None:
+    """Raise ValueError unless an allocation is pairs or a known name."""
+    if isinstance(allocation, str) and allocation not in ALLOCATIONS:
+        raise ValueError(f"{who}: allocation must be pairs (name, sparsity) or a known name, got {allocation!r}. "
+                         f"{near(allocation, ALLOCATIONS)}")
+
+
+def prunable(model: nn.Module, where: str, pattern: Pattern, who: str, allocation: Allocation = ""
+             ) -> tuple[list[str], dict[str, str]]:
+    """The tensors that a mask of this pattern can be put on, and those that are left alone, each with the reason.
+
+    where: chooses them; allocation: where it is pairs, their names are taken instead.
+
+    Raises ValueError for a name that the model does not have, NotSupported for a tensor in another code.
+    """
+    tensors, kept, left = parameter_names(model), [], {}
+    names = find(model, where, who=who) if isinstance(allocation, str) else [name for name, _ in allocation]
+    seen = codes(model)
+    for name in names:
+        if name not in tensors:
+            raise ValueError(f"{who}: allocation must name tensors of the model, got {name!r}. {near(name, tensors)}")
+        if why := reason(model, name):
+            left[name] = why
+            continue
+        if not tensors[name].numel():
+            left[name] = "it is empty"
+            continue
+        if bool(tensors[name].isnan().any()):
+            raise ValueError(f"{who}: weights must be numbers, got NaN in {name}. Load a sound checkpoint, or leave it "
+                             "out with where=.")
+        try:
+            pattern.check(tuple(tensors[name].shape))
+        except ValueError as error:
+            left[name] = str(error)
+            continue
+        if name in seen and not isinstance(seen[name][0], Masked):
+            raise NotSupported(f"{who}: {name} must be plain or masked, but is stored by "
+                               f"{type(seen[name][0]).__name__}. Prune first, then quantize or factorise.")
+        kept.append(name)
+    return kept, left
+
+
+def attach_masks(model: nn.Module, names: Iterable[str], pattern: Pattern, straight: bool = False) -> dict[str, Masked]:
+    """A mask that keeps everything on every tensor that has none yet, in place; all their masks by name.
+
+    straight: whether gradients reach the entries that a mask drops.
+    """
+    coded = codes(model)
+    for name in names:
+        if name not in coded:
+            module, attribute = holders(model, name)[0]
+            weight = getattr(module, attribute)
+            attach(model, name, Masked(torch.ones_like(weight, dtype=torch.bool), pattern.block(tuple(weight.shape))))
+    found = masks(model, names)
+    for code in found.values():
+        code.straight = straight
+    return found
+
+
+def masks(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Masked]:
+    """The mask of each masked tensor, or of those among `names`."""
+    wanted = None if names is None else set(names)
+    return {name: chain[0] for name, chain in codes(model).items()
+            if isinstance(chain[0], Masked) and (wanted is None or name in wanted)}
+
+
+def chosen(model: nn.Module, where: str, who: str, allocation: Allocation = "") -> dict[str, Masked]:
+    """The masks that a rule moves while it trains."""
+    return masks(model, find(model, where, who=who) if isinstance(allocation, str) else [n for n, _ in allocation])
+
+
+def amounts(rated: Mapping[str, Tensor], sparsity: float, allocation: Allocation, pattern: Pattern,
+            last: float = 1.0) -> dict[str, float]:
+    """How sparse each tensor becomes: with pairs, `sparsity` of `last` of the way to their amounts."""
+    if isinstance(allocation, str):
+        return ALLOCATIONS[allocation]({name: pattern.pooled(score) for name, score in rated.items()}, sparsity)
+    return {name: amount * sparsity / last for name, amount in allocation if name in rated}
+
+
+def select(rated: Mapping[str, Tensor], sparsity: float, allocation: Allocation, pattern: Pattern, last: float = 1.0
+           ) -> dict[str, Tensor]:
+    """New masks from scores by name: the lowest go, as many as the allocation says."""
+    share = amounts(rated, sparsity, allocation, pattern, last)
+    return {name: pattern(score, share[name]) for name, score in rated.items()}
+
+
+@torch.no_grad()
+def put_(masked: Mapping[str, Masked], new: Mapping[str, Tensor], pattern: Pattern) -> None:
+    """Give tensors new masks, in place. Under torch.distributed every process takes those of the first."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    for name, mask in new.items():
+        old = masked[name]
+        block = pattern.block(tuple(mask.shape))
+        if old.block != block:
+            # Entries that went one by one lie across the blocks; positions are then stored entry by entry.
+            old.block = block if bool(old.mask.all()) else None
+        if distributed:
+            held = mask.to(torch.uint8)
+            torch.distributed.broadcast(held, 0)
+            mask = held.bool()
+        old.mask.copy_(mask)
+
+
+@torch.no_grad()
+def regrow_(model: nn.Module, masked: Mapping[str, Masked], new: Mapping[str, Tensor], pattern: Pattern
+            ) -> dict[str, Tensor]:
+    """Give tensors new masks, in place, and let what comes back start at zero.
+
+    Returns state keys "fresh NAME": where a mask changed, the optimizer's momenta start anew.
+    """
+    before = {name: masked[name].mask.clone() for name in new}
+    put_(masked, new, pattern)
+    fresh = {}
+    for name, old in before.items():
+        now = masked[name].mask
+        theta(model, name).mul_(now & old)
+        fresh[f"fresh {name}"] = now ^ old
+    return fresh

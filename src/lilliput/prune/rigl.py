@@ -1,0 +1,58 @@
+"""RigL: sparse training in which the gradient says what grows."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lilliput.code.base import theta
+from lilliput.prune.sparse import SET
+from lilliput.rule import Rule, State
+from lilliput.stage import Reference
+from lilliput.task import Task
+
+
+@dataclass(frozen=True)
+class RigL(SET, Rule):
+    """SET, but what grows is where the loss falls fastest: the largest |dL/dW| among the dropped entries.
+
+    The gradient is that of the update step alone, and reaches all entries only then.
+
+    >>> net = nn.Linear(8, 8); sgd = torch.optim.SGD(net.parameters(), 0.1)
+    >>> with RigL(0.5, every=2).attached(net, sgd, steps=4):
+    ...     for _ in range(4): net(torch.randn(4, 8)).square().sum().backward(); sgd.step()
+    >>> int((net.weight == 0).sum())
+    32
+
+    Source: Evci, Gale, Menick, Castro and Elsen, Rigging the lottery, ICML 2020, arXiv:1911.11134, algorithm 1.
+    """
+
+    def begin(self, model: nn.Module, task: Task | None, reference: Reference | None, steps: int) -> State:
+        state = super().begin(model, task, reference, steps)
+        for code in self._masked(model).values():
+            code.straight = True
+        return state
+
+    @torch.no_grad()
+    def on_grad(self, state: State, model: nn.Module, step: int, steps: int) -> State:
+        """Keep the dense gradient where it will be asked for, and train the kept entries only."""
+        due, state = self.due(step, steps), dict(state)
+        for name, code in self._masked(model).items():
+            gradient = theta(model, name).grad
+            if gradient is not None:
+                if due:
+                    state[f"gradient {name}"] = gradient.clone()
+                gradient.mul_(code.mask)
+        return state
+
+    def growth(self, state: State, model: nn.Module, name: str, step: int) -> Tensor:
+        return state[f"gradient {name}"].float().abs()
+
+    def on_step(self, state: State, model: nn.Module, step: int, steps: int) -> State:
+        state = super().on_step(state, model, step, steps)
+        return {key: value for key, value in state.items() if not key.startswith("gradient ")}
+
+    def end(self, state: State, model: nn.Module) -> State:
+        for code in self._masked(model).values():
+            code.straight = False
+        return state

@@ -1,0 +1,139 @@
+"""Sparse training: sparse from the first step to the last. Masks that never move, and SET, whose masks evolve."""
+
+import math
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lilliput.code.base import theta
+from lilliput.code.masked import Masked
+from lilliput.prune import patterns
+from lilliput.prune.masks import (
+    Allocation,
+    amounts,
+    attach_masks,
+    check_allocation,
+    check_sparsity,
+    chosen,
+    prunable,
+    put_,
+    regrow_,
+)
+from lilliput.rule import Rule, State
+from lilliput.stage import Reference
+from lilliput.task import Task
+
+
+def noise(name: str, shape: torch.Size, seed: int, step: int) -> Tensor:
+    """Uniform numbers in [0, 1) as a function of the tensor's name, the seed and the step alone."""
+    generator = torch.Generator().manual_seed((seed * 1000003 + zlib.crc32(name.encode())) * 1000003 + step)
+    return torch.rand(shape, generator=generator)
+
+
+@dataclass(frozen=True)
+class StaticSparse(Rule):
+    """A random mask from the first step to the last: what every other sparse training has to beat.
+
+    sparsity: the fraction that is zero, in [0, 1). pattern, allocation, where: as in `Prune`; the usual allocation of
+    sparse training is "erk", and "global" means nothing for random masks. seed: of the masks.
+
+    Raises ValueError for settings out of range.
+
+    >>> net = nn.Linear(4, 4)
+    >>> state = StaticSparse(0.75).begin(net, None, None, 10)
+    >>> int((net.weight == 0).sum())
+    12
+
+    Source: Liu, Chen, Chen, Shen, Mocanu, Wang and Pechenizkiy, The unreasonable effectiveness of random pruning, ICLR
+    2022, arXiv:2202.02643, section 3.
+    """
+
+    sparsity: float = 0.9
+    pattern: str = "elements"
+    allocation: Allocation = "erk"
+    where: str = "*"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        who, pattern = type(self).__name__, patterns.parse(self.pattern)
+        check_allocation(self.allocation, who)
+        pairs = () if isinstance(self.allocation, str) else self.allocation
+        for value in (self.sparsity, *(value for _, value in pairs)):
+            check_sparsity(value, pattern, who, self.pattern)
+
+    def begin(self, model: nn.Module, task: Task | None, reference: Reference | None, steps: int) -> State:
+        who, pattern = type(self).__name__, patterns.parse(self.pattern)
+        names, left = prunable(model, self.where, pattern, who, self.allocation)
+        if not names:
+            raise ValueError(f"{who}: some tensor must be left to prune, got none: {next(iter(left.values()))}.")
+        rated = {name: noise(name, theta(model, name).shape, self.seed, 0) for name in names}
+        share = amounts(rated, self.sparsity, self.allocation, pattern)
+        masked = attach_masks(model, names, pattern)
+        put_(masked, {name: pattern(score, share[name]) for name, score in rated.items()}, pattern)
+        with torch.no_grad():
+            for name in names:
+                theta(model, name).mul_(masked[name].mask)
+        return {}
+
+    def _masked(self, model: nn.Module) -> dict[str, Masked]:
+        return chosen(model, self.where, type(self).__name__, self.allocation)
+
+
+@dataclass(frozen=True)
+class SET(StaticSparse, Rule):
+    """Sparse evolutionary training: every so often the smallest weights of each tensor go and as many random ones come,
+    from zero. Each tensor stays exactly as sparse as it began.
+
+    fraction: of the kept weights that move at the first update; the share falls as half a cosine to none at `until` of
+    the training. every: steps between updates (0: forty in all).
+
+    >>> net = nn.Linear(8, 8); sgd = torch.optim.SGD(net.parameters(), 0.1)
+    >>> with SET(0.5, every=1).attached(net, sgd, steps=4):
+    ...     for _ in range(4): net(torch.randn(4, 8)).square().sum().backward(); sgd.step()
+    >>> int((net.weight == 0).sum())
+    32
+
+    Sources: Mocanu, Mocanu, Stone, Nguyen, Gibescu and Liotta, Scalable training of artificial neural networks with
+    adaptive sparse connectivity, Nature Communications 2018, arXiv:1707.04780, algorithm 1; the falling share: Dettmers
+    and Zettlemoyer, Sparse networks from scratch, 2019, arXiv:1907.04840.
+    """
+
+    fraction: float = 0.3
+    every: int = 0
+    until: float = 0.75
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.fraction <= 1 or not 0 < self.until <= 1:
+            raise ValueError(f"{type(self).__name__}: fraction must be in [0, 1] and until in (0, 1], got "
+                             f"fraction={self.fraction}, until={self.until}.")
+
+    def growth(self, state: State, model: nn.Module, name: str, step: int) -> Tensor:
+        """The score >= 0 by which dropped entries come back: the highest first."""
+        return noise(name, theta(model, name).shape, self.seed, step + 1)
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether the masks move after this step."""
+        every = self.every or max(1, round(self.until * steps / 40))
+        return (step + 1) % every == 0 and step + 1 < self.until * steps
+
+    @torch.no_grad()
+    def on_step(self, state: State, model: nn.Module, step: int, steps: int) -> State:
+        if not self.due(step, steps):
+            return state
+        pattern, masked = patterns.parse(self.pattern), self._masked(model)
+        moving = self.fraction * (1 + math.cos(math.pi * (step + 1) / (self.until * steps))) / 2
+        new = {}
+        for name, code in masked.items():
+            weight, kept = theta(model, name).float(), code.mask
+            sparsity = code.sparsity
+            survivors = pattern(weight.abs() * kept, 1 - (1 - sparsity) * (1 - moving)) & kept
+            # What stays comes first, then what grows best; what was just dropped may come back only after the rest.
+            growth = self.growth(state, model, name, step)
+            growth = growth / growth.max().clamp_min(1e-30)
+            ranked = torch.where(survivors, 3.0 + weight.abs() / weight.abs().max().clamp_min(1e-30),
+                                 torch.where(kept, growth - 1, growth))
+            new[name] = pattern(ranked, sparsity)
+        return {**state, **regrow_(model, masked, new, pattern)}
