@@ -1,0 +1,1 @@
+"""Analyses: (model, task) -> Finding."""
