@@ -307,6 +307,8 @@ def compile_(
     cc: Annotated[str | None, typer.Option(help='the C compiler, such as clang or "python -m ziglang cc"')] = None,
     no_tune: Annotated[bool, typer.Option("--no-tune", help="choose kernels by a cost model, do not measure")] = False,
     shape: Annotated[list[str] | None, typer.Option(help="name=1x3x224x224: an input's largest sizes")] = None,
+    example: Annotated[Path | None, typer.Option(help=".npy (or .npz by input name): inputs such as it will see, to "
+                                                      "skip zero activations where that pays")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print manifest.json and nothing else")] = False,
 ) -> None:
     """Compile an ONNX file to a small C program whose kernels skip the zeros.
@@ -319,7 +321,16 @@ def compile_(
         from lilliput.engine.target import target
         from lilliput.search.compare import shapes
 
-        folder = write(model, out or Path(f"{model.stem}-engine"), target(to, cc), not no_tune, shapes(shape or []))
+        given: Any = None
+        if example is not None:
+            import numpy as np
+
+            try:
+                given = np.load(example, allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"compile: {example} must be a file of numpy's (.npy or .npz): {error}") from error
+        folder = write(model, out or Path(f"{model.stem}-engine"), target(to, cc), not no_tune, shapes(shape or []),
+                       given=given)
     if as_json:
         print((folder / "manifest.json").read_text(encoding="utf-8"))
     else:

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lilliput.engine import activity
 from lilliput.engine import tune as tuning
 from lilliput.engine.build import library
 from lilliput.engine.codes import narrowable, narrowed
 from lilliput.engine.example import example
 from lilliput.engine.fuse import fused
-from lilliput.engine.graph import Array
+from lilliput.engine.graph import Array, Graph
 from lilliput.engine.kernels.stripes import striped
 from lilliput.engine.lower import lowered, supported
 from lilliput.engine.plan import Plan, planned
@@ -26,14 +27,16 @@ from lilliput.engine.write import manifest, written
 
 
 def compile(model: Any, out: str | Path | None = None, *, to: str = "native", cc: str | None = None, tune: bool = True,
-            shapes: Mapping[str, Sequence[int]] | None = None,
-            constants: Mapping[str, Array] | None = None) -> Engine:
+            shapes: Mapping[str, Sequence[int]] | None = None, constants: Mapping[str, Array] | None = None,
+            example: Any = None) -> Engine:
     """Compile an ONNX model to C and load it.
 
     model: a path, its bytes or a ModelProto. out: the folder to write; a temporary one that goes with the Engine when
     left out. to: "native", "portable", "cortex-m" or "wasm". cc: the C compiler. tune: choose kernels by measuring
     them, else by a cost model. shapes: the largest size of each input that has free ones; it runs any smaller one.
-    constants: inputs that are bound to these numbers.
+    constants: inputs that are bound to these numbers. example: an input such as the model will see, or several along
+    the first dimension (arrays by name where it has several inputs): the model is run on it to learn which products
+    are given many zeros, and those may then be computed by kernels that skip them. The result is right for any input.
 
     Raises:
         ValueError: for a file that is damaged, or settings that do not fit it.
@@ -41,7 +44,7 @@ def compile(model: Any, out: str | Path | None = None, *, to: str = "native", cc
         OSError: where no compiler is found. ExportError: where it fails.
     """
     found = target(to, cc)
-    folder = write(model, out, found, tune, shapes, constants)
+    folder = write(model, out, found, tune, shapes, constants, example)
     engine = Engine(folder)
     if out is None:
         import weakref
@@ -51,13 +54,25 @@ def compile(model: Any, out: str | Path | None = None, *, to: str = "native", cc
 
 
 def write(model: Any, out: str | Path | None, found: Target, tune: bool = True,
-          shapes: Mapping[str, Sequence[int]] | None = None, constants: Mapping[str, Array] | None = None) -> Path:
+          shapes: Mapping[str, Sequence[int]] | None = None, constants: Mapping[str, Array] | None = None,
+          given: Any = None) -> Path:
     """Compile a model into a folder, which is whole or not there; returns it."""
     name = Path(model).name if isinstance(model, str | Path) else "model.onnx"
     measure = tune and found.name == "native" and found.here
 
+    def start() -> Graph:
+        return fused(lowered(read(model, shapes, constants, supported)))
+
+    active: dict[str, float] = {}
+    if given is not None:
+        here = found if found.here and found.library else target()
+        active = activity.shares(start(), here, given, lambda plan, folder: _save(plan, folder, here, name))
+
     def made(codes: bool) -> tuple[Plan, bool]:
-        graph = fused(lowered(read(model, shapes, constants, supported)))
+        graph = start()
+        for node in graph.nodes:
+            if node.op == "MatMul" and node.y.name in active:
+                node.attrs["active"] = active[node.y.name]
         more = not codes and narrowable(graph)
         graph = striped(narrowed(graph) if codes else graph)
         return planned(graph, tuning.measured(graph, found) if measure else tuning.estimated(found)), more
@@ -65,27 +80,11 @@ def write(model: Any, out: str | Path | None, found: Target, tune: bool = True,
     plan, quantized = made(codes=False)
     if quantized:  # computed on numbers, where zeros are skipped, or on codes: whichever takes less time
         plan = min(plan, made(codes=True)[0], key=lambda p: p.cost_ns)
-    graph = plan.graph
-    source = written(plan, name)
     folder = Path(tempfile.mkdtemp(prefix="lilliput-")) if out is None else Path(out)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".compile-", dir=folder.parent))
     try:
-        (temporary / "model.c").write_text(source.c, encoding="utf-8")
-        (temporary / "model.h").write_text(source.h, encoding="utf-8")
-        if source.weights:
-            (temporary / "model.weights").write_bytes(source.weights)
-        text = example(found, list(zip(source.inputs, graph.inputs, strict=True)),
-                       list(zip(source.outputs, graph.outputs, strict=True)), graph.sizes, len(source.weights))
-        (temporary / "example.c").write_text(text, encoding="utf-8")
-        facts: dict[str, Any] = {"model": name, "target": found.name, "cc": list(found.cc), "flags": list(found.flags),
-                 "link": list(found.link),
-                 "library": found.library, "errors": source.errors}
-        if found.library:
-            library(temporary / "model.c", temporary / found.library, found)
-            facts["library_bytes"] = (temporary / found.library).stat().st_size
-        text = json.dumps(manifest(plan, source, facts), indent=1)
-        (temporary / "manifest.json").write_text(text, encoding="utf-8")
+        _save(plan, temporary, found, name)
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(temporary.iterdir()):
             os.replace(path, folder / path.name)
@@ -96,6 +95,26 @@ def write(model: Any, out: str | Path | None, found: Target, tune: bool = True,
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _save(plan: Plan, folder: Path, found: Target, name: str) -> None:
+    """Write a plan's files into a folder that is there."""
+    graph, source = plan.graph, written(plan, name)
+    (folder / "model.c").write_text(source.c, encoding="utf-8")
+    (folder / "model.h").write_text(source.h, encoding="utf-8")
+    if source.weights:
+        (folder / "model.weights").write_bytes(source.weights)
+    text = example(found, list(zip(source.inputs, graph.inputs, strict=True)),
+                   list(zip(source.outputs, graph.outputs, strict=True)), graph.sizes, len(source.weights))
+    (folder / "example.c").write_text(text, encoding="utf-8")
+    facts: dict[str, Any] = {"model": name, "target": found.name, "cc": list(found.cc), "flags": list(found.flags),
+             "link": list(found.link),
+             "library": found.library, "errors": source.errors}
+    if found.library:
+        library(folder / "model.c", folder / found.library, found)
+        facts["library_bytes"] = (folder / found.library).stat().st_size
+    text = json.dumps(manifest(plan, source, facts), indent=1)
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
 
 
 def profiling(folder: Path) -> Path:

@@ -128,6 +128,7 @@ class Kernel:
     follows: bool = False
     nonzeros: int | None = None  # of how many weights are read, for the manifest
     values: int | None = None
+    active: float | None = None  # the fraction of inputs that are not zero, for which it was made
 
     def heads(self, node: Node) -> tuple[str, ...]:
         """The C text that stands before the function of a node that is laid out."""

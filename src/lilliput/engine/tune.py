@@ -115,14 +115,16 @@ def _measure(heads: list[tuple[Node, list[Kernel]]], sizes: list[str], most: dic
         spent: list[list[float]] = []
         number = 0
         integers = {"int8", "uint8", "int32", "int64", "bool"}
+        share = np.random.default_rng(1).random(len(floats), np.float32)
         for node, found in heads:
             whole = any(v is not None and v.dtype.name in integers and not v.constant for v in node.inputs)
+            held = floats if "active" not in node.attrs else floats * (share < node.attrs["active"])
             row = []
             for _ in found:
                 if whole:
                     arena[:] = 0
                 else:
-                    arena[: 4 * len(floats)].view(np.float32)[:] = floats
+                    arena[: 4 * len(floats)].view(np.float32)[:] = held
                 row.append(loaded.measure(number, arena.ctypes.data, weights.ctypes.data, 2e6))
                 number += 1
             spent.append(row)

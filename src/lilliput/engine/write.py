@@ -272,7 +272,8 @@ class _Text:
         self.layers.append({
             "name": node.name, "op": node.op, "kernel": kernel.name, "output": shape_text(node.y.shape),
             "values": kernel.values, "nonzeros": kernel.nonzeros, "function": name, "ns": round(kernel.cost_ns),
-            "bytes": sum(np.asarray(a).nbytes for a in kernel.constants.values())})
+            "bytes": sum(np.asarray(a).nbytes for a in kernel.constants.values()),
+            **({} if kernel.active is None else {"active": round(kernel.active, 4)})})
 
     def border(self, number: int, value: Value) -> None:
         """The zeros around a value."""
@@ -382,7 +383,8 @@ def describe(node: Node, kernel: Kernel) -> str:
     """One line on a layer for people: what, from which shape to which, how much of it is not zero, by which kernel."""
     shapes = " ".join(shape_text(v.shape) for v in node.inputs[:1] if v is not None)
     kept = f", {kernel.nonzeros} of {kernel.values} non-zero" if kernel.nonzeros is not None else ""
-    return f"{node.name}: {node.op} {shapes} -> {shape_text(node.y.shape)}{kept}, {kernel.name}"
+    active = f", {kernel.active:.0%} of the inputs active" if kernel.active is not None else ""
+    return f"{node.name}: {node.op} {shapes} -> {shape_text(node.y.shape)}{kept}{active}, {kernel.name}"
 
 
 def manifest(plan: Plan, source: Source, facts: Mapping[str, Any]) -> dict[str, Any]:
