@@ -9,13 +9,25 @@ from torch import Tensor, nn
 
 from lilliput.code.base import realize
 from lilliput.errors import near
-from lilliput.stage import calibration, on
-from lilliput.task import Task, call, leaves, length, take
+from lilliput.prune import curvature
+from lilliput.task import Task, leaves
 
 Statistics = dict[str, dict[str, Tensor]]
 
-FROM_DATA = ("input_norm", "input_second_moment", "gradient")
+# What each is taken from. "inputs": no labels; of "flow", the shape of one input is enough.
+TAKEN_FROM = {
+    "noise": "none", "input_norm": "inputs", "input_second_moment": "inputs", "flow": "inputs", "curvature": "inputs",
+    "gradient": "labels", "mean_gradient": "labels", "hessian_gradient": "labels", "inverse_fisher": "labels",
+    "movement": "labels"}
+FROM_DATA = tuple(name for name, data in TAKEN_FROM.items() if data != "none" and name != "movement")
 KNOWN = (*FROM_DATA, "noise")
+
+# Statistics that a training can gather as it goes: (what is held, weight, gradient) -> what is held after a step.
+RUNNING: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "gradient": lambda held, weight, gradient: (0.9 * held.square() + 0.1 * gradient.square()).sqrt(),
+    "mean_gradient": lambda held, weight, gradient: 0.9 * held + 0.1 * gradient,
+    "movement": lambda held, weight, gradient: held - weight * gradient,
+}
 
 
 def statistics(model: nn.Module, task: Task | None, names: Iterable[str], needs: Collection[str], *,
@@ -25,12 +37,18 @@ def statistics(model: nn.Module, task: Task | None, names: Iterable[str], needs:
     input_norm: the L2 norm of each input feature over all examples and places, for linear and convolutional weights.
     input_second_moment: the mean of its square. gradient: the root mean square, over batches, of the gradient of the
     task's loss; a task without labels is given ones drawn from the model's own outputs (the Fisher information's
-    gradient: the divergence from the outputs themselves has none). noise: uniform in [0, 1), a function of seed and
-    name. A tensor whose inputs cannot be seen (attention projections, recurrent weights) lacks the input statistics.
+    gradient: the divergence from the outputs themselves has none). mean_gradient: the gradient g of the mean loss, with
+    its sign; of drawn labels it is mere noise around zero. hessian_gradient: H g, H the Hessian of that loss in all
+    these tensors. curvature: the diagonal of the Gauss-Newton matrix (of the Fisher information, for a loss that is a
+    likelihood), no labels needed. inverse_fisher: the diagonal of the inverse of the damped empirical Fisher
+    information, by blocks. flow: what flows through a weight when all inputs are ones. See `lilliput.prune.curvature`
+    for the last five. noise: uniform in [0, 1), a function of seed and name. A tensor whose inputs cannot be seen
+    (attention projections, recurrent weights) lacks the input statistics.
 
-    The model is left as it is: everything is measured on a plain copy in eval mode.
+    The model is left as it is: everything is measured on a plain copy in eval mode, in float32.
 
-    Raises ValueError for an unknown statistic, or one that needs a task where there is none.
+    Raises ValueError for an unknown statistic, one that needs a task where there is none, one that only a training can
+    gather (movement), weights that are NaN, and a statistic that is not finite.
 
     >>> net = nn.Linear(2, 1); x = torch.tensor([[3.0, 0.0], [4.0, 1.0]])
     >>> task = Task("tiny", train=(x, torch.zeros(2, 1)), val=(x, torch.zeros(2, 1)), loss="mse", metric="mse")
@@ -39,69 +57,67 @@ def statistics(model: nn.Module, task: Task | None, names: Iterable[str], needs:
     """
     names = list(names)
     for need in needs:
+        if need == "movement":
+            raise ValueError("statistics: movement must be gathered while training, but was asked for without one. "
+                             "Use a rule that gathers it, or score='saliency' for what one step would add.")
         if need not in KNOWN:
             raise ValueError(f"statistics: needs must be known statistics, got {need!r}. {near(need, KNOWN)}")
         if need in FROM_DATA and task is None:
             raise ValueError(f"statistics: a task must be given for {need}, got None. Pass task=.")
     found: Statistics = {name: {} for name in names}
     plain = realize(model).eval()
+    for name in names:
+        if bool(plain.get_parameter(name).isnan().any()):
+            raise ValueError(f"statistics: weights must be numbers, got NaN in {name}. Load a sound checkpoint, or "
+                             "leave it out with where=.")
     if "noise" in needs:
         for name in names:
             generator = torch.Generator().manual_seed(seed * 1000003 + zlib.crc32(name.encode()))
             found[name]["noise"] = torch.rand(plain.get_parameter(name).shape, generator=generator)
     if task is None or not set(needs) & set(FROM_DATA):
         return found
-    listeners = {}
+    plain = plain.float().requires_grad_(False)
+    data = curvature.Examples.of(plain, task, examples, seed)
     if "input_norm" in needs or "input_second_moment" in needs:
-        listeners = {name: _listen(plain, name) for name in names if sees_inputs(plain, name)}
-    squares = _run(plain, task, names if "gradient" in needs else [], examples, batch_size, seed)
-    for name, square in squares.items():
-        found[name]["gradient"] = square.sqrt()
-    for name, listener in listeners.items():
-        if listener.count:
-            energy = listener.energy
-            known = {"input_norm": energy.sqrt(), "input_second_moment": energy / listener.count}
+        for name, known in _inputs(data, [name for name in names if sees_inputs(plain, name)], batch_size).items():
             found[name] |= {need: value for need, value in known.items() if need in needs}
+    if "flow" in needs:
+        _add(found, "flow", curvature.flow(plain, task.example, names))
+    parameters = {name: plain.get_parameter(name).requires_grad_(True) for name in names}
+    with torch.enable_grad():
+        if "gradient" in needs:
+            _add(found, "gradient", curvature.root_mean_square(data, parameters, batch_size))
+        if "mean_gradient" in needs:
+            _add(found, "mean_gradient", curvature.mean_gradient(data, parameters, batch_size))
+        if "hessian_gradient" in needs:
+            _add(found, "hessian_gradient", curvature.hessian_gradient(data, parameters, batch_size))
+        if "curvature" in needs:
+            _add(found, "curvature", curvature.curvature(data, parameters))
+        if "inverse_fisher" in needs:
+            _add(found, "inverse_fisher", curvature.inverse_fisher(data, parameters))
     return found
 
 
-def _run(plain: nn.Module, task: Task, names: list[str], examples: int, batch_size: int, seed: int
-         ) -> dict[str, Tensor]:
-    """Forward over the calibration examples, and the mean square of the gradients of `names`."""
-    inputs = calibration(task, examples)
-    _, labels = task.split("train")
-    count = length(inputs)
-    index = torch.linspace(0, (0 if labels is None else len(labels)) - 1, count).long()
-    parameters = {name: plain.get_parameter(name) for name in names}
-    plain.requires_grad_(False)
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    squares = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    generator = torch.Generator().manual_seed(seed)
-    device = next(plain.parameters()).device
-    batches = range(0, count, batch_size)
-    with torch.set_grad_enabled(bool(names)):
-        for first in batches:
-            part = slice(first, first + batch_size)
-            output = call(plain, on(take(inputs, part), device))
-            if not names:
-                continue
-            target = _drawn(task, output, generator) if labels is None else labels[index[part]].to(device)
-            loss = (output * target).sum() / len(output) if target.shape == output.shape and labels is None else (
-                task.loss(output, target))
-            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            for square, gradient in zip(squares.values(), gradients, strict=True):
-                if gradient is not None:
-                    square += gradient.square() / len(batches)
-    return squares
+def _add(found: Statistics, need: str, values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"statistics: {need} must be finite, got NaN or infinity for {name}. Check the model's "
+                             "other weights, its inputs and its loss for NaN.")
+        found[name][need] = value
 
 
-def _drawn(task: Task, output: Tensor, generator: torch.Generator) -> Tensor:
-    """Classes drawn from the model's own outputs; for a task that is no classification, random signs to project on."""
-    if task.loss_name == "cross_entropy":
-        return torch.multinomial(output.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(output.device)
-    signs = torch.randint(0, 2, tuple(output.shape), generator=generator) * 2 - 1
-    return signs.to(output)
+@torch.no_grad()
+def _inputs(data: curvature.Examples, names: list[str], batch_size: int) -> Statistics:
+    """The input statistics of modules that are called at least once."""
+    listeners = {name: _Listener(data.model.get_submodule(name.rpartition(".")[0])) for name in names}
+    hooks = [data.model.get_submodule(name.rpartition(".")[0]).register_forward_hook(listener)
+             for name, listener in listeners.items()]
+    for _ in data.outputs(batch_size):
+        pass
+    for hook in hooks:
+        hook.remove()
+    return {name: {"input_norm": listener.energy.sqrt(), "input_second_moment": listener.energy / listener.count}
+            for name, listener in listeners.items() if listener.count}
 
 
 def sees_inputs(model: nn.Module, name: str) -> bool:
@@ -143,10 +159,3 @@ class _Listener:
 
 def _rows(energy: Tensor) -> Tensor:
     return energy[None]
-
-
-def _listen(model: nn.Module, name: str) -> _Listener:
-    module = model.get_submodule(name.rpartition(".")[0])
-    listener = _Listener(module)
-    module.register_forward_hook(listener)
-    return listener

@@ -20,6 +20,7 @@ MADE: dict[str, list[dict[str, Any]]] = {
     "Prune": [{"sparsity": 0.5}, {"sparsity": 0.4, "score": "taylor", "pattern": "block 2x1", "allocation": "erk"},
               {"sparsity": 0.5, "score": "wanda", "pattern": "2:4", "where": "3"},
               {"allocation": [["3.weight", 0.5]], "score": "random", "every": 1}],
+    "Rounds": [{"sparsity": 0.5, "rounds": 3}, {"sparsity": 0.6, "rounds": 2, "score": "grasp", "allocation": "erk"}],
     "Quantize": [{}, {"bits": 3, "per": "tensor", "symmetric": False, "biases": "float32",
                       "allocation": [["7.weight", 8]]}],
     "Factorize": [{"rank": 2}, {"energy": 0.5}, {"budget": 0.7}, {"allocation": [["3.weight", 3]]}],

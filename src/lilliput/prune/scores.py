@@ -1,21 +1,25 @@
 """Scores: how much each weight matters. One plain function a paper, from a weight to a score >= 0 of its shape.
 
 Keyword-only arguments name the statistics that a score needs; `lilliput.calibrate.statistics` supplies them, each
-broadcastable to the weight.
+broadcastable to the weight. `data_needed` says whether that takes labels, inputs alone, or no data.
+
+Notation: w a weight, g the gradient of the mean loss in it, H the Hessian of that loss.
 """
 
 import inspect
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from lilliput.calibrate import TAKEN_FROM
 from lilliput.errors import near
 
 Score = Callable[..., Tensor]
 
 
 def magnitude(weight: Tensor) -> Tensor:
-    """|w|.
+    """|w|. Needs no data.
 
     Source: Han, Pool, Tran and Dally, Learning both weights and connections for efficient neural networks, NIPS 2015,
     arXiv:1506.02626, section 3.1.
@@ -23,13 +27,31 @@ def magnitude(weight: Tensor) -> Tensor:
     return weight.abs()
 
 
+def lamp(weight: Tensor) -> Tensor:
+    """w_u^2 / sum of w_v^2 over the weights of the same tensor that are not smaller, u itself included: a tensor's
+    largest weight scores 1, so one threshold over all tensors (allocation="global") prunes each as far as it can bear.
+    Of equal weights the first in C order scores lowest. Needs no data.
+
+    Source: Lee, Park, Mo, Ahn and Shin, Layer-adaptive sparsity for the magnitude-based pruning, ICLR 2021,
+    arXiv:2010.07611, the definition of the LAMP score in section 2.
+
+    >>> lamp(torch.tensor([1.0, 2.0, 0.0, -3.0]))
+    tensor([0.0714, 0.3077, 0.0000, 1.0000])
+    """
+    squares, order = weight.flatten().double().square().sort(stable=True)
+    tail = squares.flip(0).cumsum(0).flip(0)
+    ranked = torch.where(squares > 0, squares / tail, 0.0)
+    return torch.empty_like(ranked).scatter_(0, order, ranked).view_as(weight).to(weight.dtype)
+
+
 def random(weight: Tensor, *, noise: Tensor) -> Tensor:
-    """Uniform noise: the baseline that every other score has to beat."""
+    """Uniform noise: the baseline that every other score has to beat. Needs no data."""
     return noise.expand_as(weight)
 
 
 def taylor(weight: Tensor, *, gradient: Tensor) -> Tensor:
-    """|g w|: the change of the loss, to first order, when w becomes zero; g is its root mean square over batches.
+    """|g w|: the change of the loss, to first order, when w becomes zero; g is its root mean square over batches. Needs
+    labels; without them, some drawn from the model's outputs.
 
     Source: Molchanov, Mallya, Tyree, Frosio and Kautz, Importance estimation for neural network pruning, CVPR 2019,
     arXiv:1906.10771, equation 8 (its square root).
@@ -37,9 +59,93 @@ def taylor(weight: Tensor, *, gradient: Tensor) -> Tensor:
     return (gradient * weight).abs()
 
 
+def taylor2(weight: Tensor, *, mean_gradient: Tensor, curvature: Tensor) -> Tensor:
+    """|g w - h w^2 / 2|: the change of the loss, to second order, when w becomes zero; h is the diagonal of H in its
+    Gauss-Newton approximation. The paper writes the whole row of H times all weights; setting one weight to zero moves
+    along the diagonal alone. Needs labels.
+
+    Source: Molchanov, Mallya, Tyree, Frosio and Kautz, Importance estimation for neural network pruning, CVPR 2019,
+    arXiv:1906.10771, section 3 (second-order expansion, its square root).
+    """
+    return (mean_gradient * weight - curvature * weight.square() / 2).abs()
+
+
+def saliency(weight: Tensor, *, mean_gradient: Tensor) -> Tensor:
+    """|w g|: as `taylor`, but gradients of unlike examples cancel, as they do in the step that training would take.
+    Needs labels.
+
+    Source: Lee et al., JaxPruner: a concise library for sparsity research, 2023, arXiv:2304.14082 (saliency pruning).
+    """
+    return (weight * mean_gradient).abs()
+
+
+def snip(weight: Tensor, *, mean_gradient: Tensor) -> Tensor:
+    """|dL/dc| at c = 1, with c w in the place of w: how much the loss feels the connection. That is |w g|, the formula
+    of `saliency`; the paper takes it once, before any training, and divides by the sum over all weights, which changes
+    no order. Needs labels.
+
+    Source: Lee, Ajanthan and Torr, SNIP: single-shot network pruning based on connection sensitivity, ICLR 2019,
+    arXiv:1810.02340, equations 4 and 5.
+    """
+    return (weight * mean_gradient).abs()
+
+
+def grasp(weight: Tensor, *, hessian_gradient: Tensor) -> Tensor:
+    """Keeps the weights whose removal would reduce the gradient's norm most: w (H g) is half of what ||g||^2 loses, to
+    first order, when w becomes zero. The paper's score is S = -w (H g), of which the highest are removed; here the
+    highest w (H g) stay. Signed, and made positive by `rising`. Needs labels.
+
+    Source: Wang, Zhang and Grosse, Picking winning tickets before training by preserving gradient flow, ICLR 2020,
+    arXiv:2002.07376, equation 8.
+    """
+    return rising(weight * hessian_gradient)
+
+
+def synflow(weight: Tensor, *, flow: Tensor) -> Tensor:
+    """|w| dR/d|w|: the share of the whole flow R that passes through w when every input is one and every weight counts
+    by its magnitude. Layers conserve it: it sums to the same in each. Meant for many rounds, each on what the last one
+    left: see `lilliput.prune.rounds.Rounds`. Needs one input, of which only the shape counts.
+
+    Source: Tanaka, Kunin, Yamins and Ganguli, Pruning neural networks without any data by iteratively conserving
+    synaptic flow, NeurIPS 2020, arXiv:2006.05467, section 6, theorems 1 and 2.
+    """
+    return weight.abs() * flow
+
+
+def obd(weight: Tensor, *, curvature: Tensor) -> Tensor:
+    """Optimal brain damage, h w^2 / 2: what the loss gains when w becomes zero at a minimum, other weights held. h is
+    the diagonal of H in the Gauss-Newton approximation, as in the paper: the Fisher information of labels drawn from
+    the model. Needs inputs.
+
+    Source: LeCun, Denker and Solla, Optimal brain damage, NIPS 1989, section 2.2.
+    """
+    return curvature * weight.square() / 2
+
+
+def woodfisher(weight: Tensor, *, inverse_fisher: Tensor) -> Tensor:
+    """Optimal brain surgeon, w^2 / (2 [F^-1]_ww): what the loss gains when w becomes zero at a minimum and the other
+    weights of its block make up for it as well as they can. F is the damped empirical Fisher information, in blocks of
+    32 weights. Needs labels.
+
+    Source: Singh and Alistarh, WoodFisher: efficient second-order approximation for neural network compression, NeurIPS
+    2020, arXiv:2004.14340, section 4, equations 2 and 3; Hassibi and Stork, Optimal brain surgeon, NIPS 1992.
+    """
+    return weight.square() / (2 * inverse_fisher)
+
+
+def movement(weight: Tensor, *, movement: Tensor) -> Tensor:
+    """-sum of w g over the steps of a training: high where weights move away from zero, whatever their size. Signed,
+    and made positive by `rising`. Gathered while training (`lilliput.calibrate.RUNNING`); needs labels.
+
+    Source: Sanh, Wolf and Rush, Movement pruning: adaptive sparsity by fine-tuning, NeurIPS 2020, arXiv:2005.07683,
+    section 4.
+    """
+    return rising(movement).expand_as(weight)
+
+
 def wanda(weight: Tensor, *, input_norm: Tensor) -> Tensor:
     """|w| ||x||_2, with ||x||_2 the norm of the input feature that w multiplies. The paper compares within each output:
-    pattern="even".
+    pattern="even". Needs inputs.
 
     Source: Sun, Liu, Bair and Kolter, A simple and effective pruning approach for large language models, ICLR 2024,
     arXiv:2306.11695, equation 1.
@@ -47,7 +153,45 @@ def wanda(weight: Tensor, *, input_norm: Tensor) -> Tensor:
     return weight.abs() * input_norm
 
 
-SCORES: dict[str, Score] = {score.__name__: score for score in (magnitude, random, taylor, wanda)}
+def ria(weight: Tensor, *, input_norm: Tensor) -> Tensor:
+    """(|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|) ||x_j||_2^(1/2): relative importance and activations. Each weight
+    is seen beside those of its input and those of its output, so that no row or column goes as a whole. Needs inputs.
+
+    Source: Zhang, Bai, Lin, Zhao, Hou and Cannistraci, Plug-and-play: an efficient post-training pruning method for
+    large language models, ICLR 2024 (relative importance and activations, with its power a = 1/2).
+    """
+    size = weight.abs().reshape(len(weight), -1)
+    tiny = torch.finfo(size.dtype).tiny
+    relative = size / size.sum(0, keepdim=True).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)
+    return relative.view_as(weight) * input_norm.sqrt()
+
+
+def rising(signed: Tensor, least: float = 1e-40) -> Tensor:
+    """Signed scores as positive ones in the same order, in float64: s > 0 stays s, s < 0 becomes least / |s|. (Where
+    scores are pooled over a block, negative ones count as nothing.) f(s) = (s + (s^2 + 4 least)^(1/2)) / 2.
+
+    >>> rising(torch.tensor([-2.0, -1.0, 3.0])).tolist()
+    [5e-41, 1e-40, 3.0]
+    """
+    s = signed.double()
+    root = (s.square() + 4 * least).sqrt()
+    return torch.where(s > 0, (s + root) / 2, 2 * least / (root - s))
+
+
+SCORES: dict[str, Score] = {score.__name__: score for score in (
+    magnitude, random, lamp, taylor, taylor2, saliency, snip, grasp, synflow, obd, woodfisher, movement, wanda, ria)}
+
+
+def data_needed(score: str | Score) -> str:
+    """What a score's statistics are taken from: "none", "inputs", or "labels" (which imply inputs).
+
+    Raises ValueError for an unknown name.
+
+    >>> data_needed("magnitude"), data_needed("wanda"), data_needed(snip)
+    ('none', 'inputs', 'labels')
+    """
+    function = lookup(score) if isinstance(score, str) else score
+    return max((TAKEN_FROM[need] for need in needs(function)), key=("none", "inputs", "labels").index, default="none")
 
 
 def lookup(name: str) -> Score:
