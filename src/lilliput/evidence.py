@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ def scripts() -> dict[str, Path]:
 def _load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"evidence_{path.stem}", path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # so that a pool finds its functions
     spec.loader.exec_module(module)
     return module
 
