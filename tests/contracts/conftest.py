@@ -24,6 +24,7 @@ MADE: dict[str, list[dict[str, Any]]] = {
     "Quantize": [{}, {"bits": 3, "per": "tensor", "symmetric": False, "biases": "float32",
                       "allocation": [["7.weight", 8]]}],
     "Factorize": [{"rank": 2}, {"energy": 0.5}, {"budget": 0.7}, {"allocation": [["3.weight", 3]]}],
+    "Seam": [{"classes": [0, 1, 2, 3], "steps": 3}, {"classes": [0, 1, 2, 3], "steps": 3, "pattern": "channel"}],
     "Features": [{"paths": ["0", "3"]}],
 }
 

@@ -1,0 +1,395 @@
+"""SeaM: keep of a trained network what a part of its classes needs, by a gradient search over masks."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lilliput.code.base import attach, parameter_names, realize, theta
+from lilliput.code.masked import Masked
+from lilliput.graph import slicing
+from lilliput.graph.channels import groups
+from lilliput.graph.empty import MIXERS, remove_empty
+from lilliput.graph.fold import fold_batchnorm
+from lilliput.prune import patterns
+from lilliput.prune.masks import masks, prunable
+from lilliput.stage import Reference, Stage, on
+from lilliput.task import METRICS, Batch, Task, call, take
+
+Masks = dict[str, Tensor]
+
+
+class Reused(nn.Sequential):
+    """A network and the head that answers the sub-problem: head(relu(body(x))), (n, ...) -> (n, classes)."""
+
+    body: nn.Module
+    relu: nn.Module
+    head: nn.Linear
+
+    def __init__(self, body: nn.Module, head: nn.Linear) -> None:
+        super().__init__(OrderedDict(body=body, relu=nn.ReLU(), head=head))
+
+
+class ReusedInputs(Reused):
+    """The same for a network of several inputs, by place or by name."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = self.head(self.relu(self.body(*args, **kwargs)))
+        return y
+
+
+class _Binary(torch.autograd.Function):
+    """1 where s > 0, else 0; backward as if it were s, clipped to [-1, 1]."""
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor) -> Tensor:
+        return (s > 0).to(s.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> Tensor:
+        return gradient[0].clamp(-1, 1)
+
+
+def binary(s: Tensor) -> Tensor:
+    """1 where s > 0, else 0, with a straight-through gradient.
+
+    >>> binary(torch.tensor([0.5, -0.5, 0.0]))
+    tensor([1., 0., 0.])
+    """
+    made: Tensor = _Binary.apply(s)  # type: ignore[no-untyped-call]
+    return made
+
+
+@dataclass(frozen=True)
+class Seam(Stage):
+    """Masks found by gradient: of frozen weights W only those stay that the classes asked for need.
+
+    W_m = W * m, m = 1 where s > 0 else 0. The scores s are trained, together with a small linear head on the network's
+    outputs, to lower
+
+        L = CE(head(relu(f(x; W_m))), y) + alpha * R,    R = sum(m) / count(m), the weight retention rate,
+
+    over the sub-problem's examples; the gradient passes the threshold straight through, clipped to [-1, 1]. Of the
+    masks seen every `every` steps those of the lowest R stay whose validation score is no lower than the full
+    network's among these classes; where no masks reach that, those of the highest score minus R.
+
+    A weight's share of alpha R is alpha / count(m): the larger the network and the fewer the steps, the larger alpha
+    (the paper's one to two go with hundreds of epochs).
+
+    classes: the outputs to keep, in the order of the new labels. rest: one more label for every other class (classes=
+    (7,), rest=True is binary: 7 or not). pattern: "elements" (the paper's) masks single weights, and a bias goes with
+    the last weight of its output; "channel" masks whole channels of coupled layers, both where they are made and where
+    they are read. start: "ones" (the paper's), where all scores fall to the threshold together and those that are
+    missed come back, or "magnitude", where scores start at the ranks of |W| in (0, 1] and fall one after the other:
+    far fewer steps. lr: of the scores, head_lr: of the head, both falling to zero by half a cosine. where: the weights
+    that may go.
+
+    The result is a `Reused` with `Masked` weights in eval mode, batch norms folded. `remove_empty` makes a smaller
+    plain module of it; `reuse` does both.
+
+    Raises ValueError for classes that are repeated, unknown, or fewer than two labels, and for settings out of range.
+
+    >>> x, y = torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8)
+    >>> task = Task("eye", (x, y), (x, y), batch_size=16)
+    >>> net = nn.Linear(4, 4); net.weight.data, net.bias.data = 4 * torch.eye(4) + 0.01, torch.zeros(4)
+    >>> small = Seam(classes=(1, 2), steps=60)(net, task, None)
+    >>> retention(small) < 0.5, subproblem(task, (1, 2)).score(small).value
+    (True, 1.0)
+
+    Source: Qi, Sun, Gao, Zhang, Li and Liu, Reusing deep neural network models through model re-engineering, ICSE 2023,
+    arXiv:2304.00245; threshold, clipping, head, the norms' fixed statistics and the choice among masks as in the
+    authors' code (github.com/qibinhang/SeaM). There a bias has a mask of its own, and every fifth epoch trains the head
+    alone. The channel pattern, the start by magnitude and the falling learning rate are ours.
+    """
+
+    classes: tuple[int, ...]
+    rest: bool = False
+    steps: int = 400
+    alpha: float = 4.0
+    lr: float = 0.05
+    head_lr: float = 0.01
+    pattern: str = "elements"
+    start: str = "magnitude"
+    where: str = "*"
+    every: int = 20
+    batch_size: int | None = None
+    seed: int = 0
+
+    structural: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check(self.classes, self.rest, "Seam")
+        if self.steps < 1 or self.every < 1:
+            raise ValueError(f"Seam: steps and every must be at least 1, got {self.steps} and {self.every}.")
+        if not (self.alpha >= 0 and self.lr > 0 and self.head_lr > 0):
+            raise ValueError(f"Seam: alpha must be at least 0 and lr and head_lr above 0, got alpha={self.alpha:g}, "
+                             f"lr={self.lr:g}, head_lr={self.head_lr:g}.")
+        if self.pattern not in ("elements", "channel"):
+            raise ValueError(f"Seam: pattern must be 'elements' or 'channel', got {self.pattern!r}.")
+        if self.start not in ("ones", "magnitude"):
+            raise ValueError(f"Seam: start must be 'ones' or 'magnitude', got {self.start!r}.")
+
+    def __call__(self, model: nn.Module, task: Task, reference: Reference | None) -> nn.Module:
+        device = torch.device("cpu") if reference is None else reference.device
+        sub, example = subproblem(task, self.classes, self.rest), on(task.example, device)
+        plain = realize(model).to(device)
+        flags = {name: p.requires_grad for name, p in plain.named_parameters()}
+        body = fold_batchnorm(plain, example).eval().requires_grad_(False)
+        head = _head(body, example, self.classes, self.rest).to(device)
+        net = Reused(body, head) if isinstance(example, Tensor) else ReusedInputs(body, head)
+        names, left = prunable(body, self.where, patterns.parse("elements"), "Seam")
+        if not names:
+            raise ValueError(f"Seam: some weight must be free to go, got none of {list(left)[:3]}: "
+                             f"{next(iter(left.values()), '')}.")
+        scores, masked = (_elements if self.pattern == "elements" else _channels)(body, example, names, self.start)
+        optimizer = torch.optim.Adam([{"params": list(scores.values()), "lr": self.lr},
+                                      {"params": list(net.head.parameters()), "lr": self.head_lr}])
+        falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        floor, best = sub.score(restricted(body, self.classes, self.rest)).value, (False, -math.inf)
+        for step, batch in enumerate(sub.batches(self.steps, self.seed, self.batch_size), 1):
+            entropy, rate = terms(net, masked(), names, sub, batch)
+            optimizer.zero_grad()
+            (entropy + self.alpha * rate).backward()
+            optimizer.step()
+            falling.step()
+            if step % self.every == 0 or step == self.steps:
+                with torch.no_grad():
+                    m = masked()
+                    lost, kept = sub.loss_of(floor, sub.score(under(net, m)).value), float(_rate(body, m, names))
+                rank = (lost <= 0, -kept if lost <= 0 else -lost - kept)
+                if rank >= best:
+                    best, found = rank, (m, {key: value.clone() for key, value in net.head.state_dict().items()})
+        net.head.load_state_dict(found[1])
+        _attach(net, found[0])
+        for name in parameter_names(net.body):
+            theta(net.body, name).requires_grad_(flags.get(name, True))
+        return net.cpu().eval()
+
+
+def terms(net: Reused, m: Masks, names: Collection[str], sub: Task, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The two terms of the loss: the cross entropy of a batch under masks m, and the weight retention rate R."""
+    device = net.head.weight.device
+    output = call(under(net, m), on(batch.inputs, device))
+    labels = None if batch.targets is None else batch.targets.to(device)
+    return sub.supervised(output, replace(batch, targets=labels)), _rate(net.body, m, names)
+
+
+def subproblem(task: Task, classes: tuple[int, ...], rest: bool = False) -> Task:
+    """The task of telling some of a task's classes apart: their examples, relabelled 0, 1, ... in the order given.
+
+    rest: the others are one more class, the last, with as many examples as each of these has on average, evenly from
+    all others (of each split).
+
+    Raises ValueError for classes that are repeated, not in the task, or fewer than two labels; TypeError for a task
+    without class labels.
+
+    >>> x, y = torch.arange(12.0)[:, None], torch.arange(12) % 4
+    >>> subproblem(Task("four", (x, y), (x, y)), (3, 1)).split("train")[1]
+    tensor([1, 0, 1, 0, 1, 0])
+    """
+    _check(classes, rest, "subproblem")
+    if task.loss_name != "cross_entropy":
+        raise TypeError(f"subproblem: the task must have class labels and the loss 'cross_entropy', got "
+                        f"{task.loss_name!r}. Make the Task of the sub-problem by hand.")
+    parts = {}
+    for name in filter(task.has, ("train", "val", "test")):
+        inputs, targets = task.split(name)
+        if targets is None or targets.dim() != 1:
+            raise TypeError(f"subproblem: {name} must have one class label an example. Give the task labelled data.")
+        known = targets.unique().tolist()
+        for label in classes:
+            if label not in known:
+                raise ValueError(f"subproblem: classes must be labels of the task, got {label}, which no {name} "
+                                 f"example has. Choose from {known}.")
+        index = torch.cat([(targets == label).nonzero().flatten() for label in classes])
+        if rest:
+            if len(known) == len(set(classes)):
+                raise ValueError(f"subproblem: rest=True needs other classes, got all of {known}. Name fewer, or leave "
+                                 "rest out.")
+            index = torch.cat([index, _evenly(targets, set(known) - set(classes), round(len(index) / len(classes)))])
+        index = index.sort().values
+        labels = torch.full((max(known) + 1,), len(classes))
+        labels[torch.tensor(classes)] = torch.arange(len(classes))
+        parts[name] = (take(inputs, index), labels[targets[index]])
+    metric: Any = task.metric_name if METRICS.get(task.metric_name, (None,))[0] is task.metric else task.metric
+    about = " ".join(map(str, classes)) + (" or another" if rest else "")
+    return Task(f"{task.name}: {about}", parts["train"], parts["val"], parts.get("test"), "cross_entropy", metric,
+                higher_is_better=task.higher_is_better, augment=task.augment, draws=task.draws,
+                batch_size=task.batch_size)
+
+
+def _evenly(targets: Tensor, others: Collection[int], count: int) -> Tensor:
+    """`count` positions, as many of each of the other classes as can be."""
+    ranked = [(targets == label).nonzero().flatten() for label in sorted(others)]
+    rounds = [own[i : i + 1] for i in range(max(map(len, ranked))) for own in ranked]
+    return torch.cat(rounds)[:count]
+
+
+def restricted(model: nn.Module, classes: tuple[int, ...], rest: bool = False) -> Callable[..., Tensor]:
+    """The full network as an answer to the sub-problem: its outputs for these classes, and the largest other one."""
+    def answer(*args: Any, **kwargs: Any) -> Tensor:
+        outputs = model(*args, **kwargs)
+        others = [i for i in range(outputs.shape[-1]) if i not in classes]
+        chosen: Tensor = outputs[:, list(classes)]
+        return torch.cat([chosen, outputs[:, others].amax(1, keepdim=True)], 1) if rest else chosen
+
+    return answer
+
+
+def retention(model: nn.Module) -> float:
+    """The weight retention rate of a masked network: kept weights over all weights of its masked matrices.
+
+    >>> net = nn.Linear(4, 1)
+    >>> attach(net, "weight", Masked(torch.tensor([[True, False, False, False]])))
+    >>> retention(net)
+    0.25
+    """
+    seen = [code.mask for code in masks(model).values() if code.mask.dim() > 1]
+    return sum(int(mask.sum()) for mask in seen) / max(1, sum(mask.numel() for mask in seen))
+
+
+def reuse(model: nn.Module, task: Task, classes: tuple[int, ...], rest: bool = False, **settings: Any
+          ) -> tuple[nn.Module, Task]:
+    """A smaller plain network for some of the classes, and their task: what `shrink` and `compile` take.
+
+    settings: those of `Seam`.
+
+    >>> x, y = torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8)
+    >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> small, sub = reuse(net, Task("eye", (x, y), (x, y)), (1, 2), steps=5)
+    >>> small(sub.example).shape
+    torch.Size([1, 2])
+    """
+    found = Seam(classes, rest, **settings)(model, task, None)
+    return remove_empty(found, task.example), subproblem(task, classes, rest)
+
+
+def _check(classes: tuple[int, ...], rest: bool, who: str) -> None:
+    if not all(isinstance(label, int) and not isinstance(label, bool) and label >= 0 for label in classes):
+        raise ValueError(f"{who}: classes must be whole numbers from 0 up, the labels to keep, got {classes!r}.")
+    if len(set(classes)) < len(classes):
+        raise ValueError(f"{who}: classes must differ, got {classes!r}. Name each once.")
+    if len(classes) + rest < 2:
+        raise ValueError(f"{who}: there must be two labels to tell apart, got classes={classes!r}. Name another class, "
+                         "or tell one class from all others with rest=True.")
+
+
+def _head(body: nn.Module, example: Any, classes: tuple[int, ...], rest: bool) -> nn.Linear:
+    """(outputs -> classes): starts as the slice of these classes, and the sum of the others where there is a rest."""
+    with torch.no_grad():
+        shape = call(body, example).shape
+    if len(shape) != 2 or max(classes) >= shape[1]:
+        raise ValueError(f"Seam: classes must be below the network's number of outputs, got {classes} for outputs of "
+                         f"shape {tuple(shape)}. Choose from 0 to {shape[-1] - 1}.")
+    head = nn.Linear(shape[1], len(classes) + rest)
+    with torch.no_grad():
+        head.bias.zero_()
+        head.weight.fill_(0.0)
+        for row, label in enumerate(classes):
+            head.weight[row, label] = 1.0
+        if rest:
+            head.weight[-1] = (head.weight[:-1].sum(0) == 0).float()
+    return head
+
+
+def _scores(sizes: Masks, start: str) -> Masks:
+    """Where the search starts: at one, or at the rank of each magnitude among all of them, in (0, 1]."""
+    flat = torch.cat([size.detach().flatten() for size in sizes.values()])
+    ranks = torch.ones_like(flat)
+    if start == "magnitude":
+        ranks[flat.argsort(stable=True)] = torch.arange(1, len(flat) + 1).to(flat) / len(flat)
+    parts = ranks.split([size.numel() for size in sizes.values()])
+    return {name: part.view_as(size).clone().requires_grad_() for (name, size), part in
+            zip(sizes.items(), parts, strict=True)}
+
+
+def _elements(body: nn.Module, example: Any, names: list[str], start: str) -> tuple[Masks, Callable[[], Masks]]:
+    """A score for every weight; the masks also switch off the bias of an output that has no weight left."""
+    scores = _scores({name: body.get_parameter(name).abs() for name in names}, start)
+    biases = {}
+    for name in names:
+        path = name.rpartition(".")[0]
+        layer = body.get_submodule(path)
+        if isinstance(layer, (nn.Linear, *slicing.CONVS)) and layer.bias is not None:
+            biases[name] = f"{path}.bias" if path else "bias"
+
+    def masked() -> Masks:
+        found = {name: binary(s) for name, s in scores.items()}
+        return found | {bias: found[name].flatten(1).amax(1) for name, bias in biases.items()}
+
+    return scores, masked
+
+
+def _channels(body: nn.Module, example: Any, names: list[str], start: str) -> tuple[Masks, Callable[[], Masks]]:
+    """A score for every channel of every group; the masks cover what makes it and what reads it."""
+    allowed = set(names)
+    sizes: Masks = {}
+    places: list[tuple[str, int, Tensor, str, Tensor]] = []
+    for group in groups(body, example):
+        layers = {part.layer: body.get_submodule(part.layer) for part in group.parts}
+        weights = [f"{path}.weight" if path else "weight" for path, layer in layers.items()
+                   if isinstance(layer, slicing.MAPS)]
+        fits = not any(isinstance(layer, MIXERS) or slicing.partitions(layer) > 1 for layer in layers.values())
+        if not group.removable or not fits or not allowed.issuperset(weights):
+            continue
+        sizes[group.name] = torch.zeros(group.size, device=next(body.parameters()).device)
+        for part in group.parts:
+            layer = layers[part.layer]
+            for tensor, value in layer.named_parameters(recurse=False):
+                dim = slicing.channels(layer, part.side, tensor)
+                if dim is not None and not (isinstance(layer, nn.PReLU) and layer.num_parameters == 1):
+                    energy = value.square().transpose(0, dim).flatten(1).sum(1) if value.dim() > 1 else value * 0
+                    share = energy[torch.tensor(part.index)] / energy.sum().clamp_min(1e-12)
+                    sizes[group.name].index_add_(0, torch.tensor(part.channel), share * group.size)
+                    places.append((f"{part.layer}.{tensor}" if part.layer else tensor, dim, torch.tensor(part.index),
+                                   group.name, torch.tensor(part.channel)))
+    if not sizes:
+        raise ValueError("Seam: pattern 'channel' needs a group of channels that can go, got none. Use "
+                         "pattern='elements'.")
+    scores = _scores(sizes, start)
+
+    def masked() -> Masks:
+        gates = {name: binary(s) for name, s in scores.items()}
+        found: Masks = {}
+        for name, dim, index, group, channel in places:
+            shape = body.get_parameter(name).shape
+            gate = gates[group].new_ones(shape[dim]).index_put((index,), gates[group][channel])
+            m = found.get(name)
+            factor = gate.view(-1, *(1,) * (len(shape) - dim - 1))
+            found[name] = factor.expand(shape) if m is None else m * factor
+        return found
+
+    return scores, masked
+
+
+def under(net: Reused, m: Masks) -> Callable[..., Tensor]:
+    """The network under masks."""
+    held = {f"body.{name}": net.body.get_parameter(name) * mask for name, mask in m.items()}
+
+    def answer(*args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = functional_call(net, held, args, kwargs)
+        return output
+
+    return answer
+
+
+def _rate(body: nn.Module, m: Masks, names: Collection[str]) -> Tensor:
+    """R: kept weights over all; those without a mask are kept."""
+    total = sum(body.get_parameter(name).numel() for name in names)
+    kept = [m[name].sum() if name in m else torch.tensor(float(body.get_parameter(name).numel())) for name in names]
+    return torch.stack(kept).sum() / total
+
+
+def _attach(net: Reused, m: Masks) -> None:
+    """Masks as codes; made full and narrowed then, so that the weights behind them stay what they are."""
+    for name, mask in m.items():
+        code = Masked(torch.ones_like(mask, dtype=torch.bool))
+        attach(net, f"body.{name}", code)
+        code.mask.copy_(mask > 0)
+
+
