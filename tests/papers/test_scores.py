@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,7 +150,7 @@ def test_rounds_avoid_the_collapse_of_a_layer() -> None:
                         nn.Linear(60, 3, bias=False))
     x = torch.randn(4, 8)
     task, total = Task("inputs", x, x), sum(p.numel() for p in net.parameters())
-    pruned = Rounds(1 - 40 / total, rounds=40)(net, task, None)
+    pruned = Rounds(1 - 40 / total, rounds=25)(net, task, None)
     kept = [int((pruned[i].weight != 0).sum()) for i in (0, 2, 4)]
     assert sum(kept) == 40 and min(kept) >= 5, kept
     assert float(pruned(x).detach().abs().sum()) > 0
@@ -205,14 +207,14 @@ def test_second_order_taylor_is_exact_on_a_quadratic_away_from_its_minimum() -> 
 def test_curvature_is_the_gauss_newton_diagonal_of_a_likelihood(loss: str) -> None:
     """For one layer of logits the Hessian is the Gauss-Newton matrix: drawn labels estimate its diagonal."""
     torch.manual_seed(0)
-    net, x = nn.Linear(3, 4 if loss == "cross_entropy" else 1), torch.randn(1, 3).repeat(1000, 1)
-    y = torch.arange(1000) % 2
+    net, x = nn.Linear(3, 4 if loss == "cross_entropy" else 1), torch.randn(1, 3).repeat(500, 1)
+    y = torch.arange(500) % 2
     task = Task("logits", (x, y), (x, y), None, loss, "accuracy")
-    found = statistics(net, task, ["weight"], ["curvature"], examples=1000)
+    found = statistics(net, task, ["weight"], ["curvature"], examples=500)
     _, hessian = dense(net, ["weight"], lambda f: task.loss(f(x[:1].double()), y[:1]))
-    torch.testing.assert_close(together(found, "curvature"), hessian.diagonal(), rtol=0.2, atol=2e-3)
+    torch.testing.assert_close(together(found, "curvature"), hessian.diagonal(), rtol=0.25, atol=3e-3)
     other = Task("labels do not matter", (x, 1 - y), (x, y), None, loss, "accuracy")
-    assert torch.equal(together(statistics(net, other, ["weight"], ["curvature"], examples=1000), "curvature"),
+    assert torch.equal(together(statistics(net, other, ["weight"], ["curvature"], examples=500), "curvature"),
                        together(found, "curvature"))
 
 
@@ -339,8 +341,8 @@ MEASURED = [name for name in scores.SCORES if name != "movement"]
 @pytest.mark.parametrize("labels", [True, False])
 @pytest.mark.parametrize("score", MEASURED)
 def test_prune_takes_every_score_once_and_while_training(score: str, labels: bool) -> None:
-    net, x = deep(), torch.randn(20, 2, 6, 6)
-    task = Task("images", (x, torch.arange(20) % 3) if labels else x, x)
+    net, x = deep(), torch.randn(9, 2, 6, 6)
+    task = Task("images", (x, torch.arange(9) % 3) if labels else x, x)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     pruned = Prune(0.5, score=score)(net, task, None)
     total = sum(p.numel() for name, p in net.named_parameters() if p.dim() > 1)
@@ -351,7 +353,7 @@ def test_prune_takes_every_score_once_and_while_training(score: str, labels: boo
     with Prune(0.5, score=score, every=1).attached(net, adam, steps=2, task=task):
         for _ in range(2):
             adam.zero_grad()
-            F.cross_entropy(net(x), torch.arange(20) % 3).backward()
+            F.cross_entropy(net(x), torch.arange(9) % 3).backward()
             adam.step()
     assert sum(int((~code.mask).sum()) for chain in codes(net).values() for code in chain) == total // 2
 
@@ -373,8 +375,8 @@ class Words(nn.Module):
 @pytest.mark.parametrize("score", MEASURED)
 def test_tokens_attention_and_recurrence(score: str) -> None:
     torch.manual_seed(0)
-    net, x = Words().eval(), torch.randint(0, 11, (12, 5))
-    pruned = Prune(0.5, score=score)(net, Task("words", (x, torch.arange(12) % 3), x), None)
+    net, x = Words().eval(), torch.randint(0, 11, (6, 5))
+    pruned = Prune(0.5, score=score)(net, Task("words", (x, torch.arange(6) % 3), x), None)
     assert sum(int((~code.mask).sum()) for chain in codes(pruned).values() for code in chain) > 0
 
 
@@ -438,3 +440,13 @@ def test_layers_of_one_channel_frozen_and_unused_weights() -> None:
     for need in ("gradient", "mean_gradient", "hessian_gradient", "curvature", "flow"):
         assert not found["unused.weight"][need].any() and found["say.weight"][need].any(), need
     assert not net.say.weight.requires_grad
+
+
+def test_the_page_lists_every_score_with_the_data_it_needs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "prune" / "scores.md").read_text(encoding="utf-8")
+    table = page[page.index("## All of them"):page.index("## In rounds")]
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (\w+) \|[^|]*\|$", table, re.MULTILINE))
+    assert rows == {name: scores.data_needed(name) for name in scores.SCORES}
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    exec(code, {})
+    assert all(f"`{name}`" in page for name in KNOWN)

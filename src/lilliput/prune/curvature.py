@@ -168,7 +168,7 @@ def fisher_blocks(examples: Examples, parameters: Parameters, size: int = 32) ->
     waiting: list[tuple[Tensor, ...]] = []
     for i, (loss, _) in enumerate(examples.losses(1)):
         waiting.append(gradients(loss, parameters))
-        if len(waiting) * values >= 2**22 or i == count - 1:
+        if len(waiting) * values >= 2**25 or i == count - 1:
             for block, *of_each in zip(blocks.values(), *waiting, strict=True):
                 g = torch.stack([part.flatten() for part in of_each]).double()
                 g = F.pad(g, (0, block.shape[0] * size - g.shape[1])).view(len(g), -1, size)
@@ -243,7 +243,7 @@ def flow(model: nn.Module, example: Any, names: list[str]) -> Parameters:
     """
     model = copy.deepcopy(model).double().requires_grad_(False)
     for path, parameter in model.named_parameters():
-        parameter.abs_()
+        parameter.copy_(parameter.abs())
         if "bias" in path.rpartition(".")[2]:
             parameter.zero_()
     for path, buffer in model.named_buffers():
