@@ -200,7 +200,8 @@ def inverse_fisher(examples: Examples, parameters: Parameters, size: int = 32, d
         while names and sum(parameters[n].numel() for n in [*group, names[0]]) * size * 8 <= HELD_BYTES:
             group.append(names.pop(0))
         for name, blocks in fisher_blocks(examples, {n: parameters[n] for n in group}, size).items():
-            parts = [inverse(part, damp).diagonal(dim1=1, dim2=2) for part in blocks.split(4096)]
+            # Copies: a diagonal alone would hold on to the whole inverse.
+            parts = [inverse(part, damp).diagonal(dim1=1, dim2=2).clone() for part in blocks.split(4096)]
             p = parameters[name]
             found[name] = torch.cat(parts).flatten()[: p.numel()].view_as(p).to(p)
     return found
