@@ -59,7 +59,7 @@ def statistics(model: nn.Module, task: Task | None, names: Iterable[str], needs:
     for need in needs:
         if need == "movement":
             raise ValueError("statistics: movement must be gathered while training, but was asked for without one. "
-                             "Use a rule that gathers it, or score='saliency' for what one step would add.")
+                             "Use the rule lilliput.prune.movement.Movement, or score='saliency'.")
         if need not in KNOWN:
             raise ValueError(f"statistics: needs must be known statistics, got {need!r}. {near(need, KNOWN)}")
         if need in FROM_DATA and task is None:

@@ -135,7 +135,8 @@ def woodfisher(weight: Tensor, *, inverse_fisher: Tensor) -> Tensor:
 
 def movement(weight: Tensor, *, movement: Tensor) -> Tensor:
     """-sum of w g over the steps of a training: high where weights move away from zero, whatever their size. Signed,
-    and made positive by `rising`. Gathered while training (`lilliput.calibrate.RUNNING`); needs labels.
+    and made positive by `rising`. Gathered while training, as the rule `lilliput.prune.movement.Movement` does;
+    needs labels.
 
     Source: Sanh, Wolf and Rush, Movement pruning: adaptive sparsity by fine-tuning, NeurIPS 2020, arXiv:2005.07683,
     section 4.
