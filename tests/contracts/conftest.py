@@ -26,6 +26,7 @@ MADE: dict[str, list[dict[str, Any]]] = {
     "Factorize": [{"rank": 2}, {"energy": 0.5}, {"budget": 0.7}, {"allocation": [["3.weight", 3]]}],
     "Seam": [{"classes": [0, 1, 2, 3], "steps": 3}, {"classes": [0, 1, 2, 3], "steps": 3, "pattern": "channel"}],
     "Features": [{"paths": ["0", "3"]}],
+    "PatternLock": [{"least": 0.0}],
 }
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -85,3 +86,49 @@ class SentenceBert(nn.Module):
             x = layer(x, bias)
         mean = (x * kept[:, :, None]).sum(1) / kept.sum(1, keepdim=True).clamp_min(1.0)
         return F.normalize(mean, dim=1)
+
+
+class States(nn.Module):
+    """What chosen layers of an encoder say of every token: (n, length) ids and mask -> (n, len(layers), length, width).
+
+    layers count from 1; padding is zero. What a smaller encoder is distilled from.
+
+    >>> import torch
+    >>> net = States(SentenceBert(words=100, layers=2, width=8, heads=2, hidden=16), (1, 2))
+    >>> net(torch.tensor([[5, 7, 0]]), torch.tensor([[1, 1, 0]])).shape
+    torch.Size([1, 2, 3, 8])
+
+    Source: X. Jiao et al. TinyBERT. Findings of EMNLP 2020. arXiv:1909.10351, equation 8.
+    """
+
+    def __init__(self, encoder: SentenceBert, layers: tuple[int, ...]) -> None:
+        super().__init__()
+        self.encoder, self.chosen = encoder, layers
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        net = self.encoder
+        kept = attention_mask.to(net.word.weight.dtype)
+        x, found = net.norm(net.word(input_ids) + net.position.weight[: input_ids.shape[1]]), []
+        for layer in net.layers:
+            x = layer(x, (1 - kept)[:, None, None, :] * -1e9)
+            found.append(x * kept[:, :, None])
+        return torch.stack([found[i - 1] for i in self.chosen], 1)
+
+
+class Classifier(nn.Module):
+    """Classes of texts: a linear head on sqrt(width) times an encoder's unit vector, (n, length) -> (n, classes).
+
+    >>> import torch
+    >>> net = Classifier(SentenceBert(words=100, layers=1, width=8, heads=2, hidden=16), 3)
+    >>> net(torch.tensor([[5, 7, 0]]), torch.tensor([[1, 1, 0]])).shape
+    torch.Size([1, 3])
+    """
+
+    def __init__(self, encoder: SentenceBert, classes: int) -> None:
+        super().__init__()
+        width = encoder.word.embedding_dim
+        self.encoder, self.head, self.size = encoder, nn.Linear(width, classes), math.sqrt(width)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        y: Tensor = self.head(self.size * self.encoder(input_ids, attention_mask))
+        return y
