@@ -112,3 +112,9 @@ def harden_(model: nn.Module, name: str, mask: Tensor) -> None:
         parametrize.remove_parametrizations(module, attribute)
     module.get_parameter(attribute).requires_grad_(trains)
     attach(model, name, Masked(mask))
+
+
+def second(model: nn.Module, name: str) -> Tensor:
+    """What is trained beside the weights themselves: thresholds, gates."""
+    path, _, attribute = name.rpartition(".")
+    return model.get_parameter(f"{path}.parametrizations.{attribute}.original1".lstrip("."))
