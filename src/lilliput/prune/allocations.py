@@ -52,5 +52,18 @@ def global_(scores: Scores, sparsity: float) -> dict[str, float]:
     return {name: 1 - float(part.double().mean()) for name, part in zip(scores, parts, strict=True)}
 
 
+def normalized(scores: Scores, sparsity: float) -> dict[str, float]:
+    """`global_` after each tensor's scores are divided by their L2 norm, so that a small tensor, whose weights matter
+    more each, is not emptied because its weights are no larger.
+
+    Source: Lee, Park, Mitchell et al., JaxPruner, 2023, arXiv:2304.14082 (its global pruners).
+
+    >>> normalized({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([10.0, 11.0, 12.0, 13.0])}, 0.5)
+    {'a': 0.5, 'b': 0.5}
+    """
+    norms = {name: torch.linalg.vector_norm(score[score.isfinite()].double()) for name, score in scores.items()}
+    return global_({name: score.double() / norms[name].clamp_min(1e-30) for name, score in scores.items()}, sparsity)
+
+
 ALLOCATIONS: dict[str, Callable[[Scores, float], dict[str, float]]] = {
-    "uniform": uniform, "erk": erk, "global": global_}
+    "uniform": uniform, "erk": erk, "global": global_, "normalized": normalized}

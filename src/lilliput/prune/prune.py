@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lilliput.calibrate import FROM_DATA, Statistics, sees_inputs, statistics
+from lilliput.calibrate import FROM_DATA, RUNNING, Statistics, sees_inputs, statistics
 from lilliput.code.base import copy_model, holders, theta
 from lilliput.code.masked import Masked
 from lilliput.prune import patterns, scores
@@ -86,24 +86,26 @@ class Prune(Stage, Rule):
         names = self._attach(model)
         needs = set(scores.needs(scores.lookup(self.score)))
         state: State = {"sparsity": torch.zeros((), dtype=torch.float64)}
-        # The gradient is read from the training itself; the rest is measured once, before it.
-        if needs - {"gradient"}:
+        # What the training itself can gather is read from it; the rest is measured once, before it.
+        if once := needs - set(RUNNING):
             if task is None and needs & set(FROM_DATA):
                 raise ValueError(f"Prune: a task must be given for the score {self.score!r}, got None. Pass task=.")
-            for name, known in statistics(model, task, names, needs - {"gradient"}, seed=self.seed).items():
+            for name, known in statistics(model, task, names, once, seed=self.seed).items():
                 state |= {f"{need} {name}": value for need, value in known.items()}
         return state
 
     def on_grad(self, state: State, model: nn.Module, step: int, steps: int) -> State:
-        if "gradient" not in scores.needs(scores.lookup(self.score)):
+        gathered = set(scores.needs(scores.lookup(self.score))) & set(RUNNING)
+        if not gathered:
             return state
         state = dict(state)
         for name in self._masked(model):
-            gradient = theta(model, name).grad
-            if gradient is not None:
-                key = f"gradient {name}"
-                mean = state.get(key, torch.zeros_like(gradient))
-                state[key] = (0.9 * mean.square() + 0.1 * gradient.square()).sqrt()
+            weight = theta(model, name)
+            if weight.grad is not None:
+                for need in gathered:
+                    key = f"{need} {name}"
+                    held = state.get(key, torch.zeros_like(weight))
+                    state[key] = RUNNING[need](held, weight.detach(), weight.grad)
         return state
 
     def on_step(self, state: State, model: nn.Module, step: int, steps: int) -> State:
@@ -155,8 +157,8 @@ class Prune(Stage, Rule):
                 module, attribute = holders(model, name)[0]
                 weight = theta(model, name) if grow else getattr(module, attribute)
                 rated[name] = score(weight.float(), **known[name])
-                if not grow:
-                    rated[name] = rated[name] * masked[name].mask
+                if not grow:  # what is dropped goes first, before a kept weight that scores nothing
+                    rated[name] = torch.where(masked[name].mask, rated[name], -torch.finfo(rated[name].dtype).tiny)
         if not rated:
             raise ValueError(f"Prune: score {self.score!r} must have its statistics for some tensor, got none for "
                              f"{names[:3]}. Use score='magnitude' for these.")
