@@ -63,7 +63,77 @@ class Cubic:
         return self.last + (self.first - self.last) * (1 - min(1.0, max(0.0, u))) ** 3
 
 
-Schedule = Cosine | Linear | Cubic
+@dataclass(frozen=True)
+class Once:
+    """A jump from `first` to `last` at the fraction `when` of the training.
+
+    >>> [Once(0.9, when=0.5)(step, 100) for step in (0, 49, 50)]
+    [0.0, 0.0, 0.9]
+    """
+
+    last: float
+    first: float = 0.0
+    when: float = 0.0
+
+    def __call__(self, step: int, steps: int) -> float:
+        return self.first if step < self.when * steps else self.last
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Iterative pruning: `rounds` jumps, each of which drops the same share of what is left.
+
+    After round k of n it is 1 - (1 - first) ((1 - last) / (1 - first))^(k / n); the first round is at the fraction
+    `begin` of the training, the last at `end`, and the others lie evenly between.
+
+    Source: Han, Pool, Tran and Dally, Learning both weights and connections for efficient neural networks, NIPS 2015,
+    arXiv:1506.02626, section 3.4 (iterative pruning).
+
+    >>> [round(Steps(0.75, rounds=2, begin=0.2, end=0.6)(step, 10), 3) for step in (1, 2, 5, 6)]
+    [0.0, 0.5, 0.5, 0.75]
+    """
+
+    last: float
+    rounds: int = 5
+    first: float = 0.0
+    begin: float = 0.1
+    end: float = 0.75
+
+    def __call__(self, step: int, steps: int) -> float:
+        u = (step / max(1, steps) - self.begin) / max(1e-9, self.end - self.begin)
+        k = 0 if u < -1e-9 else min(self.rounds, 1 + math.floor(u * (self.rounds - 1) + 1e-9))
+        if k == self.rounds:
+            return self.last
+        return 1 - (1 - self.first) * ((1 - self.last) / (1 - self.first)) ** (k / self.rounds)
+
+
+@dataclass(frozen=True)
+class Cyclic:
+    """Cyclical pruning: the gradual schedule `rounds` times over, each from `first` anew; `Prune` lets weights return.
+
+    s(t) = last + (first - last) (1 - v)^3, v the fraction of its round between the fractions `begin` and `end` of the
+    training; before them `first`, after them `last`.
+
+    Source: Srinivas, Kuzmin, Nagel, van Baalen, Skliar and Blankevoort, Cyclical pruning for sparse neural networks,
+    CVPR workshops 2022, arXiv:2202.01290, section 3.
+
+    >>> [round(Cyclic(0.8, rounds=2, end=1.0)(step, 100), 2) for step in (0, 25, 49, 50, 75, 100)]
+    [0.0, 0.7, 0.8, 0.0, 0.7, 0.8]
+    """
+
+    last: float
+    rounds: int = 3
+    first: float = 0.0
+    begin: float = 0.0
+    end: float = 0.75
+
+    def __call__(self, step: int, steps: int) -> float:
+        u = (step / max(1, steps) - self.begin) / max(1e-9, self.end - self.begin)
+        v = max(0.0, u) * self.rounds % 1 if u < 1 else 1.0
+        return self.last + (self.first - self.last) * (1 - v) ** 3
+
+
+Schedule = Cosine | Linear | Cubic | Once | Steps | Cyclic
 
 
 def at(value: "float | Schedule", step: int, steps: int) -> float:

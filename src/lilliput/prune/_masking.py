@@ -23,7 +23,7 @@ from lilliput.prune.masks import (
     select,
 )
 from lilliput.rule import Rule, State
-from lilliput.schedule import Schedule, at
+from lilliput.schedule import Cubic, Schedule, at
 from lilliput.stage import Reference
 from lilliput.task import Task
 
@@ -48,6 +48,11 @@ class Masking(Rule):
         pairs = () if isinstance(self.allocation, str) else self.allocation
         for value in (at(self.sparsity, 0, 1), at(self.sparsity, 1, 1), *(value for _, value in pairs)):
             check_sparsity(value, pattern, who, self.pattern)
+
+    @property
+    def schedule(self) -> Schedule:
+        """How sparse the network is while it trains, for rules that begin dense: a number s means Cubic(s)."""
+        return Cubic(self.sparsity, begin=0.1) if isinstance(self.sparsity, int | float) else self.sparsity
 
     def left(self, model: nn.Module) -> dict[str, str]:
         """The tensors that `where` takes in but that are left alone, each with the reason."""

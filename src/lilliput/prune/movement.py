@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lilliput.code.base import theta
 from lilliput.prune._masking import Masking
 from lilliput.rule import Rule, State
-from lilliput.schedule import Cubic, Schedule, at
+from lilliput.schedule import at
 from lilliput.stage import Reference
 from lilliput.task import Task
 
@@ -46,11 +46,6 @@ class Movement(Masking, Rule):
         super().__post_init__()
         if self.every < 1:
             raise ValueError(f"Movement: every must be at least 1 step, got {self.every}.")
-
-    @property
-    def schedule(self) -> Schedule:
-        """How sparse the network is while it trains."""
-        return Cubic(self.sparsity, begin=0.1) if isinstance(self.sparsity, int | float) else self.sparsity
 
     def begin(self, model: nn.Module, task: Task | None, reference: Reference | None, steps: int) -> State:
         state = super().begin(model, task, reference, steps)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lilliput.errors import near
 from lilliput.rule import Rule, State
-from lilliput.schedule import Cosine, Cubic, Linear, Schedule, at
+from lilliput.schedule import Cosine, Schedule, at
 from lilliput.stage import Reference
 from lilliput.task import Task
 
@@ -53,8 +53,8 @@ class Noise(Rule):
 
     def __post_init__(self) -> None:
         std = self.std
-        ends = (std.peak, std.final) if isinstance(std, Cosine) else (
-            (std.first, std.last) if isinstance(std, Linear | Cubic) else (std,))
+        ends = (std,) if isinstance(std, int | float) else (
+            (std.peak, std.final) if isinstance(std, Cosine) else (std.first, std.last))
         if any(not value >= 0 for value in ends):
             raise ValueError(f"Noise: std must be at least 0, got {std}. It is a standard deviation.")
 
@@ -109,9 +109,10 @@ class _Noisy:
     steps: int
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], other: Any) -> Any:
-        before = self.rule.where == "input"
+        if not module.training:
+            return None
         step = int(module.get_buffer(STEP))
-        std = at(self.rule.std, step, self.steps) if module.training else 0.0
+        std = at(self.rule.std, step, self.steps)
         if std == 0:
             return None
         generator = torch.Generator().manual_seed(
@@ -122,7 +123,7 @@ class _Noisy:
                 return x
             return x + std * torch.randn(x.shape, generator=generator).to(x)
 
-        if not before:
+        if self.rule.where != "input":
             return noisy(other)
         return tuple(map(noisy, args)), {key: noisy(value) for key, value in other.items()}
 

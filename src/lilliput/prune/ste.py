@@ -23,8 +23,8 @@ class STE(Masking, Rule):
     so a dropped weight comes back once its gradients have made it large. With decay > 0 dropped weights are pulled to
     zero, which keeps masks from flickering (SR-STE); with decay = 0 it is the plain straight-through estimator.
 
-    sparsity: a number holds from the first step on; `Cubic(0.9)` rises to it. every: steps between masks. decay: SR-STE
-    uses 2e-4 with SGD. pattern, allocation, where: as in `Prune`; SR-STE was made for N:M.
+    sparsity: a number s means Cubic(s, begin=0.1); `Once(s)` holds from the first step on, as in SR-STE. every: steps
+    between masks. decay: SR-STE uses 2e-4 with SGD. pattern, allocation, where: as in `Prune`; SR-STE was made for N:M.
 
     Raises ValueError for settings out of range.
 
@@ -52,7 +52,7 @@ class STE(Masking, Rule):
 
     def begin(self, model: nn.Module, task: Task | None, reference: Reference | None, steps: int) -> State:
         state = super().begin(model, task, reference, steps)
-        self.keep_(self.rated(state, model), model, at(self.sparsity, 0, steps))
+        self.keep_(self.rated(state, model), model, at(self.schedule, 0, steps))
         return state
 
     @torch.no_grad()
@@ -65,5 +65,5 @@ class STE(Masking, Rule):
 
     def on_step(self, state: State, model: nn.Module, step: int, steps: int) -> State:
         if (step + 1) % self.every == 0 or step + 1 == steps:
-            self.keep_(self.rated(state, model), model, at(self.sparsity, step + 1, steps))
+            self.keep_(self.rated(state, model), model, at(self.schedule, step + 1, steps))
         return state
