@@ -73,7 +73,7 @@ def occupied(model: nn.Module, group: Group) -> Tensor:
             sums["out"] += torch.inf  # it may add to what the layer before it makes
             continue
         for name, tensor in layer.named_parameters(recurse=False):
-            weights = slicing.per_channel(layer, part.side, name, tensor.detach().abs().float())
+            weights = slicing.per_channel(layer, part.side, name, tensor.detach().abs().float().cpu())
             if weights is not None:
                 sums[part.side].index_add_(0, torch.tensor(part.channel), weights[torch.tensor(part.index)])
     used = (sums["out"] > 0) & (sums["in"] > 0)
