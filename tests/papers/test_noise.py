@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lilliput import Linear, Reference, Task, Train
+from lilliput import Linear, Prune, Reference, Task, Train
 from lilliput.analyse.activity import FollowActivity, activities, activity
 from lilliput.code.base import copy_model
 from lilliput.prune.noise import STEP, Noise
@@ -69,6 +69,12 @@ def test_noise_is_added_where_it_is_asked_for(where):
     for value, wanted in zip(seen.values(), variances, strict=True):
         assert value == pytest.approx(0.5 * wanted**0.5, rel=0.02)
     assert not net.eval()(x).any()
+
+
+def test_a_pruned_layer_is_a_place_too():
+    net = Prune(0.5)(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), None, None)
+    Noise(1.0, "*").begin(net, None, None, 1)
+    assert len(net[0]._forward_hooks) == len(net[1]._forward_hooks) == 1
 
 
 def test_noise_is_a_function_of_seed_place_and_step():

@@ -76,7 +76,8 @@ class Noise(Rule):
         patterns = [pattern.strip() for pattern in self.where.split(",")]
         known = {name: module for name, module in model.named_modules() if name and "parametrizations" not in name}
         chosen = [name for name, module in known.items() if name in patterns
-                  or (not any(module.children()) and any(fnmatchcase(name, pattern) for pattern in patterns))]
+                  or (not {key for key, _ in module.named_children()} - {"parametrizations"}  # a code is no child
+                      and any(fnmatchcase(name, pattern) for pattern in patterns))]
         if not chosen:
             raise ValueError(f"Noise: where must be 'input' or match a module of the model, got {self.where!r}. "
                              f"{near(self.where, known)}")
