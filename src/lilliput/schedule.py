@@ -129,7 +129,7 @@ class Cyclic:
 
     def __call__(self, step: int, steps: int) -> float:
         u = (step / max(1, steps) - self.begin) / max(1e-9, self.end - self.begin)
-        v = max(0.0, u) * self.rounds % 1 if u < 1 else 1.0
+        v = (max(0.0, u) * self.rounds + 1e-9) % 1 if u < 1 - 1e-9 else 1.0
         return self.last + (self.first - self.last) * (1 - v) ** 3
 
 

@@ -28,9 +28,10 @@ class STR(Stage, Rule):
     differences are learnt, and `decay` pulls them together. With sparsity=None there is no c, as in the paper: `decay`
     is then an L2 penalty on s, which pulls it up to 0, and says how sparse the result is.
 
-    sparsity: a number s means Cubic(s, begin=0.1). every: steps between quantiles. start: the first s. allocation,
-    where: as in `Prune`; with another one than "global", c is each tensor's own. As a rule of `Train` it needs nothing
-    else. In a loop that is not ours apply it as a stage first, then make the optimizer, which must hold s too.
+    sparsity: a number s means Cubic(s, begin=0.1); None: no target. every: steps between quantiles. start: the first s.
+    allocation, where: as in `Prune`; with another one than "global", c is each tensor's own. As a rule of `Train` it
+    needs nothing else. In a loop that is not ours apply it as a stage first, then make the optimizer, which must hold s
+    too.
 
     Raises ValueError for settings out of range, NotSupported for tensors that have a code already.
 
@@ -44,7 +45,7 @@ class STR(Stage, Rule):
     for learnable sparsity, ICML 2020, arXiv:2002.03231, equations 2 to 6; the common c is ours.
     """
 
-    sparsity: float | Schedule | None = 0.9
+    sparsity: float | Schedule | None = None
     decay: float = 0.1
     allocation: Allocation = "global"
     where: str = "*"
