@@ -25,6 +25,14 @@ MADE: dict[str, list[dict[str, Any]]] = {
                       "allocation": [["7.weight", 8]]}],
     "Factorize": [{"rank": 2}, {"energy": 0.5}, {"budget": 0.7}, {"allocation": [["3.weight", 3]]}],
     "Seam": [{"classes": [0, 1, 2, 3], "steps": 3}, {"classes": [0, 1, 2, 3], "steps": 3, "pattern": "channel"}],
+    "Lottery": [{"sparsity": 0.5, "rounds": 2, "training": {"stage": "Train", "steps": 2}, "rewind": 0.5}],
+    "STE": [{}, {"sparsity": 0.5, "pattern": "2:4", "where": "3", "decay": 2e-4, "every": 1}],
+    "TopKAST": [{}, {"sparsity": 0.5, "allocation": "erk", "pattern": "block 2x1", "every": 1}],
+    "STR": [{}, {"sparsity": 0.9}, {"sparsity": 0.5, "allocation": "erk", "every": 1}],
+    "ACDC": [{}, {"allocation": [["3.weight", 0.5]], "phases": 2, "warmup": 0.0}],
+    "PruneChannels": [{"sparsity": 0.5}, {"sparsity": 0.4, "score": "taylor", "allocation": "global"},
+                      {"sparsity": 0.5, "score": "batchnorm_scale", "where": "0"}],
+    "PruneHeads": [],  # the model of these tests has none
     "Features": [{"paths": ["0", "3"]}],
     "PatternLock": [{"least": 0.0}],
 }
