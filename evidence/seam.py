@@ -33,8 +33,8 @@ from lilliput.task import Task, predict
 
 PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))
 QUANTILE = {3: 4.303, 5: 2.776}  # Student's t, 97.5%, with n - 1 degrees of freedom
-SMALL = {"steps": 800, "lr": 0.02, "alpha": 1.0, "batch_size": 128}
-LARGE = {"steps": 200, "lr": 0.02, "alpha": 25.0, "batch_size": 16}
+SMALL = {"steps": 800, "lr": 0.02, "head_lr": 0.003, "alpha": 0.8, "batch_size": 128}
+LARGE = {"steps": 200, "lr": 0.02, "alpha": 20.0, "batch_size": 16}
 
 
 class Full:
