@@ -2,7 +2,8 @@
 
 Counts are exact: round(sparsity * units) units are dropped, but never the last one of a tensor, those of the lowest
 score first and of equal scores the first in C order. `pooled` gives every entry the score of its unit, so that an
-allocation can compare tensors. A shape that a pattern does not divide raises ValueError.
+allocation can compare tensors. A shape that a pattern does not divide raises ValueError. Weights are (out, in) or
+(out, in, kh, kw): the first axis is the outputs, the second the inputs.
 """
 
 import math
@@ -23,6 +24,11 @@ def drop(score: Tensor, count: int) -> Tensor:
     flat = score.flatten()
     if count <= 0:
         return torch.ones_like(score, dtype=torch.bool)
+    if bool(flat.isnan().any()):
+        raise ValueError("drop: scores must be numbers, got NaN: a weight or a gradient has become NaN. Train with a "
+                         "lower lr or clipped gradients, and check the data.")
+    if flat.dtype == torch.bfloat16:  # numpy has no such type
+        flat = flat.float()
     # Ten times faster than kthvalue, and this runs while training.
     threshold = float(np.partition(flat.detach().cpu().numpy(), count - 1)[count - 1])
     keep = flat >= threshold
@@ -38,6 +44,11 @@ def _count(sparsity: float, units: int) -> int:
 @dataclass(frozen=True)
 class Pattern:
     """Units of one entry each: any weight may go."""
+
+    def of(self, name: str) -> "Pattern":
+        """The pattern of the tensor of that name: the same one, unless the pattern looks at what kind of layer it is.
+        """
+        return self
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError where the pattern does not divide a shape."""
@@ -71,42 +82,53 @@ class Even(Pattern):
 
 @dataclass(frozen=True)
 class NM(Pattern):
-    """At most n of every m consecutive entries of an output stay. Below its full sparsity 1 - n/m the groups that lose
-    least go first, so that a schedule can approach it.
+    """At most n of every m consecutive entries of an output stay; with `out`, of every m consecutive outputs of an
+    input. Below its full sparsity 1 - n/m the groups that lose least go first, so that a schedule can approach it.
 
     Source: Mishra et al., Accelerating sparse deep neural networks, 2021, arXiv:2104.08378, section 3.
     """
 
     n: int
     m: int
+    out: bool = False
 
     def check(self, shape: tuple[int, ...]) -> None:
-        values = math.prod(shape[1:])
+        values = shape[0] if self.out else math.prod(shape[1:])
         if not 0 < self.n < self.m:
             raise ValueError(f"{self.n}:{self.m}: must keep n of m with 0 < n < m, got n={self.n}, m={self.m}.")
         if values % self.m:
-            raise ValueError(f"{self.n}:{self.m}: groups of {self.m} must divide the {values} values of an output, got "
+            what = "outputs of an input" if self.out else "values of an output"
+            raise ValueError(f"{self.n}:{self.m}: groups of {self.m} must divide the {values} {what}, got "
                              f"shape {tuple(shape)}. Leave this tensor out with where=, or use pattern='elements'.")
 
     @property
     def most(self) -> float:
         return 1 - self.n / self.m
 
+    def _groups(self, score: Tensor) -> Tensor:
+        """(groups, m)."""
+        return (score.transpose(0, -1) if self.out else score).reshape(-1, self.m)
+
+    def _back(self, groups: Tensor, shape: torch.Size) -> Tensor:
+        if not self.out:
+            return groups.view(shape)
+        return groups.view(shape[-1], *shape[1:-1], shape[0]).transpose(0, -1).contiguous()
+
     def _rank(self, groups: Tensor) -> Tensor:
         """Each entry's place in its group, the highest score 0, of equal scores the last in C order first."""
         return groups.flip(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1).flip(1)
 
     def pooled(self, score: Tensor) -> Tensor:
-        groups = score.reshape(-1, self.m)
-        return groups.masked_fill(self._rank(groups) < self.n, torch.inf).view_as(score)
+        groups = self._groups(score)
+        return self._back(groups.masked_fill(self._rank(groups) < self.n, torch.inf), score.shape)
 
     def __call__(self, score: Tensor, sparsity: float) -> Tensor:
         self.check(tuple(score.shape))
-        groups = score.reshape(-1, self.m)
+        groups = self._groups(score)
         low = self._rank(groups) >= self.n
         pruned = round(min(1.0, sparsity / self.most) * len(groups))
         intact = drop((groups * low).sum(1), pruned)
-        return (~low | intact[:, None]).view_as(score)
+        return self._back(~low | intact[:, None], score.shape)
 
 
 @dataclass(frozen=True)
@@ -116,7 +138,7 @@ class Blocks(Pattern):
     Source: Narang, Undersander and Diamos, Block-sparse recurrent neural networks, 2017, arXiv:1711.02782.
     """
 
-    size: tuple[int, ...]
+    size: tuple[int, ...] = (1,)
 
     def block(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (*self.size, *(1,) * (len(shape) - len(self.size)))
@@ -129,28 +151,30 @@ class Blocks(Pattern):
                              "with where=, or choose a block that divides it.")
 
     def _means(self, score: Tensor) -> Tensor:
-        """(n_0, n_1, ...): the mean score of every block."""
-        block = self.block(tuple(score.shape))
+        """(n_0, n_1, ...): the mean score of every block, added up in float64, so that equal blocks tie."""
+        block, dims = self.block(tuple(score.shape)), score.dim()
         split = [part for n, b in zip(score.shape, block, strict=True) for part in (n // b, b)]
-        return score.reshape(split).mean(tuple(range(1, 2 * score.dim(), 2)))
+        apart = score.reshape(split).permute(*range(0, 2 * dims, 2), *range(1, 2 * dims, 2)).flatten(dims)
+        return apart.double().mean(dims).to(score.dtype)
 
-    def _spread(self, units: Tensor) -> Tensor:
-        for axis, b in enumerate(self.block(tuple(units.shape))):
-            units = units.repeat_interleave(b, axis)
+    def _spread(self, units: Tensor, shape: torch.Size) -> Tensor:
+        for axis, b in enumerate(self.block(tuple(shape))):
+            if b > 1:
+                units = units.repeat_interleave(b, axis)
         return units
 
     def pooled(self, score: Tensor) -> Tensor:
-        return self._spread(self._means(score))
+        return self._spread(self._means(score), score.shape)
 
     def __call__(self, score: Tensor, sparsity: float) -> Tensor:
         self.check(tuple(score.shape))
         means = self._means(score)
-        return self._spread(drop(means, _count(sparsity, means.numel())))
+        return self._spread(drop(means, _count(sparsity, means.numel())), score.shape)
 
 
 @dataclass(frozen=True)
-class Channels(Pattern):
-    """Whole outputs (first axis), by the mean of their scores. A mask saves no arithmetic: see lilliput.graph.
+class Channels(Blocks):
+    """Whole outputs (first axis): rows, filters, neurons. A mask saves no arithmetic: see lilliput.graph.
 
     Source: Li, Kadav, Durdanovic, Samet and Graf, Pruning filters for efficient ConvNets, ICLR 2017, arXiv:1608.08710.
     """
@@ -158,31 +182,94 @@ class Channels(Pattern):
     def block(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (1, *shape[1:])
 
-    def pooled(self, score: Tensor) -> Tensor:
-        return score.reshape(len(score), -1).mean(1).reshape(-1, *(1,) * (score.dim() - 1)).expand_as(score)
+    def check(self, shape: tuple[int, ...]) -> None:
+        pass
 
-    def __call__(self, score: Tensor, sparsity: float) -> Tensor:
-        means = score.reshape(len(score), -1).mean(1)
-        kept = drop(means, _count(sparsity, len(means)))
-        return kept.reshape(-1, *(1,) * (score.dim() - 1)).expand_as(score).clone()
+
+@dataclass(frozen=True)
+class Columns(Blocks):
+    """Whole inputs (second axis): all that an input neuron or channel is multiplied by.
+
+    Source: Wen, Wu, Wang, Chen and Li, Learning structured sparsity in deep neural networks, NIPS 2016,
+    arXiv:1608.03665, section 3.2 (channels; columns of the lowered matrix are finer).
+    """
+
+    def block(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[0], 1, *shape[2:])
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        if len(shape) < 2:
+            raise ValueError(f"column: a weight must be (out, in, ...), got shape {tuple(shape)}. Leave this tensor "
+                             "out with where=, or use pattern='elements'.")
+
+
+@dataclass(frozen=True)
+class Kernels(Blocks):
+    """The kernel of each (out, in) pair of a convolution, such as all 3 x 3 of its entries.
+
+    Source: Mao, Han, Pool, Li, Liu, Wang and Dally, Exploring the regularity of sparse structure in convolutional
+    neural networks, 2017, arXiv:1705.08922, section 3 (two-dimensional granularity).
+    """
+
+    def block(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (1, 1, *shape[2:])
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        if len(shape) < 3:
+            raise ValueError(f"kernel: a convolution's weight (out, in, kh, kw) has kernels, got shape {tuple(shape)}. "
+                             "Leave this tensor out with where=, or use pattern='elements'.")
+
+
+@dataclass(frozen=True)
+class Heads(Blocks):
+    """The rows of one of `heads` equal groups: what makes the queries, keys or values of one attention head. In a
+    weight that stacks queries, keys and values, "head 3H" for H heads.
+
+    Source: Michel, Levy and Neubig, Are sixteen heads really better than one?, NeurIPS 2019, arXiv:1905.10650.
+    """
+
+    heads: int = 1
+
+    def block(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[0] // self.heads, *shape[1:])
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        if shape[0] % self.heads:
+            raise ValueError(f"head {self.heads}: {self.heads} heads must divide the rows, got shape {tuple(shape)}. "
+                             "Leave this tensor out with where=, or give the number of heads that it has.")
 
 
 def parse(text: str) -> Pattern:
-    """A pattern from plain text: "elements", "even", "channel", "2:4", "block 4x1".
+    """A pattern from plain text.
+
+    "elements": any weight. "even": equally many of every output. "2:4" (any N:M): along the inputs; "2:4 out": along
+    the outputs. "block 4x1" (any size). "channel", with the other names "row", "filter" and "neuron": whole outputs.
+    "column": whole inputs. "kernel": the kernels of a convolution. "head 4" (any number): the rows of attention heads.
 
     Raises ValueError for any other text.
 
     >>> parse("2:4")(torch.tensor([[4.0, 1.0, 3.0, 2.0]]), 0.5)
     tensor([[ True, False,  True, False]])
+    >>> parse("column")(torch.tensor([[4.0, 1.0], [3.0, 2.0]]), 0.5)
+    tensor([[ True, False],
+            [ True, False]])
     """
-    simple = {"elements": Pattern(), "even": Even(), "channel": Channels()}
+    outputs = Channels()
+    simple = {"elements": Pattern(), "even": Even(), "channel": outputs, "row": outputs, "filter": outputs,
+              "neuron": outputs, "column": Columns(), "kernel": Kernels()}
     if text in simple:
         return simple[text]
-    if match := re.fullmatch(r"(\d+):(\d+)", text):
-        pattern = NM(int(match[1]), int(match[2]))
-        pattern.check((1, pattern.m))
+    if match := re.fullmatch(r"(\d+):(\d+)( out)?", text):
+        pattern = NM(int(match[1]), int(match[2]), bool(match[3]))
+        pattern.check((pattern.m, pattern.m))
         return pattern
-    if (match := re.fullmatch(r"block (\d+(?:x\d+)*)", text)) and "0" not in match[1].split("x"):
+    if (match := re.fullmatch(r"block (\d+(?:x\d+)*)", text)) and all(map(int, match[1].split("x"))):
         return Blocks(tuple(map(int, match[1].split("x"))))
-    raise ValueError(f"Prune: pattern must be 'elements', 'even', 'channel', 'N:M' such as '2:4' or a block such as "
-                     f"'block 4x1', got {text!r}.")
+    if (match := re.fullmatch(r"head (\d+)", text)) and int(match[1]):
+        return Heads(heads=int(match[1]))
+    if text == "layer":
+        raise ValueError("Prune: pattern must say what is zero within a tensor, got 'layer'. A whole layer is not "
+                         "zeroed but taken out of the network: see lilliput.graph.blocks.remove_blocks.")
+    raise ValueError(f"Prune: pattern must be 'elements', 'even', 'channel' ('row', 'filter', 'neuron'), 'column', "
+                     f"'kernel', 'head 4', 'N:M' such as '2:4' or '2:4 out', or a block such as 'block 4x1', got "
+                     f"{text!r}.")

@@ -1,0 +1,254 @@
+"""Sensitivity under a budget: how sparse each tensor becomes, so that the whole takes so many bytes,
+multiply-accumulates or milliseconds and its outputs change least."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lilliput.calibrate import statistics
+from lilliput.code.base import find, pack, parameter_names, realize, storage
+from lilliput.code.stored import Plain, Sparse
+from lilliput.cost.measure import latency
+from lilliput.cost.runtimes import EngineSession
+from lilliput.export.onnx import trace
+from lilliput.graph.fold import fold_batchnorm
+from lilliput.prune import patterns, scores
+from lilliput.prune.prune import Prune
+from lilliput.stage import Reference, Stage, calibration
+from lilliput.task import Task, call, predict
+
+Pairs = tuple[tuple[str, float], ...]
+Masks = dict[str, dict[float, Tensor]]
+LEVELS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
+TIMED_LEVELS = (0.0, 0.8, 0.9, 0.95)  # each is a network to compile
+CELLS = 20_000
+
+
+def allocate(model: nn.Module, task: Task, *, bytes: int | None = None, macs: int | None = None,
+             latency_ms: float | None = None, where: str = "*", score: str = "magnitude", pattern: str = "elements",
+             levels: Sequence[float] | None = None, seed: int = 0) -> Pairs:
+    """The sparsity of each tensor, for `Prune(allocation=...)`, under one budget.
+
+    Each tensor i alone is pruned to each level s: d_i(s) is the mean divergence of the outputs from the model's own on
+    256 training inputs (`Task.divergence`, no labels), c_i(s) what it then costs. Chosen is the s_i that minimise
+    sum d_i(s_i) with sum c_i(s_i) within the budget: a multiple-choice knapsack, solved by dynamic programming.
+
+    bytes: of all the model's tensors as `model.lil` stores them (`lilliput.code.base.storage`). macs: of one example,
+    with the weights that stay, products of two activations not counted. latency_ms: of one example in the engine on
+    this machine, one thread; a network is compiled for each tensor and level, which takes minutes. where, score,
+    pattern, seed: as in `Prune`. levels: the sparsities to choose from, in [0, 1).
+
+    Raises ValueError unless one budget is given, for levels out of range, and for a budget below what the highest
+    levels take.
+
+    >>> net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(32, 8)
+    >>> task = Task("tiny", train=(x, torch.arange(32) % 4), val=(x, torch.arange(32) % 4))
+    >>> sum(round((1 - s) * net.get_parameter(n).numel()) for n, s in allocate(net, task, macs=60)) <= 60
+    True
+
+    Source: the divergence of one tensor at a time: Li, Kadav, Durdanovic, Samet and Graf, Pruning filters for efficient
+    ConvNets, ICLR 2017, arXiv:1608.08710, section 3.2 (sensitivity); the choice under a budget: Frantar and Alistarh,
+    SPDY: accurate pruning with speedup guarantees, ICML 2022, arXiv:2201.13096, section 3.2 (dynamic programming).
+    """
+    given = {key: value for key, value in (("bytes", bytes), ("macs", macs), ("latency_ms", latency_ms))
+             if value is not None}
+    if len(given) != 1 or min(given.values()) <= 0:
+        raise ValueError(f"allocate: one of bytes, macs and latency_ms must be given, above zero, got {given or None}.")
+    (kind, budget), = given.items()
+    rule = patterns.parse(pattern)
+    tried = sorted({0.0, *(TIMED_LEVELS if kind == "latency_ms" else LEVELS)} if levels is None else {0.0, *levels})
+    if not 0 <= tried[0] <= tried[-1] < 1:
+        raise ValueError(f"allocate: levels must be in [0, 1), got {tried}. They are fractions of zeros.")
+    tried = sorted({min(level, rule.most) for level in tried})
+    left = Prune(0.0, score=score, pattern=pattern, where=where).left(model)
+    names = [name for name in find(model, where, who="allocate") if name not in left]
+    if not names:
+        raise ValueError(f"allocate: some tensor must be left to prune, got none: {next(iter(left.values()))}.")
+    masks = _masks(model, task, names, score, rule, tried, seed)
+    lost = _divergences(model, task, masks)
+    fixed, costs = {"bytes": _bytes, "macs": _macs}[kind](model, task, masks, rule) if kind != "latency_ms" else (0, {})
+    if kind == "latency_ms":
+        timer = _Timer(model, task)
+        fixed, costs = timer.costs(masks)
+    target, pairs = budget, dict.fromkeys(names, 0.0)
+    for _ in range(4):  # times do not add up exactly: what was chosen is measured, and chosen anew where it is over
+        pairs = _cheapest(lost, costs, target - fixed, kind, fixed)
+        if kind != "latency_ms":
+            break
+        over = timer.ms({name: masks[name][level] for name, level in pairs.items()}) - budget
+        if over <= 0:
+            break
+        target -= 1.1 * over
+    return tuple(pairs.items())
+
+
+@dataclass(frozen=True)
+class PruneToBudget(Stage):
+    """`Prune` with an allocation by sensitivity, so that the result keeps a budget: see `allocate`.
+
+    Give one of bytes, macs and latency_ms. The rest as in `Prune`.
+
+    Raises ValueError as `allocate` does.
+
+    Source: Frantar and Alistarh, SPDY: accurate pruning with speedup guarantees, ICML 2022, arXiv:2201.13096.
+    """
+
+    bytes: int | None = None
+    macs: int | None = None
+    latency_ms: float | None = None
+    score: str = "magnitude"
+    pattern: str = "elements"
+    where: str = "*"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if [self.bytes, self.macs, self.latency_ms].count(None) != 2:
+            raise ValueError("PruneToBudget: one of bytes, macs and latency_ms must be given, got "
+                             f"bytes={self.bytes}, macs={self.macs}, latency_ms={self.latency_ms}.")
+        Prune(0.0, score=self.score, pattern=self.pattern, where=self.where)
+
+    def __call__(self, model: nn.Module, task: Task, reference: Reference | None) -> nn.Module:
+        pairs = allocate(model, task, bytes=self.bytes, macs=self.macs, latency_ms=self.latency_ms, where=self.where,
+                         score=self.score, pattern=self.pattern, seed=self.seed)
+        return Prune(allocation=pairs, score=self.score, pattern=self.pattern, seed=self.seed)(model, task, reference)
+
+
+@torch.no_grad()
+def _masks(model: nn.Module, task: Task, names: list[str], score: str, pattern: patterns.Pattern, levels: list[float],
+           seed: int) -> Masks:
+    """The mask of each tensor at each level; what is zero already goes first."""
+    function, tensors = scores.lookup(score), parameter_names(model)
+    known = statistics(model, task, names, scores.needs(function), seed=seed)
+    found: Masks = {}
+    for name in names:
+        weight = tensors[name].detach().float()
+        rated = function(weight, **known[name])
+        rated = torch.where(weight != 0, rated, -torch.finfo(rated.dtype).tiny)
+        found[name] = {level: pattern.of(name)(rated, level) for level in levels}
+    return found
+
+
+@torch.no_grad()
+def _divergences(model: nn.Module, task: Task, masks: Masks) -> dict[str, dict[float, float]]:
+    """What pruning each tensor alone does to the outputs."""
+    work, inputs, lost = realize(model).eval(), calibration(task), {}
+    dense = predict(work, inputs)
+    for name, levels in masks.items():
+        parameter = work.get_parameter(name)
+        original = parameter.detach().clone()
+        lost[name] = {}
+        for level, mask in levels.items():
+            parameter.copy_(original * mask)
+            lost[name][level] = max(0.0, float(task.divergence(predict(work, inputs), dense).mean()))
+        parameter.copy_(original)
+    return lost
+
+
+def _cheapest(lost: Mapping[str, Mapping[float, float]], costs: Mapping[str, Mapping[float, float]], budget: float,
+              kind: str, fixed: float) -> dict[str, float]:
+    """The level of each tensor that minimises the summed loss with the summed cost within the budget.
+
+    Costs are counted in cells of the budget, rounded up, so that the budget is kept whatever the rounding.
+    """
+    least = {name: min(row.values()) for name, row in costs.items()}
+    room, most = budget - sum(least.values()), sum(max(row.values()) for row in costs.values())
+    if room < 0:
+        raise ValueError(f"allocate: {kind} must be at least {fixed + sum(least.values()):g} at these levels, got "
+                         f"{fixed + budget:g}. Raise it, give higher levels, or let where= take in more tensors.")
+    room = min(room, most - sum(least.values()))
+    cell, best = max(room / CELLS, 1e-30), np.zeros(CELLS + 1)
+    taken: list[tuple[str, list[float], Any]] = []
+    for name, row in costs.items():
+        levels = list(row)
+        offered = np.full((len(levels), CELLS + 1), np.inf)
+        for i, level in enumerate(levels):
+            cells = int(np.ceil((row[level] - least[name]) / cell - 1e-9))
+            if cells <= CELLS:
+                offered[i, cells:] = best[: CELLS + 1 - cells] + lost[name][level]
+        taken.append((name, levels, offered.argmin(0)))
+        best = offered.min(0)
+    at, chosen = CELLS, {}
+    for name, levels, choice in reversed(taken):
+        chosen[name] = levels[int(choice[at])]
+        at -= int(np.ceil((costs[name][chosen[name]] - least[name]) / cell - 1e-9))
+    return {name: chosen[name] for name in costs}
+
+
+def _bytes(model: nn.Module, task: Task, masks: Masks, pattern: patterns.Pattern
+           ) -> tuple[float, dict[str, dict[float, float]]]:
+    """(bytes of the other tensors, bytes of each of these at each level)."""
+    tensors = parameter_names(model)
+    fixed = sum(held.size_bytes for name, held in storage(model).items() if name not in masks)
+    costs = {}
+    for name, levels in masks.items():
+        values, block = Plain(tensors[name].detach().float().cpu().numpy()), pattern.of(name).block(tensors[name].shape)
+        costs[name] = {level: float(Sparse(mask.cpu().numpy(), values, block).storage().size_bytes)
+                       for level, mask in levels.items()}
+    return float(fixed), costs
+
+
+@torch.no_grad()
+def _macs(model: nn.Module, task: Task, masks: Masks, pattern: patterns.Pattern
+          ) -> tuple[float, dict[str, dict[float, float]]]:
+    """(multiply-accumulates with the other weights, those with these at each level), for one example."""
+    plain, uses = realize(model).eval(), {}
+
+    def listen(path: str, module: nn.Module) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            for key, value in module.named_parameters(recurse=False):
+                name = f"{path}.{key}".lstrip(".")
+                if value.dim() > 1 and (count := _uses(module, inputs[0], output)):
+                    uses[name] = uses.get(name, 0) + count
+        return module.register_forward_hook(hook)
+
+    hooks = [listen(path, module) for path, module in plain.named_modules()]
+    call(plain, task.example)
+    for hook in hooks:
+        hook.remove()
+    if unknown := [name for name in masks if name not in uses]:
+        raise ValueError(f"allocate: macs must be counted, but nothing shows how often {unknown[0]} is used. Leave it "
+                         "out with where=, or give bytes.")
+    fixed = sum(count * int((plain.get_parameter(n) != 0).sum()) for n, count in uses.items() if n not in masks)
+    return float(fixed), {name: {level: float(uses[name] * int(mask.sum())) for level, mask in levels.items()}
+                          for name, levels in masks.items()}
+
+
+def _uses(module: nn.Module, x: Any, y: Any) -> int:
+    """How often each weight of a layer is multiplied, for a batch of one; 0 where that is not known."""
+    if isinstance(module, nn.Linear):
+        return int(y.numel() // y.shape[-1])
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return int(y[0, 0].numel())
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return int(x[0, 0].numel())
+    return int(x.shape[1 if module.batch_first else 0]) if isinstance(module, nn.RNNBase) else 0
+
+
+class _Timer:
+    """Milliseconds of one example in the engine, with masks on some tensors."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        plain, self.example = realize(model).cpu().eval(), task.example
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in plain.modules()):
+            plain = fold_batchnorm(plain, task.example)
+        self.structure, self.stored = trace(plain, task.example), pack(plain)
+        self.dense = self._session({})
+        self.dense_ms = latency({"dense": self.dense}, self.example, seconds=0.5)["dense"].median_ms
+
+    def _session(self, masks: Mapping[str, Tensor]) -> EngineSession:
+        changed = {name: Plain(self.stored[name].decode() * mask.cpu().numpy()) for name, mask in masks.items()}
+        return EngineSession(self.structure.write({**self.stored, **changed}))
+
+    def ms(self, masks: Mapping[str, Tensor]) -> float:
+        """The time with these masks, taken in turns with the dense network and in its milliseconds."""
+        found = latency({"dense": self.dense, "masked": self._session(masks)}, self.example, seconds=0.5)  # type: ignore[dict-item]
+        return self.dense_ms / found["masked"].ratio
+
+    def costs(self, masks: Masks) -> tuple[float, dict[str, dict[float, float]]]:
+        """(milliseconds of the dense network, what each tensor at each level adds to them: mostly below zero)."""
+        return self.dense_ms, {name: {level: self.ms({name: mask}) - self.dense_ms if level else 0.0
+                                      for level, mask in levels.items()} for name, levels in masks.items()}
