@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lilliput.errors import NotSupported
-from lilliput.nets.bonsai import Bonsai
+from lilliput.nets.bonsai import Bonsai, Cell
 
 Step = Callable[[Sequence[float], Sequence[float]], tuple[tuple[float, ...], tuple[float, ...]]]
 
@@ -93,8 +93,11 @@ def graph(model: Bonsai) -> Graph:
     if not isinstance(model, Bonsai):
         raise TypeError(f"graph: the model must be a lilliput.nets.bonsai.Bonsai, got {type(model).__name__}.")
     inputs = tuple(f"x{i}" for i in range(model.inputs))
-    before, neurons, states = inputs, [], []
+    before = inputs
+    neurons: list[Neuron] = []
+    states: list[Delayed] = []
     for k, cell in enumerate(model.cells):
+        assert isinstance(cell, Cell)
         held = tuple(f"s{k}_{j}" for j in range(len(cell.initial)))
         for letter, layer in (("n", cell.recurrent), ("y", cell.output)):
             for j, (row, bias) in enumerate(zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -120,24 +121,32 @@ class Clip(Stage):
             """Leave the tensors as the first of these functions makes them that keeps the score."""
             before = {name: theta(model, name).detach().clone() for name in names}
             for change in tried:
-                put(model, {name: change(value) for name, value in before.items()})
+                _put(model, {name: change(value) for name, value in before.items()})
                 if task.loss_of(dense, task.score(model).value) <= self.loss:
                     return
-            put(model, before)
+            _put(model, before)
 
         for names in (weights, vectors):
             if names:
                 sizes = torch.cat([theta(model, name).detach().abs().flatten() for name in names]).sort().values
                 ranks = torch.linspace(len(sizes) - 1, 0, min(self.tries, len(sizes))).long()
-                first(names, [lambda x, t=t: x * (x.abs() > t) for t in sizes[ranks]])
-        first(weights + vectors, [lambda x, g=2.0**-k: (x / g).round() * g for k in range(-1, self.bits + 1)])
+                first(names, [partial(_cut, t) for t in sizes[ranks].tolist()])
+        first(weights + vectors, [partial(_rounded, 2.0**-k) for k in range(-1, self.bits + 1)])
         for name in weights:
             masked[name].mask.copy_(theta(model, name) != 0)
         return model
 
 
+def _cut(threshold: float, x: Tensor) -> Tensor:
+    return x * (x.abs() > threshold)
+
+
+def _rounded(grid: float, x: Tensor) -> Tensor:
+    return (x / grid).round() * grid
+
+
 @torch.no_grad()
-def put(model: nn.Module, values: dict[str, Tensor]) -> None:
+def _put(model: nn.Module, values: dict[str, Tensor]) -> None:
     """Give tensors new values, in place."""
     for name, value in values.items():
         theta(model, name).copy_(value)
