@@ -220,8 +220,8 @@ def dot(g: Graph) -> str:
     for n in g.neurons:
         label = f"{n.name}\\n{n.bias:+.4g}" if n.bias else n.name
         lines.append(f'  {n.name} [label="{label}", shape=box, fillcolor="#ffffff"];')
-        lines += [f'  {source} -> {n.name} [label="{w:.4g}", color="{"#c0392b" if w > 0 else "#2962b3"}"];'
-                  for source, w in n.edges]
+        lines += [f'  {source} -> {n.name} [label="{w:.4g}", color="{c}", fontcolor="{c}"];'
+                  for source, w in n.edges for c in ["#c0392b" if w > 0 else "#4a7bd0"]]
     lines += [f"  {s.source} -> {s.name} [style=dashed, constraint=false];" for s in g.states]
     for i, name in enumerate(g.outputs):
         lines += [f'  out{i} [label="y{i}", shape=ellipse, fillcolor="#ddeedd"];', f"  {name} -> out{i};"]
