@@ -50,9 +50,9 @@ class ACDC(Masking, Rule):
     def compressed(self, step: int, steps: int) -> bool:
         """Whether step number `step` trains the kept weights alone."""
         start, last = round(self.warmup * steps), min(round(self.until * steps), steps - 1)
-        if step >= last or step < start:
+        if step >= last or step < start or self.phases == 1:
             return step >= last
-        return int((step - start) * (2 * self.phases - 2) / (last - start)) % 2 == 0 and self.phases > 1
+        return (step - start) * (self.phases - 1) / (last - start) % 1 < 0.5
 
     def begin(self, model: nn.Module, task: Task | None, reference: Reference | None, steps: int) -> State:
         state = super().begin(model, task, reference, steps)

@@ -54,18 +54,19 @@ class Lottery(Stage):
     expensive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self._round(1)
+        self._round(self.rounds)
         if self.rounds < 1 or not 0 <= self.rewind < 1:
             raise ValueError(f"Lottery: rounds must be at least 1 and rewind in [0, 1), got rounds={self.rounds}, "
                              f"rewind={self.rewind}.")
 
     def _round(self, k: int) -> Prune:
         """What is dropped after round k."""
-        share = 1 - (1 - self.sparsity) ** (k / self.rounds)
+        def amount(last: float) -> float:
+            return last if k == self.rounds else 1 - (1 - last) ** (k / self.rounds)
+
         if isinstance(self.allocation, str):
-            return Prune(share, pattern=self.pattern, allocation=self.allocation, where=self.where)
-        pairs = tuple((name, 1 - (1 - last) ** (k / self.rounds)) for name, last in self.allocation)
-        return Prune(pattern=self.pattern, allocation=pairs)
+            return Prune(amount(self.sparsity), pattern=self.pattern, allocation=self.allocation, where=self.where)
+        return Prune(pattern=self.pattern, allocation=tuple((name, amount(last)) for name, last in self.allocation))
 
     def __call__(self, model: nn.Module, task: Task, reference: Reference) -> nn.Module:
         early = copy_model(model).eval()

@@ -102,10 +102,13 @@ class STR(Stage, Rule):
         if self.sparsity is None or ((step + 1) % self.every and step + 1 < steps):
             return state
         rated = self._rated(model)
-        for name, kept in self._select(rated, at(self.schedule, step + 1, steps)).items():
-            dropped = rated[name][~kept]
-            code, _ = self.thresholds(model)[name]
-            code.shift.copy_(dropped.max().log() if len(dropped) else torch.tensor(-torch.inf))
+        kept = self._select(rated, at(self.schedule, step + 1, steps))
+        top = {name: rated[name].masked_fill(mask, 0).max() for name, mask in kept.items()}
+        common = torch.stack(list(top.values())).max()
+        for name, (code, _) in self.thresholds(model).items():
+            # A tensor whose last entries were spared has a threshold of its own.
+            spared = self.allocation != "global" or bool(common >= rated[name][kept[name]].min())
+            code.shift.copy_((top[name] if spared else common).log())
         return state
 
     def _select(self, rated: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
