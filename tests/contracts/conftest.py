@@ -34,6 +34,9 @@ MADE: dict[str, list[dict[str, Any]]] = {
                       {"sparsity": 0.5, "score": "batchnorm_scale", "where": "0"}],
     "PruneHeads": [],  # the model of these tests has none
     "Features": [{"paths": ["0", "3"]}],
+    "SparseGPT": [{"sparsity": 0.5}, {"sparsity": 0.5, "pattern": "2:4", "where": "3", "width": 4}],
+    "OBC": [{"sparsity": 0.5}, {"allocation": [["3.weight", 0.5]], "pattern": "block 2x1"}],
+    "WoodFisher": [{"sparsity": 0.5}, {"sparsity": 0.6, "rounds": 2, "allocation": "erk", "size": 5}],
     "PatternLock": [{"least": 0.0}],
 }
 

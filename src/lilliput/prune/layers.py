@@ -1,0 +1,241 @@
+"""Layers one by one: the second moment of each layer's inputs, and weights that change before the next layer sees them.
+
+Layer-wise pruning asks for W' with few entries and little squared error on the layer's own inputs X, (d, samples):
+||W X - W' X||^2 = sum over rows w of (w - w') H (w - w')^T, H = X X^T. H is all that it needs to know of the data.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lilliput.calibrate import sees_inputs
+from lilliput.code.base import copy_model, realize, theta
+from lilliput.errors import near
+from lilliput.prune.curvature import single
+from lilliput.prune.masks import Allocation, amounts, attach_masks, check_sparsity, prunable, put_
+from lilliput.prune.patterns import NM, Blocks, Channels, Pattern, parse
+from lilliput.stage import calibration, on
+from lilliput.task import Task, call, leaves, length, take
+
+HELD_BYTES = 2**30  # of activations at once; beyond, every layer costs a pass over the examples
+CHUNK_BYTES = 2**27
+Solve = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+def check(who: str, sparsity: float | None, pattern: str, allocation: Allocation, examples: int, damp: float) -> None:
+    """Raise ValueError for settings out of range."""
+    kind = parse(pattern)
+    if isinstance(kind, Channels):
+        raise ValueError(f"{who}: pattern must leave some weights of an output to make up for the others, got "
+                         f"{pattern!r}. Use Prune, or lilliput.graph to remove channels.")
+    if isinstance(allocation, str) and allocation not in ("uniform", "erk"):
+        raise ValueError(f"{who}: allocation must be 'uniform', 'erk' or pairs (name, sparsity), got {allocation!r}: a "
+                         f"layer is done before the next one is seen. {near(allocation, ['uniform', 'erk'])}")
+    if sparsity is None and isinstance(allocation, str):
+        raise ValueError(f"{who}: sparsity must be given, got None. Write {who}(0.5) for 50% zeros.")
+    pairs = () if isinstance(allocation, str) else allocation
+    for value in [*([] if sparsity is None else [sparsity]), *(value for _, value in pairs)]:
+        check_sparsity(value, kind, who, pattern)
+    if examples < 1:
+        raise ValueError(f"{who}: examples must be at least 1, got {examples}.")
+    if damp < 0:
+        raise ValueError(f"{who}: damp must be at least 0, got {damp:g}. It is a share of the mean of H's diagonal.")
+
+
+def sort(model: nn.Module, where: str, pattern: str, who: str, allocation: Allocation = ""
+         ) -> tuple[list[str], dict[str, str]]:
+    """The weights that can be pruned layer by layer, and those that are left alone, each with the reason."""
+    kind = parse(pattern)
+    kept, left = prunable(model, where, kind, who, allocation)
+    for name in list(kept):
+        module = model.get_submodule(name.rpartition(".")[0])
+        weight: Tensor = getattr(module, name.rpartition(".")[2])
+        if not sees_inputs(model, name) or "Conv1D" in type(module).__name__:
+            left[name] = "its inputs cannot be seen: no linear or convolutional module is called with them"
+        elif isinstance(kind, Blocks):
+            rows, columns, *others = kind.block(tuple(weight.shape))
+            if max(others, default=1) > 1 or (columns > 1 and weight[0, 0].numel() > 1):
+                left[name] = "its blocks must lie along the outputs, or along the inputs of a linear layer"
+            elif len(weight) // getattr(module, "groups", 1) % rows:
+                left[name] = "a block of outputs must lie in one group"
+        if name in left:
+            kept.remove(name)
+    return kept, left
+
+
+def hessian(module: nn.Module, x: Tensor) -> Tensor:
+    """X X^T of a layer's inputs x, (groups, d, d) in float64; X: what each output of a group is a weighted sum of.
+
+    A linear layer has one group. A convolution's inputs are unfolded: d = (in / groups) * kernel size, in C order.
+
+    >>> hessian(nn.Linear(2, 1), torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+    tensor([[[1., 2.],
+             [2., 5.]]], dtype=torch.float64)
+    """
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    groups: int = getattr(module, "groups", 1)
+    d = weight[0].numel()
+    total = torch.zeros(groups, d, d, dtype=torch.float64, device=weight.device)
+    if weight.dim() == 2:
+        for rows in x.detach().reshape(1, -1, d).split(max(1, CHUNK_BYTES // (4 * d)), 1):
+            total += rows.transpose(1, 2) @ rows
+        return total
+    x = x.detach() if x.dim() == weight.dim() else x.detach()[None]
+    for part in x.split(max(1, CHUNK_BYTES // (4 * d * groups * max(1, x[0, 0].numel())))):
+        rows = unfold(module, part)
+        total += rows @ rows.transpose(1, 2)
+    return total
+
+
+def unfold(module: nn.Module, x: Tensor) -> Tensor:
+    """The inputs of a convolution as a matrix for each group: (groups, d, samples)."""
+    conv: Any = module
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    x = F.pad(x, conv._reversed_padding_repeated_twice, mode)
+    dims = len(conv.kernel_size)
+    for i, (size, step, apart) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)):
+        x = x.unfold(2 + i, apart * (size - 1) + 1, step)[..., ::apart]
+    x = x.unflatten(1, (conv.groups, -1))  # (n, groups, in / groups, places, kernel)
+    places, kernel = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
+    x = x.permute(1, 2, *kernel, 0, *places)
+    return x.reshape(conv.groups, conv.weight[0].numel(), -1)
+
+
+def damped(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """H + lambda I with lambda = damp times the mean of H's diagonal, and which inputs are dead: (groups, d), never
+    other than zero. A dead input's row of H is replaced by that of the unit matrix.
+    """
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    dead = diagonal == 0
+    shift = damp * diagonal.mean(1, keepdim=True) + dead
+    return hessian + torch.diag_embed(shift), dead
+
+
+@torch.no_grad()
+def sequentially(plain: nn.Module, inputs: Any, names: list[str], solve: Callable[[str, Tensor], None],
+                 batch_size: int = 64) -> None:
+    """Call solve(name, H) for each weight in the order in which the model calls their layers, H the second moment of
+    what the layer is given by those before it as they are by then. solve changes the weight in place.
+
+    All examples go together in one pass, a layer solved just before it computes, where they fit into HELD_BYTES and no
+    layer is called twice. Otherwise each layer costs a pass, in batches. `names` must be called by the model.
+    """
+    modules = {name: plain.get_submodule(name.rpartition(".")[0]) for name in names}
+    if len(set(map(id, modules.values()))) == len(modules) and _at_once(plain, inputs, modules):
+        for name, module in modules.items():
+            module.register_forward_pre_hook(
+                lambda module, given, name=name: solve(name, hessian(module, leaves(given)[0])))  # type: ignore[misc]
+        call(plain, inputs)
+        return
+    for name in called(plain, inputs, names):
+        parts: list[Tensor] = []
+
+        def listen(module: nn.Module, given: tuple[Any, ...], parts: list[Tensor] = parts) -> None:
+            found = hessian(module, leaves(given)[0])
+            parts[:] = [parts[0] + found if parts else found]
+
+        hook = modules[name].register_forward_pre_hook(listen)
+        for first in range(0, length(inputs), batch_size):
+            call(plain, take(inputs, slice(first, first + batch_size)))
+        hook.remove()
+        solve(name, parts[0])
+
+
+def _at_once(plain: nn.Module, inputs: Any, modules: dict[str, nn.Module]) -> bool:
+    """Whether all examples may go through together: each layer is called once, and what is held is little."""
+    calls, largest = dict.fromkeys(modules.values(), 0), [0]
+
+    def measure(module: nn.Module, given: Any, output: Any) -> None:
+        if module in calls:
+            calls[module] += 1
+        if isinstance(output, Tensor):
+            largest[0] = max(largest[0], output.numel() * output.element_size())
+
+    hooks = [module.register_forward_hook(measure) for module in plain.modules()]
+    call(plain, take(inputs, slice(0, 1)))
+    for hook in hooks:
+        hook.remove()
+    return max(calls.values(), default=1) == 1 and 8 * largest[0] * length(inputs) <= HELD_BYTES
+
+
+@torch.no_grad()
+def called(plain: nn.Module, inputs: Any, names: list[str]) -> list[str]:
+    """Those weights whose layers the model calls, in the order of the first call."""
+    found: dict[str, None] = {}
+    hooks = [plain.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(
+        lambda module, given, name=name: found.setdefault(name)) for name in names]  # type: ignore[misc]
+    call(plain, take(inputs, slice(0, 1)))
+    for hook in hooks:
+        hook.remove()
+    return list(found)
+
+
+def prepared(model: nn.Module, task: Task | None, names: list[str], left: dict[str, str], examples: int, who: str
+             ) -> tuple[nn.Module, Any, list[str]]:
+    """A plain copy in float32, calibration inputs, and the weights whose layers are called, in order.
+
+    Raises ValueError without a task, and where there is none left to prune.
+    """
+    if task is None:
+        raise ValueError(f"{who}: a task must be given, whose inputs the layers are matched on, got None. Pass task=.")
+    plain = realize(model).eval().float().requires_grad_(False)
+    inputs = on(single(calibration(task, examples)), next(plain.parameters()).device)
+    if names:
+        names = called(plain, inputs, names)
+    if not names:
+        why = next(iter(left.values()), "no layer is called").rstrip(".")
+        raise ValueError(f"{who}: some weight must be left to prune, got none of {list(left)[:3]}: {why}.")
+    return plain, inputs, names
+
+
+def pruned(model: nn.Module, task: Task | None, who: str, settings: Any, solve: Solve) -> nn.Module:
+    """A copy of the model in which solve(weight, H, sparsity) -> (new weight, mask) was done layer by layer.
+
+    settings: sparsity, pattern, allocation, where and examples.
+    """
+    pattern = parse(settings.pattern)
+    names, left = sort(model, settings.where, settings.pattern, who, settings.allocation)
+    plain, inputs, names = prepared(model, task, names, left, settings.examples, who)
+    share = amounts({name: plain.get_parameter(name) for name in names},
+                    1.0 if settings.sparsity is None else settings.sparsity, settings.allocation, pattern)
+    found: dict[str, Tensor] = {}
+
+    def one(name: str, moment: Tensor) -> None:
+        weight = plain.get_parameter(name)
+        new, found[name] = solve(weight, finite(moment, name, who), min(share[name], pattern.most))
+        weight.copy_(new)
+
+    sequentially(plain, inputs, names, one)
+    result = copy_model(model)
+    return store_(result, {name: (plain.get_parameter(name), mask) for name, mask in found.items()}, pattern)
+
+
+def finite(moment: Tensor, name: str, who: str) -> Tensor:
+    """The same second moment; ValueError where it is not finite."""
+    if not bool(moment.isfinite().all()):
+        raise ValueError(f"{who}: the inputs of {name} must be finite, got NaN or infinity. Check the calibration "
+                         "inputs and the weights of the layers before it.")
+    return moment
+
+
+@torch.no_grad()
+def store_(model: nn.Module, found: dict[str, tuple[Tensor, Tensor]], pattern: Pattern) -> nn.Module:
+    """Put (weight, mask) by name into a model, in place."""
+    masked = attach_masks(model, found, pattern)
+    put_(masked, {name: mask for name, (_, mask) in found.items()}, pattern)
+    for name, (weight, _) in found.items():
+        theta(model, name).copy_(weight)
+    return model
+
+
+def bundle(pattern: Pattern) -> tuple[int, int]:
+    """How many outputs and how many consecutive inputs share one entry of the mask."""
+    return (*pattern.size, 1)[:2] if isinstance(pattern, Blocks) else (1, 1)  # type: ignore[return-value]
+
+
+def group(pattern: Pattern) -> tuple[int, int]:
+    """(dropped, m): how many of m consecutive inputs go at most; (1, 1) where there is no such limit."""
+    return (pattern.m - pattern.n, pattern.m) if isinstance(pattern, NM) else (1, 1)
