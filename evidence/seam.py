@@ -34,7 +34,7 @@ from lilliput.task import Task, predict
 PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))
 QUANTILE = {3: 4.303, 5: 2.776}  # Student's t, 97.5%, with n - 1 degrees of freedom
 SMALL = {"steps": 800, "lr": 0.02, "head_lr": 0.003, "alpha": 0.8, "batch_size": 128}
-LARGE = {"steps": 200, "lr": 0.02, "alpha": 20.0, "batch_size": 16}
+LARGE = {"steps": 200, "lr": 0.02, "alpha": 20.0, "batch_size": 16, "every": 40}
 
 
 class Full:
@@ -52,9 +52,9 @@ class Full:
         x, y = subproblem(self.judge, classes, rest).split(self.split)
         labels = torch.full((10,), len(classes) if rest else -1)
         labels[list(classes)] = torch.arange(len(classes))
-        limited = predict(restricted(self.model, classes, rest), x).argmax(1) == y
-        free = labels[predict(self.model, x).argmax(1)] == y
-        return float(limited.float().mean()), float(free.float().mean())
+        limited = predict(restricted(self.model, classes, rest), x).argmax(1)
+        free = labels[predict(self.model, x).argmax(1)]
+        return float(torch.eq(limited, y).float().mean()), float(torch.eq(free, y).float().mean())
 
 
 def made(net: nn.Module, task: Task, folder: str, tune: bool) -> tuple[Session, lilliput.Engine, int]:
@@ -171,9 +171,8 @@ def measure(quick: bool) -> dict[str, Any]:
                 rows += found(full, classes, rest, "elements", SMALL, 40)
             model, task = digits()
             full = Full("digits", model, task, task, "test", folder, True)
-            for pair in PAIRS:
-                rows += found(full, pair, False, "elements", LARGE, 20)
             for pair in PAIRS[:3]:
+                rows += found(full, pair, False, "elements", LARGE, 20)
                 rows += found(full, pair, False, "channel", {**LARGE, "alpha": 2.0}, 20, 100)
             for classes, rest in (((1, 4, 7), False), ((5,), True)):
                 rows += found(full, classes, rest, "elements", LARGE, 20)
