@@ -22,29 +22,48 @@ from torch.nn import functional as F
 from lilliput.cost.measure import machine
 from lilliput.nets.mnist1d import MLP
 from lilliput.nets.resnet import ResNet
+from lilliput.prune.acdc import ACDC
+from lilliput.prune.growing import Growing
+from lilliput.prune.l0 import L0
+from lilliput.prune.movement import Movement
 from lilliput.prune.prune import Prune
+from lilliput.prune.rigl import RigL
+from lilliput.prune.soft_threshold import STR
+from lilliput.prune.sparse import SET, StaticSparse
+from lilliput.prune.ste import STE
+from lilliput.prune.topkast import TopKAST
 from lilliput.quant.quantize import Quantize
+from lilliput.rule import Rule, start_anew
+from lilliput.task import Batch
 
 ROOT = Path(__file__).parents[1]
 BATCH = 64
+TRAINING = 240  # steps of a training whose masks move in three quarters of it
 
 
-def stepper(model: nn.Module, x: torch.Tensor, y: torch.Tensor, rule: Prune | None = None) -> Callable[[int], None]:
-    """A function that takes so many training steps."""
+def stepper(model: nn.Module, x: torch.Tensor, y: torch.Tensor, rule: Rule | None = None) -> Callable[[int], None]:
+    """A function that takes so many training steps, over and over the middle of one training."""
     model.train()
-    states = {} if rule is None else rule.begin(model, None, None, 10**6)
+    states = {} if rule is None else rule.begin(model, None, None, TRAINING)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    done = 0
+    batch = Batch(x, y, torch.arange(len(x)), 0)
+    done = TRAINING // 4
 
     def steps(count: int) -> None:
         nonlocal states, done
         for _ in range(count):
             optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
+            output = model(x)
+            loss = F.cross_entropy(output, y)
+            if rule is not None and (added := rule.penalty(states, model, batch, output, None)) is not None:
+                loss = loss + added
+            loss.backward()
+            if rule is not None:
+                states = rule.on_grad(states, model, done, TRAINING)
             optimizer.step()
             if rule is not None:
-                states = rule.on_step(states, model, done, 10**6)
-            done += 1
+                states = start_anew(rule.on_step(states, model, done, TRAINING), model, optimizer)
+            done = done + 1 if done < TRAINING * 5 // 8 else TRAINING // 4
 
     return steps
 
@@ -56,6 +75,9 @@ def measure(make: Callable[[], nn.Module], shape: tuple[int, ...], count: int, r
         "dense": stepper(make(), x, y),
         "mask": stepper(Prune(0.9)(make(), None, None), x, y),
         "mask, gradual": stepper(make(), x, y, Prune(0.9)),
+        **{type(rule).__name__: stepper(make(), x, y, rule) for rule in (
+            StaticSparse(0.9), SET(0.9, every=20), RigL(0.9, every=20), STE(0.9), ACDC(0.9), TopKAST(0.9),
+            Movement(0.9), Growing(0.9), STR(0.9), L0(0.9))},
         "quantizer, 8 bits": stepper(Quantize(8, biases="float32")(make(), None, None), x, y),
         "quantizer, 4 bits, float16 biases": stepper(Quantize(4)(make(), None, None), x, y),
         "mask and quantizer": stepper(Quantize(4, biases="float32")(Prune(0.9)(make(), None, None), None, None), x, y),

@@ -69,7 +69,7 @@ class Masking(Rule):
 
     def masked(self, model: nn.Module) -> dict[str, Masked]:
         """The masks that this rule moves."""
-        return chosen(model, self.where, type(self).__name__, self.allocation)
+        return chosen(model, self.where, self.allocation)
 
     def rated(self, state: State, model: nn.Module) -> dict[str, Tensor]:
         """The score of every entry by tensor, dropped ones included: magnitudes, where a rule has no other."""

@@ -1,6 +1,7 @@
 """Masks: the tensors that can be pruned, the masks on them, and new masks from scores."""
 
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ def prunable(model: nn.Module, where: str, pattern: Pattern, who: str, allocatio
             raise ValueError(f"{who}: weights must be numbers, got NaN in {name}. Load a sound checkpoint, or leave it "
                              "out with where=.")
         try:
-            pattern.check(tuple(tensors[name].shape))
+            pattern.of(name).check(tuple(tensors[name].shape))
         except ValueError as error:
             left[name] = str(error)
             continue
@@ -75,7 +76,8 @@ def attach_masks(model: nn.Module, names: Iterable[str], pattern: Pattern, strai
         if name not in coded:
             module, attribute = holders(model, name)[0]
             weight = getattr(module, attribute)
-            attach(model, name, Masked(torch.ones_like(weight, dtype=torch.bool), pattern.block(tuple(weight.shape))))
+            block = pattern.of(name).block(tuple(weight.shape))
+            attach(model, name, Masked(torch.ones_like(weight, dtype=torch.bool), block))
     found = masks(model, names)
     for code in found.values():
         code.straight = straight
@@ -89,16 +91,21 @@ def masks(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Mas
             if isinstance(chain[0], Masked) and (wanted is None or name in wanted)}
 
 
-def chosen(model: nn.Module, where: str, who: str, allocation: Allocation = "") -> dict[str, Masked]:
+def chosen(model: nn.Module, where: str, allocation: Allocation = "") -> dict[str, Masked]:
     """The masks that a rule moves while it trains."""
-    return masks(model, find(model, where, who=who) if isinstance(allocation, str) else [n for n, _ in allocation])
+    if not isinstance(allocation, str):
+        return masks(model, [name for name, _ in allocation])
+    globs = [glob.strip() for glob in where.split(",")]
+    return {name: code for name, code in masks(model).items() if any(
+        fnmatchcase(name, glob) or fnmatchcase(name.rpartition(".")[0], glob) for glob in globs)}
 
 
 def amounts(rated: Mapping[str, Tensor], sparsity: float, allocation: Allocation, pattern: Pattern,
             last: float = 1.0) -> dict[str, float]:
     """How sparse each tensor becomes: with pairs, `sparsity` of `last` of the way to their amounts."""
     if isinstance(allocation, str):
-        return ALLOCATIONS[allocation]({name: pattern.pooled(score) for name, score in rated.items()}, sparsity)
+        pooled = {name: pattern.of(name).pooled(score) for name, score in rated.items()}
+        return ALLOCATIONS[allocation](pooled, sparsity)
     return {name: amount * sparsity / last for name, amount in allocation if name in rated}
 
 
@@ -106,7 +113,7 @@ def select(rated: Mapping[str, Tensor], sparsity: float, allocation: Allocation,
            ) -> dict[str, Tensor]:
     """New masks from scores by name: the lowest go, as many as the allocation says."""
     share = amounts(rated, sparsity, allocation, pattern, last)
-    return {name: pattern(score, share[name]) for name, score in rated.items()}
+    return {name: pattern.of(name)(score, share[name]) for name, score in rated.items()}
 
 
 @torch.no_grad()
@@ -115,7 +122,7 @@ def put_(masked: Mapping[str, Masked], new: Mapping[str, Tensor], pattern: Patte
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     for name, mask in new.items():
         old = masked[name]
-        block = pattern.block(tuple(mask.shape))
+        block = pattern.of(name).block(tuple(mask.shape))
         if old.block != block:
             # Entries that went one by one lie across the blocks; positions are then stored entry by entry.
             old.block = block if bool(old.mask.all()) else None

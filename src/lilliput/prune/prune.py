@@ -145,7 +145,7 @@ class Prune(Stage, Rule):
         return names
 
     def _masked(self, model: nn.Module) -> dict[str, Masked]:
-        return chosen(model, self.where, "Prune", self.allocation)
+        return chosen(model, self.where, self.allocation)
 
     @torch.no_grad()
     def _mask(self, model: nn.Module, names: list[str], known: Statistics, sparsity: float, grow: bool = False) -> None:

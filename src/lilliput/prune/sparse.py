@@ -71,14 +71,14 @@ class StaticSparse(Rule):
         rated = {name: noise(name, theta(model, name).shape, self.seed, 0) for name in names}
         share = amounts(rated, self.sparsity, self.allocation, pattern)
         masked = attach_masks(model, names, pattern)
-        put_(masked, {name: pattern(score, share[name]) for name, score in rated.items()}, pattern)
+        put_(masked, {name: pattern.of(name)(score, share[name]) for name, score in rated.items()}, pattern)
         with torch.no_grad():
             for name in names:
                 theta(model, name).mul_(masked[name].mask)
         return {}
 
     def _masked(self, model: nn.Module) -> dict[str, Masked]:
-        return chosen(model, self.where, type(self).__name__, self.allocation)
+        return chosen(model, self.where, self.allocation)
 
 
 @dataclass(frozen=True)
@@ -123,17 +123,19 @@ class SET(StaticSparse, Rule):
     def on_step(self, state: State, model: nn.Module, step: int, steps: int) -> State:
         if not self.due(step, steps):
             return state
-        pattern, masked = patterns.parse(self.pattern), self._masked(model)
+        # What is not trained keeps its mask: nothing would grow there.
+        masked = {name: code for name, code in self._masked(model).items() if theta(model, name).requires_grad}
+        pattern = patterns.parse(self.pattern)
         moving = self.fraction * (1 + math.cos(math.pi * (step + 1) / (self.until * steps))) / 2
         new = {}
         for name, code in masked.items():
             weight, kept = theta(model, name).float(), code.mask
             sparsity = code.sparsity
-            survivors = pattern(weight.abs() * kept, 1 - (1 - sparsity) * (1 - moving)) & kept
+            survivors = pattern.of(name)(weight.abs() * kept, 1 - (1 - sparsity) * (1 - moving)) & kept
             # What stays comes first, then what grows best; what was just dropped may come back only after the rest.
             growth = self.growth(state, model, name, step)
             growth = growth / growth.max().clamp_min(1e-30)
             ranked = torch.where(survivors, 3.0 + weight.abs() / weight.abs().max().clamp_min(1e-30),
                                  torch.where(kept, growth - 1, growth))
-            new[name] = pattern(ranked, sparsity)
+            new[name] = pattern.of(name)(ranked, sparsity)
         return {**state, **regrow_(model, masked, new, pattern)}
