@@ -22,12 +22,14 @@ from torch import Tensor, nn
 
 import lilliput
 from lilliput.code.base import pack
+from lilliput.data import pretrained
 from lilliput.data.digits import digits
 from lilliput.data.mnist1d import fresh, mnist1d_cnn
 from lilliput.export.onnx import Session, trace
 from lilliput.export.pack import size
 from lilliput.graph import fold_batchnorm
 from lilliput.graph.empty import remove_empty
+from lilliput.nets.mnist1d import CNN
 from lilliput.prune.seam import Seam, restricted, retention, subproblem
 from lilliput.task import Task, predict
 
@@ -157,11 +159,12 @@ def measure(quick: bool) -> dict[str, Any]:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        model, task = mnist1d_cnn()
         if quick:
-            full = Full("mnist1d-cnn", model, task, task, "test", folder, False)
+            task = Task("few signals", fresh(400), fresh(200, seed=44))
+            full = Full("mnist1d-cnn", pretrained(CNN(), "mnist1d-cnn"), task, task, "val", folder, False)
             rows += found(full, (0, 1), False, "elements", {**SMALL, "steps": 20}, 3)
         else:
+            model, task = mnist1d_cnn()
             full = Full("mnist1d-cnn", model, task, Task("fresh", fresh(), fresh(100, seed=44)), "train", folder, True)
             for pair in PAIRS:
                 rows += found(full, pair, False, "elements", SMALL, 40)
