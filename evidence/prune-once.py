@@ -51,13 +51,14 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for a 95% interva
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done: texts without labels and steps over them, examples to judge on, steps of a transfer, seeds.
+    """How much is done: texts without labels and steps over them (states, vectors), examples to judge on, steps of a
+    transfer (in float32, in 8 bits), seeds.
 
     shallow: the layers (from 0) of each small encoder, and which of its own (from 1) imitate the dense one's `learnt`.
     """
 
     texts: int
-    steps: int
+    steps: tuple[int, int]
     judged: int
     transfer: tuple[int, int]
     seeds: tuple[int, ...]
@@ -66,8 +67,8 @@ class Size:
     rounds: int
 
 
-FULL = Size(4800, 600, 1200, (100, 25), (0, 1, 2), (3, 6), (((0, 5), (1, 2)), ((0, 2, 5), (2, 3))), 60)
-QUICK = Size(32, 3, 48, (1, 1), (0,), (1, 2), (((0,), (1, 1)),), 3)
+FULL = Size(4800, (600, 300), 700, (60, 15), (0, 1, 2), (3, 6), (((0, 5), (1, 2)), ((0, 2, 5), (2, 3))), 60)
+QUICK = Size(32, (2, 1), 48, (1, 1), (0,), (1, 2), (((0,), (1, 1)),), 3)
 
 # --------------------------------------------------------------------------------------------------------------- data
 
@@ -127,13 +128,12 @@ def docstrings(quick: bool) -> list[Docstring]:
     return [Docstring(*values) for values in json.loads(file.read_text(encoding="utf-8"))]
 
 
-def unlabelled(docs: list[Docstring], count: int) -> lilliput.Task:
+def unlabelled(docs: list[Docstring], first: int, count: int, loss: str) -> lilliput.Task:
     """Texts without labels, from the files that no split of the labelled tasks is judged on."""
     texts = [text for doc in docs if doc.tenth >= 3 for text in (doc.head, doc.rest) if len(text.split()) >= 4]
     texts = sorted(set(texts), key=_hash)
-    return lilliput.Task("docstrings", train=(tokenize(texts[:count], TOKENS), None),
-                         val=(tokenize(texts[count : count + 64], TOKENS), None), loss="mse", metric="mse",
-                         batch_size=16)  # fmt: skip
+    train, val = tokenize(texts[first : first + count], TOKENS), tokenize(texts[first + count :][:64], TOKENS)
+    return lilliput.Task("docstrings", train=(train, None), val=(val, None), loss=loss, metric="mse", batch_size=16)
 
 def matched(outputs: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy, both ways, of finding each text's partner among the batch: (n, 2, width) unit vectors."""
@@ -213,6 +213,15 @@ def taught(encoder: SentenceBert, task: lilliput.Task, reference: lilliput.Refer
     return lilliput.realize(made).encoder
 
 
+def aligned(encoder: SentenceBert, task: lilliput.Task, reference: lilliput.Reference, steps: int, lock: bool,
+            store: Path | None) -> SentenceBert:
+    """The encoder after more steps, on other texts, of imitating the dense one's sentence vectors."""
+    rules = (*((PatternLock(),) if lock else ()), lilliput.Distill())
+    train = lilliput.Train(steps, lr=lilliput.Cosine(4e-4, warmup=0.05), rules=rules, supervised=0.0, clip=1.0)
+    made = lilliput.run(without_embeddings(encoder), task, (train,), store, reference=reference)
+    return lilliput.realize(made)
+
+
 # ----------------------------------------------------------------------------------------------------------- transfer
 
 
@@ -252,6 +261,28 @@ def between(a: list[np.ndarray], b: list[np.ndarray]) -> dict[str, Any]:
     return {"mean": round(float(gap.mean()), 4), "interval": [round(float(low), 4), round(float(high), 4)]}
 
 
+def comparison(rows: list[dict[str, Any]], outcomes: dict[tuple[str, str], Any], tasks: list[str]
+               ) -> list[dict[str, Any]]:
+    """The sparse encoder in 8 bits beside each small one in 8 bits: what it takes and how much better it is.
+
+    Time is that of the faster of an encoder's two files. equal: "bytes" and "time" mark the nearest small encoder that
+    takes as much of it or more (the largest, where none does).
+    """
+    by_name = {row["encoder"]: row for row in rows}
+
+    def takes(name: str) -> dict[str, float]:
+        return {"bytes": by_name[f"{name}, 8 bits"]["packed_bytes"],
+                "time": min(by_name[f"{name}{end}"]["engine_ms"] for end in ("", ", 8 bits"))}  # fmt: skip
+
+    own, small = takes("sparse"), [name for name in by_name if name.endswith("layers")]
+    near = {key: min(small, key=lambda name: (takes(name)[key] < own[key], abs(takes(name)[key] - own[key])))
+            for key in own}  # fmt: skip
+    return [{"small": name, "equal": [key for key in own if near[key] == name],
+             **{f"times_the_{key}": round(takes(name)[key] / own[key], 3) for key in own},
+             **{task: between(outcomes[task, "sparse, 8 bits"], outcomes[task, f"{name}, 8 bits"]) for task in tasks}}
+            for name in small]  # fmt: skip
+
+
 def turns(runs: dict[str, Any], rounds: int) -> dict[str, np.ndarray]:
     """Processor milliseconds of each function in every round, all taking turns."""
     spent: dict[str, list[float]] = {name: [] for name in runs}
@@ -278,13 +309,16 @@ def measure(quick: bool) -> dict[str, Any]:
     docs = docstrings(quick)
     torch.manual_seed(0)
     dense: Any = SentenceBert(width=32, layers=2, heads=2, hidden=64) if quick else network()
-    text = unlabelled(docs, size.texts)
+    text, more = unlabelled(docs, 0, size.texts, "mse"), unlabelled(docs, size.texts, size.texts, "cosine")
     reference = lilliput.Reference(States(copy_model(dense), size.learnt).requires_grad_(False), text)
-    encoders = {"dense": dense, "sparse": taught(copy_model(dense), text, reference, size.learnt, size.steps, SPARSITY,
-                                                 store)}  # fmt: skip
-    for layers, own in size.shallow:
-        encoders[f"{len(layers)} layers"] = taught(shallow(dense, layers), text, reference, own, size.steps, 0.0, store)
-    del reference
+    again = lilliput.Reference(copy_model(dense).requires_grad_(False), more)
+    students = {"sparse": (copy_model(dense), size.learnt, SPARSITY)} | {
+        f"{len(layers)} dense layers": (shallow(dense, layers), own, 0.0) for layers, own in size.shallow}
+    encoders = {"dense": dense}
+    for name, (student, own, sparsity) in students.items():
+        encoder = taught(student, text, reference, own, size.steps[0], sparsity, store)
+        encoders[name] = aligned(encoder, more, again, size.steps[1], sparsity > 0, store)
+    del reference, again
     before = {name: m.mask for name, m in masks(locked(encoders["sparse"])).items()}
 
     tasks, outcomes, first, moved = labelled(docs, size.judged), {}, {}, 0
@@ -312,14 +346,7 @@ def measure(quick: bool) -> dict[str, Any]:
             scores = [float(found.mean()) for found in outcomes[task, name]]
             row |= {task: round(float(np.mean(scores)), 4), f"{task}_interval": interval(scores)}
         rows.append(row | {"zeros": round(zeros(first["package", name]), 4), **costs[name]})
-    small = [row for row in rows if row["encoder"].endswith("layers, 8 bits")]
-    own = next(row for row in rows if row["encoder"] == "sparse, 8 bits")
-    beside = {}
-    for what, key in (("equal bytes", "packed_bytes"), ("equal time", "engine_ms")):
-        rival = min((row for row in small if row[key] >= own[key]), key=lambda row: row[key], default=max(
-            small, key=lambda row: row[key]))
-        beside[what] = {"small": rival["encoder"], "its_share_more": round(rival[key] / own[key] - 1, 4)} | {
-            task: between(outcomes[task, "sparse, 8 bits"], outcomes[task, rival["encoder"]]) for task in tasks}
+    beside = comparison(rows, outcomes, list(tasks))
     return {
         "claim": "an encoder pruned once, without labels, learns several tasks with its zeros locked; large and "
                  "sparse beats small and dense at equal bytes and at equal time",
@@ -327,7 +354,7 @@ def measure(quick: bool) -> dict[str, Any]:
                     "bytes and for time the nearest one that has more of it than the sparse encoder in 8 bits. "
                     "Intervals of scores: over seeds; of differences: over held-out examples",
         "rows": rows, "large_sparse_over_small_dense": beside, "mask_entries_moved": moved,
-        "seeds": len(size.seeds), "steps": size.steps, "transfer_steps": list(size.transfer), "tokens": TOKENS,
+        "seeds": len(size.seeds), "steps": list(size.steps), "transfer_steps": list(size.transfer), "tokens": TOKENS,
         "judged": {name: len(task.split("test")[1]) for name, task in tasks.items()},
     }  # fmt: skip
 
