@@ -10,7 +10,7 @@ from torch.nn import functional as F
 class Attention(nn.Module):
     """Self-attention over the tokens that `bias` leaves in, (n, length, width) -> the same.
 
-    softmax(Q K^T / sqrt(d) + bias) V for each head of d = width / heads columns, then a linear map. bias is
+    softmax(Q K^T / sqrt(d) + bias) V for each head of d columns (width / heads at first), then a linear map. bias is
     (n, 1, 1, length): zero for a token, very negative for padding.
     """
 
@@ -21,7 +21,8 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        n, length, width = x.shape
+        n, length, _ = x.shape
+        width = self.query.out_features  # less than that of x once heads have gone
         shape = (n, length, self.heads, width // self.heads)
         q, k, v = (part(x).view(shape).transpose(1, 2) for part in (self.query, self.key, self.value))
         weights = ((q @ k.transpose(2, 3)) * (1 / math.sqrt(shape[3])) + bias).softmax(-1)

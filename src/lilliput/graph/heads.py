@@ -1,0 +1,303 @@
+"""Attention heads: where they are, whether they can go, and networks without some of them."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lilliput.errors import near
+from lilliput.graph import slicing
+from lilliput.graph.trace import (
+    Left,
+    agree,
+    calls,
+    copied,
+    first_line,
+    frozen,
+    replace_,
+    run,
+    shapes,
+    sketch,
+    tied,
+)
+
+# How common attention modules name their projections, the map after the heads and the number of heads.
+PROJECTIONS = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"),
+               ("query_proj", "key_proj", "value_proj"), ("q", "k", "v"), ("to_q", "to_k", "to_v"))
+OUTPUTS = ("output", "out_proj", "o_proj", "out_lin", "o", "to_out", "proj", "out", "output.dense", "dense")
+COUNTS = ("heads", "num_heads", "num_attention_heads", "n_heads")
+ONE = ("head_dim", "attention_head_size")  # the size of one head
+SIZES = ("all_head_size", "inner_dim", "attn_dim")  # heads times the size of one, where a module notes that
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of one attention module: head h owns rows [h * size, (h + 1) * size) of query, key and value and the
+    same columns of output. reason: why none may go; empty when some may.
+    """
+
+    name: str
+    count: int
+    size: int
+    projections: tuple[str, ...] = ()  # paths of query, key, value
+    output: str = ""
+    reason: str = ""
+
+    @property
+    def removable(self) -> bool:
+        return not self.reason
+
+    def rows(self, heads: Tensor) -> Tensor:
+        """The rows of query, key and value (and columns of output) that these heads own."""
+        return (heads[:, None] * self.size + torch.arange(self.size)).flatten()
+
+    def __str__(self) -> str:
+        text = f"{self.count} heads of {self.size} in {self.name or 'the model'}"
+        return f"{text}; they stay: {self.reason}." if self.reason else f"{text}."
+
+
+class HeadAttention(nn.Module):
+    """What stands in for an `nn.MultiheadAttention` that lost heads: the same arguments, any number of heads.
+
+    `nn.MultiheadAttention` divides its embed_dim by its heads, so it cannot have fewer heads of the same size. Here the
+    four maps are linear layers: query, key, value (inputs -> heads * size) and output (heads * size -> embed_dim). A
+    mask of three dimensions is (batch * heads, length, source), with the heads that are left.
+
+    >>> y, weights = HeadAttention(nn.MultiheadAttention(8, 2, batch_first=True))(*[torch.zeros(1, 5, 8)] * 3)
+    >>> y.shape, weights.shape
+    (torch.Size([1, 5, 8]), torch.Size([1, 5, 5]))
+    """
+
+    # What the Transformer layers of torch look at before they call fused kernels that need the original's tensors.
+    in_proj_bias = None
+    in_proj_weight = None
+    _qkv_same_embed_dim = False
+
+    def __init__(self, layer: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads, self.head_dim = layer.embed_dim, layer.num_heads, layer.head_dim
+        self.dropout, self.batch_first = layer.dropout, layer.batch_first
+        weights = (list(layer.in_proj_weight.chunk(3)) if layer.in_proj_weight is not None else
+                   [layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight])
+        biases = [None] * 3 if layer.in_proj_bias is None else list(layer.in_proj_bias.chunk(3))
+        self.query, self.key, self.value = (_linear(w, b) for w, b in zip(weights, biases, strict=True))
+        self.output = _linear(layer.out_proj.weight, layer.out_proj.bias)
+        self.train(layer.training)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+                need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
+                is_causal: bool = False) -> tuple[Tensor, Tensor | None]:
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = query[None], key[None], value[None]
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+        elif not self.batch_first:
+            query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+        n, length, source = query.shape[0], query.shape[1], key.shape[1]
+        q = self.query(query).view(n, length, self.num_heads, self.head_dim).transpose(1, 2)
+        k = self.key(key).view(n, source, self.num_heads, self.head_dim).transpose(1, 2)
+        v = self.value(value).view(n, source, self.num_heads, self.head_dim).transpose(1, 2)
+        scores = (q @ k.transpose(2, 3)) * (1 / math.sqrt(self.head_dim))
+        if attn_mask is not None:
+            mask = _added(attn_mask, scores)
+            scores = scores + (mask.view(n, -1, length, source) if mask.dim() == 3 else mask)
+        if key_padding_mask is not None:
+            scores = scores + _added(key_padding_mask, scores)[:, None, None, :]
+        weights = scores.softmax(-1)
+        weights = F.dropout(weights, self.dropout, self.training)
+        y: Tensor = self.output((weights @ v).transpose(1, 2).reshape(n, length, self.num_heads * self.head_dim))
+        shown: Tensor | None = (weights.mean(1) if average_attn_weights else weights) if need_weights else None
+        if not batched:
+            return y[0], None if shown is None else shown[0]
+        return (y if self.batch_first else y.transpose(0, 1)), shown
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, batch_first={self.batch_first}"
+
+
+def _added(mask: Tensor, scores: Tensor) -> Tensor:
+    """A mask as something to add: -inf where a boolean one says that a place is not to be seen."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, -torch.inf)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    layer.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+    return layer
+
+
+def heads(model: nn.Module, example: Any) -> tuple[Heads, ...]:
+    """The heads of each attention module, in the order of its layers; those that must stay say why.
+
+    An attention module is an `nn.MultiheadAttention`, or one that holds three linear layers with the usual names
+    (query, key, value; q_proj, ...), a number of heads, and, itself or in the module around it, a linear layer for what
+    the heads found (output, out_proj, output.dense, ...): `lilliput.nets.bert` and most of Hugging Face's. Each is
+    tried: without half of its heads the network must compute exactly what it does when those are not listened to.
+
+    Raises NotSupported when the model holds codes (realize it first).
+
+    >>> [str(h) for h in heads(nn.TransformerEncoderLayer(8, 2, batch_first=True), torch.rand(1, 3, 8))]
+    ['2 heads of 4 in self_attn.']
+    """
+    work = copied(model, "heads")
+    found = [h for name, module in work.named_modules() if (h := _look(work, name, module)) is not None]
+    if not any(h.removable for h in found):
+        return tuple(found)
+    before, reached = run(work, example), calls(work, example)
+    return tuple(replace(h, reason=h.reason or _why(work, h, example, before, h.name in reached)) for h in found)
+
+
+def _look(model: nn.Module, name: str, module: nn.Module) -> Heads | None:
+    if isinstance(module, nn.MultiheadAttention):
+        why = "it adds a key and value of its own" if module.bias_k is not None or module.add_zero_attn else ""
+        why = why or ("" if "in_proj_weight" in module._parameters else "its weight is computed from other tensors")
+        why = why or ("there is only one" if module.num_heads == 1 else "")
+        path = f"{name}." if name else ""
+        return Heads(name, module.num_heads, module.head_dim, (f"{path}query", f"{path}key", f"{path}value"),
+                     f"{path}output", why)
+    children = dict(module.named_children())
+    count = _noted(module, COUNTS)
+    names = next((p for p in PROJECTIONS if all(isinstance(children.get(n), nn.Linear) for n in p)), None)
+    if names is None:
+        strange = "Attention" in type(module).__name__ and count and any(True for _ in module.parameters())
+        why = "its query, key and value are not three linear layers of usual names"
+        return Heads(name, count, 0, reason=why) if strange else None
+    widths = [int(cast(nn.Linear, children[n]).out_features) for n in names]
+    count = count or widths[0] // (_noted(module, ONE) or widths[0] + 1)
+    if not count:
+        return None
+    paths = tuple(f"{name}.{n}" if name else n for n in names)
+    found = Heads(name, count, widths[0] // count, paths)
+    if len(set(widths)) > 1 or widths[0] % count:
+        return replace(found, reason="several heads share a key")
+    for place in ([name, name.rpartition(".")[0]] if name else [""]):
+        for last in OUTPUTS:
+            path = f"{place}.{last}" if place else last
+            layer = _submodule(model, path)
+            layer = layer[0] if isinstance(layer, nn.Sequential) and len(layer) else layer
+            path = next(n for n, m in model.named_modules() if m is layer) if layer is not None else ""
+            if isinstance(layer, nn.Linear) and layer.in_features == widths[0] and path not in paths:
+                return replace(found, output=path, reason="there is only one" if count == 1 else "")
+    return replace(found, reason="the linear layer after its heads has no usual name")
+
+
+def _noted(module: nn.Module, attributes: tuple[str, ...]) -> int:
+    """The first of these attributes that is a whole number, else 0."""
+    return next((found for a in attributes if isinstance(found := getattr(module, a, None), int)), 0)
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _why(model: nn.Module, found: Heads, example: Any, before: list[Tensor], reached: bool) -> str:
+    """Why none of these heads can go; empty when they can."""
+    held = {found.name, *found.projections, found.output, f"{found.name}.out_proj"}
+    if shared := sorted(held & tied(model)):
+        return f"{shared[0]} shares a parameter with another layer"
+    if still := sorted(held & frozen(model)):
+        return f"{still[0]} is frozen"
+    attention = model.get_submodule(found.name)
+    if not reached and not isinstance(attention, nn.MultiheadAttention):
+        return "no run of the example reaches it"
+    order = torch.randperm(found.count, generator=torch.Generator().manual_seed(found.count))
+    keep = {found.name: order[: max(found.count // 2, 1)].sort().values}
+    try:
+        narrow, silent = sketch(model), sketch(model)
+        _opened_(silent, [found])
+        if not agree(before, run(silent, example), 1e-3):
+            return "its forward does more than attend"
+        _silence_(silent, found, keep[found.name])
+        _narrow_(narrow, [found], keep)
+        outputs, expected = run(narrow, example), run(silent, example)
+    except Exception as error:  # whatever a stranger's forward raises when its sizes change
+        return f"the model fails without some of them ({first_line(error)})"
+    return "" if agree(expected, outputs, 1e-3) else "without some of them the rest computes something else"
+
+
+def _opened_(model: nn.Module, found: Iterable[Heads]) -> None:
+    """Put a HeadAttention in the place of every named nn.MultiheadAttention."""
+    for h in found:
+        layer = model.get_submodule(h.name)
+        if isinstance(layer, nn.MultiheadAttention):
+            replace_(model, layer, HeadAttention(layer))
+    for module in model.modules():  # its nested tensors are for the original only
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, HeadAttention) for m in module.modules()):
+            module.use_nested_tensor = False
+
+
+def _silence_(model: nn.Module, found: Heads, keep: Tensor) -> None:
+    gone = torch.ones(found.count * found.size, dtype=torch.bool)
+    gone[found.rows(keep)] = False
+    slicing.silence_(model.get_submodule(found.output), gone.nonzero().flatten())
+
+
+def _narrow_(model: nn.Module, found: Iterable[Heads], keep: Mapping[str, Tensor]) -> None:
+    found = list(found)
+    _opened_(model, found)
+    for h in found:
+        rows = h.rows(keep[h.name])
+        for path in h.projections:
+            slicing.narrow_(model.get_submodule(path), rows, None)
+        slicing.narrow_(model.get_submodule(h.output), None, rows)
+        module = model.get_submodule(h.name)
+        for attribute in (*COUNTS, *SIZES):
+            old = getattr(module, attribute, None)
+            if isinstance(old, int) and old == (h.count if attribute in COUNTS else h.count * h.size):
+                setattr(module, attribute, len(keep[h.name]) * (1 if attribute in COUNTS else h.size))
+
+
+def opened(model: nn.Module, found: Iterable[Heads]) -> nn.Module:
+    """A copy that computes the same, in which every removable head's four maps are linear layers that are called."""
+    work = copied(model, "opened")
+    _opened_(work, [h for h in found if h.removable])
+    return work
+
+
+def remove_heads(model: nn.Module, example: Any, keep: Mapping[str, Tensor], found: tuple[Heads, ...] | None = None
+                 ) -> nn.Module:
+    """A copy with only the heads keep[name] of each named attention module; a plain module that trains and exports.
+
+    A head that goes takes its rows of query, key and value and its columns of output with it. An
+    `nn.MultiheadAttention` that loses heads becomes a `HeadAttention`. keep: name of the attention module -> sorted
+    indices of the heads that stay (one that is not named keeps all). found: what `heads(model, example)` returned.
+
+    Raises KeyError for a name that is no attention module, ValueError for one that must stay and for indices outside
+    it; NotSupported when the model holds codes.
+
+    >>> net = nn.TransformerEncoderLayer(8, 4, batch_first=True)
+    >>> remove_heads(net, torch.rand(1, 3, 8), {"self_attn": torch.tensor([0, 3])}).self_attn.query
+    Linear(in_features=8, out_features=4, bias=True)
+    """
+    found = heads(model, example) if found is None else found
+    known = {h.name: h for h in found}
+    chosen: dict[str, Tensor] = {}
+    for name, kept in keep.items():
+        if name not in known:
+            raise KeyError(f"remove_heads: no attention module '{name}'. {near(name, known)}")
+        kept, count = torch.as_tensor(kept).long(), known[name].count
+        if len(kept) == count and torch.equal(kept, torch.arange(count)):
+            continue
+        if known[name].reason:
+            raise ValueError(f"remove_heads: {Left(name, known[name].reason)}. Leave it out of keep.")
+        if not len(kept) or bool((kept[1:] <= kept[:-1]).any()) or int(kept[0]) < 0 or int(kept[-1]) >= count:
+            raise ValueError(f"remove_heads: {name} must keep sorted indices in [0, {count}), at least one, "
+                             f"got {kept.tolist()}.")
+        chosen[name] = kept
+    smaller = copied(model, "remove_heads")
+    _narrow_(smaller, [known[name] for name in chosen], chosen)
+    if shapes(run(smaller, example)) != shapes(run(copied(model, "remove_heads"), example)):
+        raise RuntimeError("remove_heads: the output must keep its shape. Keep other heads.")
+    return smaller
