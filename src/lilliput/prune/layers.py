@@ -41,8 +41,8 @@ def check(who: str, sparsity: float | None, pattern: str, allocation: Allocation
         check_sparsity(value, kind, who, pattern)
     if examples < 1:
         raise ValueError(f"{who}: examples must be at least 1, got {examples}.")
-    if damp < 0:
-        raise ValueError(f"{who}: damp must be at least 0, got {damp:g}. It is a share of the mean of H's diagonal.")
+    if damp <= 0:
+        raise ValueError(f"{who}: damp must be above 0, got {damp:g}: inputs that depend on each other have no inverse.")
 
 
 def sort(model: nn.Module, where: str, pattern: str, who: str, allocation: Allocation = ""

@@ -27,13 +27,13 @@ def traces(weight: Tensor, hessian: Tensor, pattern: Pattern) -> tuple[Tensor, T
     _, total, d = weight.shape
     down, c = bundle(pattern)
     limit, m = group(pattern)
-    H = torch.cholesky_inverse(torch.linalg.cholesky(hessian)).unflatten(1, (-1, c)).unflatten(3, (-1, c))
+    H = torch.cholesky_inverse(torch.linalg.cholesky(hessian)).to(weight).unflatten(1, (-1, c)).unflatten(3, (-1, c))
     bundles, u = weight.reshape(-1, down, d // c, c), d // c
     steps = u // m * limit if isinstance(pattern, NM) else u
     orders, losses = [], []
     size = max(1, CHUNK_BYTES // (d * d * H.element_size()))
     for first in range(0, len(bundles), size):
-        w = bundles[first : first + size].to(H).clone()
+        w = bundles[first : first + size].clone()
         n = len(w)
         inverse = H[torch.arange(first, first + n, device=w.device) // (total // down)]  # (n, u, c, u, c)
         row, ids = torch.arange(n, device=w.device), torch.arange(u, device=w.device).repeat(n, 1)
@@ -87,7 +87,7 @@ def obc(weight: Tensor, hessian: Tensor, sparsity: float, pattern: Pattern, damp
     H, dead = damped(hessian, damp)
     w = weight.to(H).reshape(groups, -1, d)
     alive = w.masked_fill(dead[:, None], 0)
-    order, loss = traces(alive.float() if d > 64 else alive, H.float() if d > 64 else H, pattern)
+    order, loss = traces(alive.float() if d > 64 else alive, H, pattern)
     # A row's next removal waits for those before it, so its place is that of the dearest one so far.
     reached = loss.double()
     if not isinstance(pattern, NM):

@@ -78,9 +78,8 @@ class WoodFisher(Stage):
 
     def __post_init__(self) -> None:
         check("WoodFisher", self.sparsity, self.pattern, self.allocation, self.examples, self.damp)
-        if self.damp == 0 or self.size < 1 or self.rounds < 1:
-            raise ValueError(f"WoodFisher: damp must be above 0, size and rounds at least 1, got {self.damp:g}, "
-                             f"{self.size} and {self.rounds}.")
+        if self.size < 1 or self.rounds < 1:
+            raise ValueError(f"WoodFisher: size and rounds must be at least 1, got {self.size} and {self.rounds}.")
 
     def left(self, model: nn.Module) -> dict[str, str]:
         """The tensors that `where` takes in but that are left alone, each with the reason."""
