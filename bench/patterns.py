@@ -1,26 +1,30 @@
 """Which zeros the engine skips best: layers pruned in several patterns, all interleaved in one run, one thread.
 
-python bench/patterns.py [--rounds 40] [--layers recurrent linear ...]
+python bench/patterns.py [--rounds 40] [--build DIR]
 
 Weights are random, masks by magnitude. Each ratio is the time of the dense layer over the pruned one's in the engine,
 the median over rounds in which each takes its turn. 2:4 stops at half, so it is measured there, beside single elements.
-Writes results/engine/patterns.json, which the table in lilliput.prune.patterns is tested against.
+What is compiled is kept in DIR (build/patterns) and used again. Writes results/engine/patterns.json, which the table in
+lilliput.prune.patterns is tested against.
 """
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
-from engine import ms, timed, turns
+from engine import Run, ms, turns
 from torch import nn
 
+import lilliput
 from lilliput.code.stored import Plain
 from lilliput.cost.measure import machine
-from lilliput.cost.runtimes import EngineSession
-from lilliput.export.onnx import trace
+from lilliput.engine.run import Engine
+from lilliput.export.onnx import Structure, trace
 from lilliput.prune.patterns import parse
 from lilliput.search.finish import commit, versions
 
@@ -69,20 +73,50 @@ def variants(weights: dict[str, torch.Tensor]) -> dict[tuple[str, float], dict[s
     return found
 
 
-def rows(name: str, layer: nn.Module, x: torch.Tensor, rounds: int) -> list[dict[str, Any]]:
+def compiled(structure: Structure, stored: dict[str, Plain], folder: Path) -> Engine:
+    """A layer with these weights, from the folder where it is there already."""
+    if (folder / "manifest.json").is_file():
+        return Engine(folder)
+    return lilliput.compile(structure.write(dict(stored)), folder)
+
+
+def traced(layer: nn.Module, x: torch.Tensor, path: Path) -> Structure:
+    """A layer's graph, from the file where it is there already."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(trace(layer, x).proto.SerializeToString())
+    return Structure(onnx.load(path))
+
+
+def timed(engine: Engine, x: np.ndarray) -> Run:
+    """Its runs, each timed."""
+
+    def run(count: int) -> list[float]:
+        seconds = []
+        for _ in range(count):
+            start = time.perf_counter()
+            engine(x)
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    return run
+
+
+def rows(name: str, layer: nn.Module, x: torch.Tensor, rounds: int, build: Path) -> list[dict[str, Any]]:
     """One layer in every pattern."""
-    structure = trace(layer, x)
+    folder = build / name.replace(", ", "-").replace(" ", "-")
+    structure = traced(layer, x, folder / "layer.onnx")
     weights = {key: w.detach() for key, w in layer.named_parameters() if w.dim() > 1}
-    sessions = {key: EngineSession(structure.write(dict(stored))) for key, stored in variants(weights).items()}
-    times = turns({repr(key): timed(session, x) for key, session in sessions.items()}, rounds)
+    engines = {key: compiled(structure, stored, folder / f"{key[0]} {key[1]}".replace(" ", "-").replace(":", "of"))
+               for key, stored in variants(weights).items()}
+    times = turns({repr(key): timed(engine, x.numpy()) for key, engine in engines.items()}, rounds)
     base, found = np.array(times[repr(("dense", 0.0))]), []
-    for key, session in sessions.items():
+    for key, engine in engines.items():
         ratio = base / np.array(times[repr(key)])
-        kernels = [held["kernel"] for held in session.engine.manifest["layers"]]
+        kernels = sorted({held["kernel"] for held in engine.manifest["layers"]})
         found.append({"layer": name, "shapes": [list(w.shape) for w in weights.values()], "pattern": key[0],
                       "sparsity": key[1], "ms": ms(times[repr(key)]), "times_dense": round(float(np.median(ratio)), 3),
-                      "quartiles": [round(float(q), 3) for q in np.quantile(ratio, [0.25, 0.75])],
-                      "kernels": sorted(set(kernels))})
+                      "quartiles": [round(float(q), 3) for q in np.quantile(ratio, [0.25, 0.75])], "kernels": kernels})
         print(name, *(found[-1][k] for k in ("pattern", "sparsity", "ms", "times_dense", "kernels")), flush=True)
     return found
 
@@ -92,12 +126,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--layers", nargs="*", default=list(layers()))
+    parser.add_argument("--build", type=Path, default=ROOT / "build" / "patterns")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "engine" / "patterns.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
     before = machine()
     found = [row for name, (layer, x) in layers().items() if name in given.layers
-             for row in rows(name, layer.eval(), x, given.rounds)]
+             for row in rows(name, layer.eval(), x, given.rounds, given.build)]
     record = {"what": "Layers of random weights in the engine by pattern: float32, one thread, one example, one "
                       "interleaved run a layer; times_dense is the time of the dense layer over the pruned one's",
               "command": "python bench/patterns.py", "rounds": given.rounds, "rows": found, "machine": before,

@@ -68,7 +68,7 @@ def _optimizer(stage: Train, model: nn.Module) -> torch.optim.Optimizer:
     groups = [group for group in groups if group["params"]]
     if stage.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True, foreach=True)
-    return torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    return torch.optim.AdamW(groups, lr=1e-3, fused=not any(p.is_complex() for p in trained))
 
 
 def fit(

@@ -227,8 +227,18 @@ def pack(model: nn.Module) -> dict[str, Stored]:
                     found[prefix + name] = _pack(module, name)
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:
-                    found[prefix + name] = Plain(buffer.detach().cpu().numpy())
+                    found[prefix + name] = Plain(_array(buffer, prefix + name))
     return found
+
+
+def _array(tensor: Tensor, name: str) -> Any:
+    """A tensor in a type that a file can hold."""
+    if tensor.is_complex():
+        raise NotSupported(f"pack: {name} must be real, got {tensor.dtype}. Keep its real and imaginary part as two "
+                           "tensors (torch.view_as_real).")
+    if tensor.dtype in (torch.bfloat16, torch.float64):
+        tensor = tensor.float()
+    return tensor.detach().cpu().numpy()
 
 
 def _pack(module: nn.Module, name: str) -> Stored:
@@ -236,7 +246,8 @@ def _pack(module: nn.Module, name: str) -> Stored:
         holder = _lists(module)[name]
         stored: Stored = holder[0].pack(*(_pack(holder, original) for original in _original_names(holder)))
         return stored
-    return Plain(getattr(module, name).detach().float().cpu().numpy())
+    tensor = getattr(module, name)
+    return Plain(_array(tensor if tensor.is_complex() else tensor.float(), name))
 
 
 def storage(model: nn.Module) -> dict[str, Storage]:

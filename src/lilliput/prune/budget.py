@@ -159,7 +159,8 @@ def _cheapest(lost: Mapping[str, Mapping[float, float]], costs: Mapping[str, Map
     if room < 0:
         raise ValueError(f"allocate: {kind} must be at least {fixed + sum(least.values()):g} at these levels, got "
                          f"{fixed + budget:g}. Raise it, give higher levels, or let where= take in more tensors.")
-    room = min(room, most - sum(least.values()))
+    if budget >= most:
+        return {name: min(row, key=lambda level: (row[level], level)) for name, row in lost.items()}
     cell, best = max(room / CELLS, 1e-30), np.zeros(CELLS + 1)
     taken: list[tuple[str, list[float], Any]] = []
     for name, row in costs.items():

@@ -239,12 +239,76 @@ class Heads(Blocks):
                              "Leave this tensor out with where=, or give the number of heads that it has.")
 
 
+FINEST_FIRST = ("elements", "block 4x1", "block 8x1", "kernel", "block 16x1", "block 4x4", "block 1x16")
+FAST: dict[str, tuple[str, ...]] = {
+    "recurrent": ("block 16x1", "block 8x1", "block 4x1", "elements"),
+    "linear": ("block 16x1", "block 8x1", "block 4x1", "elements"),
+    "convolution": ("elements",),
+    "pointwise": ("block 8x1", "block 4x1", "elements"),
+}
+"""By kind of layer: the finest pattern whose time in the engine is within a tenth of the fastest one's, as measured
+(results/engine/patterns.json), then what is taken where it does not divide a shape."""
+
+
+def kind(name: str, shape: tuple[int, ...]) -> str:
+    """The kind of layer that a tensor belongs to, by its name and shape: a key of `FAST`.
+
+    >>> kind("gru.weight_hh_l0", (96, 32)), kind("fc.weight", (10, 64)), kind("conv.weight", (8, 4, 1, 1))
+    ('recurrent', 'linear', 'pointwise')
+    """
+    if len(shape) > 2:
+        return "pointwise" if math.prod(shape[2:]) == 1 else "convolution"
+    return "recurrent" if name.rpartition(".")[2].startswith(("weight_ih", "weight_hh")) else "linear"
+
+
+def fast(shape: tuple[int, ...], kind: str) -> str:
+    """The pattern that the engine runs fastest in a layer of this kind, of those that divide the shape.
+
+    Raises ValueError for an unknown kind.
+
+    >>> fast((6, 64), "linear")
+    'elements'
+    """
+    if kind not in FAST:
+        raise ValueError(f"fast: kind must be one of {', '.join(FAST)}, got {kind!r}.")
+    for text in FAST[kind]:
+        try:
+            parse(text).check(shape)
+        except ValueError:
+            continue
+        return text
+    return "elements"
+
+
+@dataclass(frozen=True)
+class Engine(Pattern):
+    """What `lilliput.compile` runs fastest, for each tensor by its kind of layer and its shape: see `FAST`."""
+
+    name: str = ""
+
+    def of(self, name: str) -> Pattern:
+        return Engine(name)
+
+    def _chosen(self, shape: tuple[int, ...]) -> Pattern:
+        return parse(fast(shape, kind(self.name, shape)))
+
+    def block(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        return self._chosen(tuple(shape)).block(tuple(shape))
+
+    def pooled(self, score: Tensor) -> Tensor:
+        return self._chosen(tuple(score.shape)).pooled(score)
+
+    def __call__(self, score: Tensor, sparsity: float) -> Tensor:
+        return self._chosen(tuple(score.shape))(score, sparsity)
+
+
 def parse(text: str) -> Pattern:
     """A pattern from plain text.
 
     "elements": any weight. "even": equally many of every output. "2:4" (any N:M): along the inputs; "2:4 out": along
     the outputs. "block 4x1" (any size). "channel", with the other names "row", "filter" and "neuron": whole outputs.
     "column": whole inputs. "kernel": the kernels of a convolution. "head 4" (any number): the rows of attention heads.
+    "engine": what the engine runs fastest, tensor by tensor.
 
     Raises ValueError for any other text.
 
@@ -256,7 +320,7 @@ def parse(text: str) -> Pattern:
     """
     outputs = Channels()
     simple = {"elements": Pattern(), "even": Even(), "channel": outputs, "row": outputs, "filter": outputs,
-              "neuron": outputs, "column": Columns(), "kernel": Kernels()}
+              "neuron": outputs, "column": Columns(), "kernel": Kernels(), "engine": Engine()}
     if text in simple:
         return simple[text]
     if match := re.fullmatch(r"(\d+):(\d+)( out)?", text):
@@ -270,6 +334,6 @@ def parse(text: str) -> Pattern:
     if text == "layer":
         raise ValueError("Prune: pattern must say what is zero within a tensor, got 'layer'. A whole layer is not "
                          "zeroed but taken out of the network: see lilliput.graph.blocks.remove_blocks.")
-    raise ValueError(f"Prune: pattern must be 'elements', 'even', 'channel' ('row', 'filter', 'neuron'), 'column', "
-                     f"'kernel', 'head 4', 'N:M' such as '2:4' or '2:4 out', or a block such as 'block 4x1', got "
-                     f"{text!r}.")
+    raise ValueError("Prune: pattern must be 'elements', 'even', 'channel' ('row', 'filter', 'neuron'), 'column', "
+                     "'kernel', 'head 4', 'engine', 'N:M' such as '2:4' or '2:4 out', or a block such as 'block 4x1', "
+                     f"got {text!r}.")

@@ -46,7 +46,8 @@ class RigL(SET, Rule):
         return state
 
     def growth(self, state: State, model: nn.Module, name: str, step: int) -> Tensor:
-        return state[f"gradient {name}"].float().abs()
+        held = state.get(f"gradient {name}")  # none where the loss does not reach
+        return torch.zeros_like(theta(model, name)).float() if held is None else held.float().abs()
 
     def on_step(self, state: State, model: nn.Module, step: int, steps: int) -> State:
         state = super().on_step(state, model, step, steps)

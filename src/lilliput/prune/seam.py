@@ -139,6 +139,9 @@ class Seam(Stage):
         sub, example = subproblem(task, self.classes, self.rest), on(task.example, device)
         plain = realize(model).to(device)
         flags = {name: p.requires_grad for name, p in plain.named_parameters()}
+        if wrong := next((name for name, p in plain.named_parameters() if p.dtype != torch.float32), None):
+            raise ValueError(f"Seam: weights must be float32, got {plain.get_parameter(wrong).dtype} in {wrong}. Call "
+                             "model.float() first.")
         body = fold_batchnorm(plain, example).eval().requires_grad_(False)
         head = _head(body, example, self.classes, self.rest).to(device)
         net = Reused(body, head) if isinstance(example, Tensor) else ReusedInputs(body, head)
