@@ -104,7 +104,8 @@ class Steps:
         k = 0 if u < -1e-9 else min(self.rounds, 1 + math.floor(u * (self.rounds - 1) + 1e-9))
         if k == self.rounds:
             return self.last
-        return 1 - (1 - self.first) * ((1 - self.last) / (1 - self.first)) ** (k / self.rounds)
+        left: float = (1 - self.first) * ((1 - self.last) / (1 - self.first)) ** (k / self.rounds)
+        return 1 - left
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class L0(Stage, Rule):
     """
 
     sparsity: float | Schedule = 0.9
-    rate: float = 0.1
+    rate: float = 1.0
     price: float = 0.0
     until: float = 0.75
     allocation: Allocation = "global"
