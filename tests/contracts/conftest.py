@@ -37,6 +37,7 @@ MADE: dict[str, list[dict[str, Any]]] = {
     "SparseGPT": [{"sparsity": 0.5}, {"sparsity": 0.5, "pattern": "2:4", "where": "3", "width": 4}],
     "OBC": [{"sparsity": 0.5}, {"allocation": [["3.weight", 0.5]], "pattern": "block 2x1"}],
     "WoodFisher": [{"sparsity": 0.5}, {"sparsity": 0.6, "rounds": 2, "allocation": "erk", "size": 5}],
+    "PruneToBudget": [{"macs": 4000}, {"bytes": 1200, "score": "taylor", "pattern": "block 2x1"}],
     "PatternLock": [{"least": 0.0}],
 }
 
