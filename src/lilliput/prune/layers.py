@@ -42,7 +42,7 @@ def check(who: str, sparsity: float | None, pattern: str, allocation: Allocation
     if examples < 1:
         raise ValueError(f"{who}: examples must be at least 1, got {examples}.")
     if damp <= 0:
-        raise ValueError(f"{who}: damp must be above 0, got {damp:g}: inputs that depend on each other have no inverse.")
+        raise ValueError(f"{who}: damp must be above 0, got {damp:g}, so that H has an inverse. 0.01 suits most.")
 
 
 def sort(model: nn.Module, where: str, pattern: str, who: str, allocation: Allocation = ""
@@ -127,7 +127,7 @@ def sequentially(plain: nn.Module, inputs: Any, names: list[str], solve: Callabl
     if len(set(map(id, modules.values()))) == len(modules) and _at_once(plain, inputs, modules):
         for name, module in modules.items():
             module.register_forward_pre_hook(
-                lambda module, given, name=name: solve(name, hessian(module, leaves(given)[0])))  # type: ignore[misc]
+                lambda module, given, name=name: solve(name, hessian(module, leaves(given)[0])))
         call(plain, inputs)
         return
     for name in called(plain, inputs, names):
@@ -166,7 +166,7 @@ def called(plain: nn.Module, inputs: Any, names: list[str]) -> list[str]:
     """Those weights whose layers the model calls, in the order of the first call."""
     found: dict[str, None] = {}
     hooks = [plain.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(
-        lambda module, given, name=name: found.setdefault(name)) for name in names]  # type: ignore[misc]
+        lambda module, given, name=name: found.setdefault(name)) for name in names]
     call(plain, take(inputs, slice(0, 1)))
     for hook in hooks:
         hook.remove()

@@ -95,7 +95,7 @@ class WoodFisher(Stage):
             raise ValueError(f"WoodFisher: some tensor must be left to prune, got none of {list(left)[:3]}: {why}.")
         plain = realize(model).eval().float().requires_grad_(False)
         examples = curvature.Examples.of(plain, task, self.examples, self.seed)
-        parameters = {name: plain.get_parameter(name) for name in names}
+        parameters: dict[str, Tensor] = {name: plain.get_parameter(name) for name in names}
         share = amounts(parameters, 1.0 if self.sparsity is None else self.sparsity, self.allocation, pattern)
         kept: dict[str, Tensor] = {}
         for k in range(1, self.rounds + 1):
