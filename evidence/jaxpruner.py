@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 import lilliput
 from lilliput.data import cache_folder, digits, mnist1d, stratified
+from lilliput.evidence import interval
 from lilliput.nets.mnist1d import CNN, MLP
 from lilliput.nets.resnet import ResNet
 from lilliput.prune.rigl import RigL
@@ -128,16 +129,6 @@ def one(job: tuple[tuple[str, str, float, int], Path, int]) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------------------------------- summary
-
-
-def interval(values: list[float]) -> list[float]:
-    """The central 95% for the mean of a few runs, by Student's t."""
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return [round(values[0], 4)] * 2
-    half = float(t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return [round(float(np.mean(values)) - half, 4), round(float(np.mean(values)) + half, 4)]
 
 
 def rows(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
