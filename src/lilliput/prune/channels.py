@@ -137,7 +137,7 @@ def filters(layer: nn.Module) -> Tensor:
     if isinstance(layer, nn.RNNBase):  # the gates lie one after the other; so do layers and directions
         of = [p.detach() for name, p in layer.named_parameters() if name.startswith("weight")]
         return torch.cat([w.unflatten(0, (-1, layer.hidden_size)).transpose(0, 1).flatten(1) for w in of], 1)
-    weight: Tensor = layer.weight.detach()  # type: ignore[operator, assignment]
+    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
     if isinstance(layer, slicing.TRANSPOSED) and layer.groups > 1 and not slicing.depthwise(layer):
         raise ValueError("filters: a transposed convolution must not be grouped, got one that is.")
     dim = slicing.channels(layer, "out", "weight")

@@ -159,6 +159,6 @@ def norms(model: nn.Module, h: Heads) -> Tensor:
     """The L2 norm of each head's rows of query, key and value and columns of the output."""
     tensors = [model.get_submodule(path).weight for path in h.projections]
     tensors.append(model.get_submodule(h.output).weight.T)  # type: ignore[operator]
-    squares = [w.detach().float().square().unflatten(0, (h.count, h.size)).sum((1, 2)).cpu()  # type: ignore[operator]
+    squares = [w.detach().float().square().unflatten(0, (h.count, h.size)).sum((1, 2)).cpu()
                for w in tensors]
     return torch.stack(squares).sum(0).sqrt()
