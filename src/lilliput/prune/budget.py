@@ -70,20 +70,26 @@ def allocate(model: nn.Module, task: Task, *, bytes: int | None = None, macs: in
         raise ValueError(f"allocate: some tensor must be left to prune, got none: {next(iter(left.values()))}.")
     masks = _masks(model, task, names, score, rule, tried, seed)
     lost = _divergences(model, task, masks)
-    fixed, costs = {"bytes": _bytes, "macs": _macs}[kind](model, task, masks, rule) if kind != "latency_ms" else (0, {})
-    if kind == "latency_ms":
-        timer = _Timer(model, task)
-        fixed, costs = timer.costs(masks)
-    target, pairs = budget, dict.fromkeys(names, 0.0)
-    for _ in range(4):  # times do not add up exactly: what was chosen is measured, and chosen anew where it is over
-        pairs = _cheapest(lost, costs, target - fixed, kind, fixed)
-        if kind != "latency_ms":
-            break
+    if latency_ms is not None:
+        return tuple(_timed(_Timer(model, task), lost, masks, latency_ms).items())
+    fixed, costs = (_bytes if kind == "bytes" else _macs)(model, task, masks, rule)
+    return tuple(_cheapest(lost, costs, budget - fixed, kind, fixed).items())
+
+
+def _timed(timer: "_Timer", lost: Mapping[str, Mapping[float, float]], masks: Masks, budget: float
+           ) -> dict[str, float]:
+    """The choice within a budget of milliseconds. Times do not add up exactly: what is chosen is measured, and chosen
+    anew where it takes longer."""
+    fixed, costs = timer.costs(masks)
+    target = over = budget
+    for _ in range(4):
+        pairs = _cheapest(lost, costs, target - fixed, "latency_ms", fixed)
         over = timer.ms({name: masks[name][level] for name, level in pairs.items()}) - budget
         if over <= 0:
-            break
+            return pairs
         target -= 1.1 * over
-    return tuple(pairs.items())
+    raise ValueError(f"allocate: latency_ms must leave room for what the times of layers alone do not show, got "
+                     f"{budget:g}, and the best choice takes {budget + over:g}. Raise it.")
 
 
 @dataclass(frozen=True)
@@ -135,8 +141,9 @@ def _masks(model: nn.Module, task: Task, names: list[str], score: str, pattern: 
 @torch.no_grad()
 def _divergences(model: nn.Module, task: Task, masks: Masks) -> dict[str, dict[float, float]]:
     """What pruning each tensor alone does to the outputs."""
-    work, inputs, lost = realize(model).eval(), calibration(task), {}
+    work, inputs = realize(model).eval(), calibration(task)
     dense = predict(work, inputs)
+    lost: dict[str, dict[float, float]] = {}
     for name, levels in masks.items():
         parameter = work.get_parameter(name)
         original = parameter.detach().clone()
@@ -196,7 +203,8 @@ def _bytes(model: nn.Module, task: Task, masks: Masks, pattern: patterns.Pattern
 def _macs(model: nn.Module, task: Task, masks: Masks, pattern: patterns.Pattern
           ) -> tuple[float, dict[str, dict[float, float]]]:
     """(multiply-accumulates with the other weights, those with these at each level), for one example."""
-    plain, uses = realize(model).eval(), {}
+    plain = realize(model).eval()
+    uses: dict[str, int] = {}
 
     def listen(path: str, module: nn.Module) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -238,7 +246,8 @@ class _Timer:
             plain = fold_batchnorm(plain, task.example)
         self.structure, self.stored = trace(plain, task.example), pack(plain)
         self.dense = self._session({})
-        self.dense_ms = latency({"dense": self.dense}, self.example, seconds=0.5)["dense"].median_ms
+        alone: dict[str, Any] = {"dense": self.dense}
+        self.dense_ms = latency(alone, self.example, seconds=0.5)["dense"].median_ms
 
     def _session(self, masks: Mapping[str, Tensor]) -> EngineSession:
         changed = {name: Plain(self.stored[name].decode() * mask.cpu().numpy()) for name, mask in masks.items()}
@@ -246,7 +255,8 @@ class _Timer:
 
     def ms(self, masks: Mapping[str, Tensor]) -> float:
         """The time with these masks, taken in turns with the dense network and in its milliseconds."""
-        found = latency({"dense": self.dense, "masked": self._session(masks)}, self.example, seconds=0.5)  # type: ignore[dict-item]
+        sessions: dict[str, Any] = {"dense": self.dense, "masked": self._session(masks)}
+        found = latency(sessions, self.example, seconds=0.5)
         return self.dense_ms / found["masked"].ratio
 
     def costs(self, masks: Masks) -> tuple[float, dict[str, dict[float, float]]]:
