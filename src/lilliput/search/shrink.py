@@ -34,6 +34,7 @@ from lilliput.search.onnx_target import OnnxModel
 from lilliput.search.points import Clock, Point, Press, bits
 from lilliput.search.show import Silent
 from lilliput.search.space import (
+    SPARSE,
     Plan,
     Space,
     Tail,
@@ -52,6 +53,7 @@ from lilliput.workshop import Workshop
 
 OBJECTIVES = ("size", "latency", "macs")
 RUNGS = (1 / 16, 1 / 4)
+PATIENT = 600  # seconds of budget from which on zeros are made in more than one way
 LABELS = (0.3, 10.0)
 FAILURES = (Diverged, TimeoutError, ExportError, NotSupported, ValueError, RuntimeError)
 
@@ -286,7 +288,8 @@ class Search:
         self.finals = max(1, min(3 if asked >= 6 else 2, asked))
         self.tails: tuple[Tail, ...] = (Tail(4), Tail(3), *(() if self.space.tables else (Tail(4, 0.5),)))
         if self.for_latency:
-            self.tails = (Tail(4), *(Tail(8, sparsity) for sparsity in self._rewarded()))
+            ways = tuple(SPARSE) if budget is None or budget >= PATIENT else tuple(SPARSE)[:1]
+            self.tails = (Tail(4), *(Tail(8, sparsity, method=way) for sparsity in self._rewarded() for way in ways))
             self.clock.reserved_s = 0.0 if budget is None else engine.RESERVED * budget
         with self.clock.on("train"):
             self._teach(pool)
