@@ -190,4 +190,7 @@ def test_reconstruct_errors() -> None:
     task = Task("some", train=(torch.randn(4, 4), None), val=(torch.randn(4, 4), None), loss="mse", metric="mse")
     with pytest.raises(ValueError, match="Pass task="):
         Reconstruct()(Prune(0.5)(net, task, None), None, None)
+    two = Prune(0.5, where="0")(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), task, None)
+    with pytest.raises(ValueError, match=r"Masked are 0\.weight"):
+        Reconstruct(where="1")(two, task, None)
     assert not masks(Reconstruct()(net, task, None))  # nothing is masked, so nothing is to be made up for

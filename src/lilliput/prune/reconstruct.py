@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.code.base import copy_model, find, realize, theta
-from lilliput.prune.layers import CHUNK_BYTES, damped, finite, prepared, sequentially, sort
+from lilliput.prune.layers import damped, finite, prepared, sequentially, sort
 from lilliput.prune.masks import masks
 from lilliput.stage import Reference, Stage
 from lilliput.task import Task
+
+CHUNK_BYTES = 2**22  # of matrices at once: what fits into a processor's cache is solved twice as fast
 
 
 def reconstruct(weight: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:
@@ -58,7 +60,8 @@ class Reconstruct(Stage):
     damp: lambda as a share of the mean of the squared inputs. examples: how many X is taken from. where: which masked
     tensors; those of layers whose inputs cannot be seen are left alone (see `left`).
 
-    Raises ValueError without a task, when `where` has no masked tensor, and for inputs that are not finite.
+    Raises ValueError without a task, when there are masks but none that can be reached, and for inputs that are not
+    finite. A model without masks is returned as it is, a copy.
 
     >>> net, x = nn.Linear(2, 1, bias=False), torch.ones(8, 2)
     >>> task = Task("twins", train=(x, None), val=(x, None), loss="mse", metric="mse")
@@ -94,6 +97,9 @@ class Reconstruct(Stage):
         result = copy_model(model)
         if not masks(model):
             return result
+        if not names and not left:
+            raise ValueError(f"Reconstruct: where must match a masked tensor, got {self.where!r}. Masked are "
+                             f"{', '.join(list(masks(model))[:5])}.")
         plain, inputs, names = prepared(model, task, names, left, self.examples, "Reconstruct")
         dense = {} if reference is None else dict(realize(reference.model).named_parameters())
         masked = masks(result, names)
@@ -102,7 +108,8 @@ class Reconstruct(Stage):
             weight, behind = plain.get_parameter(name), theta(result, name).detach()
             w = dense[name].detach() if name in dense and dense[name].shape == weight.shape else behind
             H, _ = damped(finite(moment, name, "Reconstruct"), self.damp)
-            weight.copy_(reconstruct(w, masked[name].mask, H))
+            # With H damped, single precision is enough where double would take long.
+            weight.copy_(reconstruct(w, masked[name].mask, H.float() if len(H[0]) > 256 else H))
 
         sequentially(plain, inputs, names, one)
         with torch.no_grad():
