@@ -122,9 +122,8 @@ def images() -> Iterator[dict[str, Any]]:
     judge = judged(tasks[0], net)
     yield {"network": "ResNet-20", "method": "dense", "sparsity": 0.0, "score": round(judge(net)[0], 4)}
     points = [(s, "elements") for s in (0.5, 0.6, 0.7, 0.8, 0.9)]
-    yield from rows("ResNet-20", net, tasks, judge, points,
-                    {"OBC": {0.5, 0.6, 0.8}},
-                    allocation="erk", where="*", examples=128, rounds=1, gradients=128)  # fmt: skip
+    yield from rows("ResNet-20", net, tasks, judge, points, {"OBC": {0.5, 0.6, 0.8}}, allocation="erk", where="*",
+                    examples=128, rounds=1, gradients=128)  # fmt: skip
 
 
 def texts() -> Iterator[dict[str, Any]]:
@@ -140,8 +139,9 @@ def texts() -> Iterator[dict[str, Any]]:
     judge = judged(task, net)
     yield {"network": "MiniLM", "method": "dense", "sparsity": 0.0, "score": round(judge(net)[0], 4)}
     points = [(0.5, "elements"), (0.6, "elements"), (0.7, "elements"), (0.5, "2:4")]
-    yield from rows("MiniLM", net, [task], judge, points, {"OBC": {0.5, 0.6, 0.7}, "SparseGPT + Reconstruct": {0.5, 0.6, 0.7}},
-                    allocation="uniform", where="layers.*", examples=128, rounds=1, gradients=64)  # fmt: skip
+    dear = {"OBC": {0.5, 0.6, 0.7}, "SparseGPT + Reconstruct": {0.5, 0.6, 0.7}}
+    yield from rows("MiniLM", net, [task], judge, points, dear, allocation="uniform", where="layers.*",
+                    examples=128, rounds=1, gradients=64)  # fmt: skip
 
 
 def measure(quick: bool) -> dict[str, Any]:
