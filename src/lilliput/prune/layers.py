@@ -55,6 +55,8 @@ def sort(model: nn.Module, where: str, pattern: str, who: str, allocation: Alloc
         weight: Tensor = getattr(module, name.rpartition(".")[2])
         if not sees_inputs(model, name) or "Conv1D" in type(module).__name__:
             left[name] = "its inputs cannot be seen: no linear or convolutional module is called with them"
+        elif isinstance(kind, NM) and kind.out:
+            left[name] = "its rows are solved one by one, which groups along the outputs would tie: use '2:4'"
         elif isinstance(kind, Blocks):
             rows, columns, *others = kind.block(tuple(weight.shape))
             if max(others, default=1) > 1 or (columns > 1 and weight[0, 0].numel() > 1):
