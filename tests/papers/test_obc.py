@@ -83,7 +83,7 @@ def test_compact_matrices_change_nothing() -> None:
             inverse[p, p] = 1.0
 
 
-def test_algorithm_2_takes_the_cheapest_next_removal_wherever_it_is() -> None:
+def test_the_global_step_takes_the_cheapest_next_removal_wherever_it_is() -> None:
     W, _, H = layer(5, 8)
     H = damped(H, 0.01)[0]
     order, loss = traces(W[None], H, parse("elements"))

@@ -34,7 +34,7 @@ def task_of(x: Tensor) -> Task:
     return Task("some", train=(x, None), val=(x, None), loss="mse", metric="mse")
 
 
-def test_equation_4_update_is_the_best_that_the_columns_behind_can_do() -> None:
+def test_the_update_is_the_best_that_the_columns_behind_can_do() -> None:
     """One column dropped: the columns to its right solve least squares on what its output was."""
     W, H = layer(3, 6)
     only = torch.ones_like(W, dtype=torch.bool)

@@ -17,7 +17,7 @@ def blocks(size: int, count: int = 1) -> Tensor:
     return g @ g.transpose(1, 2) / (3 * size)
 
 
-def test_equation_of_the_update_and_what_it_costs() -> None:
+def test_the_update_of_one_weight_and_what_it_costs() -> None:
     """dw = -w_q F^-1 e_q / [F^-1]_qq sets w_q to zero and raises the quadratic by w_q^2 / (2 [F^-1]_qq), by which q is
     chosen: against every other q, and against every other move that sets w_q to zero."""
     F, w = blocks(6), torch.randn(1, 6, generator=torch.Generator().manual_seed(1)).double()

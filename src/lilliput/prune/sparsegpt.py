@@ -28,7 +28,7 @@ def sparsegpt(weight: Tensor, hessian: Tensor, sparsity: float, pattern: Pattern
     >>> sparsegpt(W, H, 0.5, parse("elements"), damp=0.0)
     (tensor([[0.0000, 1.9000]]), tensor([[False,  True]]))
 
-    Source: Frantar and Alistarh, SparseGPT, ICML 2023, arXiv:2301.00774, equations 4 and 5, algorithm 1.
+    Source: Frantar and Alistarh, SparseGPT, ICML 2023, arXiv:2301.00774, section 3, algorithm 1.
     """
     groups, d = hessian.shape[:2]
     H, dead = damped(hessian, damp)

@@ -31,8 +31,8 @@ def surgery(weight: Tensor, blocks: Tensor, sparsity: float, pattern: Pattern, d
     >>> surgery(torch.tensor([[1.0, 2.0]]), F, 0.5, parse("elements"), damp=0.0)
     (tensor([[0.0000, 2.5000]]), tensor([[False,  True]]))
 
-    Source: Singh and Alistarh, WoodFisher, NeurIPS 2020, arXiv:2004.14340, equation 12 and section 4; Kurtic et al.,
-    The optimal BERT surgeon, EMNLP 2022, arXiv:2203.07259, equation 5 (several weights at once).
+    Source: Singh and Alistarh, WoodFisher, NeurIPS 2020, arXiv:2004.14340 (one weight at a time); Kurtic et al., The
+    optimal BERT surgeon, EMNLP 2022, arXiv:2203.07259 (several at once).
     """
     size, count = blocks.shape[-1], weight.numel()
     damped = blocks + damp * torch.eye(size).to(blocks)
