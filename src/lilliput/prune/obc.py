@@ -81,8 +81,8 @@ def obc(weight: Tensor, hessian: Tensor, sparsity: float, pattern: Pattern, damp
             [0.0000, 3.0000]]), tensor([[False,  True],
             [False,  True]]))
 
-    Source: Frantar, Singh and Alistarh, Optimal brain compression, NeurIPS 2022, arXiv:2208.11580, section 4, algorithm 1
-    (a row) and the global step behind it.
+    Source: Frantar, Singh and Alistarh, Optimal brain compression, NeurIPS 2022, arXiv:2208.11580, section 4
+    (algorithm 1 for a row, and the global step behind it).
     """
     groups, d = hessian.shape[:2]
     H, dead = damped(hessian, damp)
