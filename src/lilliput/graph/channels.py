@@ -1,7 +1,7 @@
 """Channels that must go together, found by Torch-Pruning's dependency graph, and networks without some of them."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -164,9 +164,40 @@ def _dependencies(model: nn.Module, example: Any) -> list[Group]:
             work, example, forward_fn=forward, customized_pruners=tables, verbose=False
         )
         names = {module: standing.get(name, name) for name, module in work.named_modules()}
+        visits = _Visits()
+        for node in graph.module2node.values():
+            node.dependencies = _Watched(node.dependencies, visits)
         for group in graph.get_all_groups(root_module_types=roots):
-            found.append(_plain(group, graph, names, order, ends))
+            plain = _plain(group, graph, names, order, ends)
+            found.append(replace(plain, reason="they go round without end") if visits.endless else plain)
+            visits.endless = False
+            visits.of.clear()
     return sorted(found, key=lambda g: order.get(g.name, len(order)))
+
+
+class _Visits:
+    """How often the walk that makes one group has come to each node. Slices and concatenations on a cycle (a rotary
+    embedding) give it new positions every time round, and it would go on for ever.
+    """
+
+    most = 100
+
+    def __init__(self) -> None:
+        self.of: dict[int, int] = {}
+        self.endless = False
+
+
+class _Watched(list[Any]):
+    """The ways on from a node: none any more once a node of this walk was visited too often."""
+
+    def __init__(self, ways: Iterable[Any], visits: _Visits) -> None:
+        super().__init__(ways)
+        self.visits = visits
+
+    def __iter__(self) -> Iterator[Any]:
+        count = self.visits.of[id(self)] = self.visits.of.get(id(self), 0) + 1
+        self.visits.endless |= count > self.visits.most
+        return iter(()) if self.visits.endless else super().__iter__()
 
 
 def _plain(group: Any, graph: Any, names: dict[nn.Module, str], order: dict[str, int], ends: set[Any]) -> Group:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -157,8 +157,9 @@ def _gates(model: nn.Module, found: Iterable[Heads]) -> Iterator[dict[str, list[
 
 def norms(model: nn.Module, h: Heads) -> Tensor:
     """The L2 norm of each head's rows of query, key and value and columns of the output."""
-    tensors = [model.get_submodule(path).weight for path in h.projections]
-    tensors.append(model.get_submodule(h.output).weight.T)  # type: ignore[operator]
-    squares = [w.detach().float().square().unflatten(0, (h.count, h.size)).sum((1, 2)).cpu()
-               for w in tensors]
-    return torch.stack(squares).sum(0).sqrt()
+    layers = {path: cast(nn.Linear, model.get_submodule(path)) for path in (*h.projections, h.output)}
+    total = torch.zeros(h.count)
+    for path, layer in layers.items():
+        rows = layer.weight.detach().T if path == h.output else layer.weight.detach()
+        total += rows.float().square().unflatten(0, (h.count, h.size)).sum((1, 2)).cpu()
+    return total.sqrt()
