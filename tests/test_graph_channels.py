@@ -466,3 +466,22 @@ def test_harder_shapes_are_narrowed_where_they_can_be(
     assert {g.name for g in found if g.removable} == free
     scores, counts = magnitude(model, found), uniform(found, 0.5, 1)
     assert remove_channels(model, x, kept(found, scores, counts), found)(x).shape == model(x).shape
+
+
+@pytest.mark.slow
+def test_a_walk_that_goes_round_without_end_is_stopped() -> None:
+    """A rotary embedding's slices and concatenations give the walk of Torch-Pruning new positions for ever."""
+    transformers = pytest.importorskip("transformers")
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = transformers.LlamaModel(transformers.LlamaConfig(
+                hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, vocab_size=50))
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.net(input_ids=input_ids).last_hidden_state
+
+    said = reasons(Last(), {"input_ids": torch.arange(7)[None]})
+    assert said["net.layers.0.self_attn.q_proj"] == "they go round without end"
+    assert said["net.layers.0.mlp.gate_proj"] == ""
