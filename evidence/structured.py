@@ -7,8 +7,8 @@ from random numbers for as long are the baselines that a score has to beat. The 
 Sources: H. Li et al., Pruning filters for efficient ConvNets, ICLR 2017, arXiv:1608.08710; Z. Liu et al., Learning
 efficient convolutional networks through network slimming, ICCV 2017, arXiv:1708.06519; Y. He et al., Filter pruning via
 geometric median, CVPR 2019, arXiv:1811.00250; P. Molchanov et al., Importance estimation for neural network pruning,
-CVPR 2019, arXiv:1906.10771; P. Michel, O. Levy, G. Neubig, Are sixteen heads really better than one?, NeurIPS 2019,
-arXiv:1905.10650; Z. Liu et al., Rethinking the value of network pruning, ICLR 2019, arXiv:1810.05270 (from scratch).
+CVPR 2019, arXiv:1906.10771; Z. Liu et al., Rethinking the value of network pruning, ICLR 2019, arXiv:1810.05270 (from
+scratch).
 """
 
 import tempfile
