@@ -145,7 +145,7 @@ def row(kind: str, how: str, models: list[nn.Module], task: lilliput.Task, steps
     return {
         "network": kind, "training": how, "steps": steps, "active": round(float(np.mean(active)), 4),
         "active_least": round(min(active), 4), "active_most": round(max(active), 4),
-        "active_by_layer": [round(float(v), 4) for v in np.mean([f.active for f in found], 0)],
+        "active_by_layer": " / ".join(f"{v:.4f}" for v in np.mean([f.active for f in found], 0)),
         "dead": round(float(np.mean([sum(f.dead) for f in found])), 1), "units": sum(found[0].units),
         "error" if kind == "autoencoder" else "accuracy": round(float(np.mean(scores)), 5),
     }  # fmt: skip
