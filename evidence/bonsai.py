@@ -30,7 +30,7 @@ from lilliput.export.bonsai import Graph, difference, every, graph, python, svg
 from lilliput.nets.bonsai import Bonsai
 from lilliput.prune.bonsai import Clip, Saturating
 
-INITS, GROWN, LONG = 24, 3, 64
+INITS, GROWN, LONG, MARGIN = 24, 3, 64, 0.1
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
@@ -72,8 +72,8 @@ TASKS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[int, int, torch.Gen
 
 
 def right(outputs: Tensor, targets: Tensor) -> Tensor:
-    """1 for a sequence all of whose outputs have the right sign."""
-    return ((outputs > 0) == (targets > 0)).flatten(1).all(1).float()
+    """1 for a sequence all of whose outputs have the right sign, and are at least MARGIN away from zero."""
+    return (outputs * targets > MARGIN).flatten(1).all(1).float()
 
 
 def task_of(name: str, seed: int, length: int, longest: int) -> lilliput.Task:
@@ -84,7 +84,7 @@ def task_of(name: str, seed: int, length: int, longest: int) -> lilliput.Task:
     """
     answer, draw = TASKS[name]
     generator = torch.Generator().manual_seed(seed)
-    x, val = draw(4096, length, generator), draw(512, 2 * longest, generator)
+    x, val = draw(4096, length, generator), draw(768, longest + 4, generator)
     pairs = [(part[..., None], answer(part)[..., None]) for part in (x, val, every(longest)[..., 0])]
     return lilliput.Task(f"bonsai-{name}", *pairs, loss="mse", metric=right, batch_size=64)
 
@@ -175,6 +175,6 @@ def measure(quick: bool) -> dict[str, Any]:
         "baseline": "the same network from the same start, trained for as many steps without the penalty: "
                     "baseline_exact is after magnitude pruning to the same number of weights, "
                     "baseline_kept_to_stay_exact what is left when its weights too are cut as far as validation allows",
-        "sequences": 2**longest, "steps": longest, "trained_on_steps": length, "rows": rows,
+        "sequences": 2**longest, "steps": longest, "trained_on_steps": length, "margin": MARGIN, "rows": rows,
         "programs": {name: python(drawing) for name, drawing in smallest.items()},
     }  # fmt: skip

@@ -21,7 +21,7 @@ def parity(x: torch.Tensor) -> torch.Tensor:
 
 
 def right(outputs, targets):
-    return ((outputs > 0) == (targets > 0)).flatten(1).all(1).float()
+    return (outputs * targets > 0.1).flatten(1).all(1).float()
 
 
 def parity_task(steps=6) -> Task:

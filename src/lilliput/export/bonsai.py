@@ -1,6 +1,5 @@
 """What is left of a pruned bonsai network, as a graph: a picture of it, and a Python program that does the same."""
 
-import math
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -102,8 +101,8 @@ def graph(model: Bonsai) -> Graph:
         for letter, layer in (("n", cell.recurrent), ("y", cell.output)):
             for j, (row, bias) in enumerate(zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)):
                 edges = tuple((source, w) for source, w in zip(before + held, row, strict=True) if w)
-                neurons.append(Neuron(f"{letter}{k}_{j}", edges, bias))
-        states += [Delayed(name, f"n{k}_{j}", value) for j, (name, value) in enumerate(
+                neurons.append(Neuron(f"{letter}{k}_{j}", edges, bias + 0.0))  # not -0.0
+        states += [Delayed(name, f"n{k}_{j}", value + 0.0) for j, (name, value) in enumerate(
             zip(held, cell.initial.tolist(), strict=True))]
         before = tuple(f"y{k}_{j}" for j in range(cell.output.out_features))
     whole = Graph(inputs, tuple(states), tuple(neurons), before, model.factor, model.leak)
@@ -280,6 +279,6 @@ def difference(model: Bonsai, length: int = 12) -> tuple[float, float]:
                 known[path] = step(x, state)
             found, state = known[path]
             largest = max([largest, *(abs(a - b) for a, b in zip(found, y, strict=True))])
-            differs |= any(math.copysign(1, a) != math.copysign(1, b) for a, b in zip(found, y, strict=True))
+            differs |= any((a > 0) != (b > 0) for a, b in zip(found, y, strict=True))
         other += differs
     return largest, other / len(sequences)
