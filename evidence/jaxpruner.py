@@ -29,9 +29,17 @@ from lilliput.data import cache_folder, digits, mnist1d, stratified
 from lilliput.evidence import interval
 from lilliput.nets.mnist1d import CNN, MLP
 from lilliput.nets.resnet import ResNet
+from lilliput.prune.acdc import ACDC
+from lilliput.prune.growing import Growing
+from lilliput.prune.l0 import L0
+from lilliput.prune.movement import Movement
 from lilliput.prune.rigl import RigL
+from lilliput.prune.rounds import Rounds
+from lilliput.prune.soft_threshold import STR
 from lilliput.prune.sparse import SET, StaticSparse
-from lilliput.schedule import Cosine, Cubic
+from lilliput.prune.ste import STE
+from lilliput.prune.topkast import TopKAST
+from lilliput.schedule import Cosine, Cubic, Cyclic, Schedule
 from lilliput.stage import Stage
 
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
@@ -45,30 +53,58 @@ DENSE = {"MLP": 0.672, "CNN": 0.877}
 
 # -------------------------------------------------------------------------------------------------------------- methods
 
-Method = Callable[[float, int, int], tuple[tuple[Stage, ...], tuple[lilliput.Rule, ...]]]
+Parts = tuple[tuple[Stage, ...], tuple[lilliput.Rule, ...]]  # before the training, and in it
+Method = Callable[[float, int, int], Parts]  # of sparsity, steps between masks, seed
 
 
-def gradual(score: str = "magnitude", allocation: str = "erk", **settings: Any) -> Method:
+def gradual(score: str = "magnitude", allocation: str = "erk", schedule: Callable[[float], Schedule] | None = None
+            ) -> Method:
     """Masks by a score, more zeros by the cubic schedule."""
     return lambda sparsity, every, seed: ((), (lilliput.Prune(
-        Cubic(sparsity, begin=0.1), score, allocation=allocation, every=every, seed=seed, **settings),))
+        (schedule or rising)(sparsity), score, allocation=allocation, every=every, seed=seed),))
 
 
-def dynamic(kind: type[lilliput.Rule], **settings: Any) -> Method:
-    """A rule that is as sparse as it will be from its first step, or that keeps its own schedule."""
-    return lambda sparsity, every, seed: ((), (kind(sparsity, every=every, seed=seed, **settings),))
+def rising(sparsity: float) -> Schedule:
+    """The schedule of all that do not bring their own."""
+    return Cubic(sparsity, begin=0.1)
+
+
+def rule(make: Callable[[float, int, int], lilliput.Rule]) -> Method:
+    """A rule alone."""
+    return lambda sparsity, every, seed: ((), (make(sparsity, every, seed),))
+
+
+def at_first(stage: Callable[[float, int], Stage]) -> Method:
+    """Pruned before the training, whose masks then stay."""
+    return lambda sparsity, every, seed: ((stage(sparsity, seed),), ())
 
 
 METHODS: dict[str, Method] = {
     "dense": lambda sparsity, every, seed: ((), ()),
+    # JaxPruner's nine; its global pruners divide each tensor's scores by their norm
     "magnitude": gradual(),
     "random": gradual("random"),
-    "saliency": gradual("taylor"),
-    "global magnitude": gradual(allocation="global"),
-    "global saliency": gradual("taylor", allocation="global"),
-    "SET": dynamic(SET),
-    "RigL": dynamic(RigL),
-    "static": lambda sparsity, every, seed: ((), (StaticSparse(sparsity, seed=seed),)),
+    "saliency": gradual("saliency"),
+    "global magnitude": gradual(allocation="normalized"),
+    "global saliency": gradual("saliency", "normalized"),
+    "static": rule(lambda s, every, seed: StaticSparse(s, seed=seed)),
+    "SET": rule(lambda s, every, seed: SET(s, every=every, seed=seed)),
+    "RigL": rule(lambda s, every, seed: RigL(s, every=every, seed=seed)),
+    "STE": rule(lambda s, every, seed: STE(rising(s), allocation="normalized")),
+    # the others
+    "one threshold": gradual(allocation="global"),
+    "cyclic": gradual(allocation="normalized", schedule=lambda s: Cyclic(s, begin=0.1)),
+    "LAMP": gradual("lamp", "global"),
+    "Taylor": gradual("taylor", "normalized"),
+    "movement": rule(lambda s, every, seed: Movement(rising(s), allocation="normalized")),
+    "AC/DC": rule(lambda s, every, seed: ACDC(s, allocation="normalized")),
+    "Top-KAST": rule(lambda s, every, seed: TopKAST(s, allocation="erk")),
+    "STR": rule(lambda s, every, seed: STR(rising(s))),
+    "L0": rule(lambda s, every, seed: L0(rising(s), seed=seed)),
+    "growing L2": rule(lambda s, every, seed: Growing(rising(s), allocation="normalized")),
+    "SNIP": at_first(lambda s, seed: lilliput.Prune(s, "snip", seed=seed)),
+    "GraSP": at_first(lambda s, seed: lilliput.Prune(s, "grasp", seed=seed)),
+    "SynFlow": at_first(lambda s, seed: Rounds(s, rounds=30)),
 }
 
 
@@ -76,9 +112,12 @@ METHODS: dict[str, Method] = {
 
 
 def network(name: str, seed: int) -> nn.Module:
-    """A network with random weights."""
+    """A network with random weights; those on MNIST-1D of LeCun's variance, 1 / fan_in, as Flax draws them."""
     torch.manual_seed(seed)
-    return {"MLP": MLP, "CNN": CNN, "ResNet-20": ResNet}[name]()
+    net: nn.Module = {"MLP": MLP, "CNN": CNN, "ResNet-20": ResNet}[name]()
+    for weight in () if name == "ResNet-20" else (p for p in net.parameters() if p.dim() > 1):
+        nn.init.trunc_normal_(weight, std=weight[0].numel() ** -0.5)
+    return net
 
 
 @cache

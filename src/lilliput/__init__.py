@@ -38,6 +38,27 @@ _NAMES = {
     "LowRank": "lilliput.code.low_rank",
     # methods
     "Prune": "lilliput.prune.prune",
+    "Rounds": "lilliput.prune.rounds",
+    "PruneToBudget": "lilliput.prune.budget",
+    "SparseGPT": "lilliput.prune.sparsegpt",
+    "OBC": "lilliput.prune.obc",
+    "Reconstruct": "lilliput.prune.reconstruct",
+    "WoodFisher": "lilliput.prune.woodfisher",
+    "StaticSparse": "lilliput.prune.sparse",
+    "SET": "lilliput.prune.sparse",
+    "RigL": "lilliput.prune.rigl",
+    "STE": "lilliput.prune.ste",
+    "ACDC": "lilliput.prune.acdc",
+    "TopKAST": "lilliput.prune.topkast",
+    "Movement": "lilliput.prune.movement",
+    "STR": "lilliput.prune.soft_threshold",
+    "L0": "lilliput.prune.l0",
+    "Growing": "lilliput.prune.growing",
+    "Lottery": "lilliput.prune.lottery",
+    "PruneChannels": "lilliput.prune.channels",
+    "PruneHeads": "lilliput.prune.heads",
+    "Seam": "lilliput.prune.seam",
+    "Noise": "lilliput.prune.noise",
     "Quantize": "lilliput.quant.quantize",
     "QuantizeActivations": "lilliput.code.output",
     "Factorize": "lilliput.factor.svd",
@@ -48,7 +69,10 @@ _NAMES = {
     # schedules
     "Cosine": "lilliput.schedule",
     "Cubic": "lilliput.schedule",
+    "Cyclic": "lilliput.schedule",
     "Linear": "lilliput.schedule",
+    "Once": "lilliput.schedule",
+    "Steps": "lilliput.schedule",
     # failures
     "FloorNotMet": "lilliput.errors",
     "NotSupported": "lilliput.errors",
@@ -95,13 +119,37 @@ if TYPE_CHECKING:
     from lilliput.factor.svd import Factorize as Factorize
     from lilliput.graph.stages import FoldBatchNorm as FoldBatchNorm
     from lilliput.graph.stages import Student as Student
+    from lilliput.prune.acdc import ACDC as ACDC
+    from lilliput.prune.budget import PruneToBudget as PruneToBudget
+    from lilliput.prune.channels import PruneChannels as PruneChannels
+    from lilliput.prune.growing import Growing as Growing
+    from lilliput.prune.heads import PruneHeads as PruneHeads
+    from lilliput.prune.l0 import L0 as L0
+    from lilliput.prune.lottery import Lottery as Lottery
+    from lilliput.prune.movement import Movement as Movement
+    from lilliput.prune.noise import Noise as Noise
+    from lilliput.prune.obc import OBC as OBC
     from lilliput.prune.prune import Prune as Prune
+    from lilliput.prune.reconstruct import Reconstruct as Reconstruct
+    from lilliput.prune.rigl import RigL as RigL
+    from lilliput.prune.rounds import Rounds as Rounds
+    from lilliput.prune.seam import Seam as Seam
+    from lilliput.prune.soft_threshold import STR as STR
+    from lilliput.prune.sparse import SET as SET
+    from lilliput.prune.sparse import StaticSparse as StaticSparse
+    from lilliput.prune.sparsegpt import SparseGPT as SparseGPT
+    from lilliput.prune.ste import STE as STE
+    from lilliput.prune.topkast import TopKAST as TopKAST
+    from lilliput.prune.woodfisher import WoodFisher as WoodFisher
     from lilliput.quant.quantize import Quantize as Quantize
     from lilliput.recipe import Recipe as Recipe
     from lilliput.rule import Rule as Rule
     from lilliput.schedule import Cosine as Cosine
     from lilliput.schedule import Cubic as Cubic
+    from lilliput.schedule import Cyclic as Cyclic
     from lilliput.schedule import Linear as Linear
+    from lilliput.schedule import Once as Once
+    from lilliput.schedule import Steps as Steps
     from lilliput.search.finish import Result as Result
     from lilliput.search.shrink import shrink as shrink
     from lilliput.stage import Reference as Reference
