@@ -1,6 +1,6 @@
 """The engine's slow check: other processors, sanitizers, threads, damaged files, DeepSparse.
 
-    make check-engine [ARGS="cross sanitize threads fuzz deepsparse --seconds 60 --quick --all"]
+    make check-engine [ARGS="cross sanitize threads fuzz deepsparse --seconds 60 --seed 1 --quick --all"]
 
 cross      networks compiled for aarch64, riscv64 (with and without its vectors), Cortex-M and WebAssembly by the
            package ziglang, run under qemu and wasmtime, compared with ONNX Runtime
@@ -259,14 +259,16 @@ def threads(files: list[Path], work: Path) -> Iterator[str]:
 # -------------------------------------------------------------------------------------------------------------- fuzz
 
 
-def fuzz(work: Path, seconds: int) -> Iterator[str]:
-    """Damaged files for so long; what crashes, hangs or grows is kept."""
+def fuzz(work: Path, seconds: int, seed: int) -> Iterator[str]:
+    """Damaged files for so long; what crashes, hangs or grows is kept. The same seed tries much the same files, so that
+    a change is not blamed for what another seed would have found before it; 0 draws one."""
     if not has("atheris"):
         raise Skipped("fuzz: pip install atheris (wheels for Linux and Python 3.11 to 3.13)")
     folder = work / "fuzz"
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "scripts" / "fuzz_engine.py"), f"-max_total_time={seconds}", "-timeout=20",
-               "-rss_limit_mb=3000", "-max_len=4096", "-print_final_stats=1", f"-artifact_prefix={folder}/"]
+    command = [sys.executable, str(ROOT / "scripts" / "fuzz_engine.py"), f"-max_total_time={seconds}", f"-seed={seed}",
+               "-timeout=20", "-rss_limit_mb=3000", "-max_len=4096", "-print_final_stats=1",
+               f"-artifact_prefix={folder}/"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 300, cwd=folder)
     runs = [line.split()[-1] for line in done.stderr.splitlines() if "number_of_executed_units" in line]
     if done.returncode:
@@ -274,7 +276,8 @@ def fuzz(work: Path, seconds: int) -> Iterator[str]:
         kept.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
             shutil.copy(path, kept)
-        yield f"! fuzz: a file in build/fuzz breaks it: {done.stderr.strip()[-1500:]}"
+        said = done.stderr[max(0, done.stderr.find("=== Uncaught Python exception")):].strip()
+        yield f"! fuzz: a file in build/fuzz breaks it: {said[:2000]}\n{said[-500:]}"
     else:
         yield f"  fuzz: ok, {runs[0] if runs else 'no'} files in {seconds} s"
 
@@ -342,6 +345,7 @@ def main() -> int:
     names = ("cross", "sanitize", "threads", "fuzz", "deepsparse")
     parser.add_argument("checks", nargs="*", default=names, metavar="CHECK")
     parser.add_argument("--seconds", type=int, default=60, help="of fuzzing")
+    parser.add_argument("--seed", type=int, default=1, help="of fuzzing; 0 draws one")
     parser.add_argument("--quick", action="store_true", help="small networks and few variants")
     parser.add_argument("--all", action="store_true", help="every node test under the sanitizers")
     parser.add_argument("--networks", type=Path, default=ROOT / "build" / "networks", help="where ONNX files are kept")
@@ -363,7 +367,7 @@ def main() -> int:
             "cross": lambda: cross(files, work),
             "sanitize": lambda: sanitize([*files, *large], work, given.quick, given.all),
             "threads": lambda: threads(files, work),
-            "fuzz": lambda: fuzz(work, given.seconds),
+            "fuzz": lambda: fuzz(work, given.seconds, given.seed),
             "deepsparse": lambda: deepsparse(files[:1], work, given.deepsparse),
         }
         for name in names:
