@@ -62,6 +62,7 @@ docs: $(VENV)/docs.installed
 readme: $(VENV)/docs.installed
 	$(SCRIPTS)/python scripts/readme.py $(ARGS)
 	$(SCRIPTS)/python scripts/results.py
+	$(SCRIPTS)/python scripts/figures.py
 
 # The oldest supported Python decides, since a version that it can install all the others can too.
 constraints:
