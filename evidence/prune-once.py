@@ -211,7 +211,7 @@ def taught(encoder: SentenceBert, task: lilliput.Task, reference: lilliput.Refer
     """An encoder after so many steps of imitating the dense one's hidden states, its linear layers pruned meanwhile."""
     prune = lilliput.Prune(lilliput.Cubic(sparsity, end=0.6), allocation="uniform", where="encoder.layers.*")
     rules = (*((prune,) if sparsity else ()), lilliput.Distill())
-    train = lilliput.Train(steps, lr=lilliput.Cosine(5e-4, warmup=0.1), rules=rules, supervised=0.0, clip=1.0)
+    train = lilliput.Train(steps, lr=lilliput.Cosine(1.5e-3, warmup=0.1), rules=rules, supervised=0.0, clip=1.0)
     made = lilliput.run(States(without_embeddings(encoder), learnt), task, (train,), store, reference=reference)
     return lilliput.realize(made).encoder
 
@@ -220,7 +220,7 @@ def aligned(encoder: SentenceBert, task: lilliput.Task, reference: lilliput.Refe
             store: Path | None) -> SentenceBert:
     """The encoder after more steps, on other texts, of imitating the dense one's sentence vectors."""
     rules = (*((PatternLock(),) if lock else ()), lilliput.Distill())
-    train = lilliput.Train(steps, lr=lilliput.Cosine(4e-4, warmup=0.05), rules=rules, supervised=0.0, clip=1.0)
+    train = lilliput.Train(steps, lr=lilliput.Cosine(1.2e-3, warmup=0.05), rules=rules, supervised=0.0, clip=1.0)
     made = lilliput.run(without_embeddings(encoder), task, (train,), store, reference=reference)
     return lilliput.realize(made)
 
@@ -241,8 +241,8 @@ def learnt(encoder: SentenceBert, task: lilliput.Task, teacher: lilliput.Referen
            lock: bool, seed: int, store: Path | None) -> nn.Module:
     """The encoder after it learnt a task, by labels and from its teacher."""
     weight = 1.0 if task.name == "package" else 1000.0  # of squared errors over the 384 values of unit vectors
-    rate = RATES[task.name]["dense" if teacher is None else "sparse" if lock else "small"]
-    stages = transfer(size.transfer[0], size.transfer[1] if eight else 0, lr=rate, lock=lock,
+    kind = "dense" if teacher is None else "sparse" if lock else "small"
+    stages = transfer(size.transfer[0], size.transfer[1] if eight else 0, lr=RATES[task.name][kind], lock=lock,
                       where="encoder.layers.*,head", seed=seed,
                       distill=lilliput.Distill(weight, 2.0) if teacher else None)  # fmt: skip
     return lilliput.run(learner(encoder, task, seed), task, stages, store, seed=seed, reference=teacher)
