@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from lilliput.cli import app
 
+pytestmark = pytest.mark.slow  # real processes
+
 TARGETS = '''
 import numpy as np
 import torch

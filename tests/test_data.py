@@ -15,6 +15,8 @@ from torch import Tensor
 from lilliput.data import TASKS, package_file, stratified, write_whole
 from lilliput.task import Task
 
+pytestmark = pytest.mark.slow  # data sets are generated and read
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -24,6 +24,8 @@ from lilliput.export.onnx import Session, trace
 from lilliput.nets.mnist1d import CNN, MLP
 from lilliput.nets.resnet import ResNet
 
+pytestmark = pytest.mark.slow  # whole networks are compiled
+
 DRAW = np.random.default_rng(0)
 
 

@@ -16,6 +16,8 @@ from lilliput.engine import compile as compiling
 from lilliput.engine.kernel import candidates
 from lilliput.engine.target import WARNINGS, target
 
+pytestmark = pytest.mark.slow  # programs are compiled and tuned
+
 SKIPS = "inputs that are not zero"
 N, FLOAT = helper.make_node, TensorProto.FLOAT
 

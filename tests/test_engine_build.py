@@ -30,6 +30,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from engine_program import outputs_of, program  # noqa: E402
 from fuzz_engine import check, one, seeds  # noqa: E402
 
+pytestmark = pytest.mark.slow  # programs of every width are compiled
+
 DRAW = np.random.default_rng(0)
 
 

@@ -11,6 +11,8 @@ from lilliput.engine.kernels.sparse_matmul import blocked, formatted
 from lilliput.engine.lower import supported
 from lilliput.engine.read import read
 
+pytestmark = pytest.mark.slow  # hundreds of programs are compiled
+
 N = helper.make_node
 FLOAT, U8, I8 = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT8
 KINDS = {np.uint8: U8, np.int8: I8}

@@ -17,6 +17,8 @@ from lilliput.engine.kernel import candidates as every_candidate
 from lilliput.engine.kernels import stripes
 from lilliput.export.onnx import Session
 
+pytestmark = pytest.mark.slow  # hundreds of programs are compiled
+
 
 class Net:
     """Nodes side by side in one model, so that the C compiler runs once."""

@@ -15,6 +15,8 @@ from lilliput.export.onnx import Session
 from lilliput.search import finish
 from lilliput.task import call, take
 
+pytestmark = pytest.mark.slow  # each runs a whole search
+
 EXAMPLES = 96
 
 

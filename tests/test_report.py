@@ -17,6 +17,8 @@ from lilliput.report import tables, words
 from lilliput.report.plan import every_point, plan, staircase
 from lilliput.report.words import Quality
 
+pytestmark = pytest.mark.slow  # a real browser
+
 FIXTURES = Path(__file__).parent / "fixtures"
 EVIL = "<script>alert(1)</script> $$x^2$$ @name &amp; \"'"
 

@@ -22,6 +22,8 @@ from lilliput.search.shrink import shrink
 from lilliput.store import Store
 from lilliput.workshop import Workshop
 
+pytestmark = pytest.mark.slow  # whole searches, killed and resumed
+
 TARGET = '''
 import torch
 from torch import nn

@@ -18,6 +18,8 @@ from lilliput.export.onnx import Session
 from lilliput.search import finish
 from lilliput.workshop import run
 
+pytestmark = pytest.mark.slow  # whole searches
+
 TARGET = '''
 import torch
 from torch import nn
