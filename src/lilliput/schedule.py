@@ -43,6 +43,11 @@ class Linear:
         return self.first + (self.last - self.first) * min(1.0, step / max(1, steps))
 
 
+def between(part: float, begin: float, end: float) -> float:
+    """How far `part` of a training has come from `begin` to `end`: 0 at the one, 1 at the other, and beyond."""
+    return (part - begin) / max(1e-9, end - begin)
+
+
 @dataclass(frozen=True)
 class Cubic:
     """The gradual sparsity schedule: s(t) = last + (first - last) (1 - u)^3 between the fractions `begin` and `end`.
@@ -59,7 +64,7 @@ class Cubic:
     end: float = 0.75
 
     def __call__(self, step: int, steps: int) -> float:
-        u = (step / max(1, steps) - self.begin) / max(1e-9, self.end - self.begin)
+        u = between(step / max(1, steps), self.begin, self.end)
         return self.last + (self.first - self.last) * (1 - min(1.0, max(0.0, u))) ** 3
 
 
@@ -100,7 +105,7 @@ class Steps:
     end: float = 0.75
 
     def __call__(self, step: int, steps: int) -> float:
-        u = (step / max(1, steps) - self.begin) / max(1e-9, self.end - self.begin)
+        u = between(step / max(1, steps), self.begin, self.end)
         k = 0 if u < -1e-9 else min(self.rounds, 1 + math.floor(u * (self.rounds - 1) + 1e-9))
         if k == self.rounds:
             return self.last
@@ -129,7 +134,7 @@ class Cyclic:
     end: float = 0.75
 
     def __call__(self, step: int, steps: int) -> float:
-        u = (step / max(1, steps) - self.begin) / max(1e-9, self.end - self.begin)
+        u = between(step / max(1, steps), self.begin, self.end)
         v = (max(0.0, u) * self.rounds + 1e-9) % 1 if u < 1 - 1e-9 else 1.0
         return self.last + (self.first - self.last) * (1 - v) ** 3
 

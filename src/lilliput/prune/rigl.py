@@ -1,6 +1,7 @@
 """RigL: sparse training in which the gradient says what grows."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +9,6 @@ from torch import Tensor, nn
 from lilliput.code.base import theta
 from lilliput.prune.sparse import SET
 from lilliput.rule import Rule, State
-from lilliput.stage import Reference
-from lilliput.task import Task
 
 
 @dataclass(frozen=True)
@@ -27,17 +26,13 @@ class RigL(SET, Rule):
     Source: Evci, Gale, Menick, Castro and Elsen, Rigging the lottery, ICML 2020, arXiv:1911.11134, algorithm 1.
     """
 
-    def begin(self, model: nn.Module, task: Task | None, reference: Reference | None, steps: int) -> State:
-        state = super().begin(model, task, reference, steps)
-        for code in self._masked(model).values():
-            code.straight = True
-        return state
+    straight: ClassVar[bool] = True
 
     @torch.no_grad()
     def on_grad(self, state: State, model: nn.Module, step: int, steps: int) -> State:
         """Keep the dense gradient where it will be asked for, and train the kept entries only."""
         due, state = self.due(step, steps), dict(state)
-        for name, code in self._masked(model).items():
+        for name, code in self.masked(model).items():
             gradient = theta(model, name).grad
             if gradient is not None:
                 if due:
@@ -52,8 +47,3 @@ class RigL(SET, Rule):
     def on_step(self, state: State, model: nn.Module, step: int, steps: int) -> State:
         state = super().on_step(state, model, step, steps)
         return {key: value for key, value in state.items() if not key.startswith("gradient ")}
-
-    def end(self, state: State, model: nn.Module) -> State:
-        for code in self._masked(model).values():
-            code.straight = False
-        return state

@@ -8,19 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.code.base import theta
-from lilliput.code.masked import Masked
 from lilliput.prune import patterns
-from lilliput.prune.masks import (
-    Allocation,
-    amounts,
-    attach_masks,
-    check_allocation,
-    check_sparsity,
-    chosen,
-    prunable,
-    put_,
-    regrow_,
-)
+from lilliput.prune._masking import Masking
+from lilliput.prune.masks import Allocation, regrow_
 from lilliput.rule import Rule, State
 from lilliput.stage import Reference
 from lilliput.task import Task
@@ -33,7 +23,7 @@ def noise(name: str, shape: torch.Size, seed: int, step: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class StaticSparse(Rule):
+class StaticSparse(Masking, Rule):
     """A random mask from the first step to the last: what every other sparse training has to beat.
 
     sparsity: the fraction that is zero, in [0, 1). pattern, allocation, where: as in `Prune`; the usual allocation of
@@ -51,34 +41,24 @@ class StaticSparse(Rule):
     """
 
     sparsity: float = 0.9
-    pattern: str = "elements"
     allocation: Allocation = "erk"
-    where: str = "*"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        who, pattern = type(self).__name__, patterns.parse(self.pattern)
-        check_allocation(self.allocation, who)
-        pairs = () if isinstance(self.allocation, str) else self.allocation
-        for value in (self.sparsity, *(value for _, value in pairs)):
-            check_sparsity(value, pattern, who, self.pattern)
+        if not isinstance(self.sparsity, int | float):
+            raise ValueError(f"{type(self).__name__}: sparsity must be a number, for it does not change, got "
+                             f"{self.sparsity}. Prune and STE take a schedule.")
+        super().__post_init__()
 
+    @torch.no_grad()
     def begin(self, model: nn.Module, task: Task | None, reference: Reference | None, steps: int) -> State:
-        who, pattern = type(self).__name__, patterns.parse(self.pattern)
-        names, left = prunable(model, self.where, pattern, who, self.allocation)
-        if not names:
-            raise ValueError(f"{who}: some tensor must be left to prune, got none: {next(iter(left.values()))}.")
-        rated = {name: noise(name, theta(model, name).shape, self.seed, 0) for name in names}
-        share = amounts(rated, self.sparsity, self.allocation, pattern)
-        masked = attach_masks(model, names, pattern)
-        put_(masked, {name: pattern.of(name)(score, share[name]) for name, score in rated.items()}, pattern)
-        with torch.no_grad():
-            for name in names:
-                theta(model, name).mul_(masked[name].mask)
-        return {}
-
-    def _masked(self, model: nn.Module) -> dict[str, Masked]:
-        return chosen(model, self.where, self.allocation)
+        state = super().begin(model, task, reference, steps)
+        masked = self.masked(model)
+        self.keep_({name: noise(name, code.mask.shape, self.seed, 0) for name, code in masked.items()}, model,
+                   self.sparsity)
+        for name, code in masked.items():
+            theta(model, name).mul_(code.mask)
+        return state
 
 
 @dataclass(frozen=True)
@@ -124,7 +104,7 @@ class SET(StaticSparse, Rule):
         if not self.due(step, steps):
             return state
         # What is not trained keeps its mask: nothing would grow there.
-        masked = {name: code for name, code in self._masked(model).items() if theta(model, name).requires_grad}
+        masked = {name: code for name, code in self.masked(model).items() if theta(model, name).requires_grad}
         pattern = patterns.parse(self.pattern)
         moving = self.fraction * (1 + math.cos(math.pi * (step + 1) / (self.until * steps))) / 2
         new = {}
