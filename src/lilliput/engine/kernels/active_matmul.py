@@ -108,12 +108,7 @@ def _body(node: Node, found: Linear, tail: Tail, lanes: int, vectors: int) -> st
         if full == 1:
             text.append(f"w += {found.ins * wide};")
         text += ["{", *inside(_block(found, lanes, rest, unroll, made, str(full * wide))), "}"]
-    after = [f"{made}[o] += bias[o];"] if tail.bias is not None else []
-    after += tail.text(f"{made}[o]", [f"({place(f'x{i}')})[{times('o', path.feature[f'x{i}'])}]" for i in tail.extras])
-    if not direct:
-        after.append(f"y[{times('o', path.feature['y0'])}] = sum[o];")
-    if after:
-        text += [f"for (int o = 0; o < {found.outs}; o++) {{", *inside(after), "}"]
+    text += tail.outputs(made, found.outs, path.feature, place)
     if many:
         text = [f"for (int t = 0; t < {int(path.count)}; t++) {{", *inside(text), "}"]
     return "\n".join([*path.open, *text, *path.close])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -113,6 +113,14 @@ class Tail:
             return []
         lines, (result,) = statements([expr], [sum_, *places])
         return [*lines, f"{sum_} = {result};"]
+
+    def outputs(self, sums: str, outs: int, feature: dict[str, int], place: Callable[[str], str]) -> list[str]:
+        """C lines that finish all outputs of one position from an array of sums: `sums` is "y" where they lie in it."""
+        lines = [f"{sums}[o] += bias[o];"] if self.bias is not None else []
+        lines += self.text(f"{sums}[o]", [f"({place(f'x{i}')})[{times('o', feature[f'x{i}'])}]" for i in self.extras])
+        if sums != "y":
+            lines.append(f"y[{times('o', feature['y0'])}] = {sums}[o];")
+        return [f"for (int o = 0; o < {outs}; o++) {{", *inside(lines), "}"] if lines else []
 
     @property
     def helpers(self) -> tuple[str, ...]:

@@ -66,12 +66,7 @@ def _body(node: Node, found: Linear, tail: Tail, way: MatVec) -> str:
     if not direct:
         text.append(f"float *const sum = (float *)scratch + {-(-way.ins // 16) * 16};")
     text.append(way.call.format(y=made, x=given, **{key: key for key in way.constants}))
-    after = [f"{made}[o] += bias[o];"] if tail.bias is not None else []
-    after += tail.text(f"{made}[o]", [f"({place(f'x{i}')})[{times('o', path.feature[f'x{i}'])}]" for i in tail.extras])
-    if not direct:
-        after.append(f"y[{times('o', path.feature['y0'])}] = sum[o];")
-    if after:
-        text += [f"for (int o = 0; o < {found.outs}; o++) {{", *inside(after), "}"]
+    text += tail.outputs(made, found.outs, path.feature, place)
     if many:
         kind = size_type(path.count)
         text = [f"for ({kind} t = 0; t < {c(path.count)}; t++) {{", *inside(text), "}"]
