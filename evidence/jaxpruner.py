@@ -1,8 +1,8 @@
 """JaxPruner (2023): one small API holds the field's pruning methods, at little cost over dense training.
 
 Every method that trains is given the same steps from the same random weights on the two MNIST-1D networks (60 epochs of
-35 steps of 100 signals) and on ResNet-20 with digits of 16x16 (6 epochs of 50 steps of 60): AdamW at 5e-3 on one cycle
-with 15% warm-up, weight decay 5e-4, no augmentation, no distillation; masks move every 35 steps (10 for digits) from
+35 steps of 100 signals) and on ResNet-20 with digits of 8x8 (4 epochs of 50 steps of 60): AdamW at 5e-3 on one cycle
+with 15% warm-up, weight decay 5e-4, no augmentation, no distillation; masks move every 35 steps (5 for digits) from
 10% to 75% of the training, and only weight matrices are pruned. Judged on 10,000 signals (1,000 digits) that nothing
 was tuned on. Trainings are kept in the cache, so that a run that was cut off goes on.
 
@@ -39,11 +39,11 @@ from lilliput.prune.soft_threshold import STR
 from lilliput.prune.sparse import SET, StaticSparse
 from lilliput.prune.ste import STE
 from lilliput.prune.topkast import TopKAST
-from lilliput.schedule import Cosine, Cubic, Cyclic, Schedule
+from lilliput.schedule import Cosine, Cubic, Schedule
 from lilliput.stage import Stage
 
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
-NAMED = ("magnitude", "random", "saliency", "global magnitude", "global saliency", "SET", "RigL", "static", "STE")
+FIVE = ("dense", "global magnitude", "RigL", "STE", "Taylor", "movement")  # of five seeds, the others of three
 
 # What JaxPruner itself reached: (network, method) -> accuracy at 90, 95 and 98% zeros, one run each; the dense runs.
 THEIRS = {("MLP", "global magnitude"): (0.667, 0.657, 0.549), ("MLP", "RigL"): (0.648, 0.589, 0.504),
@@ -57,11 +57,10 @@ Parts = tuple[tuple[Stage, ...], tuple[lilliput.Rule, ...]]  # before the traini
 Method = Callable[[float, int, int], Parts]  # of sparsity, steps between masks, seed
 
 
-def gradual(score: str = "magnitude", allocation: str = "erk", schedule: Callable[[float], Schedule] | None = None
-            ) -> Method:
+def gradual(score: str = "magnitude", allocation: str = "erk") -> Method:
     """Masks by a score, more zeros by the cubic schedule."""
     return lambda sparsity, every, seed: ((), (lilliput.Prune(
-        (schedule or rising)(sparsity), score, allocation=allocation, every=every, seed=seed),))
+        rising(sparsity), score, allocation=allocation, every=every, seed=seed),))
 
 
 def rising(sparsity: float) -> Schedule:
@@ -88,12 +87,11 @@ METHODS: dict[str, Method] = {
     "global magnitude": gradual(allocation="normalized"),
     "global saliency": gradual("saliency", "normalized"),
     "static": rule(lambda s, every, seed: StaticSparse(s, seed=seed)),
-    "SET": rule(lambda s, every, seed: SET(s, every=every, seed=seed)),
-    "RigL": rule(lambda s, every, seed: RigL(s, every=every, seed=seed)),
+    # sixty updates and no more: half of the weights move at first, which did better on the validation split than 0.3
+    "SET": rule(lambda s, every, seed: SET(s, fraction=0.5, every=every, seed=seed)),
+    "RigL": rule(lambda s, every, seed: RigL(s, fraction=0.5, every=every, seed=seed)),
     "STE": rule(lambda s, every, seed: STE(rising(s), allocation="normalized")),
     # the others
-    "one threshold": gradual(allocation="global"),
-    "cyclic": gradual(allocation="normalized", schedule=lambda s: Cyclic(s, begin=0.1)),
     "LAMP": gradual("lamp", "global"),
     "Taylor": gradual("taylor", "normalized"),
     "movement": rule(lambda s, every, seed: Movement(rising(s), allocation="normalized")),
@@ -125,10 +123,10 @@ def work(name: str, quick: bool = False) -> tuple[lilliput.Task, Tensor, Tensor,
     """The task, the held-out examples and their labels, the steps of a training and those between two masks."""
     if name == "ResNet-20":
         x, y = digits.images()
-        x = F.avg_pool2d(x, 2)  # 16x16, a quarter of the time
+        x = F.avg_pool2d(x, 4)  # 8x8, a sixteenth of the time
         train, val, test = stratified(y, (3000, 1000, 1000), seed=0)
         task = lilliput.Task("digits", (x[train], y[train]), (x[val], y[val]), batch_size=60)
-        return task, x[test], y[test], 300, 10
+        return task, x[test], y[test], 200, 5
     x, y = mnist1d.signals()[:2]
     task = lilliput.Task("mnist1d", (x[:3500], y[:3500]), (x[3500:], y[3500:]), batch_size=100)
     return task, *(mnist1d.signals()[2:] if quick else mnist1d.fresh()), 2100, 35
@@ -158,7 +156,7 @@ def jobs(quick: bool) -> Iterator[tuple[str, str, float, int]]:
     for name in ("MLP", "CNN", "ResNet-20"):
         for method in METHODS:
             for sparsity in (0.0,) if method == "dense" else SPARSITIES:
-                for seed in range(5 if name != "ResNet-20" and (method in NAMED or method == "dense") else 3):
+                for seed in range(5 if name != "ResNet-20" and method in FIVE else 3):
                     yield name, method, sparsity, seed
 
 

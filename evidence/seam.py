@@ -30,7 +30,8 @@ from lilliput.export.pack import size
 from lilliput.graph import fold_batchnorm
 from lilliput.graph.empty import remove_empty
 from lilliput.nets.mnist1d import CNN
-from lilliput.prune.seam import Seam, restricted, retention, subproblem
+from lilliput.prune.seam import Seam, retention
+from lilliput.prune.subproblem import restricted, subproblem
 from lilliput.task import Task, predict
 
 PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))

@@ -43,7 +43,8 @@ def line(axes: Axes, x: list[float], rows: Iterable[tuple[float, list[float]]], 
 
 def save(figure: Any, name: str) -> None:
     """An SVG that is the same each time it is drawn."""
-    figure.tight_layout()
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
     figure.savefig(IMAGES / f"{name}.svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
 
@@ -174,9 +175,62 @@ def reconstruction(record: Record) -> None:
     save(figure, "prune-reconstruction")
 
 
+def criteria(record: Record) -> None:
+    """Accuracy of every criterion with every pattern, pruned gradually."""
+    rows = record["rows"]
+    names, forms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("criterion", "pattern"))
+    table = {(row["criterion"], row["pattern"]): row["gradual"] for row in rows}
+    figure, axes = plt.subplots(figsize=(6, 3.6))
+    axes.imshow([[table[name, form] for form in forms] for name in names], cmap="Blues", aspect="auto", vmin=0, vmax=1)
+    for (name, form), value in table.items():
+        axes.annotate(f"{value:.2f}", (forms.index(form), names.index(name)), ha="center", va="center", fontsize=7,
+                      color="white" if value > 0.6 else "black")
+    axes.set_xticks(range(len(forms)), forms)
+    axes.set_yticks(range(len(names)), names)
+    clean(axes, "", "")
+    axes.grid(visible=False)
+    save(figure, "prune-scores")
+
+
+def patterns(record: Record) -> None:
+    """How many times faster than dense each kind of layer is in the engine, by pattern."""
+    kinds = list(dict.fromkeys(row["layer"] for row in record["rows"]))
+    shown = ("elements", "block 4x1", "block 16x1", "block 1x16", "column", "channel")
+    figure, axes = plt.subplots(1, len(kinds), figsize=(2.9 * len(kinds), 3.2), squeeze=False,
+                                layout="constrained")
+    for place, kind in zip(axes[0], kinds, strict=True):
+        for pattern, colour in zip(shown, PALETTE, strict=False):
+            found = [row for row in record["rows"] if (row["layer"], row["pattern"]) == (kind, pattern)
+                     and row["sparsity"] >= 0.8]
+            place.plot([100 * row["sparsity"] for row in found], [row["times_dense"] for row in found], marker="o",
+                       markersize=3.5, linewidth=1.6, color=colour, label=pattern)
+        clean(place, "zeros, %", "times faster than dense" if place is axes[0][0] else "", kind)
+        place.set_ylim(0)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(shown), frameon=False,
+                  fontsize=8, labelcolor=INK)
+    save(figure, "prune-patterns")
+
+
+def once(record: Record) -> None:
+    """Score of each task after transfer against the encoder's time in the engine, sparse and small."""
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.2))
+    for place, task in zip(axes, ("package", "pairs"), strict=True):
+        for row in (row for row in record["rows"] if row["encoder"] == "dense" or "8 bits" in row["encoder"]):
+            colour = INK if row["encoder"] == "dense" else BLUE if "sparse" in row["encoder"] else RED
+            low, high = row[f"{task}_interval"]
+            place.errorbar(row["engine_ms"], row[task], [[row[task] - low], [high - row[task]]], fmt="o", markersize=4,
+                           color=colour, elinewidth=1, alpha=0.8)
+            place.annotate(row["encoder"], (row["engine_ms"], row[task]), fontsize=7, color=INK,
+                           textcoords="offset points", xytext=(5, 3))
+        clean(place, "ms in the engine", "held-out score", f"task: {task}")
+        place.margins(x=0.2)
+    save(figure, "prune-once")
+
+
 FIGURES: dict[str, Callable[[Record], None]] = {
     "jaxpruner": training, "mnist1d": lottery, "pruning-front": front, "structured": channels, "seam": seam,
-    "sparse-noise": noise, "reconstruction": reconstruction}
+    "sparse-noise": noise, "reconstruction": reconstruction, "sparsity-survey": criteria, "engine/patterns": patterns,
+    "prune-once": once}
 
 
 def main() -> None:

@@ -5,14 +5,15 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from lilliput.errors import near
 from lilliput.store import write
 
+Key = TypeVar("Key")
 
 def folder() -> Path:
     """The evidence/ folder of the checkout: below the working directory, or beside src/.
@@ -46,7 +47,25 @@ def interval(values: Sequence[float], digits: int = 4) -> list[float]:
     return [round(mean - half, digits), round(mean + half, digits)]
 
 
-def _load(path: Path) -> ModuleType:
+def front(points: Mapping[Key, tuple[float, float]]) -> list[Key]:
+    """The keys of the points (gain, cost) that no other beats: of no less gain at no more cost, and different.
+
+    >>> front({"a": (0.9, 2.0), "b": (0.8, 1.0), "c": (0.8, 2.0)})
+    ['a', 'b']
+    """
+    return [key for key, (gain, cost) in points.items()
+            if not any(g >= gain and c <= cost and (g, c) != (gain, cost) for g, c in points.values())]
+
+
+def load(key: str) -> ModuleType:
+    """The script of one system.
+
+    Raises KeyError for an unknown system.
+    """
+    known = scripts()
+    if key not in known:
+        raise KeyError(f"evidence: must be a known system, got {key!r}. {near(key, known)}")
+    path = known[key]
     spec = importlib.util.spec_from_file_location(f"evidence_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # so that a pool finds its functions
@@ -59,16 +78,14 @@ def gather(key: str | None, quick: bool, out: Path) -> Iterator[Path]:
 
     Raises KeyError for an unknown system, ValueError for a record without what every record needs.
     """
-    known = scripts()
-    if key is not None and key not in known:
-        raise KeyError(f"evidence: must be a known system, got {key!r}. {near(key, known)}")
+    modules = {name: load(name) for name in (scripts() if key is None else [key])}
     from lilliput.cost.measure import machine
     from lilliput.search.finish import commit, versions
 
     out.mkdir(parents=True, exist_ok=True)
-    for name in known if key is None else [key]:
+    for name, module in modules.items():
         began = time.monotonic()
-        found: dict[str, Any] = _load(known[name]).measure(quick)
+        found: dict[str, Any] = module.measure(quick)
         if not {"claim", "baseline", "rows"} <= set(found):
             raise ValueError(f"evidence: {name} must return claim, baseline and rows, got {sorted(found)}.")
         record = {"system": name, "size": "quick" if quick else "full", **found, "machine": machine(),

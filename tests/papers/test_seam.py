@@ -13,7 +13,8 @@ from lilliput.graph.empty import RemoveEmpty, remove_empty
 from lilliput.graph.fold import fold_batchnorm
 from lilliput.prune import seam
 from lilliput.prune.masks import masks
-from lilliput.prune.seam import Reused, Seam, binary, restricted, retention, reuse, subproblem
+from lilliput.prune.seam import Reused, Seam, binary, retention, reuse
+from lilliput.prune.subproblem import restricted, subproblem
 from lilliput.search.check import check
 from lilliput.stage import Reference
 from lilliput.task import Task, predict
