@@ -14,6 +14,8 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from lilliput import evidence
+
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 Record = dict[str, Any]
@@ -54,7 +56,7 @@ def legend(axes: Axes) -> None:
 
 
 def training(record: Record) -> None:
-    """Held-out accuracy of each method that trains, against its zeros."""
+    """Held-out accuracy of each method that trains, against its zeros; its mean, against the time of a step."""
     shown = ("global magnitude", "movement", "RigL", "AC/DC", "STE", "static", "random")
     networks = list(dict.fromkeys(row["network"] for row in record["rows"]))
     figure, axes = plt.subplots(1, len(networks), figsize=(3.4 * len(networks), 3.2), squeeze=False)
@@ -69,6 +71,17 @@ def training(record: Record) -> None:
         clean(place, "zeros, %", "held-out accuracy", network)
     legend(axes[0][0])
     save(figure, "prune-training")
+
+    overhead = json.loads((ROOT / "results" / "bench" / "overhead.json").read_text(encoding="utf-8"))
+    points = evidence.load("jaxpruner").standing(record, overhead)
+    best = evidence.front(points)
+    figure, axes = plt.subplots(figsize=(6.4, 4))
+    for method, (gain, cost) in points.items():
+        axes.scatter(cost, gain, s=34, edgecolors=BLUE, facecolors=BLUE if method in best else "none", linewidths=1.4)
+        axes.annotate(method, (cost, gain), fontsize=7, color=INK, textcoords="offset points", xytext=(5, -3))
+    clean(axes, "time of a training step, times dense", "mean held-out accuracy")
+    axes.margins(x=0.15)
+    save(figure, "prune-methods")
 
 
 def lottery(record: Record) -> None:

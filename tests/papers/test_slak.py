@@ -1,7 +1,7 @@
 """SLaK: kernels far larger than three, as rectangles, become trainable by sparse training whose shares SNIP gives.
 
-Source: Liu, Chen, Chen, Chen, Xiao, Wu, Karkkainen, Pechenizkiy, Mocanu and Wang, More ConvNets in the 2020s: scaling up
-kernels beyond 51x51 using sparsity, ICLR 2023, arXiv:2207.03620, section 3.
+Source: Liu, Chen, Chen, Chen, Xiao, Wu, Karkkainen, Pechenizkiy, Mocanu and Wang, More ConvNets in the 2020s: scaling
+up kernels beyond 51x51 using sparsity, ICLR 2023, arXiv:2207.03620, section 3.
 """
 
 import pytest

@@ -24,10 +24,10 @@ WIDTHS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.1875, 0.1
 
 MOST_AT_ONCE = 0.6  # zeros that a short training recovers from; more are made while it trains
 
-# How more zeros are made: what lies on the measured front of accuracy and overhead, the cheapest first. A test holds
-# these names against the records.
+# How more zeros are made: what lies on the measured front of accuracy and time a step, the cheapest first. The names
+# are those of the records, which a test holds them against.
 SPARSE: dict[str, Callable[[float], Rule]] = {
-    "magnitude": lambda sparsity: Prune(sparsity, allocation="normalized"),
+    "global magnitude": lambda sparsity: Prune(sparsity, allocation="normalized"),
     "movement": lambda sparsity: Movement(sparsity, allocation="normalized"),
 }
 
@@ -72,14 +72,14 @@ class Tail:
     bits: float = 32.0
     sparsity: float = 0.0
     trained: bool = True
-    method: str = "magnitude"
+    method: str = "global magnitude"
 
     def name(self) -> str:
         """A short text for people."""
         if self.bits >= 32:
             return "float32"
         text = f"{self.bits:g} bits" + (f", {self.sparsity:.0%} zeros" if self.sparsity else "")
-        text += f" by {self.method}" if self.method != "magnitude" else ""
+        text += f" by {self.method}" if self.method != "global magnitude" else ""
         return text if self.trained else text + " without training"
 
 
