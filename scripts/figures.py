@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from lilliput import evidence
 
@@ -111,6 +112,9 @@ def front(record: Record) -> None:
         best = sorted((row["engine_ms"], row["score"]) for row in rows if row["front"])
         place.step(*zip(*best, strict=True), where="post", color=GRID, linewidth=1.4, zorder=0)
         place.set_xscale("log")
+        place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        place.xaxis.set_major_formatter("{x:g}")
+        place.xaxis.set_minor_formatter(NullFormatter())
         clean(place, "ms in the engine", "held-out score", network)
         legend(place)
     save(figure, "prune-front")
