@@ -19,7 +19,7 @@ def test_the_search_makes_zeros_by_methods_on_the_measured_front() -> None:
     best = evidence.front(points)
     assert len(points) == len(script.METHODS) - 1
     assert set(SPARSE) <= set(best), f"on the front are {best}"
-    assert list(SPARSE) == sorted(SPARSE, key=lambda name: points[name][1]), "the cheapest comes first"
+    assert list(SPARSE) == sorted(SPARSE, key=lambda name: -points[name][0]), "the most accurate comes first"
     assert Tail().method == next(iter(SPARSE))
 
 
