@@ -23,7 +23,7 @@ WIDTHS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.1875, 0.1
 
 MOST_AT_ONCE = 0.6  # zeros that a short training recovers from; more are made while it trains
 
-# How more zeros are made: what lies on the measured front of accuracy and time a step, the most accurate first. The
+# How more zeros are made: what lies on the measured front of accuracy and time, the most accurate first. The
 # names are those of the records, which a test holds them against.
 SPARSE: dict[str, Callable[[float], Rule]] = {
     "Taylor": lambda sparsity: Prune(sparsity, "taylor", allocation="normalized"),
