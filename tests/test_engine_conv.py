@@ -13,6 +13,7 @@ from lilliput.engine import tune
 from lilliput.engine.graph import Node
 from lilliput.engine.kernel import Kernel
 from lilliput.engine.kernel import candidates as every_candidate
+from lilliput.engine.target import target
 from lilliput.export.onnx import Session
 
 ACTS = ("none", "Relu", "Clip", "HardSwish")
@@ -141,7 +142,8 @@ def test_dense_convolutions_with_fewer_multiplications(starts: str, tmp_path: Pa
         {"size": (10, 60), "ins": 4, "outs": 4}, {"size": (9, 31), "ins": 4, "outs": 7, "pads": [3, 1, 3, 1]}]
     layers = [layer(rng, i, 0.0, {"kernel": (3, 3), **s}) for i, s in enumerate(settings)]
     used = check(model(layers), tmp_path / "net", starts, monkeypatch)
-    assert used[starts] >= 7
+    # A row of tiles of 2x2 has to fit into a vector: with eight lanes planes of at most 16 columns.
+    assert used[starts] >= (7 if target().lanes >= 16 or starts == "winograd 4x4" else 5)
 
 
 @pytest.mark.parametrize("kind", ["float16", "bytes", "nibbles", "signs"])
