@@ -91,16 +91,16 @@ METHODS: dict[str, Method] = {
     # sixty updates and no more: half of the weights move at first, which did better on the validation split than 0.3
     "SET": rule(lambda s, every, seed: SET(s, fraction=0.5, every=every, seed=seed)),
     "RigL": rule(lambda s, every, seed: RigL(s, fraction=0.5, every=every, seed=seed)),
-    "STE": rule(lambda s, every, seed: STE(rising(s), allocation="normalized")),
+    "STE": rule(lambda s, every, seed: STE(rising(s), every=every, allocation="normalized")),
     # the others
     "LAMP": gradual("lamp", "global"),
     "Taylor": gradual("taylor", "normalized"),
-    "movement": rule(lambda s, every, seed: Movement(rising(s), allocation="normalized")),
+    "movement": rule(lambda s, every, seed: Movement(rising(s), every=every, allocation="normalized")),
     "AC/DC": rule(lambda s, every, seed: ACDC(s, allocation="normalized")),
-    "Top-KAST": rule(lambda s, every, seed: TopKAST(s, allocation="erk")),
-    "STR": rule(lambda s, every, seed: STR(rising(s))),
+    "Top-KAST": rule(lambda s, every, seed: TopKAST(s, every=every, allocation="erk")),
+    "STR": rule(lambda s, every, seed: STR(rising(s), every=every)),
     "L0": rule(lambda s, every, seed: L0(rising(s), seed=seed)),
-    "growing L2": rule(lambda s, every, seed: Growing(rising(s), allocation="normalized")),
+    "growing L2": rule(lambda s, every, seed: Growing(rising(s), every=every, allocation="normalized")),
     "SNIP": at_first(lambda s, seed: lilliput.Prune(s, "snip", seed=seed)),
     "GraSP": at_first(lambda s, seed: lilliput.Prune(s, "grasp", seed=seed)),
     "SynFlow": at_first(lambda s, seed: Rounds(s, rounds=30)),
@@ -111,11 +111,14 @@ METHODS: dict[str, Method] = {
 
 
 def network(name: str, seed: int) -> nn.Module:
-    """A network with random weights; those on MNIST-1D of LeCun's variance, 1 / fan_in, as Flax draws them."""
+    """A network with random weights; those on MNIST-1D as Flax draws them, LeCun's variance, 1 / fan_in, biases 0."""
     torch.manual_seed(seed)
     net: nn.Module = {"MLP": MLP, "CNN": CNN, "ResNet-20": ResNet}[name]()
-    for weight in () if name == "ResNet-20" else (p for p in net.parameters() if p.dim() > 1):
-        nn.init.trunc_normal_(weight, std=weight[0].numel() ** -0.5)
+    for value in () if name == "ResNet-20" else net.parameters():
+        if value.dim() > 1:
+            nn.init.trunc_normal_(value, std=value[0].numel() ** -0.5)
+        else:
+            nn.init.zeros_(value)
     return net
 
 
