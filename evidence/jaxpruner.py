@@ -111,14 +111,11 @@ METHODS: dict[str, Method] = {
 
 
 def network(name: str, seed: int) -> nn.Module:
-    """A network with random weights; those on MNIST-1D as Flax draws them, LeCun's variance, 1 / fan_in, biases 0."""
+    """A network with random weights; on MNIST-1D the weights of LeCun's variance, 1 / fan_in, as in Flax, PyTorch's biases."""
     torch.manual_seed(seed)
     net: nn.Module = {"MLP": MLP, "CNN": CNN, "ResNet-20": ResNet}[name]()
-    for value in () if name == "ResNet-20" else net.parameters():
-        if value.dim() > 1:
-            nn.init.trunc_normal_(value, std=value[0].numel() ** -0.5)
-        else:
-            nn.init.zeros_(value)
+    for weight in () if name == "ResNet-20" else (p for p in net.parameters() if p.dim() > 1):
+        nn.init.trunc_normal_(weight, std=weight[0].numel() ** -0.5)
     return net
 
 
