@@ -111,7 +111,7 @@ METHODS: dict[str, Method] = {
 
 
 def network(name: str, seed: int) -> nn.Module:
-    """A network with random weights; on MNIST-1D the weights of LeCun's variance, 1 / fan_in, as in Flax, PyTorch's biases."""
+    """A network with random weights; on MNIST-1D of LeCun's variance, 1 / fan_in, as in Flax, and PyTorch's biases."""
     torch.manual_seed(seed)
     net: nn.Module = {"MLP": MLP, "CNN": CNN, "ResNet-20": ResNet}[name]()
     for weight in () if name == "ResNet-20" else (p for p in net.parameters() if p.dim() > 1):
