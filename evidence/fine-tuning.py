@@ -100,8 +100,8 @@ def measure(quick: bool) -> dict[str, Any]:
         row = rows.setdefault((name, method), {"network": name, "method": method, "seeds": len(scores)})
         row |= {column: round(float(np.mean(scores)), 4), f"{column} interval": evidence.interval(scores)}
     return {
-        "claim": "from a trained network and in few steps, what was learnt says which weights can go: by magnitude, "
-                 "gradient and movement far above random masks",
+        "claim": "from a trained network and in few steps, what was learnt says which weights can go: by magnitude and "
+                 "by gradient far above random masks",
         "baseline": "the same training without zeros, and random masks; three seeds",
         "rows": list(rows.values()),
     }
