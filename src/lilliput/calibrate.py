@@ -24,8 +24,8 @@ KNOWN = (*FROM_DATA, "noise")
 
 # Statistics that a training can gather as it goes: (what is held, weight, gradient) -> what is held after a step.
 RUNNING: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "gradient": lambda held, weight, gradient: (0.9 * held.square() + 0.1 * gradient.square()).sqrt(),
-    "mean_gradient": lambda held, weight, gradient: 0.9 * held + 0.1 * gradient,
+    "gradient": lambda held, weight, gradient: (0.9 * held * held).addcmul_(gradient, gradient, value=0.1).sqrt_(),
+    "mean_gradient": lambda held, weight, gradient: held.lerp(gradient, 0.1),
     "movement": lambda held, weight, gradient: held - weight * gradient,
 }
 

@@ -100,20 +100,26 @@ def parameter_names(model: nn.Module) -> dict[str, Tensor]:
 
 def _lists(module: nn.Module) -> Any:
     """The parametrization list of each parametrised tensor of a module, by attribute."""
-    return getattr(module, "parametrizations", {})
+    return module._modules.get("parametrizations") or {}  # getattr would raise, slowly, at every step of a rule
 
 
 def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for path, module in model.named_modules():
-        if "parametrizations" not in path.split("."):
+    """Every module once, in the order and with the paths of `named_modules`, without what parametrizations hold."""
+    seen, waiting = set(), [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
             yield path, module
+            waiting += [(f"{path}.{name}" if path else name, child) for name, child in reversed(module._modules.items())
+                        if child is not None and name != "parametrizations"]
 
 
 def _originals(module: nn.Module, name: str) -> Iterator[Tensor]:
     """The innermost tensors behind a parametrised one."""
     holder = _lists(module)[name]
     for original in _original_names(holder):
-        if parametrize.is_parametrized(holder, original):
+        if original in _lists(holder):
             yield from _originals(holder, original)
         else:
             yield getattr(holder, original)
@@ -134,9 +140,7 @@ def theta(model: nn.Module, name: str) -> Tensor:
     """
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    if parametrize.is_parametrized(module, attribute):
-        return next(_originals(module, attribute))
-    return module.get_parameter(attribute)
+    return next(_originals(module, attribute)) if attribute in _lists(module) else module.get_parameter(attribute)
 
 
 def holders(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:

@@ -104,7 +104,7 @@ class Prune(Stage, Rule):
             if weight.grad is not None:
                 for need in gathered:
                     key = f"{need} {name}"
-                    held = state.get(key, torch.zeros_like(weight))
+                    held = state[key] if key in state else torch.zeros_like(weight)
                     state[key] = RUNNING[need](held, weight.detach(), weight.grad)
         return state
 

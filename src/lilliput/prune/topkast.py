@@ -64,18 +64,19 @@ class TopKAST(Masking, Rule):
         more = max(0.0, sparsity - self.explore) if step < self.until * steps else sparsity
         wide = select(rated, more, self.allocation, patterns.parse(self.pattern), at(self.sparsity, 1, 1))
         for name, code in self.masked(model).items():
-            trained = wide[name] | code.mask
-            state[f"fresh {name}"] = trained ^ state.get(f"trained {name}", trained)
+            trained = (wide[name] | code.mask).to(theta(model, name).dtype)
+            state[f"pull {name}"] = trained * torch.where(code.mask, self.decay, self.decay / (1 - sparsity))
+            state[f"fresh {name}"] = trained != state.get(f"trained {name}", trained)
             state[f"trained {name}"] = trained
         return state
 
     @torch.no_grad()
     def on_grad(self, state: State, model: nn.Module, step: int, steps: int) -> State:
-        state, density = dict(state), 1 - at(self.sparsity, step, steps)
-        for name, code in self.masked(model).items():
-            weight, trained = theta(model, name), state[f"trained {name}"]
+        state = dict(state)
+        for name in [key.removeprefix("trained ") for key in state if key.startswith("trained ")]:
+            weight = theta(model, name)
             if weight.grad is not None:
-                weight.grad.add_(torch.where(code.mask, weight, weight / density), alpha=self.decay).mul_(trained)
+                weight.grad.mul_(state[f"trained {name}"]).addcmul_(weight, state[f"pull {name}"])
                 # Weight decay and old momenta would move what is not trained.
                 state[f"before {name}"] = weight.detach().clone()
         return state
@@ -83,10 +84,10 @@ class TopKAST(Masking, Rule):
     @torch.no_grad()
     def on_step(self, state: State, model: nn.Module, step: int, steps: int) -> State:
         state = dict(state)
-        for name in self.masked(model):
-            if (before := state.pop(f"before {name}", None)) is not None:
-                weight = theta(model, name)
-                weight.copy_(torch.where(state[f"trained {name}"], weight, before))
+        for key in [key for key in state if key.startswith("before ")]:
+            name, before = key.removeprefix("before "), state.pop(key)
+            weight = theta(model, name)
+            weight.copy_(before.lerp_(weight, state[f"trained {name}"]))  # exact at 0 and 1
         if (step + 1) % self.every and step + 1 < steps:
             return state
         return self._sets(state, model, step + 1, steps)
