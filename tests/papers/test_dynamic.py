@@ -187,7 +187,7 @@ def test_topkast_the_backward_set_holds_the_forward_set_and_the_rest_stays(net: 
                 optimizer=torch.optim.AdamW(net.parameters(), 0.05, weight_decay=0.1))
     total = sum(code.mask.numel() for code in masks(net).values())
     for step in range(STEPS - 1):
-        wide = {name: loop.driver.state[f"trained {name}"] for name in masks(net)}
+        wide = {name: loop.driver.state[f"trained {name}"].bool() for name in masks(net)}
         before = {name: theta(net, name).detach().clone() for name in masks(net)}
         forward = {name: code.mask.clone() for name, code in masks(net).items()}
         assert all(bool((wide[name] | ~forward[name]).all()) for name in wide)
@@ -197,7 +197,7 @@ def test_topkast_the_backward_set_holds_the_forward_set_and_the_rest_stays(net: 
         for name, value in before.items():
             stays = theta(net, name) == value
             assert bool(stays[~wide[name]].all()) and not bool(stays[wide[name]].all())
-            changed = wide[name] ^ loop.driver.state[f"trained {name}"]
+            changed = wide[name] ^ loop.driver.state[f"trained {name}"].bool()
             assert bool((loop.optimizer.state[theta(net, name)]["exp_avg"][changed] == 0).all())
 
 
@@ -213,7 +213,7 @@ def test_topkast_regulariser_is_stronger_by_the_density_on_what_explores(net: nn
     charged.on_grad(other, twin, 0, 10)
     for name, code in masks(net).items():
         weight, added = theta(net, name).detach(), theta(twin, name).grad - theta(net, name).grad
-        wide = state[f"trained {name}"]
+        wide = state[f"trained {name}"].bool()
         torch.testing.assert_close(added[code.mask], 0.5 * weight[code.mask])
         torch.testing.assert_close(added[wide & ~code.mask], 0.5 * weight[wide & ~code.mask] / 0.25)
         assert bool((added[~wide] == 0).all())
