@@ -207,8 +207,9 @@ def measure(quick: bool) -> dict[str, Any]:
             raise ValueError(f"jaxpruner: {run['method']} at {run['sparsity']:.0%} must keep at most {most} weights of "
                              f"{run['network']}, kept {run['kept']}.")
     return {
-        "claim": "one small API holds the field's methods: gradual magnitude pruning and RigL are far above random and "
-                 "static masks, at a few percent over dense training",
+        "claim": "one small API holds the field's methods, at a few percent over dense training: on MNIST-1D gradual "
+                 "magnitude pruning and RigL are far above random and static masks; in the 100 steps of ResNet-20 "
+                 "static masks do as well",
         "baseline": "the same training without zeros, random masks, and what JaxPruner reached with this protocol",
         "rows": list(rows(found)),
         "runs": [[run["network"], run["method"], run["sparsity"], run["seed"], round(run["accuracy"], 4), run["kept"]]

@@ -58,7 +58,7 @@ def legend(axes: Axes) -> None:
 
 def training(record: Record) -> None:
     """Held-out accuracy of each method that trains, against its zeros."""
-    shown = ("global magnitude", "movement", "RigL", "AC/DC", "STE", "static", "random")
+    shown = ("Taylor", "global magnitude", "RigL", "AC/DC", "Top-KAST", "static", "random")
     networks = list(dict.fromkeys(row["network"] for row in record["rows"]))
     figure, axes = plt.subplots(1, len(networks), figsize=(3.4 * len(networks), 3.2), squeeze=False)
     for place, network in zip(axes[0], networks, strict=True):
