@@ -130,7 +130,7 @@ def measure(quick: bool) -> dict[str, Any]:
                          "kept": found[0][1], "file": found[0][2]})
         mine = [row for row in rows if row["network"] == network]
         sessions = {str(i): EngineSession(row["file"]) for i, row in enumerate(mine)}
-        times = latency(sessions, work(network)[1].example, seconds=1 if quick else 15)
+        times = latency(sessions, work(network)[1].example, seconds=0.1 if quick else 15)
         for i, row in enumerate(mine):
             row["engine_ms"] = round(times[str(i)].median_ms, 4)
             row["times_dense"] = round(times["0"].median_ms / times[str(i)].median_ms, 2)

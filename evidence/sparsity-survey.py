@@ -75,7 +75,7 @@ def speeds(quick: bool) -> dict[str, Any]:
             sessions[pattern] = EngineSession(trace(lilliput.realize(pruned), task.example).proto)
         except (ValueError, NotSupported) as error:
             left[pattern] = str(error)
-    times = latency(sessions, task.example, seconds=1 if quick else 8)
+    times = latency(sessions, task.example, seconds=0.1 if quick else 8)
     dense = times["dense"].median_ms
     return {"ratio": {name: round(dense / time.median_ms, 2) for name, time in times.items()},
             "dense_ms": round(dense, 4), "left": left}
