@@ -58,7 +58,7 @@ class TopKAST(Masking, Rule):
         return self._sets({**super().begin(model, task, reference, steps)}, model, 0, steps)
 
     def _sets(self, state: State, model: nn.Module, step: int, steps: int) -> State:
-        """A into the masks, B into the state; momenta start anew where B changes."""
+        """A into the masks, B into the state as factors of 0 and 1; momenta start anew where B changes."""
         sparsity, rated = at(self.sparsity, step, steps), self.rated(state, model)
         self.keep_(rated, model, sparsity)
         more = max(0.0, sparsity - self.explore) if step < self.until * steps else sparsity
