@@ -189,7 +189,7 @@ def _summary(search: "Search", best: list[Point], rivals: list[Point], choice: C
         chosen["test"] = _round(tests["chosen"])
     floor = search.question.floor
     summary: dict[str, Any] = {
-        "task": task.name, "metric": task.metric_name, "higher_is_better": task.higher_is_better, "seed": search.seed,
+        "format": 2, "task": task.name, "metric": task.metric_name, "higher_is_better": task.higher_is_better, "seed": search.seed,
         "floor": None if floor is None else floor.points(dense.score.value), "objective": search.question.objective,
         "max_bytes": search.question.max_bytes, "max_latency_ms": search.question.max_latency_ms,
         "budget_s": clock.budget_s, "trials": search.trials, "met": winner is not None,

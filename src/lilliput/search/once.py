@@ -49,7 +49,7 @@ def apply(model: nn.Module, task: Task, recipe: Recipe, folder: Path, seed: int 
     held = save({name: tensor.detach().contiguous().clone() for name, tensor in made.state_dict().items()})
     write(folder / "model.safetensors", lambda file: file.write(held))
     write(folder / "recipe.toml", lambda file: file.write(recipe.toml().encode()))
-    summary = {"task": task.name, "seed": seed, "recipe": recipe.data(), **point.row(task),
+    summary = {"format": 2, "task": task.name, "seed": seed, "recipe": recipe.data(), **point.row(task),
                "beside_dense": agreement(point.score.outputs[: len(dense)].numpy(), dense) | {"examples": len(dense)},
                "machine": machine(), "versions": versions(), "commit": commit(),
                "damaged": shop.store.damaged, "wall_s": round(clock.now, 3)}
