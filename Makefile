@@ -39,6 +39,7 @@ $(VENV)/%.installed: $(VENV)/torch.installed pyproject.toml
 	@touch $@
 
 lint: $(VENV)/dev.installed
+	$(SCRIPTS)/ruff format --check --quiet .
 	$(SCRIPTS)/ruff check .
 	$(SCRIPTS)/mypy
 

@@ -26,8 +26,14 @@ class Worker:
     def __init__(self, python: str) -> None:
         environment = {**os.environ, "NM_DISABLE_ANALYTICS": "True", "OMP_NUM_THREADS": "1"}
         environment.pop("PYTHONPATH", None)
-        self.process = subprocess.Popen([python, __file__], env=environment, text=True, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [python, __file__],
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         self.version = self._answer()["version"]
 
     def _answer(self) -> dict:

@@ -61,8 +61,9 @@ def timed(session: Any, feed: dict[str, Any]) -> Run:
     return run
 
 
-def row(name: str, path: Path, feed: dict[str, Any], rivals: dict[str, Run], rounds: int, peak: float,
-        folder: Path) -> dict[str, Any]:
+def row(
+    name: str, path: Path, feed: dict[str, Any], rivals: dict[str, Run], rounds: int, peak: float, folder: Path
+) -> dict[str, Any]:
     """One network: its times, ratios, and what was compiled."""
     runtime = Session(path)
     began = time.perf_counter()
@@ -73,19 +74,25 @@ def row(name: str, path: Path, feed: dict[str, Any], rivals: dict[str, Run], rou
     base = np.array(times["onnxruntime"])
     manifest = engine.engine.manifest
     found: dict[str, Any] = {
-        "network": name, "onnxruntime_ms": ms(times["onnxruntime"]), "engine_ms": ms(times["engine"]),
+        "network": name,
+        "onnxruntime_ms": ms(times["onnxruntime"]),
+        "engine_ms": ms(times["engine"]),
         "ratio": round(float(np.median(base / times["engine"])), 3),
         "ratio_quartiles": [round(float(x), 3) for x in np.quantile(base / times["engine"], [0.25, 0.75])],
-        "error": float(np.abs(a - b).max() / np.abs(b).max())}
+        "error": float(np.abs(a - b).max() / np.abs(b).max()),
+    }
     for rival in rivals:
         found[f"{rival}_ms"] = ms(times[rival])
         found[f"times_{rival}"] = round(float(np.median(np.array(times[rival]) / times["engine"])), 3)
     macs = kept_macs(path, manifest)
-    found |= {"share_of_peak": round(macs / (np.median(times["engine"]) * peak), 3) if macs else None,
-              "library_bytes": manifest["library_bytes"], "weight_bytes": manifest["weight_bytes"],
-              "arena_bytes": manifest["arena_bytes"],
-              "arena_over_live": round(manifest["arena_bytes"] / max(manifest["live_bytes"], 1), 3),
-              "compile_s": round(compiled_s, 2)}
+    found |= {
+        "share_of_peak": round(macs / (np.median(times["engine"]) * peak), 3) if macs else None,
+        "library_bytes": manifest["library_bytes"],
+        "weight_bytes": manifest["weight_bytes"],
+        "arena_bytes": manifest["arena_bytes"],
+        "arena_over_live": round(manifest["arena_bytes"] / max(manifest["live_bytes"], 1), 3),
+        "compile_s": round(compiled_s, 2),
+    }
     print(json.dumps(found), flush=True)
     return found
 
@@ -99,8 +106,10 @@ def kept_macs(path: Path, manifest: dict[str, Any]) -> float:
     """Multiply-adds with weights that are not zero, of convolutions and matrix products."""
     proto = onnx.shape_inference.infer_shapes(onnx.load(path))
     held = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
-    sizes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim]
-             for v in (*proto.graph.value_info, *proto.graph.output)}
+    sizes = {
+        v.name: [d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in (*proto.graph.value_info, *proto.graph.output)
+    }
     total = 0.0
     for node in proto.graph.node:
         if node.op_type in ("Conv", "MatMul", "Gemm") and len(node.input) > 1 and node.input[1] in held:
@@ -145,14 +154,16 @@ __attribute__((visibility("default"))) double peak(void)
     return 200000.0 * 12 * 8 / spent;
 }
 """.replace('        __asm__ volatile("" : "+m"(a));\n', "").replace(
-    "    const double spent", '    __asm__ volatile("" : : "m"(a));\n    const double spent')
+    "    const double spent", '    __asm__ volatile("" : : "m"(a));\n    const double spent'
+)
 
 
 def overhead_us() -> float:
     """A call from Python of a network that does nothing."""
     info = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [info("x", 1, [1, 8])],
-                                   [info("y", 1, [1, 8])])
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [info("x", 1, [1, 8])], [info("y", 1, [1, 8])]
+    )
     engine = lilliput.compile(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)]))
     x, best = np.ones((1, 8), np.float32), []
     for _ in range(200):
@@ -222,10 +233,18 @@ def main() -> None:
             worker.close()
     record = {
         "what": "The engine beside ONNX Runtime: float32, one thread, batch 1, one interleaved run",
-        "command": "python bench/engine.py" + (" --deepsparse PYTHON" if worker else ""), "rows": rows,
-        "peak_gmacs_per_s": round(peak / 1e9, 2), "call_overhead_us": overhead_us(),
-        "resnet20_90_bytes": sizes, "rounds": given.rounds, "deepsparse": worker.version if worker else None,
-        "machine": before, "machine_after": machine(), "versions": versions(), "commit": commit()}
+        "command": "python bench/engine.py" + (" --deepsparse PYTHON" if worker else ""),
+        "rows": rows,
+        "peak_gmacs_per_s": round(peak / 1e9, 2),
+        "call_overhead_us": overhead_us(),
+        "resnet20_90_bytes": sizes,
+        "rounds": given.rounds,
+        "deepsparse": worker.version if worker else None,
+        "machine": before,
+        "machine_after": machine(),
+        "versions": versions(),
+        "commit": commit(),
+    }
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(given.out)

@@ -31,8 +31,13 @@ def job(name: str, seed: int, out: Path) -> Path:
     target, budget, floor, *more = JOBS[name]
     with tempfile.TemporaryDirectory() as folder:
         command = ["shrink", target, "--floor", floor, "--budget", budget, "--seed", str(seed), *more]
-        done = subprocess.run([sys.executable, "-m", "lilliput.cli", *command, "--out", f"{folder}/{name}"], cwd=ROOT,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "lilliput.cli", *command, "--out", f"{folder}/{name}"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            check=False,
+        )
         if done.returncode not in (0, 3):
             raise SystemExit(f"{name} failed with status {done.returncode}")
         summary = json.loads(Path(folder, name, "summary.json").read_text())

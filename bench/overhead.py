@@ -69,8 +69,9 @@ def stepper(model: nn.Module, x: torch.Tensor, y: torch.Tensor, rule: Rule | Non
     return steps
 
 
-def measure(make: Callable[[], nn.Module], shape: tuple[int, ...], count: int, rounds: int
-            ) -> dict[str, dict[str, Any]]:
+def measure(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], count: int, rounds: int
+) -> dict[str, dict[str, Any]]:
     """Processor milliseconds a step of every variant, and the ratio of each to dense."""
     x, y = torch.randn(BATCH, *shape), torch.randint(0, 10, (BATCH,))
     methods = evidence.load("jaxpruner").METHODS
@@ -96,11 +97,17 @@ def measure(make: Callable[[], nn.Module], shape: tuple[int, ...], count: int, r
     for name, values in times.items():
         ratio = np.array(values) / np.array(times["dense"])
         low, middle, high = np.quantile(ratio, [0.25, 0.5, 0.75])
-        found[name] = {"ms_per_step": round(float(np.median(values)), 3), "ratio": round(float(middle), 4),
-                       "ratio_quartiles": [round(float(low), 4), round(float(high), 4)],
-                       "updates": round(rules_ms[name] / float(np.median(times["dense"])), 4)}
-        print(f"{name:36s}{np.median(values):9.2f} ms{middle:8.3f} x dense [{low:.3f}, {high:.3f}], updates "
-              f"{found[name]['updates']:.2%}", flush=True)
+        found[name] = {
+            "ms_per_step": round(float(np.median(values)), 3),
+            "ratio": round(float(middle), 4),
+            "ratio_quartiles": [round(float(low), 4), round(float(high), 4)],
+            "updates": round(rules_ms[name] / float(np.median(times["dense"])), 4),
+        }
+        print(
+            f"{name:36s}{np.median(values):9.2f} ms{middle:8.3f} x dense [{low:.3f}, {high:.3f}], updates "
+            f"{found[name]['updates']:.2%}",
+            flush=True,
+        )
     return found
 
 
@@ -113,9 +120,12 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     record = {
         "what": f"processor milliseconds a training step at batch {BATCH}, one thread, {rounds} interleaved rounds",
-        "command": f"python bench/overhead.py {rounds}", "results": results, "machine": before,
+        "command": f"python bench/overhead.py {rounds}",
+        "results": results,
+        "machine": before,
         "machine_after": machine(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": commit.stdout.strip(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "commit": commit.stdout.strip(),
     }
     path = ROOT / "results" / "bench" / "overhead.json"
     path.parent.mkdir(parents=True, exist_ok=True)

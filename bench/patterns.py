@@ -30,8 +30,17 @@ from lilliput.search.finish import commit, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 SPARSITIES = (0.8, 0.9, 0.95)
-PATTERNS = ("elements", "block 4x1", "block 8x1", "block 16x1", "block 1x16", "block 4x4", "channel", "column",
-            "kernel")
+PATTERNS = (
+    "elements",
+    "block 4x1",
+    "block 8x1",
+    "block 16x1",
+    "block 1x16",
+    "block 4x4",
+    "channel",
+    "column",
+    "kernel",
+)
 
 
 class Last(nn.Module):
@@ -105,16 +114,27 @@ def rows(name: str, layer: nn.Module, x: torch.Tensor, rounds: int, build: Path)
     folder = build / name.replace(", ", "-").replace(" ", "-")
     structure = traced(layer, x, folder / "layer.onnx")
     weights = {key: w.detach() for key, w in layer.named_parameters() if w.dim() > 1}
-    engines = {key: compiled(structure, stored, folder / f"{key[0]} {key[1]}".replace(" ", "-").replace(":", "of"))
-               for key, stored in variants(weights).items()}
+    engines = {
+        key: compiled(structure, stored, folder / f"{key[0]} {key[1]}".replace(" ", "-").replace(":", "of"))
+        for key, stored in variants(weights).items()
+    }
     times = turns({repr(key): timed(engine, x.numpy()) for key, engine in engines.items()}, rounds)
     base, found = np.array(times[repr(("dense", 0.0))]), []
     for key, engine in engines.items():
         ratio = base / np.array(times[repr(key)])
         kernels = sorted({held["kernel"] for held in engine.manifest["layers"]})
-        found.append({"layer": name, "shapes": [list(w.shape) for w in weights.values()], "pattern": key[0],
-                      "sparsity": key[1], "ms": ms(times[repr(key)]), "times_dense": round(float(np.median(ratio)), 3),
-                      "quartiles": [round(float(q), 3) for q in np.quantile(ratio, [0.25, 0.75])], "kernels": kernels})
+        found.append(
+            {
+                "layer": name,
+                "shapes": [list(w.shape) for w in weights.values()],
+                "pattern": key[0],
+                "sparsity": key[1],
+                "ms": ms(times[repr(key)]),
+                "times_dense": round(float(np.median(ratio)), 3),
+                "quartiles": [round(float(q), 3) for q in np.quantile(ratio, [0.25, 0.75])],
+                "kernels": kernels,
+            }
+        )
         print(name, *(found[-1][k] for k in ("pattern", "sparsity", "ms", "times_dense", "kernels")), flush=True)
     return found
 
@@ -129,13 +149,24 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     before = machine()
-    found = [row for name, (layer, x) in layers().items() if name in given.layers
-             for row in rows(name, layer.eval(), x, given.rounds, given.build)]
-    record = {"what": "Layers of random weights in the engine by pattern: float32, one thread, one example, by the "
-                      "processor's clock, one interleaved run a layer; times_dense is the time of the dense layer over "
-                      "the pruned one's",
-              "command": "python bench/patterns.py", "rounds": given.rounds, "rows": found, "machine": before,
-              "machine_after": machine(), "versions": versions(), "commit": commit()}
+    found = [
+        row
+        for name, (layer, x) in layers().items()
+        if name in given.layers
+        for row in rows(name, layer.eval(), x, given.rounds, given.build)
+    ]
+    record = {
+        "what": "Layers of random weights in the engine by pattern: float32, one thread, one example, by the "
+        "processor's clock, one interleaved run a layer; times_dense is the time of the dense layer over "
+        "the pruned one's",
+        "command": "python bench/patterns.py",
+        "rounds": given.rounds,
+        "rows": found,
+        "machine": before,
+        "machine_after": machine(),
+        "versions": versions(),
+        "commit": commit(),
+    }
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

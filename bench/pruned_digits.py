@@ -38,8 +38,12 @@ def zeros(proto: onnx.ModelProto) -> dict[str, Any]:
     """How many values the matrices and filters of a file have, how many of them are zero, and the same for each."""
     weights = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer if len(t.dims) > 1}
     count, zero = sum(w.size for w in weights.values()), sum(int((w == 0).sum()) for w in weights.values())
-    return {"weights": count, "nonzero": count - zero, "sparsity": round(zero / count, 6),
-            "layers": {name: round(float((w == 0).mean()), 4) for name, w in weights.items()}}
+    return {
+        "weights": count,
+        "nonzero": count - zero,
+        "sparsity": round(zero / count, 6),
+        "layers": {name: round(float((w == 0).mean()), 4) for name, w in weights.items()},
+    }
 
 
 def measure(name: str, model: torch.nn.Module, task: lilliput.Task, path: Path) -> dict[str, Any]:
@@ -50,8 +54,16 @@ def measure(name: str, model: torch.nn.Module, task: lilliput.Task, path: Path) 
     right = task.score(Session(path)).outcomes
     assert right is not None
     digest = hashlib.blake2b(path.read_bytes(), digest_size=12).hexdigest()
-    row = {"network": name, "val": round(float(np.mean(right)), 4), "right": int(right.sum()), "of": len(right),
-           **zeros(proto), "onnx_bytes": path.stat().st_size, "file": path.name, "blake2b": digest}
+    row = {
+        "network": name,
+        "val": round(float(np.mean(right)), 4),
+        "right": int(right.sum()),
+        "of": len(right),
+        **zeros(proto),
+        "onnx_bytes": path.stat().st_size,
+        "file": path.name,
+        "blake2b": digest,
+    }
     print(f"{name:16s} val {row['val']:.4f}   {row['nonzero']:7,} of {row['weights']:,} weights   {path}", flush=True)
     return row
 
@@ -80,9 +92,16 @@ def main() -> None:
     recipes = {row["network"]: row.pop("recipe") for row in found if "recipe" in row}
     record = {
         "what": f"ResNet-20 on the bench-work digits, really pruned and distilled, {given.epochs} epochs, one seed; "
-                "accuracy in ONNX Runtime on the 1,000 validation digits",
-        "command": "python bench/pruned_digits.py", "seed": given.seed, "epochs": given.epochs, "rows": found,
-        "recipes": recipes, "zeros_by_layer": layers, "machine": before, "versions": versions(), "commit": stamp,
+        "accuracy in ONNX Runtime on the 1,000 validation digits",
+        "command": "python bench/pruned_digits.py",
+        "seed": given.seed,
+        "epochs": given.epochs,
+        "rows": found,
+        "recipes": recipes,
+        "zeros_by_layer": layers,
+        "machine": before,
+        "versions": versions(),
+        "commit": stamp,
     }
     path = ROOT / "results" / "engine" / "pruned-digits.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -105,8 +105,9 @@ def kept(model: Bonsai) -> tuple[int, int]:
     return sum(int(w.count_nonzero()) for w in weights), sum(w.numel() for w in weights)
 
 
-def grown(task: lilliput.Task, states: int, learn: int, grow: int, seed: int, rule: Saturating, wanted: int
-          ) -> tuple[Bonsai, Bonsai, int]:
+def grown(
+    task: lilliput.Task, states: int, learn: int, grow: int, seed: int, rule: Saturating, wanted: int
+) -> tuple[Bonsai, Bonsai, int]:
     """(what had learnt the task, the same after growing and pruning, how many initialisations were tried)."""
     found: list[tuple[float, int, Bonsai, Bonsai]] = []
     for tried in range(INITS):
@@ -125,8 +126,9 @@ def grown(task: lilliput.Task, states: int, learn: int, grow: int, seed: int, ru
     return start, pruned, tried + 1
 
 
-def row(name: str, seed: int, task: lilliput.Task, states: int, learn: int, grow: int, wanted: int = GROWN
-        ) -> tuple[dict[str, Any], Graph]:
+def row(
+    name: str, seed: int, task: lilliput.Task, states: int, learn: int, grow: int, wanted: int = GROWN
+) -> tuple[dict[str, Any], Graph]:
     began = time.process_time()
     start, pruned, tried = grown(task, states, learn, grow, seed, Saturating(0.2, 0.1, 5.0, 0.05), wanted)
     plain = after(start, task, grow, seed)
@@ -156,7 +158,8 @@ def measure(quick: bool) -> dict[str, Any]:
     """A row for each task and seed; in full size the smallest exact graph of each task is drawn for the docs."""
     torch.set_num_threads(1)
     names, seeds, sizes, length, longest = (
-        (["parity"], 1, (5, 100, 60, 1), 5, 6) if quick else (list(TASKS), 3, (8, 300, 800, GROWN), 8, 12))
+        (["parity"], 1, (5, 100, 60, 1), 5, 6) if quick else (list(TASKS), 3, (8, 300, 800, GROWN), 8, 12)
+    )
     rows, smallest = [], {}
     for name in names:
         for seed in range(seeds):

@@ -111,12 +111,14 @@ def checked(test: Test) -> str:
     places = {name: i for i, name in enumerate(test.model.graph.node[0].input) if name}
     fast = replace(target("native"), flags=tuple("-O1" if f == "-O3" else f for f in target("native").flags))
     for given, wanted in test.data:
-        bound = {name: x for name, x in zip(names, given, strict=True)
-                 if places.get(name) in BOUND.get(test.op, ())}
+        bound = {name: x for name, x in zip(names, given, strict=True) if places.get(name) in BOUND.get(test.op, ())}
         import shutil
 
-        shapes = {v.name: x.shape for v, x in zip(test.model.graph.input, given, strict=True) if v.name not in bound and
-                  any(not d.HasField("dim_value") for d in v.type.tensor_type.shape.dim)}
+        shapes = {
+            v.name: x.shape
+            for v, x in zip(test.model.graph.input, given, strict=True)
+            if v.name not in bound and any(not d.HasField("dim_value") for d in v.type.tensor_type.shape.dim)
+        }
         folder = write(test.model.SerializeToString(), None, fast, tune=False, shapes=shapes, constants=bound)
         try:
             engine = Engine(folder)
@@ -196,8 +198,18 @@ def measure(quick: bool) -> dict[str, Any]:
     failures = []
     for test in chosen:
         ours = test.types <= set(TYPES)
-        row = rows.setdefault(test.op, {"operator": test.op, "family": FAMILY[test.op], "passed": 0, "failed": 0,
-                                        "not_supported": 0, "other_types_refused": 0, "other_types_not_refused": 0})
+        row = rows.setdefault(
+            test.op,
+            {
+                "operator": test.op,
+                "family": FAMILY[test.op],
+                "passed": 0,
+                "failed": 0,
+                "not_supported": 0,
+                "other_types_refused": 0,
+                "other_types_not_refused": 0,
+            },
+        )
         reason = alone(lambda test=test: judged(test))  # type: ignore[misc]
         if not ours:
             row["other_types_not_refused" if reason else "other_types_refused"] += 1
@@ -205,8 +217,10 @@ def measure(quick: bool) -> dict[str, Any]:
             row["passed" if not reason else "not_supported" if reason.startswith("NotSupported") else "failed"] += 1
         if reason:
             failures.append({"test": test.name, "operator": test.op, "reason": reason})
-    total = {key: sum(row[key] for row in rows.values()) for key in (
-        "passed", "failed", "not_supported", "other_types_refused", "other_types_not_refused")}
+    total = {
+        key: sum(row[key] for row in rows.values())
+        for key in ("passed", "failed", "not_supported", "other_types_refused", "other_types_not_refused")
+    }
     return {
         "claim": f"of ONNX's node tests of the operators that the engine promises, at least {GOAL} pass, and every "
                  "test of a type that it does not know is refused by name",

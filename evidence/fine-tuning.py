@@ -51,8 +51,15 @@ def accuracy(job: Job, folder: Path, quick: bool) -> float:
     name, method, sparsity, seed = job
     model, task = work(name)
     stages, rules = METHODS[method](sparsity, EVERY, seed)
-    training = lilliput.Train(20 if quick else STEPS, Cosine(4e-3), (*rules, lilliput.Distill()), supervised=0.3,
-                              batch_size=100, weight_decay=0.0, seed=seed)
+    training = lilliput.Train(
+        20 if quick else STEPS,
+        Cosine(4e-3),
+        (*rules, lilliput.Distill()),
+        supervised=0.3,
+        batch_size=100,
+        weight_decay=0.0,
+        seed=seed,
+    )
     made = lilliput.realize(lilliput.run(model, task, [*stages, training], folder, seed=seed)).eval()
     x, y = held_out(quick)
     with torch.no_grad():
@@ -73,8 +80,9 @@ def standing(record: dict[str, Any], overhead: dict[str, Any]) -> dict[str, tupl
     for row in record["rows"]:
         if row["method"] != "dense":
             gains.setdefault(row["method"], []).extend(row[f"{sparsity:.0%}"] for sparsity in SPARSITIES)
-    return {method: (float(np.mean(gain)), costs.get(method, costs["mask"])["updates"])
-            for method, gain in gains.items()}
+    return {
+        method: (float(np.mean(gain)), costs.get(method, costs["mask"])["updates"]) for method, gain in gains.items()
+    }
 
 
 def measure(quick: bool) -> dict[str, Any]:
@@ -82,8 +90,13 @@ def measure(quick: bool) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp()) if quick else cache_folder() / "evidence" / "fine-tuning"
     torch.set_num_threads(1)  # before the fork: a pool of threads does not survive one
     networks, methods = (("CNN",), ("dense", "global magnitude")) if quick else (tuple(NETWORKS), tuple(METHODS))
-    jobs = [(name, method, sparsity, seed) for name in networks for method in methods
-            for sparsity in ((0.0,) if method == "dense" else SPARSITIES) for seed in range(1 if quick else SEEDS)]
+    jobs = [
+        (name, method, sparsity, seed)
+        for name in networks
+        for method in methods
+        for sparsity in ((0.0,) if method == "dense" else SPARSITIES)
+        for seed in range(1 if quick else SEEDS)
+    ]
     for name in networks:
         work(name)  # once for all
     held_out(quick)
@@ -101,7 +114,7 @@ def measure(quick: bool) -> dict[str, Any]:
         row |= {column: round(float(np.mean(scores)), 4), f"{column} interval": evidence.interval(scores)}
     return {
         "claim": "from a trained network and in few steps, what was learnt says which weights can go: by magnitude and "
-                 "by gradient far above random masks",
+        "by gradient far above random masks",
         "baseline": "the same training without zeros, and random masks; three seeds",
         "rows": list(rows.values()),
     }

@@ -47,8 +47,12 @@ SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 FIVE = ("dense", "global magnitude", "RigL", "STE", "Taylor", "movement")  # of five seeds, the others of three
 
 # What JaxPruner itself reached: (network, method) -> accuracy at 90, 95 and 98% zeros, one run each; the dense runs.
-THEIRS = {("MLP", "global magnitude"): (0.667, 0.657, 0.549), ("MLP", "RigL"): (0.648, 0.589, 0.504),
-          ("CNN", "global magnitude"): (0.724, 0.489, 0.255), ("CNN", "RigL"): (0.494, 0.467, 0.406)}
+THEIRS = {
+    ("MLP", "global magnitude"): (0.667, 0.657, 0.549),
+    ("MLP", "RigL"): (0.648, 0.589, 0.504),
+    ("CNN", "global magnitude"): (0.724, 0.489, 0.255),
+    ("CNN", "RigL"): (0.494, 0.467, 0.406),
+}
 DENSE = {"MLP": 0.672, "CNN": 0.877}
 
 
@@ -60,8 +64,10 @@ Method = Callable[[float, int, int], Parts]  # of sparsity, steps between masks,
 
 def gradual(score: str = "magnitude", allocation: str = "erk") -> Method:
     """Masks by a score, more zeros by the cubic schedule."""
-    return lambda sparsity, every, seed: ((), (lilliput.Prune(
-        rising(sparsity), score, allocation=allocation, every=every, seed=seed),))
+    return lambda sparsity, every, seed: (
+        (),
+        (lilliput.Prune(rising(sparsity), score, allocation=allocation, every=every, seed=seed),),
+    )
 
 
 def rising(sparsity: float) -> Schedule:
@@ -138,15 +144,22 @@ def trained(name: str, method: str, sparsity: float, seed: int, folder: Path, st
     torch.set_num_threads(1)
     task, x, y, whole, every = work(name, bool(steps))
     stages, rules = METHODS[method](sparsity, every, seed)
-    training = lilliput.Train(steps or whole, Cosine(5e-3, warmup=0.15), rules, batch_size=task.batch_size,
-                              weight_decay=5e-4, seed=seed)
+    training = lilliput.Train(
+        steps or whole, Cosine(5e-3, warmup=0.15), rules, batch_size=task.batch_size, weight_decay=5e-4, seed=seed
+    )
     net = lilliput.realize(lilliput.run(network(name, seed), task, [*stages, training], folder, seed=seed)).eval()
     with torch.no_grad():
         right = torch.cat([net(part).argmax(1) for part in x.split(500)]) == y
     matrices = [p for p in net.parameters() if p.dim() > 1]
-    return {"network": name, "method": method, "sparsity": sparsity, "seed": seed,
-            "accuracy": float(right.double().mean()), "weights": sum(p.numel() for p in matrices),
-            "kept": sum(int((p != 0).sum()) for p in matrices)}
+    return {
+        "network": name,
+        "method": method,
+        "sparsity": sparsity,
+        "seed": seed,
+        "accuracy": float(right.double().mean()),
+        "weights": sum(p.numel() for p in matrices),
+        "kept": sum(int((p != 0).sum()) for p in matrices),
+    }
 
 
 def jobs(quick: bool) -> Iterator[tuple[str, str, float, int]]:
@@ -175,12 +188,18 @@ def rows(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for method in dict.fromkeys(run["method"] for run in found):
             row: dict[str, Any] = {"network": name, "method": method}
             for sparsity in (0.0, *SPARSITIES):
-                runs = [run["accuracy"] for run in found
-                        if (run["network"], run["method"], run["sparsity"]) == (name, method, sparsity)]
+                runs = [
+                    run["accuracy"]
+                    for run in found
+                    if (run["network"], run["method"], run["sparsity"]) == (name, method, sparsity)
+                ]
                 if runs:
                     column = "dense" if not sparsity else f"{sparsity:.0%}"
-                    row |= {column: round(float(np.mean(runs)), 4), f"{column} interval": interval(runs),
-                            "seeds": len(runs)}
+                    row |= {
+                        column: round(float(np.mean(runs)), 4),
+                        f"{column} interval": interval(runs),
+                        "seeds": len(runs),
+                    }
             if method == "dense" and name in DENSE:
                 row["JaxPruner, dense"] = DENSE[name]
             for sparsity, theirs in zip(SPARSITIES[1:], THEIRS.get((name, method), ()), strict=False):
@@ -204,14 +223,18 @@ def measure(quick: bool) -> dict[str, Any]:
     for run in found:
         most = round((1 - run["sparsity"]) * run["weights"]) + 30  # each tensor rounds to whole weights
         if not quick and run["kept"] > most:
-            raise ValueError(f"jaxpruner: {run['method']} at {run['sparsity']:.0%} must keep at most {most} weights of "
-                             f"{run['network']}, kept {run['kept']}.")
+            raise ValueError(
+                f"jaxpruner: {run['method']} at {run['sparsity']:.0%} must keep at most {most} weights of "
+                f"{run['network']}, kept {run['kept']}."
+            )
     return {
         "claim": "one small API holds the field's methods, at a few percent over dense training: on MNIST-1D gradual "
-                 "magnitude pruning and RigL are far above random and static masks; in the 100 steps of ResNet-20 "
-                 "static masks do as well",
+        "magnitude pruning and RigL are far above random and static masks; in the 100 steps of ResNet-20 "
+        "static masks do as well",
         "baseline": "the same training without zeros, random masks, and what JaxPruner reached with this protocol",
         "rows": list(rows(found)),
-        "runs": [[run["network"], run["method"], run["sparsity"], run["seed"], round(run["accuracy"], 4), run["kept"]]
-                 for run in found],
+        "runs": [
+            [run["network"], run["method"], run["sparsity"], run["seed"], round(run["accuracy"], 4), run["kept"]]
+            for run in found
+        ],
     }

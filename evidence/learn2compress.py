@@ -10,8 +10,14 @@ from typing import Any
 from lilliput.cli import resolve
 from lilliput.search.shrink import shrink
 
-JOBS = {"digits": ("5m", "0.5%"), "mnist1d-cnn": ("2m", "1%"), "mnist1d-mlp": ("2m", "1%"), "mnist1d-gru": ("2m", "1%"),
-        "languages": ("4m", "1%"), "sentences": ("20m", "1%")}
+JOBS = {
+    "digits": ("5m", "0.5%"),
+    "mnist1d-cnn": ("2m", "1%"),
+    "mnist1d-mlp": ("2m", "1%"),
+    "mnist1d-gru": ("2m", "1%"),
+    "languages": ("4m", "1%"),
+    "sentences": ("20m", "1%"),
+}
 KEPT = ("name", "val", "test", "onnx_bytes", "packed_bytes", "values", "macs", "latency_ms", "drop_corrected")
 
 
@@ -22,8 +28,14 @@ def measure(quick: bool) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             model, task = resolve(name)
             summary = shrink(model, task, floor, budget=budget, out=Path(folder) / name).summary
-        for role, points in (("dense", [summary["dense"]]), ("front", summary["front"]),
-                             ("chosen", [summary["chosen"]] if summary["chosen"] else [])):
+        for role, points in (
+            ("dense", [summary["dense"]]),
+            ("front", summary["front"]),
+            ("chosen", [summary["chosen"]] if summary["chosen"] else []),
+        ):
             rows += [{"task": name, "role": role, **{key: point.get(key) for key in KEPT}} for point in points]
-    return {"claim": "one dense model in, a family of models at several sizes out, with little loss",
-            "baseline": "the dense model as given", "rows": rows}
+    return {
+        "claim": "one dense model in, a family of models at several sizes out, with little loss",
+        "baseline": "the dense model as given",
+        "rows": rows,
+    }

@@ -26,8 +26,11 @@ from lilliput.prune.lottery import Lottery
 from lilliput.schedule import Cosine
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
-KINDS = {"winning": "the ticket", "random masks": "as many zeros in each layer, anywhere",
-         "new weights": "the ticket's masks, other random weights"}
+KINDS = {
+    "winning": "the ticket",
+    "random masks": "as many zeros in each layer, anywhere",
+    "new weights": "the ticket's masks, other random weights",
+}
 
 
 @cache
@@ -66,10 +69,15 @@ def one(job: tuple[int, int, tuple[float, ...]]) -> list[dict[str, Any]]:
         with torch.no_grad():
             for name, value in fresh(seed + 1000).named_parameters():
                 theta(other, name).copy_(value)
-        tickets = {"winning": ticket, "new weights": other,
-                   "random masks": lilliput.Prune(None, "random", allocation=zeros, seed=seed)(start, task, None)}
-        rows += [{"seed": seed, "sparsity": sparsity, "kind": kind, "accuracy": accuracy(net)}
-                 for kind, net in tickets.items()]
+        tickets = {
+            "winning": ticket,
+            "new weights": other,
+            "random masks": lilliput.Prune(None, "random", allocation=zeros, seed=seed)(start, task, None),
+        }
+        rows += [
+            {"seed": seed, "sparsity": sparsity, "kind": kind, "accuracy": accuracy(net)}
+            for kind, net in tickets.items()
+        ]
     return rows
 
 
@@ -93,12 +101,15 @@ def measure(quick: bool) -> dict[str, Any]:
             values = [at[sparsity, kind, seed] for seed in seeds]
             row |= {kind: round(float(np.mean(values)), 4), f"{kind} interval": interval(values)}
         row["ahead of random masks"] = interval(
-            [at[sparsity, "winning", seed] - at[sparsity, "random masks", seed] for seed in seeds])
+            [at[sparsity, "winning", seed] - at[sparsity, "random masks", seed] for seed in seeds]
+        )
         rows.append(row)
     return {
         "claim": "the winning ticket beats random tickets at 90% zeros and above",
         "baseline": f"dense {float(np.mean(dense)):.4f}; random masks; the ticket's masks with other weights; "
-                    f"{len(seeds)} seeds, 10,000 held-out signals",
-        "rows": rows, "dense": [round(value, 4) for value in dense], "kinds": KINDS,
+        f"{len(seeds)} seeds, 10,000 held-out signals",
+        "rows": rows,
+        "dense": [round(value, 4) for value in dense],
+        "kinds": KINDS,
         "runs": [[row["sparsity"], row["kind"], row["seed"], round(row["accuracy"], 4)] for row in found],
     }

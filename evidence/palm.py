@@ -27,8 +27,17 @@ from lilliput.data import cache_folder, package_file
 from lilliput.export.onnx import Session, trace
 
 SIZE, RADIUS = 256, 4
-TRAIN = ("sklearn/china.jpg", "skimage/coffee.png", "skimage/rocket.jpg", "skimage/motorcycle_left.png",
-         "skimage/camera.png", "skimage/grass.png", "skimage/gravel.png", "skimage/brick.png", "skimage/coins.png")
+TRAIN = (
+    "sklearn/china.jpg",
+    "skimage/coffee.png",
+    "skimage/rocket.jpg",
+    "skimage/motorcycle_left.png",
+    "skimage/camera.png",
+    "skimage/grass.png",
+    "skimage/gravel.png",
+    "skimage/brick.png",
+    "skimage/coins.png",
+)
 HELD_OUT = ("sklearn/flower.jpg", "skimage/astronaut.png", "skimage/chelsea.png")
 FOLDERS = {"sklearn": ("datasets", "images"), "skimage": ("data",)}
 
@@ -84,8 +93,11 @@ def squares(names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     for name in names:
         x = photograph(name)
         both = torch.cat([x, painted(x[None])[0]])
-        found += [both[:, i : i + SIZE, j : j + SIZE] for i in range(0, x.shape[1] - SIZE + 1, SIZE)
-                  for j in range(0, x.shape[2] - SIZE + 1, SIZE)]
+        found += [
+            both[:, i : i + SIZE, j : j + SIZE]
+            for i in range(0, x.shape[1] - SIZE + 1, SIZE)
+            for j in range(0, x.shape[2] - SIZE + 1, SIZE)
+        ]
     together = torch.stack(found)
     return together[:, :3].contiguous(), together[:, 3:].contiguous()
 

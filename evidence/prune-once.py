@@ -109,8 +109,11 @@ def _read(packages: tuple[str, ...], files: int) -> list[Docstring]:
     found: dict[str, Docstring] = {}
     for package in packages:
         root = package_file(package, "__init__.py", install="lilliput[sentences]").parent
-        paths = [path for path in sorted(root.rglob("*.py")) if not any(
-            folder.startswith("_") or "test" in folder for folder in path.relative_to(root).parts[:-1])]
+        paths = [
+            path
+            for path in sorted(root.rglob("*.py"))
+            if not any(folder.startswith("_") or "test" in folder for folder in path.relative_to(root).parts[:-1])
+        ]
         for path in paths[:files]:
             for kind, text in _documented(ast.parse(path.read_bytes())):
                 head, rest = halves(text)
@@ -137,6 +140,7 @@ def unlabelled(docs: list[Docstring], first: int, count: int, loss: str) -> lill
     texts = sorted(set(texts), key=_hash)
     train, val = tokenize(texts[first : first + count], TOKENS), tokenize(texts[first + count :][:64], TOKENS)
     return lilliput.Task("docstrings", train=(train, None), val=(val, None), loss=loss, metric="mse", batch_size=16)
+
 
 def matched(outputs: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy, both ways, of finding each text's partner among the batch: (n, 2, width) unit vectors."""
@@ -206,8 +210,15 @@ def shallow(encoder: SentenceBert, layers: tuple[int, ...]) -> SentenceBert:
     return small
 
 
-def taught(encoder: SentenceBert, task: lilliput.Task, reference: lilliput.Reference, learnt: tuple[int, ...],
-           steps: int, sparsity: float, store: Path | None) -> SentenceBert:
+def taught(
+    encoder: SentenceBert,
+    task: lilliput.Task,
+    reference: lilliput.Reference,
+    learnt: tuple[int, ...],
+    steps: int,
+    sparsity: float,
+    store: Path | None,
+) -> SentenceBert:
     """An encoder after so many steps of imitating the dense one's hidden states, its linear layers pruned meanwhile."""
     prune = lilliput.Prune(lilliput.Cubic(sparsity, end=0.6), allocation="uniform", where="encoder.layers.*")
     rules = (*((prune,) if sparsity else ()), lilliput.Distill())
@@ -216,8 +227,14 @@ def taught(encoder: SentenceBert, task: lilliput.Task, reference: lilliput.Refer
     return lilliput.realize(made).encoder
 
 
-def aligned(encoder: SentenceBert, task: lilliput.Task, reference: lilliput.Reference, steps: int, lock: bool,
-            store: Path | None) -> SentenceBert:
+def aligned(
+    encoder: SentenceBert,
+    task: lilliput.Task,
+    reference: lilliput.Reference,
+    steps: int,
+    lock: bool,
+    store: Path | None,
+) -> SentenceBert:
     """The encoder after more steps, on other texts, of imitating the dense one's sentence vectors."""
     rules = (*((PatternLock(),) if lock else ()), lilliput.Distill())
     train = lilliput.Train(steps, lr=lilliput.Cosine(1.2e-3, warmup=0.05), rules=rules, supervised=0.0, clip=1.0)
@@ -237,8 +254,16 @@ def learner(encoder: SentenceBert, task: lilliput.Task, seed: int) -> nn.Module:
     return Classifier(encoder, len(task.split("train")[1].unique()))
 
 
-def learnt(encoder: SentenceBert, task: lilliput.Task, teacher: lilliput.Reference | None, size: Size, eight: bool,
-           lock: bool, seed: int, store: Path | None) -> nn.Module:
+def learnt(
+    encoder: SentenceBert,
+    task: lilliput.Task,
+    teacher: lilliput.Reference | None,
+    size: Size,
+    eight: bool,
+    lock: bool,
+    seed: int,
+    store: Path | None,
+) -> nn.Module:
     """The encoder after it learnt a task, by labels and from its teacher."""
     weight = 1.0 if task.name == "package" else 1000.0  # of squared errors over the 384 values of unit vectors
     kind = "dense" if teacher is None else "sparse" if lock else "small"
@@ -265,8 +290,9 @@ def between(a: list[np.ndarray], b: list[np.ndarray]) -> dict[str, Any]:
     return {"mean": round(float(gap.mean()), 4), "interval": [round(float(low), 4), round(float(high), 4)]}
 
 
-def comparison(rows: list[dict[str, Any]], outcomes: dict[tuple[str, str], Any], tasks: list[str]
-               ) -> list[dict[str, Any]]:
+def comparison(
+    rows: list[dict[str, Any]], outcomes: dict[tuple[str, str], Any], tasks: list[str]
+) -> list[dict[str, Any]]:
     """The sparse encoder in 8 bits beside each small one in 8 bits: what it takes and how much better it is.
 
     Time is that of the faster of an encoder's two files. equal: "bytes" and "time" mark the nearest small encoder that
@@ -317,7 +343,8 @@ def measure(quick: bool) -> dict[str, Any]:
     reference = lilliput.Reference(States(copy_model(dense), size.learnt).requires_grad_(False), text)
     again = lilliput.Reference(copy_model(dense).requires_grad_(False), more)
     students = {"sparse": (copy_model(dense), size.learnt, SPARSITY)} | {
-        f"{len(layers)} dense layers": (shallow(dense, layers), own, 0.0) for layers, own in size.shallow}
+        f"{len(layers)} dense layers": (shallow(dense, layers), own, 0.0) for layers, own in size.shallow
+    }
     encoders = {"dense": dense}
     for name, (student, own, sparsity) in students.items():
         encoder = taught(student, text, reference, own, size.steps[0], sparsity, store)
@@ -405,7 +432,10 @@ def pressed(models: dict[str, nn.Module], task: lilliput.Task, size: Size, quick
         spent = turns(runs, size.rounds)
     for name, row in found.items():
         mine, theirs = spent[f"engine {name}"], spent[f"onnxruntime {name}"]
-        row |= {"engine_ms": round(float(np.median(mine)), 3), "onnxruntime_ms": round(float(np.median(theirs)), 3),
-                "engine_times_faster": round(float(np.median(spent["engine dense"] / mine)), 2),
-                "onnxruntime_times_faster": round(float(np.median(spent["onnxruntime dense"] / theirs)), 2)}
+        row |= {
+            "engine_ms": round(float(np.median(mine)), 3),
+            "onnxruntime_ms": round(float(np.median(theirs)), 3),
+            "engine_times_faster": round(float(np.median(spent["engine dense"] / mine)), 2),
+            "onnxruntime_times_faster": round(float(np.median(spent["onnxruntime dense"] / theirs)), 2),
+        }
     return found

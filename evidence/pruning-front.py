@@ -108,11 +108,17 @@ def measure(quick: bool) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp()) if quick else cache_folder() / "evidence" / "pruning-front"
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    chosen = {"MLP": {("dense", 0.0): 1}} if quick else {
-        "ResNet-20": {key: 1 if key[0] == "dense" else 3 for key in RESNET},
-        "MiniLM": dict.fromkeys(MINILM, 1)}  # nothing is drawn
-    jobs = [(network, *key, seed, folder) for network, plans in chosen.items() for key, seeds in plans.items()
-            for seed in range(seeds)]
+    chosen = (
+        {"MLP": {("dense", 0.0): 1}}
+        if quick
+        else {"ResNet-20": {key: 1 if key[0] == "dense" else 3 for key in RESNET}, "MiniLM": dict.fromkeys(MINILM, 1)}
+    )  # nothing is drawn
+    jobs = [
+        (network, *key, seed, folder)
+        for network, plans in chosen.items()
+        for key, seeds in plans.items()
+        for seed in range(seeds)
+    ]
     for network in chosen:
         work(network)  # before the fork: once for all
     if quick:
@@ -125,23 +131,34 @@ def measure(quick: bool) -> dict[str, Any]:
         for kind, sparsity in plans:
             found = [result for job, result in zip(jobs, results, strict=True) if job[:3] == (network, kind, sparsity)]
             scores = [score for score, _, _ in found]
-            rows.append({"network": network, "what goes": kind, "sparsity": round(sparsity, 3),
-                         "score": round(float(np.mean(scores)), 4), "interval": interval(scores),
-                         "kept": found[0][1], "file": found[0][2]})
+            rows.append(
+                {
+                    "network": network,
+                    "what goes": kind,
+                    "sparsity": round(sparsity, 3),
+                    "score": round(float(np.mean(scores)), 4),
+                    "interval": interval(scores),
+                    "kept": found[0][1],
+                    "file": found[0][2],
+                }
+            )
         mine = [row for row in rows if row["network"] == network]
         sessions = {str(i): EngineSession(row["file"]) for i, row in enumerate(mine)}
         times = latency(sessions, work(network)[1].example, seconds=0.1 if quick else 15)
         for i, row in enumerate(mine):
             row["engine_ms"] = round(times[str(i)].median_ms, 4)
             row["times_dense"] = round(times["0"].median_ms / times[str(i)].median_ms, 2)
-    best = {i for network in chosen for i in front({i: (row["score"], row["engine_ms"]) for i, row in enumerate(rows)
-                                                    if row["network"] == network})}
+    best = {
+        i
+        for network in chosen
+        for i in front({i: (row["score"], row["engine_ms"]) for i, row in enumerate(rows) if row["network"] == network})
+    }
     for i, row in enumerate(rows):
         row["front"] = i in best
         del row["file"]
     return {
         "claim": "no one kind of deletion wins everywhere: the front of score against measured time holds several",
         "baseline": "the dense network in the engine, and the same network with fewer channels or layers; three seeds "
-                    "where anything is drawn",
+        "where anything is drawn",
         "rows": rows,
     }

@@ -33,8 +33,9 @@ from lilliput.task import Task, predict, take
 TOKENS = 32
 
 
-def methods(sparsity: float, pattern: str, allocation: str, where: str, examples: int, rounds: int, gradients: int
-            ) -> dict[str, tuple[Stage, ...]]:
+def methods(
+    sparsity: float, pattern: str, allocation: str, where: str, examples: int, rounds: int, gradients: int
+) -> dict[str, tuple[Stage, ...]]:
     """Every method as stages, on the same footing."""
     shared: dict[str, Any] = {"allocation": allocation, "where": where}
     within = "even" if pattern == "elements" else pattern
@@ -56,8 +57,15 @@ def part(task: Task, examples: int, seed: int, held: Any) -> Task:
                 loss=task.loss_name, metric=task.metric, higher_is_better=True)  # fmt: skip
 
 
-def rows(network: str, net: nn.Module, tasks: list[Task], judge: Any, points: list[tuple[float, str]],
-         leave: dict[str, set[float]], **settings: Any) -> Iterator[dict[str, Any]]:
+def rows(
+    network: str,
+    net: nn.Module,
+    tasks: list[Task],
+    judge: Any,
+    points: list[tuple[float, str]],
+    leave: dict[str, set[float]],
+    **settings: Any,
+) -> Iterator[dict[str, Any]]:
     """A row for each sparsity and method: the score on held-out data, its mean over the calibration sets, the seconds.
 
     judge(model) gives (score, alike); leave: the sparsities that a method is left out at.
@@ -79,7 +87,8 @@ def rows(network: str, net: nn.Module, tasks: list[Task], judge: Any, points: li
                     break  # which sees no data
             held = masks(model)
             zeros = 1 - sum(int(code.mask.sum()) for code in held.values()) / sum(
-                code.mask.numel() for code in held.values())
+                code.mask.numel() for code in held.values()
+            )
             yield {"network": network, "method": name, "sparsity": sparsity, "pattern": pattern,
                    "zeros": round(zeros, 4), "score": round(float(np.mean(scores)), 4),
                    "lowest": round(min(scores), 4), "highest": round(max(scores), 4),

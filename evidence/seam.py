@@ -43,8 +43,9 @@ LARGE = {"steps": 200, "lr": 0.02, "alpha": 20.0, "batch_size": 16, "every": 40}
 class Full:
     """The full network: exported, compiled, packed, and its answers to a sub-problem."""
 
-    def __init__(self, name: str, model: nn.Module, task: Task, judge: Task, split: str, folder: str,
-                 tune: bool) -> None:
+    def __init__(
+        self, name: str, model: nn.Module, task: Task, judge: Task, split: str, folder: str, tune: bool
+    ) -> None:
         self.name, self.model, self.task, self.judge, self.split = name, model, task, judge, split
         self.make = partial(made, task=task, folder=folder, tune=tune)
         self.weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
@@ -91,8 +92,9 @@ def ratios(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, floa
     return {name: float(np.median(found[2:])) for name, found in spent.items()}
 
 
-def row(full: Full, classes: tuple[int, ...], rest: bool, pattern: str, net: nn.Module, kept: int, rounds: int
-        ) -> dict[str, Any]:
+def row(
+    full: Full, classes: tuple[int, ...], rest: bool, pattern: str, net: nn.Module, kept: int, rounds: int
+) -> dict[str, Any]:
     """What one smaller module is: its score, its size, and how its time compares."""
     session, engine, packed = full.make(net)
     sub = subproblem(full.judge, classes, rest)
@@ -122,8 +124,9 @@ def row(full: Full, classes: tuple[int, ...], rest: bool, pattern: str, net: nn.
     }  # fmt: skip
 
 
-def found(full: Full, classes: tuple[int, ...], rest: bool, masks: str, settings: dict[str, Any], rounds: int,
-          train: int = 0) -> Iterator[dict[str, Any]]:
+def found(
+    full: Full, classes: tuple[int, ...], rest: bool, masks: str, settings: dict[str, Any], rounds: int, train: int = 0
+) -> Iterator[dict[str, Any]]:
     """The rows of one search: the module with the network's own weights and, for `train` steps, trained on."""
     pattern = "channel" if masks == "channel" else "elements"
     start = "ones" if masks.endswith("ones") else "magnitude"
@@ -144,8 +147,15 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for network, masks in dict.fromkeys((one["network"], one["masks"]) for one in pairs):
         group = [one for one in pairs if (one["network"], one["masks"]) == (network, masks)]
         line: dict[str, Any] = {"network": network, "masks": masks, "pairs": len(group)}
-        for key in ("weights_kept", "accuracy", "over_restricted", "over_unrestricted", "onnxruntime_ratio",
-                    "engine_ratio", "packed_bytes"):
+        for key in (
+            "weights_kept",
+            "accuracy",
+            "over_restricted",
+            "over_unrestricted",
+            "onnxruntime_ratio",
+            "engine_ratio",
+            "packed_bytes",
+        ):
             values = np.array([one[key] for one in group], float)
             line[key] = round(float(values.mean()), 4)
             if len(values) in QUANTILE:

@@ -39,8 +39,10 @@ def tasks(quick: bool) -> tuple[dict[str, lilliput.Task], Tensor]:
     parts = {"train": train, "val": val, "test": test}
     pairs = {key: (centred[part], centred[part]) for key, part in parts.items()}
     labelled = {key: (centred[part], y[part]) for key, part in parts.items()}
-    return {"autoencoder": lilliput.Task("reconstruct", **pairs, loss="mse", metric="mse"),
-            "classifier": lilliput.Task("classify", **labelled)}, mean
+    return {
+        "autoencoder": lilliput.Task("reconstruct", **pairs, loss="mse", metric="mse"),
+        "classifier": lilliput.Task("classify", **labelled),
+    }, mean
 
 
 def network(kind: str, hidden: int) -> nn.Sequential:
@@ -64,8 +66,9 @@ def trained(model: nn.Module, task: lilliput.Task, steps: int, seed: int, sigma:
             adam.zero_grad()
             task.supervised(model(batch.inputs), batch).backward()
             adam.step()
-    seen = {name: [[at, round(share, 4)] for at, share in values]
-            for name, values in activities(followed.state).items()}
+    seen = {
+        name: [[at, round(share, 4)] for at, share in values] for name, values in activities(followed.state).items()
+    }
     return model.eval(), seen
 
 
@@ -86,14 +89,18 @@ def exported(model: nn.Sequential) -> ModelProto:
     for name, layer in model.named_children():
         y = "y" if layer is model[-1] else f"h{name}"
         if isinstance(layer, nn.Linear):
-            arrays += [numpy_helper.from_array(tensor.detach().numpy(), f"{name}.{key}")
-                       for key, tensor in layer.named_parameters()]
+            arrays += [
+                numpy_helper.from_array(tensor.detach().numpy(), f"{name}.{key}")
+                for key, tensor in layer.named_parameters()
+            ]
             nodes.append(helper.make_node("Gemm", [x, f"{name}.weight", f"{name}.bias"], [y], transB=1))
         else:
             nodes.append(helper.make_node("Relu", [x], [y]))
         x = y
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, size]) for name, size in
-              (("x", model[0].in_features), ("y", model[-1].out_features))]
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, size])
+        for name, size in (("x", model[0].in_features), ("y", model[-1].out_features))
+    ]
     graph = helper.make_graph(nodes, "digits", values[:1], values[1:], arrays)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
 
@@ -105,10 +112,12 @@ def timed(model: nn.Module, task: lilliput.Task, mean: Tensor, kind: str, quick:
     test[np.abs(test) < 1e-6] = 0
     train[np.abs(train) < 1e-6] = 0
     proto = exported(pixels)
-    engines = {"dense": lilliput.compile(proto, tune=not quick),
-               "skipping": lilliput.compile(proto, tune=not quick, example=train[:: len(train) // EXAMPLES][:EXAMPLES])}
+    engines = {
+        "dense": lilliput.compile(proto, tune=not quick),
+        "skipping": lilliput.compile(proto, tune=not quick, example=train[:: len(train) // EXAMPLES][:EXAMPLES]),
+    }
     session = Session(proto)
-    digits = [test[i: i + 1] for i in range(20 if quick else 200)]
+    digits = [test[i : i + 1] for i in range(20 if quick else 200)]
     feeds = [session.feed(x) for x in digits]
     spent: dict[str, list[float]] = {"dense": [], "skipping": [], "onnxruntime": []}
     off = 0.0
@@ -169,9 +178,16 @@ def measure(quick: bool) -> dict[str, Any]:
                 after.append(plain)
                 if seed == 0 and size == hidden:
                     traces.append({"network": kind, "sigma": sigma, "first": seen, "then_without": later})
-            rows += [row(kind, name, during, task, steps),
-                     row(kind, f"{name}, then on without" if sigma else f"{name}, trained on", after, task,
-                         steps + steps // 2)]
+            rows += [
+                row(kind, name, during, task, steps),
+                row(
+                    kind,
+                    f"{name}, then on without" if sigma else f"{name}, trained on",
+                    after,
+                    task,
+                    steps + steps // 2,
+                ),
+            ]
             for which, models in zip(rows[-2:], (during, after), strict=True):
                 if not quick or (sigma and models is after and kind == "autoencoder"):
                     which |= timed(models[0], task, mean, kind, quick)

@@ -34,8 +34,11 @@ SPARSITY = 0.75
 CRITERIA = ("magnitude", "random", "lamp", "wanda", "ria", "taylor", "saliency", "obd", "woodfisher", "synflow")
 PATTERNS = ("elements", "even", "1:4", "block 4x1", "block 1x8", "column", "channel")
 SCHEDULES: dict[str, Callable[[], Schedule] | None] = {
-    "once": None, "iterative": lambda: Steps(SPARSITY, rounds=5), "gradual": lambda: Cubic(SPARSITY),
-    "cyclic": lambda: Cyclic(SPARSITY, rounds=3)}
+    "once": None,
+    "iterative": lambda: Steps(SPARSITY, rounds=5),
+    "gradual": lambda: Cubic(SPARSITY),
+    "cyclic": lambda: Cyclic(SPARSITY, rounds=3),
+}
 
 
 @cache
@@ -52,8 +55,9 @@ def one(job: tuple[str, str, str, int, int, Path]) -> dict[str, Any]:
     model, task, x, y = work(steps < 100)
     where = "linear1,linear2"  # ten outputs have no row, column or block to spare
     made = SCHEDULES[schedule]
-    prune = lilliput.Prune(SPARSITY if made is None else made(), criterion, pattern, "uniform", where, every=10,
-                           seed=seed)
+    prune = lilliput.Prune(
+        SPARSITY if made is None else made(), criterion, pattern, "uniform", where, every=10, seed=seed
+    )
     rules = (lilliput.Distill(),) if made is None else (prune, lilliput.Distill())
     training = lilliput.Train(steps, Cosine(2e-3), rules, supervised=0.3, batch_size=100, seed=seed)
     stages: list[lilliput.Stage] = [prune, training] if made is None else [training]
@@ -77,15 +81,21 @@ def speeds(quick: bool) -> dict[str, Any]:
             left[pattern] = str(error)
     times = latency(sessions, task.example, seconds=0.1 if quick else 8)
     dense = times["dense"].median_ms
-    return {"ratio": {name: round(dense / time.median_ms, 2) for name, time in times.items()},
-            "dense_ms": round(dense, 4), "left": left}
+    return {
+        "ratio": {name: round(dense / time.median_ms, 2) for name, time in times.items()},
+        "dense_ms": round(dense, 4),
+        "left": left,
+    }
 
 
 def jobs(quick: bool, folder: Path) -> Iterator[tuple[str, str, str, int, int, Path]]:
     """Every combination and seed."""
     steps = 5 if quick else 350
-    chosen = product(("magnitude", "taylor"), ("elements",), ("once", "gradual"), (0,)) if quick else product(
-        CRITERIA, PATTERNS, SCHEDULES, range(3))
+    chosen = (
+        product(("magnitude", "taylor"), ("elements",), ("once", "gradual"), (0,))
+        if quick
+        else product(CRITERIA, PATTERNS, SCHEDULES, range(3))
+    )
     yield from ((*job, steps, folder) for job in chosen)
 
 
@@ -105,8 +115,11 @@ def measure(quick: bool) -> dict[str, Any]:
     for criterion, pattern in dict.fromkeys((run["criterion"], run["pattern"]) for run in found):
         row: dict[str, Any] = {"criterion": criterion, "pattern": pattern}
         for schedule in SCHEDULES:
-            runs = [run["accuracy"] for run in found
-                    if (run["criterion"], run["pattern"], run["schedule"]) == (criterion, pattern, schedule)]
+            runs = [
+                run["accuracy"]
+                for run in found
+                if (run["criterion"], run["pattern"], run["schedule"]) == (criterion, pattern, schedule)
+            ]
             if runs:
                 row[schedule] = round(float(np.mean(runs)), 4)
                 row["largest spread"] = max(row.get("largest spread", 0.0), round(max(runs) - min(runs), 4))
@@ -119,8 +132,11 @@ def measure(quick: bool) -> dict[str, Any]:
         dense = float((model(x).argmax(1) == y).double().mean())
     return {
         "claim": "criterion, pattern and schedule are three choices: the criterion matters most at once, the schedule "
-                 "makes up for it, and coarser patterns cost accuracy and buy time",
+        "makes up for it, and coarser patterns cost accuracy and buy time",
         "baseline": f"the dense network's accuracy {dense:.4f} (3 seeds each, {SPARSITY:.0%} zeros) and the time of "
-                    f"ResNet-20 in the engine, {fast['dense_ms']} ms",
-        "rows": rows, "engine": fast, "dense": round(dense, 4), "sparsity": SPARSITY,
+        f"ResNet-20 in the engine, {fast['dense_ms']} ms",
+        "rows": rows,
+        "engine": fast,
+        "dense": round(dense, 4),
+        "sparsity": SPARSITY,
     }

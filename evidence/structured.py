@@ -58,20 +58,43 @@ def trained(model: nn.Module, task: lilliput.Task, steps: int, rate: float, seed
     return stage(model, task, Reference(model, task))
 
 
-def study(name: str, make: Callable[[], tuple[nn.Module, lilliput.Task]], levels: tuple[float, ...], steps: int,
-          rate: float, seeds: int, quick: bool) -> list[dict[str, Any]]:
+def study(
+    name: str,
+    make: Callable[[], tuple[nn.Module, lilliput.Task]],
+    levels: tuple[float, ...],
+    steps: int,
+    rate: float,
+    seeds: int,
+    quick: bool,
+) -> list[dict[str, Any]]:
     """The rows of one network."""
     model, task = make()
     batch_norms = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     dense = task.score(model, "test").value
-    rows = [{"network": name, "sparsity": 0.0, "score": "none", "accuracy": round(dense, 4), "seeds": 1,
-             **size(model, task)}]
+    rows = [
+        {
+            "network": name,
+            "sparsity": 0.0,
+            "score": "none",
+            "accuracy": round(dense, 4),
+            "seeds": 1,
+            **size(model, task),
+        }
+    ]
     timed = {"dense": model}
     slim = trained(model, task, steps, rate, 0, (Slimming(1e-3),)) if batch_norms else None
     for sparsity in levels:
         ways = list(variants(batch_norms, sparsity))
-        ways += [("batchnorm_scale, global, slimmed", {"sparsity": sparsity, "score": "batchnorm_scale",
-                                                       "allocation": "global"})] if slim is not None else []
+        ways += (
+            [
+                (
+                    "batchnorm_scale, global, slimmed",
+                    {"sparsity": sparsity, "score": "batchnorm_scale", "allocation": "global"},
+                )
+            ]
+            if slim is not None
+            else []
+        )
         for score, settings in [*(ways[:2] if quick else ways), ("from scratch", {"sparsity": sparsity})]:
             after, before = [], []
             for seed in range(seeds):
@@ -81,9 +104,15 @@ def study(name: str, make: Callable[[], tuple[nn.Module, lilliput.Task]], levels
                 before.append(task.score(small, "test").value)
                 small = trained(small, task, steps, rate, seed)
                 after.append(task.score(small, "test").value)
-            row = {"network": name, "sparsity": sparsity, "score": score, "accuracy": round(mean(after), 4),
-                   "before_training": round(mean(before), 4), "seeds": seeds,
-                   **size(small, task)}
+            row = {
+                "network": name,
+                "sparsity": sparsity,
+                "score": score,
+                "accuracy": round(mean(after), 4),
+                "before_training": round(mean(before), 4),
+                "seeds": seeds,
+                **size(small, task),
+            }
             if seeds > 1:
                 row["accuracy_std"] = round(stdev(after), 4)
             rows.append(row)
@@ -94,16 +123,21 @@ def study(name: str, make: Callable[[], tuple[nn.Module, lilliput.Task]], levels
         protos = {key: trace(net, task.example).proto for key, net in timed.items()}
         runs: dict[str, dict[str, Any]] = {
             "onnxruntime": {key: Session(proto) for key, proto in protos.items()},
-            "engine": {key: EngineSession(proto, out=Path(folder, str(i)), tune=not quick)
-                       for i, (key, proto) in enumerate(protos.items())}}
+            "engine": {
+                key: EngineSession(proto, out=Path(folder, str(i)), tune=not quick)
+                for i, (key, proto) in enumerate(protos.items())
+            },
+        }
         for runtime, sessions in runs.items():
             times[runtime] = latency(sessions, task.example, seconds=0.1 if quick else 5.0, clock=time.process_time)
     for row in rows:
         key = "dense" if row["score"] == "none" else f"{row['sparsity']} {row['score']}"
         for runtime, found in times.items():
             if key in found:
-                row |= {f"{runtime}_us": round(1e3 * found[key].median_ms, 1),
-                        f"{runtime}_times_faster": round(found[key].ratio, 2)}
+                row |= {
+                    f"{runtime}_us": round(1e3 * found[key].median_ms, 1),
+                    f"{runtime}_times_faster": round(found[key].ratio, 2),
+                }
     return rows
 
 
@@ -116,11 +150,11 @@ def measure(quick: bool) -> dict[str, Any]:
         rows += study("digits", digits, (0.3, 0.6), 40, 3e-3, 1, False)
     return {
         "claim": "whole channels can go, chosen by a score, with everything that is joined to them; what is left is a "
-                 "dense network that is faster in every runtime",
+        "dense network that is faster in every runtime",
         "baseline": "random channels, and the smaller architecture trained from random numbers for as many steps "
-                    "(from scratch); the dense network",
+        "(from scratch); the dense network",
         "protocol": "PruneChannels on the trained network, then the same steps of AdamW for every row, cosine from "
-                    "3e-3; accuracy on the test split, the mean over seeds; processor time of one core at batch one, "
-                    "all candidates of a network in turns, ratios to the dense network in the same runtime",
+        "3e-3; accuracy on the test split, the mean over seeds; processor time of one core at batch one, "
+        "all candidates of a network in turns, ratios to the dense network in the same runtime",
         "rows": rows,
     }

@@ -46,8 +46,10 @@ def speech() -> list[Array]:
     """Every recording of the Debian package, in [-1, 1): 25 minutes of one voice at 8 kHz."""
     files = sorted(SPEECH.rglob("*.wav"))
     if not files:
-        raise ImportError(f"tts-cpu: recorded speech must be in {SPEECH}, and is not. "
-                          "Run: apt-get install asterisk-core-sounds-en-wav")
+        raise ImportError(
+            f"tts-cpu: recorded speech must be in {SPEECH}, and is not. "
+            "Run: apt-get install asterisk-core-sounds-en-wav"
+        )
     found = []
     for file in files:
         with wave.open(str(file)) as sound:
@@ -164,8 +166,13 @@ def bits(output: Tensor, target: Tensor) -> Tensor:
 def trained(task: lilliput.Task, hidden: int, steps: int, sparsity: float, store: Path | None) -> Vocoder:
     """A network trained from nothing; with a sparsity, blocks of 16 outputs go by their mean magnitude meanwhile."""
     torch.manual_seed(0)
-    prune = lilliput.Prune(lilliput.Cubic(sparsity, begin=0.1, end=0.7), pattern="block 16x1", allocation="uniform",
-                           where="rnn.weight_hh_l0,head.weight", every=10)
+    prune = lilliput.Prune(
+        lilliput.Cubic(sparsity, begin=0.1, end=0.7),
+        pattern="block 16x1",
+        allocation="uniform",
+        where="rnn.weight_hh_l0,head.weight",
+        every=10,
+    )
     train = lilliput.Train(steps, lr=lilliput.Cosine(3e-3), clip=1.0, rules=(prune,) if sparsity else ())
     made = lilliput.run(Vocoder(hidden), task, lilliput.Recipe((train,)), store)
     return lilliput.realize(made)  # type: ignore[return-value]
@@ -182,8 +189,13 @@ def step(net: Vocoder, narrow: bool = False) -> onnx.ModelProto:
     """
     hidden, weights = net.rnn.hidden_size, {name: value.detach() for name, value in net.named_parameters()}
     of_level = weights["embed.weight"] @ weights["rnn.weight_ih_l0"][:, : net.embed.embedding_dim].T
-    arrays = {"table": of_level, "recurrent": weights["rnn.weight_hh_l0"], "recurrent_bias": weights["rnn.bias_hh_l0"],
-              "head": weights["head.weight"], "head_bias": weights["head.bias"]}
+    arrays = {
+        "table": of_level,
+        "recurrent": weights["rnn.weight_hh_l0"],
+        "recurrent_bias": weights["rnn.bias_hh_l0"],
+        "head": weights["head.weight"],
+        "head_bias": weights["head.bias"],
+    }
     node, widened = onnx.helper.make_node, []
     for name in ("recurrent", "head") if narrow else ():
         weight = arrays.pop(name)
@@ -325,8 +337,16 @@ class Voice:
         made = np.zeros(len(told) * FRAME, np.int64) if levels is None else np.ascontiguousarray(levels, np.int64)
         states = np.zeros((2, self.net.rnn.hidden_size), np.float32)
         weights = None if self._weights is None else self._weights.ctypes.data
-        spent = self._speak(self._arena.ctypes.data, weights, told.ctypes.data, states.ctypes.data,
-                            seed * 0x9E3779B97F4A7C15 % 2**64, levels is not None, len(made), made.ctypes.data)
+        spent = self._speak(
+            self._arena.ctypes.data,
+            weights,
+            told.ctypes.data,
+            states.ctypes.data,
+            seed * 0x9E3779B97F4A7C15 % 2**64,
+            levels is not None,
+            len(made),
+            made.ctypes.data,
+        )
         return made, spent / len(made)
 
 

@@ -21,8 +21,15 @@ with tempfile.TemporaryDirectory() as folder:
     engine = EngineSession(after, out=folder)
     got, expected = engine.outputs(x), Session(after).outputs(x)
     assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
-    times = latency({"dense, ONNX Runtime": Session(before), "90% zeros, ONNX Runtime": Session(after),
-                     "90% zeros, engine": engine}, x, seconds=0.5)
+    times = latency(
+        {
+            "dense, ONNX Runtime": Session(before),
+            "90% zeros, ONNX Runtime": Session(after),
+            "90% zeros, engine": engine,
+        },
+        x,
+        seconds=0.5,
+    )
     for layer in engine.engine.manifest["layers"]:
         print(f"{layer['name']:24s}{layer['nonzeros'] or '':>8} non-zeros  {layer['kernel']}")
 for name, found in times.items():

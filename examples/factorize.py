@@ -10,8 +10,9 @@ x = torch.randn(1200, 2)
 y = (x.norm(dim=1) * 2).long().clamp(max=3)
 task = lilliput.Task("rings", train=(x[:800], y[:800]), val=(x[800:], y[800:]), batch_size=100)
 
-dense = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
-                      nn.Linear(64, 4))
+dense = nn.Sequential(
+    nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)
+)
 dense = lilliput.Train(400, lr=lilliput.Cosine(1e-2))(dense, task, lilliput.Reference(dense, task))
 reference = lilliput.Reference(dense, task)
 

@@ -15,11 +15,13 @@ task = lilliput.Task("rings", train=(x[:800], y[:800]), val=(x[800:], y[800:]), 
 dense = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
 dense = lilliput.Train(400, lr=lilliput.Cosine(1e-2))(dense, task, lilliput.Reference(dense, task))
 
-recipe = lilliput.Recipe((
-    lilliput.Train(300, lr=lilliput.Cosine(5e-3), rules=(lilliput.Prune(0.8, every=10), lilliput.Distill())),
-    lilliput.Quantize(6),
-    lilliput.Train(100, lr=lilliput.Cosine(1e-3), rules=(lilliput.Distill(),)),
-))
+recipe = lilliput.Recipe(
+    (
+        lilliput.Train(300, lr=lilliput.Cosine(5e-3), rules=(lilliput.Prune(0.8, every=10), lilliput.Distill())),
+        lilliput.Quantize(6),
+        lilliput.Train(100, lr=lilliput.Cosine(1e-3), rules=(lilliput.Distill(),)),
+    )
+)
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "recipe.toml"
     path.write_text(recipe.toml())

@@ -108,8 +108,14 @@ def differs(got: list[np.ndarray], wanted: list[np.ndarray], quantum: float = 0.
 # ------------------------------------------------------------------------------------------------------------- cross
 
 
-def built(model: Path, folder: Path, found: Target, more: tuple[str, ...] = (), link: tuple[str, ...] = ("-lm",),
-          bare: bool = False) -> tuple[Path, dict]:
+def built(
+    model: Path,
+    folder: Path,
+    found: Target,
+    more: tuple[str, ...] = (),
+    link: tuple[str, ...] = ("-lm",),
+    bare: bool = False,
+) -> tuple[Path, dict]:
     """A program that runs a model on the inputs beside it, made by the compiler of `found`; the manifest."""
     write(model, folder, replace(found, library=""), tune=False)
     facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -128,8 +134,9 @@ def built(model: Path, folder: Path, found: Target, more: tuple[str, ...] = (), 
             warned += run_compiler([*compiler, *own, "-o", objects[-1]])
         # The headers are those of a system, the program has none.
         linker = [word.replace("-linux-musl", "-freestanding-") for word in found.cc]
-        warned += run_compiler([*linker, "-nostdlib", f"-Wl,-T,{folder / 'bare.ld'}", "-Wl,-e,reset", *objects,
-                                "-o", str(out)])
+        warned += run_compiler(
+            [*linker, "-nostdlib", f"-Wl,-T,{folder / 'bare.ld'}", "-Wl,-e,reset", *objects, "-o", str(out)]
+        )
     else:
         sources = [str(folder / "program.c"), str(folder / "model.c")]
         warned = run_compiler([*compiler, *sources, "-o", str(out), *link])
@@ -138,8 +145,9 @@ def built(model: Path, folder: Path, found: Target, more: tuple[str, ...] = (), 
     return out, facts
 
 
-def run(command: list[str], facts: dict, folder: Path, timeout_s: float = 120,
-        environment: dict[str, str] | None = None) -> list[np.ndarray]:
+def run(
+    command: list[str], facts: dict, folder: Path, timeout_s: float = 120, environment: dict[str, str] | None = None
+) -> list[np.ndarray]:
     """What a program of `built` computes; ValueError where it fails or its second run differs."""
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout_s,
                           stdin=subprocess.DEVNULL, env={**os.environ, **(environment or {})})  # fmt: skip
@@ -225,8 +233,13 @@ def sanitized_nodes(all: bool) -> Iterator[str]:
     asan = subprocess.run([*cc, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not Path(asan).is_absolute():
         raise Skipped(f"sanitize, node tests: {cc[0]} has no libasan.so")
-    environment = {**os.environ, "LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1",
-                   "CC": " ".join([*cc, *SANITIZED])}
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": asan,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "OMP_NUM_THREADS": "1",
+        "CC": " ".join([*cc, *SANITIZED]),
+    }
     start = time.monotonic()
     command = [sys.executable, "-m", "lilliput.cli", "evidence", "engine-conformance", *([] if all else ["--quick"])]
     with tempfile.TemporaryDirectory() as folder:
@@ -266,9 +279,17 @@ def fuzz(work: Path, seconds: int, seed: int) -> Iterator[str]:
         raise Skipped("fuzz: pip install atheris (wheels for Linux and Python 3.11 to 3.13)")
     folder = work / "fuzz"
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "scripts" / "fuzz_engine.py"), f"-max_total_time={seconds}", f"-seed={seed}",
-               "-timeout=20", "-rss_limit_mb=3000", "-max_len=4096", "-print_final_stats=1",
-               f"-artifact_prefix={folder}/"]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "fuzz_engine.py"),
+        f"-max_total_time={seconds}",
+        f"-seed={seed}",
+        "-timeout=20",
+        "-rss_limit_mb=3000",
+        "-max_len=4096",
+        "-print_final_stats=1",
+        f"-artifact_prefix={folder}/",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 300, cwd=folder)
     runs = [line.split()[-1] for line in done.stderr.splitlines() if "number_of_executed_units" in line]
     if done.returncode:
@@ -276,7 +297,7 @@ def fuzz(work: Path, seconds: int, seed: int) -> Iterator[str]:
         kept.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
             shutil.copy(path, kept)
-        said = done.stderr[max(0, done.stderr.find("=== Uncaught Python exception")):].strip()
+        said = done.stderr[max(0, done.stderr.find("=== Uncaught Python exception")) :].strip()
         yield f"! fuzz: a file in build/fuzz breaks it: {said[:2000]}\n{said[-500:]}"
     else:
         yield f"  fuzz: ok, {runs[0] if runs else 'no'} files in {seconds} s"

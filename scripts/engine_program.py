@@ -230,7 +230,7 @@ def program(facts: dict[str, Any], feed: dict[str, np.ndarray], inside: Path | N
     for entry in facts["outputs"]:
         size = int(np.prod(shape_of(entry, sizes))) * np.dtype(entry["dtype"]).itemsize
         call.append(f"    call.{entry['member']} = room({size});")
-        show.append(f"        show(call->{entry['member']}, {size});\n        put(\"-\\n\");")
+        show.append(f'        show(call->{entry["member"]}, {size});\n        put("-\\n");')
     call += [f"    call.{name} = {size};" for name, size in sizes.items()]
     weights = ""
     if inside is not None:

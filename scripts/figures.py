@@ -66,8 +66,13 @@ def training(record: Record) -> None:
         for method, colour in zip(shown, PALETTE, strict=True):
             found = [c for c in ("80%", "90%", "95%", "98%") if method in rows and c in rows[method]]
             if found:
-                line(place, [float(c[:-1]) for c in found],
-                     [(rows[method][c], rows[method][f"{c} interval"]) for c in found], method, colour)
+                line(
+                    place,
+                    [float(c[:-1]) for c in found],
+                    [(rows[method][c], rows[method][f"{c} interval"]) for c in found],
+                    method,
+                    colour,
+                )
         place.axhline(rows["dense"]["dense"], color=INK, linewidth=1, linestyle=":")
         clean(place, "zeros, %", "held-out accuracy", network)
     legend(axes[0][0])
@@ -81,8 +86,9 @@ def methods(record: Record) -> None:
     best = evidence.front(points)
     figure, axes = plt.subplots(figsize=(6.4, 4))
     for method, (gain, cost) in points.items():
-        axes.scatter(100 * cost, gain, s=34, edgecolors=BLUE, facecolors=BLUE if method in best else "none",
-                     linewidths=1.4)
+        axes.scatter(
+            100 * cost, gain, s=34, edgecolors=BLUE, facecolors=BLUE if method in best else "none", linewidths=1.4
+        )
         axes.annotate(method, (100 * cost, gain), fontsize=7, color=INK, textcoords="offset points", xytext=(5, -3))
     clean(axes, "time of the rule, % of a dense training step", "mean held-out accuracy")
     axes.margins(x=0.15)
@@ -109,10 +115,23 @@ def front(record: Record) -> None:
         rows = [row for row in record["rows"] if row["network"] == network]
         for kind, colour in zip(dict.fromkeys(row["what goes"] for row in rows), (INK, *PALETTE), strict=False):
             for first, row in enumerate(row for row in rows if row["what goes"] == kind):
-                place.scatter(row["engine_ms"], row["score"], s=34, edgecolors=colour, linewidths=1.4,
-                              facecolors=colour if row["front"] else "none", label=None if first else kind)
-                place.annotate(f"{row['sparsity']:.0%}", (row["engine_ms"], row["score"]), fontsize=7, color=INK,
-                               textcoords="offset points", xytext=(5, -3))
+                place.scatter(
+                    row["engine_ms"],
+                    row["score"],
+                    s=34,
+                    edgecolors=colour,
+                    linewidths=1.4,
+                    facecolors=colour if row["front"] else "none",
+                    label=None if first else kind,
+                )
+                place.annotate(
+                    f"{row['sparsity']:.0%}",
+                    (row["engine_ms"], row["score"]),
+                    fontsize=7,
+                    color=INK,
+                    textcoords="offset points",
+                    xytext=(5, -3),
+                )
         best = sorted((row["engine_ms"], row["score"]) for row in rows if row["front"])
         place.step(*zip(*best, strict=True), where="post", color=GRID, linewidth=1.4, zorder=0)
         place.set_xscale("log")
@@ -131,11 +150,19 @@ def channels(record: Record) -> None:
     for place, network in zip(axes[0], networks, strict=True):
         rows = [row for row in record["rows"] if row["network"] == network]
         dense = rows[0]["macs"]
-        for score, colour in zip(("l1", "l2", "geometric_median", "taylor", "random", "from scratch"), PALETTE,
-                                 strict=False):
+        for score, colour in zip(
+            ("l1", "l2", "geometric_median", "taylor", "random", "from scratch"), PALETTE, strict=False
+        ):
             found = [rows[0], *(row for row in rows if row["score"] == score)]
-            place.plot([row["macs"] / dense for row in found], [row["accuracy"] for row in found], marker="o",
-                       markersize=3.5, linewidth=1.6, color=colour, label=score.replace("_", " "))
+            place.plot(
+                [row["macs"] / dense for row in found],
+                [row["accuracy"] for row in found],
+                marker="o",
+                markersize=3.5,
+                linewidth=1.6,
+                color=colour,
+                label=score.replace("_", " "),
+            )
         clean(place, "multiply-accumulates, of dense", "held-out accuracy", network)
     legend(axes[0][0])
     save(figure, "prune-structured")
@@ -147,8 +174,13 @@ def seam(record: Record) -> None:
     kinds = dict.fromkeys(row["masks"] for row in record["rows"])
     for kind, colour in zip(kinds, PALETTE, strict=False):
         rows = [row for row in record["rows"] if row["masks"] == kind]
-        axes.scatter([row["weights_kept"] for row in rows], [100 * row["over_unrestricted"] for row in rows], s=26,
-                     color=colour, label=kind)
+        axes.scatter(
+            [row["weights_kept"] for row in rows],
+            [100 * row["over_unrestricted"] for row in rows],
+            s=26,
+            color=colour,
+            label=kind,
+        )
     axes.axhline(0, color=INK, linewidth=1, linestyle=":")
     axes.axvline(0.15, color=INK, linewidth=1, linestyle=":")
     clean(axes, "weights kept, of all", "points over the full network")
@@ -163,8 +195,13 @@ def noise(record: Record) -> None:
     names = [f"{row['network']}, {row['training']}" for row in rows]
     for layer in range(2):
         found = [(i, shares[layer]) for i, row in enumerate(rows) if len(shares := layers(row)) > layer]
-        axes.barh([i + 0.36 * layer - 0.18 * (len(layers(rows[i])) - 1) for i, _ in found], [x for _, x in found], 0.34,
-                  color=PALETTE[layer], label=f"layer {layer + 1}")
+        axes.barh(
+            [i + 0.36 * layer - 0.18 * (len(layers(rows[i])) - 1) for i, _ in found],
+            [x for _, x in found],
+            0.34,
+            color=PALETTE[layer],
+            label=f"layer {layer + 1}",
+        )
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     clean(axes, "active units, of all", "")
@@ -186,11 +223,13 @@ def reconstruction(record: Record) -> None:
     colours = dict(zip(dict.fromkeys(row["method"] for row in rows if row["method"] != "dense"), PALETTE, strict=False))
     for place, network in zip(axes[0], networks, strict=True):
         for method, colour in colours.items():
-            found = sorted((row["sparsity"], row["score"]) for row in rows
-                           if (row["network"], row["method"]) == (network, method))
+            found = sorted(
+                (row["sparsity"], row["score"]) for row in rows if (row["network"], row["method"]) == (network, method)
+            )
             if found:
-                place.plot(*zip(*found, strict=True), marker="o", markersize=3.5, linewidth=1.6, color=colour,
-                           label=method)
+                place.plot(
+                    *zip(*found, strict=True), marker="o", markersize=3.5, linewidth=1.6, color=colour, label=method
+                )
         clean(place, "zeros, of all weights", "held-out score", network)
     legend(axes[0][0])
     save(figure, "prune-reconstruction")
@@ -204,8 +243,14 @@ def criteria(record: Record) -> None:
     figure, axes = plt.subplots(figsize=(6, 3.6))
     axes.imshow([[table[name, form] for form in forms] for name in names], cmap="Blues", aspect="auto", vmin=0, vmax=1)
     for (name, form), value in table.items():
-        axes.annotate(f"{value:.2f}", (forms.index(form), names.index(name)), ha="center", va="center", fontsize=7,
-                      color="white" if value > 0.6 else "black")
+        axes.annotate(
+            f"{value:.2f}",
+            (forms.index(form), names.index(name)),
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if value > 0.6 else "black",
+        )
     axes.set_xticks(range(len(forms)), forms)
     axes.set_yticks(range(len(names)), names)
     clean(axes, "", "")
@@ -217,18 +262,33 @@ def patterns(record: Record) -> None:
     """How many times faster than dense each kind of layer is in the engine, by pattern."""
     kinds = list(dict.fromkeys(row["layer"] for row in record["rows"]))
     shown = ("elements", "block 4x1", "block 16x1", "block 1x16", "column", "channel")
-    figure, axes = plt.subplots(1, len(kinds), figsize=(2.9 * len(kinds), 3.2), squeeze=False,
-                                layout="constrained")
+    figure, axes = plt.subplots(1, len(kinds), figsize=(2.9 * len(kinds), 3.2), squeeze=False, layout="constrained")
     for place, kind in zip(axes[0], kinds, strict=True):
         for pattern, colour in zip(shown, PALETTE, strict=False):
-            found = [row for row in record["rows"] if (row["layer"], row["pattern"]) == (kind, pattern)
-                     and row["sparsity"] >= 0.8]
-            place.plot([100 * row["sparsity"] for row in found], [row["times_dense"] for row in found], marker="o",
-                       markersize=3.5, linewidth=1.6, color=colour, label=pattern)
+            found = [
+                row
+                for row in record["rows"]
+                if (row["layer"], row["pattern"]) == (kind, pattern) and row["sparsity"] >= 0.8
+            ]
+            place.plot(
+                [100 * row["sparsity"] for row in found],
+                [row["times_dense"] for row in found],
+                marker="o",
+                markersize=3.5,
+                linewidth=1.6,
+                color=colour,
+                label=pattern,
+            )
         clean(place, "zeros, %", "times faster than dense" if place is axes[0][0] else "", kind)
         place.set_ylim(0)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(shown), frameon=False,
-                  fontsize=8, labelcolor=INK)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(shown),
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+    )
     save(figure, "prune-patterns")
 
 
@@ -239,19 +299,42 @@ def once(record: Record) -> None:
         for row in (row for row in record["rows"] if row["encoder"] == "dense" or "8 bits" in row["encoder"]):
             colour = INK if row["encoder"] == "dense" else BLUE if "sparse" in row["encoder"] else RED
             low, high = row[f"{task}_interval"]
-            place.errorbar(row["engine_ms"], row[task], [[row[task] - low], [high - row[task]]], fmt="o", markersize=4,
-                           color=colour, elinewidth=1, alpha=0.8)
-            place.annotate(row["encoder"], (row["engine_ms"], row[task]), fontsize=7, color=INK,
-                           textcoords="offset points", xytext=(5, 3))
+            place.errorbar(
+                row["engine_ms"],
+                row[task],
+                [[row[task] - low], [high - row[task]]],
+                fmt="o",
+                markersize=4,
+                color=colour,
+                elinewidth=1,
+                alpha=0.8,
+            )
+            place.annotate(
+                row["encoder"],
+                (row["engine_ms"], row[task]),
+                fontsize=7,
+                color=INK,
+                textcoords="offset points",
+                xytext=(5, 3),
+            )
         clean(place, "ms in the engine", "held-out score", f"task: {task}")
         place.margins(x=0.2)
     save(figure, "prune-once")
 
 
 FIGURES: dict[str, Callable[[Record], None]] = {
-    "jaxpruner": training, "mnist1d": lottery, "pruning-front": front, "structured": channels, "seam": seam,
-    "sparse-noise": noise, "reconstruction": reconstruction, "sparsity-survey": criteria, "engine/patterns": patterns,
-    "prune-once": once, "fine-tuning": methods}
+    "jaxpruner": training,
+    "mnist1d": lottery,
+    "pruning-front": front,
+    "structured": channels,
+    "seam": seam,
+    "sparse-noise": noise,
+    "reconstruction": reconstruction,
+    "sparsity-survey": criteria,
+    "engine/patterns": patterns,
+    "prune-once": once,
+    "fine-tuning": methods,
+}
 
 
 def main() -> None:

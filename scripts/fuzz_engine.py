@@ -192,8 +192,27 @@ def damaged(model: onnx.ModelProto, choose: Bytes) -> bytes:
         graph.node.add().CopyFrom(choose.any(list(graph.node)))  # type: ignore[arg-type]
 
     def operator() -> None:
-        kinds = ("Conv", "MatMul", "Reshape", "Transpose", "Softmax", "LSTM", "Expand", "Tile", "Einsum", "TopK",
-                 "Loop", "If", "CumSum", "Range", "ConstantOfShape", "OneHot", "GatherND", "ScatterND", "DepthToSpace")
+        kinds = (
+            "Conv",
+            "MatMul",
+            "Reshape",
+            "Transpose",
+            "Softmax",
+            "LSTM",
+            "Expand",
+            "Tile",
+            "Einsum",
+            "TopK",
+            "Loop",
+            "If",
+            "CumSum",
+            "Range",
+            "ConstantOfShape",
+            "OneHot",
+            "GatherND",
+            "ScatterND",
+            "DepthToSpace",
+        )
         choose.any(list(graph.node)).op_type = choose.any(kinds)  # type: ignore[attr-defined]
 
     def external() -> None:
@@ -205,8 +224,21 @@ def damaged(model: onnx.ModelProto, choose: Bytes) -> bytes:
     def opset() -> None:
         proto.opset_import[0].version = choose.any((0, 1, 6, 11, 13, 17, 22, 2**31, -1))
 
-    damages: list[Callable[[], None]] = [shape, dims, values, tensor_type, attribute, attribute, name, wire, drop,
-                                         double, operator, external, opset]
+    damages: list[Callable[[], None]] = [
+        shape,
+        dims,
+        values,
+        tensor_type,
+        attribute,
+        attribute,
+        name,
+        wire,
+        drop,
+        double,
+        operator,
+        external,
+        opset,
+    ]
     for _ in range(6):
         if not choose.left():
             break

@@ -49,10 +49,15 @@ def operators() -> str:
     files: dict[str, list[str]] = {}
     for op, lowering in lower.gather().items():
         files.setdefault(lowering.__module__, []).append(op)
-    rows = "\n".join(f"| {escaped(sys.modules[module].__doc__.splitlines()[0].split(':')[0])} | "
-                     f"{', '.join(f'`{op}`' for op in sorted(found))} |" for module, found in sorted(files.items()))
-    return ("| | operators |\n|---|---|\n" + rows + "\n\nOperators that ONNX itself defines by others are written "
-            "out, so some that are not in this table compile too.")
+    rows = "\n".join(
+        f"| {escaped(sys.modules[module].__doc__.splitlines()[0].split(':')[0])} | "
+        f"{', '.join(f'`{op}`' for op in sorted(found))} |"
+        for module, found in sorted(files.items())
+    )
+    return (
+        "| | operators |\n|---|---|\n" + rows + "\n\nOperators that ONNX itself defines by others are written "
+        "out, so some that are not in this table compile too."
+    )
 
 
 def speed() -> str:

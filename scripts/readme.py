@@ -66,8 +66,12 @@ def table(summary: dict[str, Any]) -> str:
     )
 
 
-NETWORKS = {"resnet20": "ResNet-20, 3x32x32", "effnet": "EfficientNet-Lite0, 3x224x224, 1x1 convolutions pruned",
-            "minilm": "MiniLM-L6, 128 tokens, linear layers pruned", "gru": "GRU, hidden 128, 40 steps"}
+NETWORKS = {
+    "resnet20": "ResNet-20, 3x32x32",
+    "effnet": "EfficientNet-Lite0, 3x224x224, 1x1 convolutions pruned",
+    "minilm": "MiniLM-L6, 128 tokens, linear layers pruned",
+    "gru": "GRU, hidden 128, 40 steps",
+}
 
 
 def speed(record: dict[str, Any]) -> str:
@@ -83,17 +87,25 @@ def speed(record: dict[str, Any]) -> str:
             found.setdefault(NETWORKS[kind], {})[column] = cell
     order = sorted(columns, key=lambda column: (column != "no zeros", column))
     lines = ["| network | " + " | ".join(order) + " |", "|---|" + "--:|" * len(order)]
-    lines += [f"| {name} | " + " | ".join(cells.get(column, "") for column in order) + " |"
-              for name, cells in found.items()]
+    lines += [
+        f"| {name} | " + " | ".join(cells.get(column, "") for column in order) + " |" for name, cells in found.items()
+    ]
     rivals = next((row for row in record["rows"] if row["network"] == "resnet20-90"), {})
-    beside = " and ".join(f"{rivals[key]:.1f} times as fast as {name}" for key, name in (
-        ("times_int8", "ONNX Runtime's static int8"), ("times_deepsparse", f"DeepSparse {record.get('deepsparse')}"))
-        if words.known(rivals.get(key)))
+    beside = " and ".join(
+        f"{rivals[key]:.1f} times as fast as {name}"
+        for key, name in (
+            ("times_int8", "ONNX Runtime's static int8"),
+            ("times_deepsparse", f"DeepSparse {record.get('deepsparse')}"),
+        )
+        if words.known(rivals.get(key))
+    )
     return "\n".join(lines) + (
         "\n\nTimes faster than ONNX Runtime in float32 on the same file, and the milliseconds: batch 1, one thread, "
         f"medians of one interleaved run on {record['machine']['cpu']}. The zeros are at random places: that is enough "
-        "for speed, not for accuracy." + (f" At 90% ResNet-20 is {beside}." if beside else "")
-        + " The record is `results/engine/speed.json`.")
+        "for speed, not for accuracy."
+        + (f" At 90% ResNet-20 is {beside}." if beside else "")
+        + " The record is `results/engine/speed.json`."
+    )
 
 
 def pruned(record: dict[str, Any], accuracy: dict[str, Any]) -> str:
@@ -113,14 +125,18 @@ def pruned(record: dict[str, Any], accuracy: dict[str, Any]) -> str:
         "engine": lambda row: words.milliseconds(row["engine_ms"]),
         "times faster than dense in ONNX Runtime": lambda row: f"{base / row['engine_ms']:.1f}",
     })  # fmt: skip
-    return (f"{made}\n\nGlobal gradual magnitude pruning with distillation, {accuracy['epochs']} epochs, one seed. "
-            "Records: [accuracy](results/engine/pruned-digits.json), [time](results/engine/speed.json).")
+    return (
+        f"{made}\n\nGlobal gradual magnitude pruning with distillation, {accuracy['epochs']} epochs, one seed. "
+        "Records: [accuracy](results/engine/pruned-digits.json), [time](results/engine/speed.json)."
+    )
 
 
 def engine() -> dict[str, str]:
     """The parts on the engine, from its records."""
-    record, accuracy = (json.loads((ROOT / "results" / "engine" / f"{name}.json").read_text(encoding="utf-8"))
-                        for name in ("speed", "pruned-digits"))
+    record, accuracy = (
+        json.loads((ROOT / "results" / "engine" / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("speed", "pruned-digits")
+    )
     return {"speed": speed(record), "pruned": pruned(record, accuracy)}
 
 

@@ -14,7 +14,8 @@ for offline in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Processes that a test starts use this checkout too.
 os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(Path(__file__).parents[1] / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    [str(Path(__file__).parents[1] / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 import torch  # noqa: E402
 

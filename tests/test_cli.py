@@ -115,20 +115,24 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shrunk(place: Path) -> subprocess.CompletedProcess[str]:
     """One search in a real process."""
-    return lilliput("shrink", "toy_targets.py:good", "--floor", "40%", "--trials", "1", "--out", "found", "--json",
-                    cwd=place)
+    return lilliput(
+        "shrink", "toy_targets.py:good", "--floor", "40%", "--trials", "1", "--out", "found", "--json", cwd=place
+    )
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = ("import sys; from lilliput.cli import app\n"
-            "try: app(['--help'])\nexcept SystemExit: pass\n"
-            "print([name for name in ('torch', 'optuna', 'onnx', 'numpy') if name in sys.modules])")
+    code = (
+        "import sys; from lilliput.cli import app\n"
+        "try: app(['--help'])\nexcept SystemExit: pass\n"
+        "print([name for name in ('torch', 'optuna', 'onnx', 'numpy') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n") and "shrink" in done.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["shrink"], ["demo"], ["tasks"], ["methods"], ["run"], ["report"],
-                                     ["measure"], ["evidence"]])
+@pytest.mark.parametrize(
+    "command", [[], ["shrink"], ["demo"], ["tasks"], ["methods"], ["run"], ["report"], ["measure"], ["evidence"]]
+)
 def test_every_help_shows_one_example(command: list[str]) -> None:
     done = CliRunner().invoke(app, [*command, "--help"])
     assert done.exit_code == 0 and done.output.count("Example: lilliput ") == 1
@@ -150,14 +154,31 @@ def test_shrink_writes_its_files_and_prints_json_alone(shrunk: subprocess.Comple
     assert summary["met"] and summary["chosen"]["onnx_bytes"] == (place / "found" / "model.onnx").stat().st_size
     assert summary["chosen"]["packed_bytes"] == (place / "found" / "model.lil").stat().st_size
     assert summary["command"].startswith("lilliput shrink toy_targets.py:good")
-    needed = {"task", "seed", "floor", "objective", "budget_s", "wall_s", "machine", "versions", "commit", "dense",
-              "drop_val", "drop_corrected", "drop_corrected_interval", "drop_test", "steps_per_s", "shares"}
+    needed = {
+        "task",
+        "seed",
+        "floor",
+        "objective",
+        "budget_s",
+        "wall_s",
+        "machine",
+        "versions",
+        "commit",
+        "dense",
+        "drop_val",
+        "drop_corrected",
+        "drop_corrected_interval",
+        "drop_test",
+        "steps_per_s",
+        "shares",
+    }
     assert needed <= set(summary)
     assert shrunk.stderr == ""
 
 
-def test_what_was_written_can_be_loaded_and_predicts_the_same(shrunk: subprocess.CompletedProcess[str], place: Path
-                                                              ) -> None:
+def test_what_was_written_can_be_loaded_and_predicts_the_same(
+    shrunk: subprocess.CompletedProcess[str], place: Path
+) -> None:
     import torch
 
     import lilliput as package
@@ -175,8 +196,9 @@ def test_a_search_is_not_overwritten(shrunk: subprocess.CompletedProcess[str], p
     assert (place / "found" / "summary.json").read_bytes() == before
 
 
-def test_run_applies_a_recipe_and_report_rebuilds_the_page(shrunk: subprocess.CompletedProcess[str], place: Path
-                                                           ) -> None:
+def test_run_applies_a_recipe_and_report_rebuilds_the_page(
+    shrunk: subprocess.CompletedProcess[str], place: Path
+) -> None:
     recipe = place / "int8.toml"
     recipe.write_text('[[stages]]\nstage = "Quantize"\nbits = 8\n')
     done = CliRunner().invoke(app, ["run", str(recipe), f"{place}/toy_targets.py:good", "--out", str(place / "once")])
@@ -196,43 +218,51 @@ def test_measure_compares_files_in_one_run(shrunk: subprocess.CompletedProcess[s
     assert done.exit_code == 0 and "times faster" in done.output and done.output.count("model.onnx") == 2
     broken = place / "broken.onnx"
     broken.write_bytes(b"no model")
-    for wrong in (["measure", str(broken)], ["measure", "nowhere.onnx"], ["measure", file, "--shape", "y=1x2"],
-                  ["measure", file, "--shape", "x=axb"]):
+    for wrong in (
+        ["measure", str(broken)],
+        ["measure", "nowhere.onnx"],
+        ["measure", file, "--shape", "y=1x2"],
+        ["measure", file, "--shape", "x=axb"],
+    ):
         done = CliRunner().invoke(app, wrong)
         assert done.exit_code == 2 and " must " in done.stderr
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["digit"], "Did you mean 'digits'?"),
-    (["nowhere.py:make"], "the file must exist"),
-    (["no.such.module:make"], "must be importable"),
-    (["{targets}:god"], "Did you mean 'good'"),
-    (["{targets}:not_a_function"], "must have a function"),
-    (["{targets}:no_task"], "must return (model, task)"),
-    (["{targets}:raises"], "AttributeError"),
-    (["{targets}:two_outputs"], "must return one floating-point tensor"),
-    (["{targets}:wrong_shape"], "an example has the shape (1, 5)"),
-    (["{targets}:wrong_targets"], "Check the task's targets"),
-    (["{targets}:empty_loader"], "got an empty loader"),
-    (["{targets}:lengths"], "got lengths [5, 160]"),
-    (["{targets}:nan_metric"], "must be a finite number, got nan"),
-    (["{targets}:nan_outputs"], "outputs must be finite"),
-    (["{targets}:good", "--floor", "150%"], "below 100%, got 150%"),
-    (["{targets}:good", "--floor", "1..5%"], "got 1..5%"),
-    (["{targets}:good", "--floor", "-1%"], "at least 0"),
-    (["{targets}:good", "--budget", "soon"], "such as 90s, 5m or 1h, got 'soon'"),
-    (["{targets}:good", "--budget", "1.2.3m"], "got '1.2.3m'"),
-    (["{targets}:good", "--for", "speed"], "must be one of size, latency, macs"),
-    (["{targets}:good", "--max-bytes", "big"], "such as 900KB or 2MB, got 'big'"),
-    (["{targets}:good", "--max-latency-ms", "0"], "above 0, got 0"),
-    (["{targets}:good", "--trials", "0"], "at least 1, got 0"),
-    (["{targets}:good", "--device", "cuda:99"], "device must be one that this machine has"),
-    (["{targets}:good", "--device", "toaster"], "got 'toaster'"),
-    (["{targets}:good", "--shape", "x=1x8"], "must come with a model.onnx"),
-    (["nowhere.onnx"], "the file must exist"),
-])
-def test_bad_input_ends_with_status_2_and_nothing_written(arguments: list[str], said: str, place: Path,
-                                                          tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["digit"], "Did you mean 'digits'?"),
+        (["nowhere.py:make"], "the file must exist"),
+        (["no.such.module:make"], "must be importable"),
+        (["{targets}:god"], "Did you mean 'good'"),
+        (["{targets}:not_a_function"], "must have a function"),
+        (["{targets}:no_task"], "must return (model, task)"),
+        (["{targets}:raises"], "AttributeError"),
+        (["{targets}:two_outputs"], "must return one floating-point tensor"),
+        (["{targets}:wrong_shape"], "an example has the shape (1, 5)"),
+        (["{targets}:wrong_targets"], "Check the task's targets"),
+        (["{targets}:empty_loader"], "got an empty loader"),
+        (["{targets}:lengths"], "got lengths [5, 160]"),
+        (["{targets}:nan_metric"], "must be a finite number, got nan"),
+        (["{targets}:nan_outputs"], "outputs must be finite"),
+        (["{targets}:good", "--floor", "150%"], "below 100%, got 150%"),
+        (["{targets}:good", "--floor", "1..5%"], "got 1..5%"),
+        (["{targets}:good", "--floor", "-1%"], "at least 0"),
+        (["{targets}:good", "--budget", "soon"], "such as 90s, 5m or 1h, got 'soon'"),
+        (["{targets}:good", "--budget", "1.2.3m"], "got '1.2.3m'"),
+        (["{targets}:good", "--for", "speed"], "must be one of size, latency, macs"),
+        (["{targets}:good", "--max-bytes", "big"], "such as 900KB or 2MB, got 'big'"),
+        (["{targets}:good", "--max-latency-ms", "0"], "above 0, got 0"),
+        (["{targets}:good", "--trials", "0"], "at least 1, got 0"),
+        (["{targets}:good", "--device", "cuda:99"], "device must be one that this machine has"),
+        (["{targets}:good", "--device", "toaster"], "got 'toaster'"),
+        (["{targets}:good", "--shape", "x=1x8"], "must come with a model.onnx"),
+        (["nowhere.onnx"], "the file must exist"),
+    ],
+)
+def test_bad_input_ends_with_status_2_and_nothing_written(
+    arguments: list[str], said: str, place: Path, tmp_path: Path
+) -> None:
     arguments = [text.format(targets=place / "toy_targets.py") for text in arguments]
     out = tmp_path / "out"
     done = CliRunner().invoke(app, ["shrink", "--out", str(out), *arguments])
@@ -253,17 +283,21 @@ def test_a_model_that_cannot_be_exported_leaves_nothing(place: Path, tmp_path: P
     assert done.exit_code == 2 and "could not export Moody" in done.stderr and not out.exists()
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("", "must hold a list of stages"),
-    ("[[stages]]\nbits = 3\n", "must name its stage"),
-    ('[[stages]]\nstage = "Quantise"\n', "Did you mean 'Quantize'"),
-    ('[[stages]]\nstage = "Quantize"\nbit = 3\n', "got ['bit']"),
-    ('[[stages]]\nstage = "Quantize"\nbits = 99\n', "bits must be from 2 to 16, got 99"),
-    ('[[stages]]\nstage = "Quantize"\nwhere = "nowhere.*"\n', "must match"),
-    ("stages = [", "must be TOML"),
-])
-def test_a_wrong_recipe_ends_with_status_2_and_nothing_written(text: str, said: str, place: Path, tmp_path: Path
-                                                               ) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "must hold a list of stages"),
+        ("[[stages]]\nbits = 3\n", "must name its stage"),
+        ('[[stages]]\nstage = "Quantise"\n', "Did you mean 'Quantize'"),
+        ('[[stages]]\nstage = "Quantize"\nbit = 3\n', "got ['bit']"),
+        ('[[stages]]\nstage = "Quantize"\nbits = 99\n', "bits must be from 2 to 16, got 99"),
+        ('[[stages]]\nstage = "Quantize"\nwhere = "nowhere.*"\n', "must match"),
+        ("stages = [", "must be TOML"),
+    ],
+)
+def test_a_wrong_recipe_ends_with_status_2_and_nothing_written(
+    text: str, said: str, place: Path, tmp_path: Path
+) -> None:
     recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
     recipe.write_text(text)
     done = CliRunner().invoke(app, ["run", str(recipe), f"{place}/toy_targets.py:good", "--out", str(out)])

@@ -88,8 +88,13 @@ def transformer() -> nn.Module:
 
 
 def convolutions() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8, padding=1),
-                         nn.ConvTranspose2d(8, 4, 2), nn.Flatten())
+    return nn.Sequential(
+        nn.Conv2d(4, 8, 3, groups=2),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8, padding=1),
+        nn.ConvTranspose2d(8, 4, 2),
+        nn.Flatten(),
+    )
 
 
 def normalised() -> nn.Module:
@@ -112,9 +117,18 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-@pytest.mark.parametrize("stage", [Prune(0.5), Prune(0.5, "taylor"), Prune(0.5, pattern="2:4", allocation="uniform"),
-                                   Quantize(4), Factorize(rank=1), Prune(0.4, "wanda")],
-                         ids=["magnitude", "taylor", "2:4", "quantize", "factorize", "wanda"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        Prune(0.5),
+        Prune(0.5, "taylor"),
+        Prune(0.5, pattern="2:4", allocation="uniform"),
+        Quantize(4),
+        Factorize(rank=1),
+        Prune(0.4, "wanda"),
+    ],
+    ids=["magnitude", "taylor", "2:4", "quantize", "factorize", "wanda"],
+)
 def test_odd_networks_are_shrunk_or_left_alone_with_a_reason(name: str, stage) -> None:
     torch.manual_seed(0)
     make, inputs = ODD[name]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-WORKER = '''
+WORKER = """
 import sys
 import torch
 import torch.distributed as dist
@@ -42,15 +42,24 @@ for name, rule in {"rigl": RigL(0.75, every=3), "prune": Prune(0.75, every=2), "
     torch.save({"shard": before, **net.state_dict(), **moments, **kept}, f"{folder}/{name}-{rank}.pt")
 dist.barrier()  # whoever leaves first would close the other's connections
 dist.destroy_process_group()
-'''
+"""
 
 
 @pytest.mark.slow
 def test_two_processes_reach_the_same_masks_and_weights(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     local = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else None
-    workers = [subprocess.Popen([sys.executable, "worker.py", str(rank), str(tmp_path)], cwd=tmp_path, env=local,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(2)]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "worker.py", str(rank), str(tmp_path)],
+            cwd=tmp_path,
+            env=local,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
     try:
         for worker in workers:
             output, _ = worker.communicate(timeout=300)

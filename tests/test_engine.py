@@ -31,6 +31,7 @@ DRAW = np.random.default_rng(0)
 
 def network(batch: int | str = 1, name: str = "x", zeros: float = 0.0) -> onnx.ModelProto:
     """Convolution, activation, pooling, product: with names as given and some weights zero."""
+
     def weight(label: str, *shape: int) -> Any:
         w = DRAW.standard_normal(shape).astype(np.float32) / np.sqrt(np.prod(shape[1:]))
         return numpy_helper.from_array(np.where(DRAW.random(shape) < zeros, 0, w).astype(np.float32), label)
@@ -44,9 +45,12 @@ def network(batch: int | str = 1, name: str = "x", zeros: float = 0.0) -> onnx.M
         helper.make_node("Gemm", ["e", "w3", "b3"], ["y"], transB=1),
     ]
     graph = helper.make_graph(
-        nodes, "net", [helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, 3, 12, 12])],
+        nodes,
+        "net",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, 3, 12, 12])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 5])],
-        [weight("w1", 8, 3, 3, 3), weight("b1", 8), weight("w2", 16, 8, 3, 3), weight("w3", 5, 16), weight("b3", 5)])
+        [weight("w1", 8, 3, 3, 3), weight("b1", 8), weight("w2", 16, 8, 3, 3), weight("w3", 5, 16), weight("b3", 5)],
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
 
 
@@ -137,8 +141,16 @@ def test_threads_run_at_once_and_give_the_same_bytes(folder: Path) -> None:
 
 def test_the_c_is_clean_stable_and_keeps_nothing(folder: Path, tmp_path: Path) -> None:
     compiler = target()
-    command = [*compiler.cc, *compiler.flags, *WARNINGS, "-Werror", "-c", str(folder / "model.c"), "-o",
-               str(tmp_path / "model.o")]
+    command = [
+        *compiler.cc,
+        *compiler.flags,
+        *WARNINGS,
+        "-Werror",
+        "-c",
+        str(folder / "model.c"),
+        "-o",
+        str(tmp_path / "model.o"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     symbols = subprocess.run(["nm", str(tmp_path / "model.o")], capture_output=True, text=True).stdout
@@ -180,8 +192,9 @@ def test_what_is_not_supported_is_named_all_at_once_and_nothing_is_written(tmp_p
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["*/ int main; /*", 'a"b', "line\nbreak", "back\\slash", "??/", "int", "Ω",
-                                  "x" * 5000])
+@pytest.mark.parametrize(
+    "name", ["*/ int main; /*", 'a"b', "line\nbreak", "back\\slash", "??/", "int", "Ω", "x" * 5000]
+)
 def test_a_name_cannot_become_code(name: str, tmp_path: Path) -> None:
     proto, x = network(name=name), images(1, 3, 12, 12)
     proto.graph.node[0].name = name
@@ -219,15 +232,18 @@ def test_the_arena_is_little_more_than_what_lives_at_once(folder: Path) -> None:
 def test_the_command_compiles_and_says_what_it_made(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     path.write_bytes(network(zeros=0.5).SerializeToString())
-    done = CliRunner().invoke(app, ["compile", str(path), "-o", str(tmp_path / "out"), "--no-tune"],
-                              env={"COLUMNS": "200"})
+    done = CliRunner().invoke(
+        app, ["compile", str(path), "-o", str(tmp_path / "out"), "--no-tune"], env={"COLUMNS": "200"}
+    )
     assert done.exit_code == 0, done.output
     for name in ("model.c", "model.h", "manifest.json", "libmodel.so", "example.c"):
         assert name in done.output and (tmp_path / "out" / name).is_file()
-    for wrong, message in ((["compile", "nowhere.onnx"], "must be an ONNX file that exists"),
-                           (["compile", str(path), "--for", "toaster"], "must be one of native"),
-                           (["compile", str(path), "--cc", "no-such-compiler"], "must be a command that can be run"),
-                           (["compile", str(path), "--shape", "x=1x3x9x9"], "The file fixes it")):
+    for wrong, message in (
+        (["compile", "nowhere.onnx"], "must be an ONNX file that exists"),
+        (["compile", str(path), "--for", "toaster"], "must be one of native"),
+        (["compile", str(path), "--cc", "no-such-compiler"], "must be a command that can be run"),
+        (["compile", str(path), "--shape", "x=1x3x9x9"], "The file fixes it"),
+    ):
         failed = CliRunner().invoke(app, wrong, env={"COLUMNS": "400"})
         assert failed.exit_code == 2 and message in " ".join(failed.output.split())
 
@@ -235,8 +251,9 @@ def test_the_command_compiles_and_says_what_it_made(tmp_path: Path) -> None:
 def test_bench_compares_runtimes_in_one_run(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     path.write_bytes(network().SerializeToString())
-    done = CliRunner().invoke(app, ["bench", str(path), "--seconds", "0.1", "--out", str(tmp_path / "record.json")],
-                              env={"COLUMNS": "200"})
+    done = CliRunner().invoke(
+        app, ["bench", str(path), "--seconds", "0.1", "--out", str(tmp_path / "record.json")], env={"COLUMNS": "200"}
+    )
     assert done.exit_code == 0 and "engine" in done.output and "onnxruntime" in done.output
     rows = json.loads((tmp_path / "record.json").read_text())["rows"]
     assert [row["runtime"].split()[0] for row in rows] == ["onnxruntime", "lilliput"] and rows[0]["times_faster"] == 1

@@ -24,18 +24,29 @@ N, FLOAT = helper.make_node, TensorProto.FLOAT
 
 def proto(nodes, inputs, constants):
     value = helper.make_tensor_value_info
-    graph = helper.make_graph(nodes, "products", [value(n, FLOAT, s) for n, s in inputs], [value("y", FLOAT, None)],
-                              [numpy_helper.from_array(np.asarray(a, np.float32), n) for n, a in constants.items()])
+    graph = helper.make_graph(
+        nodes,
+        "products",
+        [value(n, FLOAT, s) for n, s in inputs],
+        [value("y", FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(a, np.float32), n) for n, a in constants.items()],
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
 
 
 def product(shape, weight, bias, after):
     """x W + bias and what follows it."""
-    ends = {"relu": [N("Relu", ["a"], ["y"])], "clip": [N("Clip", ["a", "low", "high"], ["y"])],
-            "residual": [N("Add", ["r", "a"], ["s"]), N("Sigmoid", ["s"], ["y"])]}
+    ends = {
+        "relu": [N("Relu", ["a"], ["y"])],
+        "clip": [N("Clip", ["a", "low", "high"], ["y"])],
+        "residual": [N("Add", ["r", "a"], ["s"]), N("Sigmoid", ["s"], ["y"])],
+    }
     inputs = [("x", shape)] + ([("r", (*shape[:-1], len(bias)))] if after == "residual" else [])
-    return proto([N("MatMul", ["x", "w"], ["m"]), N("Add", ["m", "b"], ["a"]), *ends[after]], inputs,
-                 {"w": weight, "b": bias, "low": -0.5, "high": 2})
+    return proto(
+        [N("MatMul", ["x", "w"], ["m"]), N("Add", ["m", "b"], ["a"]), *ends[after]],
+        inputs,
+        {"w": weight, "b": bias, "low": -0.5, "high": 2},
+    )
 
 
 def reference(model, feeds):
@@ -58,6 +69,7 @@ def skipping(monkeypatch, made, example, to="native"):
                     found = [found[min(which, len(found) - 1)]]
                     names.append(found[0].name)
                 return found
+
             return ranked
 
         monkeypatch.setattr(compiling.tuning, "estimated", ranked_of)
@@ -116,8 +128,12 @@ def test_inputs_and_outputs_may_lie_in_any_order(monkeypatch):
 def perceptron(ins=64, hidden=512, outs=384, bias=-1.5):
     """Two products with a ReLU between, of which few units are active."""
     rng = np.random.default_rng(3)
-    arrays = {"w1": rng.standard_normal((ins, hidden)) / ins**0.5, "b1": np.full(hidden, bias),
-              "w2": rng.standard_normal((hidden, outs)), "b2": rng.standard_normal(outs)}
+    arrays = {
+        "w1": rng.standard_normal((ins, hidden)) / ins**0.5,
+        "b1": np.full(hidden, bias),
+        "w2": rng.standard_normal((hidden, outs)),
+        "b2": rng.standard_normal(outs),
+    }
     nodes = [N("Gemm", ["x", "w1", "b1"], ["h"]), N("Relu", ["h"], ["r"]), N("Gemm", ["r", "w2", "b2"], ["y"])]
     return proto(nodes, [("x", ("batch", ins))], arrays), arrays
 
@@ -137,8 +153,16 @@ def test_the_tuner_measures_on_the_zeros_of_the_example(tmp_path):
         assert close(engine(row[None]), plain(row[None]))
     compiler, text = target(), (tmp_path / "engine" / "model.c").read_text()
     assert "of the inputs active" in text
-    command = [*compiler.cc, *compiler.flags, *WARNINGS, "-Werror", "-c", str(tmp_path / "engine" / "model.c"), "-o",
-               str(tmp_path / "model.o")]
+    command = [
+        *compiler.cc,
+        *compiler.flags,
+        *WARNINGS,
+        "-Werror",
+        "-c",
+        str(tmp_path / "engine" / "model.c"),
+        "-o",
+        str(tmp_path / "model.o"),
+    ]
     subprocess.run(command, check=True)
 
 
@@ -153,9 +177,15 @@ def test_it_is_not_offered_where_zeros_are_few_or_weights_endless():
     assert all("active" not in layer for layer in lilliput.compile(made, tune=False, example=x).manifest["layers"])
 
 
-@pytest.mark.parametrize(("example", "wrong"), [
-    (np.zeros((2, 63), np.float32), "must have shape"), (np.zeros((0, 64), np.float32), "must have shape"),
-    ({"z": np.zeros((1, 64), np.float32)}, "must hold x"), (np.zeros((1, 64), np.complex64), "must be float32")])
+@pytest.mark.parametrize(
+    ("example", "wrong"),
+    [
+        (np.zeros((2, 63), np.float32), "must have shape"),
+        (np.zeros((0, 64), np.float32), "must have shape"),
+        ({"z": np.zeros((1, 64), np.float32)}, "must hold x"),
+        (np.zeros((1, 64), np.complex64), "must be float32"),
+    ],
+)
 def test_examples_that_do_not_fit(example, wrong):
     with pytest.raises(ValueError, match=wrong):
         lilliput.compile(perceptron(hidden=16, outs=8)[0], tune=False, example=example)
@@ -165,8 +195,15 @@ def test_the_command_line_takes_an_example(tmp_path):
     made, _ = perceptron(hidden=256, outs=128)
     onnx.save(made, tmp_path / "model.onnx")
     np.save(tmp_path / "x.npy", np.random.default_rng(6).standard_normal((8, 64)).astype(np.float32))
-    command = ["compile", str(tmp_path / "model.onnx"), "--out", str(tmp_path / "out"), "--no-tune", "--json",
-               "--example"]
+    command = [
+        "compile",
+        str(tmp_path / "model.onnx"),
+        "--out",
+        str(tmp_path / "out"),
+        "--no-tune",
+        "--json",
+        "--example",
+    ]
     shown = CliRunner().invoke(app, [*command, str(tmp_path / "x.npy")])
     assert shown.exit_code == 0, shown.output
     assert json.loads(shown.stdout)["layers"][1]["kernel"].startswith(SKIPS)

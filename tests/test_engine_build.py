@@ -50,11 +50,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
              n("Conv", ["e", "w3"], ["f"], pads=[1, 1, 1, 1], strides=[2, 2], group=8), n("Sigmoid", ["f"], ["g"]),
              n("GlobalAveragePool", ["g"], ["h"]), n("Flatten", ["h"], ["i"]), n("Gemm", ["i", "w4"], ["j"], transB=1),
              n("Softmax", ["j"], ["y"])]  # fmt: skip
-    held = {"w1": sparse(8, 3, 3, 3), "b1": sparse(8), "w2": sparse(8, 8, 3, 3), "w3": sparse(8, 1, 3, 3),
-            "w4": sparse(5, 8)}
-    graph = helper.make_graph(nodes, "net", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 13, 11])],
-                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 5])],
-                              [numpy_helper.from_array(w, name) for name, w in held.items()])
+    held = {
+        "w1": sparse(8, 3, 3, 3),
+        "b1": sparse(8),
+        "w2": sparse(8, 8, 3, 3),
+        "w3": sparse(8, 1, 3, 3),
+        "w4": sparse(5, 8),
+    }
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 13, 11])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 5])],
+        [numpy_helper.from_array(w, name) for name, w in held.items()],
+    )
     path = tmp_path_factory.mktemp("model") / "net.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
     np.savez(path.with_suffix(".npz"), x=DRAW.standard_normal((1, 3, 13, 11)).astype(np.float32))
@@ -72,8 +81,19 @@ def build(path: Path, folder: Path, found: Target, *flags: str) -> tuple[Path, d
     write(path, folder, replace(found, library=""), tune=False)
     facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     (folder / "program.c").write_text(program(facts, feed_of(path)), encoding="utf-8")
-    command = [*found.cc, *found.flags, "-Wall", "-Wextra", "-Werror", *flags, "program.c", "model.c", "-lm", "-o",
-               "program"]
+    command = [
+        *found.cc,
+        *found.flags,
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        *flags,
+        "program.c",
+        "model.c",
+        "-lm",
+        "-o",
+        "program",
+    ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder / "program", facts
@@ -95,8 +115,9 @@ def links(*flags: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------- programs
 
 NATIVE = target("native")
-VARIANTS = {f"{8 * width} bits": replace(NATIVE, vector_bytes=width)
-            for width in (64, 32, 16) if width <= NATIVE.vector_bytes} | {"portable": target("portable")}
+VARIANTS = {
+    f"{8 * width} bits": replace(NATIVE, vector_bytes=width) for width in (64, 32, 16) if width <= NATIVE.vector_bytes
+} | {"portable": target("portable")}
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -19,9 +19,17 @@ def conformance() -> ModuleType:
     return module
 
 
-SAMPLE = ("test_gather_negative_indices", "test_resize_downsample_scales_cubic_A_n0p5_exclude_outside",
-          "test_scatternd_add", "test_slice_negative_axes", "test_reflect_pad", "test_onehot_with_negative_axis",
-          "test_training_dropout_zero_ratio_mask", "test_reversesequence_batch", "test_cast_FLOAT16_to_DOUBLE")
+SAMPLE = (
+    "test_gather_negative_indices",
+    "test_resize_downsample_scales_cubic_A_n0p5_exclude_outside",
+    "test_scatternd_add",
+    "test_slice_negative_axes",
+    "test_reflect_pad",
+    "test_onehot_with_negative_axis",
+    "test_training_dropout_zero_ratio_mask",
+    "test_reversesequence_batch",
+    "test_cast_FLOAT16_to_DOUBLE",
+)
 
 
 def test_a_sample_of_onnx_tests_passes(conformance: ModuleType) -> None:

@@ -35,10 +35,13 @@ def layer(rng: np.random.Generator, number: int, zeros: float, settings: dict[st
         names.append(f"b{number}")
     strides, dilations = s.get("strides", [1] * dims), s.get("dilations", [1] * dims)
     pads = s.get("pads", [k // 2 for k in kernel] * 2)
-    nodes = [helper.make_node("Conv", names, [f"c{number}"], strides=strides, dilations=dilations, pads=pads,
-                              group=group)]
-    made = [(n + pads[d] + pads[d + dims] - (kernel[d] - 1) * dilations[d] - 1) // strides[d] + 1
-            for d, n in enumerate(s["size"])]
+    nodes = [
+        helper.make_node("Conv", names, [f"c{number}"], strides=strides, dilations=dilations, pads=pads, group=group)
+    ]
+    made = [
+        (n + pads[d] + pads[d + dims] - (kernel[d] - 1) * dilations[d] - 1) // strides[d] + 1
+        for d, n in enumerate(s["size"])
+    ]
     batch = s.get("batch", 1)
     inputs = [helper.make_tensor_value_info(f"x{number}", TensorProto.FLOAT, [batch, ins, *s["size"]])]
     last = f"c{number}"
@@ -50,8 +53,9 @@ def layer(rng: np.random.Generator, number: int, zeros: float, settings: dict[st
     if act == "Clip":
         constants += [numpy_helper.from_array(np.float32(v), f"{k}{number}") for k, v in (("lo", -0.5), ("hi", 1.0))]
     if act != "none":
-        nodes.append(helper.make_node(act, [last, f"lo{number}", f"hi{number}"] if act == "Clip" else [last],
-                                      [f"a{number}"]))
+        nodes.append(
+            helper.make_node(act, [last, f"lo{number}", f"hi{number}"] if act == "Clip" else [last], [f"a{number}"])
+        )
         last = f"a{number}"
     nodes.append(helper.make_node("Identity", [last], [f"y{number}"]))
     outputs = [helper.make_tensor_value_info(f"y{number}", TensorProto.FLOAT, [batch, outs, *made])]
@@ -75,8 +79,10 @@ def check(proto: onnx.ModelProto, folder: Path, starts: str, monkeypatch: pytest
     monkeypatch.setattr(tune, "candidates", only)
     engine = lilliput.compile(proto, folder, tune=False)
     rng = np.random.default_rng(1)
-    feeds = {i.name: rng.standard_normal([d.dim_value for d in i.type.tensor_type.shape.dim]).astype(np.float32)
-             for i in proto.graph.input}
+    feeds = {
+        i.name: rng.standard_normal([d.dim_value for d in i.type.tensor_type.shape.dim]).astype(np.float32)
+        for i in proto.graph.input
+    }
     for again in range(2):  # what a first run leaves in the arena must not matter to a second one
         made = engine(**feeds)
         made = made if isinstance(made, tuple) else (made,)
@@ -130,16 +136,22 @@ def test_sparse_convolutions_of_every_setting(starts: str, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("starts", ["winograd 2x2", "winograd 4x4"])
-def test_dense_convolutions_with_fewer_multiplications(starts: str, tmp_path: Path,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_convolutions_with_fewer_multiplications(
+    starts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(2)
     settings = [
-        {"size": (32, 32), "ins": 16, "outs": 16}, {"size": (16, 16), "ins": 8, "outs": 20},
-        {"size": (8, 8), "ins": 9, "outs": 17}, {"size": (28, 28), "ins": 4, "outs": 5, "batch": 2},
-        {"size": (14, 14), "ins": 5, "outs": 8}, {"size": (7, 7), "ins": 8, "outs": 16},
-        {"size": (17, 30), "ins": 4, "outs": 4, "pads": [0, 1, 2, 1]}, {"size": (30, 13), "ins": 5, "outs": 8,
-                                                                      "pads": [1, 0, 0, 0]},
-        {"size": (10, 60), "ins": 4, "outs": 4}, {"size": (9, 31), "ins": 4, "outs": 7, "pads": [3, 1, 3, 1]}]
+        {"size": (32, 32), "ins": 16, "outs": 16},
+        {"size": (16, 16), "ins": 8, "outs": 20},
+        {"size": (8, 8), "ins": 9, "outs": 17},
+        {"size": (28, 28), "ins": 4, "outs": 5, "batch": 2},
+        {"size": (14, 14), "ins": 5, "outs": 8},
+        {"size": (7, 7), "ins": 8, "outs": 16},
+        {"size": (17, 30), "ins": 4, "outs": 4, "pads": [0, 1, 2, 1]},
+        {"size": (30, 13), "ins": 5, "outs": 8, "pads": [1, 0, 0, 0]},
+        {"size": (10, 60), "ins": 4, "outs": 4},
+        {"size": (9, 31), "ins": 4, "outs": 7, "pads": [3, 1, 3, 1]},
+    ]
     layers = [layer(rng, i, 0.0, {"kernel": (3, 3), **s}) for i, s in enumerate(settings)]
     used = check(model(layers), tmp_path / "net", starts, monkeypatch)
     # A row of tiles of 2x2 has to fit into a vector: with eight lanes planes of at most 16 columns.
@@ -163,12 +175,15 @@ def test_narrow_weights_stay_narrow(kind: str, tmp_path: Path, monkeypatch: pyte
     proto = model([([read, *nodes], inputs, outputs, [*stored, *constants[1:]])])
     check(proto, tmp_path / "net", "sparse", monkeypatch)
     text = (tmp_path / "net" / "model.c").read_text()
-    assert {"float16": "unpack_halves", "bytes": "unpack_bytes", "nibbles": "unpack_nibbles",
-            "signs": "unpack_signs"}[kind] in text
+    assert {"float16": "unpack_halves", "bytes": "unpack_bytes", "nibbles": "unpack_nibbles", "signs": "unpack_signs"}[
+        kind
+    ] in text
 
 
 def test_a_layer_without_any_weight_left_is_its_bias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(4)
-    settings: list[dict[str, Any]] = [{"size": (8, 8), "kernel": (3, 3)},
-                                      {"size": (8, 8), "kernel": (3, 3), "strides": [2, 2]}]
+    settings: list[dict[str, Any]] = [
+        {"size": (8, 8), "kernel": (3, 3)},
+        {"size": (8, 8), "kernel": (3, 3), "strides": [2, 2]},
+    ]
     check(model([layer(rng, i, 1.0, s) for i, s in enumerate(settings)]), tmp_path / "net", "sparse", monkeypatch)

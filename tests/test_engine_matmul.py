@@ -21,8 +21,12 @@ KINDS = {np.uint8: U8, np.int8: I8}
 def proto(nodes, inputs, outputs, constants, domains=()) -> ModelProto:
     value = helper.make_tensor_value_info
     graph = helper.make_graph(
-        nodes, "products", [value(n, k, s) for n, k, s in inputs], [value(n, k, None) for n, k in outputs],
-        [numpy_helper.from_array(np.asarray(a), n) for n, a in constants.items()])
+        nodes,
+        "products",
+        [value(n, k, s) for n, k, s in inputs],
+        [value(n, k, None) for n, k in outputs],
+        [numpy_helper.from_array(np.asarray(a), n) for n, a in constants.items()],
+    )
     opsets = [helper.make_opsetid("", 21), *(helper.make_opsetid(d, 1) for d in domains)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
@@ -122,8 +126,10 @@ def test_free_sizes(monkeypatch, zeros, to):
     rng = np.random.default_rng(1)
     weight, bias = pruned(rng, (24, 21), zeros), rng.standard_normal(21).astype(np.float32)
     make = linear(("batch", "tokens", 24), weight, bias, "residual", ("batch", "tokens", 21))
-    runs = [{n: rng.standard_normal((b, t, size)).astype(np.float32) for n, size in (("x", 24), ("r", 21))}
-            for b, t in ((3, 40), (1, 40), (2, 17), (3, 1))]
+    runs = [
+        {n: rng.standard_normal((b, t, size)).astype(np.float32) for n, size in (("x", 24), ("r", 21))}
+        for b, t in ((3, 40), (1, 40), (2, 17), (3, 1))
+    ]
     each_kernel(monkeypatch, make, "MatMul", runs, shapes={"x": (3, 40, 24), "r": (3, 40, 21)}, to=to)
 
 
@@ -158,16 +164,34 @@ def test_weights_in_blocks_of_few_bits(monkeypatch):
     zero = rng.integers(0, 256, outs * (ins // block // 2)).astype(np.uint8)
 
     def make(copies):
-        nodes = [N("MatMulNBits", ["x", "w", "s", "z"], [f"y{i}"], domain="com.microsoft", K=ins, N=outs, bits=4,
-                   block_size=block) for i in range(copies)]
-        return proto(nodes, [("x", FLOAT, (1, 5, ins))], [(f"y{i}", FLOAT) for i in range(copies)],
-                     {"w": packed, "s": scale, "z": zero}, ["com.microsoft"])
+        nodes = [
+            N(
+                "MatMulNBits",
+                ["x", "w", "s", "z"],
+                [f"y{i}"],
+                domain="com.microsoft",
+                K=ins,
+                N=outs,
+                bits=4,
+                block_size=block,
+            )
+            for i in range(copies)
+        ]
+        return proto(
+            nodes,
+            [("x", FLOAT, (1, 5, ins))],
+            [(f"y{i}", FLOAT) for i in range(copies)],
+            {"w": packed, "s": scale, "z": zero},
+            ["com.microsoft"],
+        )
 
     each_kernel(monkeypatch, make, "MatMul", [{"x": rng.standard_normal((1, 5, ins)).astype(np.float32)}])
 
 
-@pytest.mark.parametrize(("a", "b", "turned"), [
-    ((2, 3, 7, 5), (3, 5, 9), False), ((20, 32), (32, 20), True), ((4, 1, 33, 17), (1, 2, 17, 2), True)])
+@pytest.mark.parametrize(
+    ("a", "b", "turned"),
+    [((2, 3, 7, 5), (3, 5, 9), False), ((20, 32), (32, 20), True), ((4, 1, 33, 17), (1, 2, 17, 2), True)],
+)
 def test_computed_matrices(monkeypatch, a, b, turned):
     rng = np.random.default_rng(4)
     order = [*range(len(b) - 2), len(b) - 1, len(b) - 2]
@@ -177,8 +201,9 @@ def test_computed_matrices(monkeypatch, a, b, turned):
         head = [N("Transpose", ["b"], ["c"], perm=order)] if turned else [N("Identity", ["b"], ["c"])]
         nodes = [N("MatMul", ["a", "c"], [f"m{i}"]) for i in range(copies)]
         nodes += [N("Relu", [f"m{i}"], [f"y{i}"]) for i in range(copies)]
-        return proto([*head, *nodes], [("a", FLOAT, a), ("b", FLOAT, given)],
-                     [(f"y{i}", FLOAT) for i in range(copies)], {})
+        return proto(
+            [*head, *nodes], [("a", FLOAT, a), ("b", FLOAT, given)], [(f"y{i}", FLOAT) for i in range(copies)], {}
+        )
 
     feeds = {"a": rng.standard_normal(a).astype(np.float32), "b": rng.standard_normal(given).astype(np.float32)}
     names = each_kernel(monkeypatch, make, "MatMul", [feeds])
@@ -192,25 +217,34 @@ def attention(batch, tokens, keys, heads, width, masked, free=False):
     def make(copies):
         nodes = []
         for name in "qkv":
-            nodes += [N("Reshape", [name, "heads"], [name + "1"]),
-                      N("Transpose", [name + "1"], [name + "2"], perm=[0, 2, 3, 1] if name == "k" else [0, 2, 1, 3])]
+            nodes += [
+                N("Reshape", [name, "heads"], [name + "1"]),
+                N("Transpose", [name + "1"], [name + "2"], perm=[0, 2, 3, 1] if name == "k" else [0, 2, 1, 3]),
+            ]
         for i in range(copies):
             nodes += [N("MatMul", ["q2", "k2"], [f"p{i}"]), N("Mul", [f"p{i}", "c"], [f"s{i}"])]
             nodes += [N("Add", [f"s{i}", "mask"], [f"m{i}"])] if masked else []
-            nodes += [N("Softmax", [f"{'m' if masked else 's'}{i}"], [f"w{i}"], axis=-1),
-                      N("MatMul", [f"w{i}", "v2"], [f"o{i}"]),
-                      N("Transpose", [f"o{i}"], [f"t{i}"], perm=[0, 2, 1, 3]),
-                      N("Reshape", [f"t{i}", "flat"], [f"y{i}"])]
+            nodes += [
+                N("Softmax", [f"{'m' if masked else 's'}{i}"], [f"w{i}"], axis=-1),
+                N("MatMul", [f"w{i}", "v2"], [f"o{i}"]),
+                N("Transpose", [f"o{i}"], [f"t{i}"], perm=[0, 2, 1, 3]),
+                N("Reshape", [f"t{i}", "flat"], [f"y{i}"]),
+            ]
         inputs = [(n, FLOAT, (b, t if n == "q" else s, heads * width)) for n in "qkv"]
         if masked:
             inputs.append(("mask", FLOAT, (b, 1, t if masked == "all" else 1, s)))
-        constants = {"heads": np.array([0, 0, heads, width]), "flat": np.array([0, 0, heads * width]),
-                     "c": np.float32(width**-0.5)}
+        constants = {
+            "heads": np.array([0, 0, heads, width]),
+            "flat": np.array([0, 0, heads * width]),
+            "c": np.float32(width**-0.5),
+        }
         return proto(nodes, inputs, [(f"y{i}", FLOAT) for i in range(copies)], constants)
 
     def feeds(rng, batch, tokens, keys):
-        found = {n: rng.standard_normal((batch, tokens if n == "q" else keys, heads * width)).astype(np.float32)
-                 for n in "qkv"}
+        found = {
+            n: rng.standard_normal((batch, tokens if n == "q" else keys, heads * width)).astype(np.float32)
+            for n in "qkv"
+        }
         if masked:
             hidden = rng.random((batch, 1, tokens if masked == "all" else 1, keys)) < 0.3
             found["mask"] = np.where(hidden, np.float32(-1e9), np.float32(0))
@@ -234,9 +268,15 @@ def test_attention_of_free_sizes(monkeypatch):
     each_kernel(monkeypatch, make, "Attend", runs, shapes=shapes)
 
 
-@pytest.mark.parametrize(("a_kind", "b_kind", "zero"), [
-    (np.uint8, np.int8, "one"), (np.int8, np.uint8, "columns"), (np.int8, np.int8, ""),
-    (np.uint8, np.uint8, "columns")])
+@pytest.mark.parametrize(
+    ("a_kind", "b_kind", "zero"),
+    [
+        (np.uint8, np.int8, "one"),
+        (np.int8, np.uint8, "columns"),
+        (np.int8, np.int8, ""),
+        (np.uint8, np.uint8, "columns"),
+    ],
+)
 def test_integer_products(monkeypatch, a_kind, b_kind, zero):
     rng = np.random.default_rng(7)
 
@@ -253,10 +293,18 @@ def test_integer_products(monkeypatch, a_kind, b_kind, zero):
     def make(copies):
         nodes = []
         for i in range(copies):
-            nodes += [N("MatMulInteger", ["a", "b", *more], [f"i{i}"]), N("Cast", [f"i{i}"], [f"f{i}"], to=FLOAT),
-                      N("Mul", [f"f{i}", "t"], [f"g{i}"]), N("Mul", [f"g{i}", "s"], [f"y{i}"])]
-        return proto(nodes, [("a", KINDS[a_kind], (2, 9, 35)), ("s", FLOAT, (2, 9, 1))],
-                     [(f"y{i}", FLOAT) for i in range(copies)], constants)
+            nodes += [
+                N("MatMulInteger", ["a", "b", *more], [f"i{i}"]),
+                N("Cast", [f"i{i}"], [f"f{i}"], to=FLOAT),
+                N("Mul", [f"f{i}", "t"], [f"g{i}"]),
+                N("Mul", [f"g{i}", "s"], [f"y{i}"]),
+            ]
+        return proto(
+            nodes,
+            [("a", KINDS[a_kind], (2, 9, 35)), ("s", FLOAT, (2, 9, 1))],
+            [(f"y{i}", FLOAT) for i in range(copies)],
+            constants,
+        )
 
     def exactly(_, feeds):  # ONNX Runtime's pair sums saturate on CPUs with AVX2 and no VNNI
         a = feeds["a"].astype(np.int64) - int(constants.get("za", 0))
@@ -271,13 +319,24 @@ def test_integer_products(monkeypatch, a_kind, b_kind, zero):
 def test_codes_of_products(monkeypatch):
     """Weights of seven bits, whose pair sums no CPU saturates."""
     rng = np.random.default_rng(8)
-    constants = {"w": rng.integers(-64, 65, (30, 20)).astype(np.int8), "sa": np.float32(0.01), "za": np.uint8(120),
-                 "sb": (rng.random(20) / 100 + 0.001).astype(np.float32), "zb": np.zeros(20, np.int8),
-                 "sy": np.float32(0.03), "zy": np.uint8(100), "t": rng.random(20).astype(np.float32)}
-    nodes = [N("DynamicQuantizeLinear", ["x"], ["codes", "step", "zero"]),
-             N("MatMulInteger", ["codes", "w", "zero"], ["i"]), N("Cast", ["i"], ["f"], to=FLOAT),
-             N("Mul", ["step", "t"], ["s"]), N("Mul", ["f", "s"], ["y"]),
-             N("QLinearMatMul", ["codes", "sa", "za", "w", "sb", "zb", "sy", "zy"], ["z"])]
+    constants = {
+        "w": rng.integers(-64, 65, (30, 20)).astype(np.int8),
+        "sa": np.float32(0.01),
+        "za": np.uint8(120),
+        "sb": (rng.random(20) / 100 + 0.001).astype(np.float32),
+        "zb": np.zeros(20, np.int8),
+        "sy": np.float32(0.03),
+        "zy": np.uint8(100),
+        "t": rng.random(20).astype(np.float32),
+    }
+    nodes = [
+        N("DynamicQuantizeLinear", ["x"], ["codes", "step", "zero"]),
+        N("MatMulInteger", ["codes", "w", "zero"], ["i"]),
+        N("Cast", ["i"], ["f"], to=FLOAT),
+        N("Mul", ["step", "t"], ["s"]),
+        N("Mul", ["f", "s"], ["y"]),
+        N("QLinearMatMul", ["codes", "sa", "za", "w", "sb", "zb", "sy", "zy"], ["z"]),
+    ]
     outputs = [("y", FLOAT), ("z", U8), ("codes", U8), ("step", FLOAT)]
     model = proto(nodes, [("x", FLOAT, (1, 7, 30))], outputs, constants)
     x = rng.standard_normal((1, 7, 30)).astype(np.float32)
@@ -295,8 +354,8 @@ def test_formats_hold_every_nonzero_once():
     assert sorted(form.places[form.places >= 0]) == np.flatnonzero(weight).tolist()
     steps, places, at = form.steps.astype(int), form.places.reshape(-1, 4), 0
     for group, count in enumerate(steps):
-        rows = form.order[group * 4: group * 4 + 4]
-        held = places[at: at + 2 * count]
+        rows = form.order[group * 4 : group * 4 + 4]
+        held = places[at : at + 2 * count]
         for column, row in enumerate(rows):
             used = held[:, column]
             assert set(used[used >= 0] // 50) <= {row}

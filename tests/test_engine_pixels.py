@@ -45,8 +45,17 @@ class Net:
         self.nodes.append(helper.make_node(op, list(names), [name], **attributes))
         return name
 
-    def conv(self, x: str, outs: int, ins: int, kernel: tuple[int, ...], zeros: float = 0.0, residual: str = "",
-             act: str = "", **attributes: Any) -> str:
+    def conv(
+        self,
+        x: str,
+        outs: int,
+        ins: int,
+        kernel: tuple[int, ...],
+        zeros: float = 0.0,
+        residual: str = "",
+        act: str = "",
+        **attributes: Any,
+    ) -> str:
         w = self.rng.standard_normal((outs, ins, *kernel)) / np.sqrt(ins * np.prod(kernel))
         w[self.rng.random(w.shape) < zeros] = 0
         y = self.add("Conv", x, self.const(w), self.const(self.rng.standard_normal(outs)), **attributes)
@@ -65,8 +74,14 @@ class Net:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
 
 
-def check(proto: onnx.ModelProto, folder: Path, starts: str, monkeypatch: pytest.MonkeyPatch, lanes: int = 0,
-          to: str = "native") -> list[str]:
+def check(
+    proto: onnx.ModelProto,
+    folder: Path,
+    starts: str,
+    monkeypatch: pytest.MonkeyPatch,
+    lanes: int = 0,
+    to: str = "native",
+) -> list[str]:
     """Compile with the kernels whose names start so where there are any, compare; the kernels used."""
 
     def only(node: Node, target: Any) -> list[Kernel]:
@@ -76,8 +91,10 @@ def check(proto: onnx.ModelProto, folder: Path, starts: str, monkeypatch: pytest
     monkeypatch.setattr(tune, "candidates", only)
     engine = lilliput.compile(proto, folder, tune=False, to=to)
     rng = np.random.default_rng(1)
-    feeds = {i.name: rng.standard_normal([d.dim_value for d in i.type.tensor_type.shape.dim]).astype(np.float32)
-             for i in proto.graph.input}
+    feeds = {
+        i.name: rng.standard_normal([d.dim_value for d in i.type.tensor_type.shape.dim]).astype(np.float32)
+        for i in proto.graph.input
+    }
     wanted = Session(proto).run(feeds)
     for again in range(2):  # what a first run leaves in the arena must not matter to a second one
         made = engine(**feeds)
@@ -102,12 +119,24 @@ def blocks(zeros: float) -> onnx.ModelProto:
     return net.proto()
 
 
-@pytest.mark.parametrize(("starts", "lanes", "to"), [
-    ("pixels-dense", 0, "native"), ("pixels-sparse", 0, "native"),
-    *(pytest.param(*settings, marks=pytest.mark.slow) for settings in (
-        ("pixels-sparse", 4, "native"), ("pixels-dense", 4, "native"), ("pixels-sparse", 0, "portable")))])
-def test_inverted_bottlenecks(starts: str, lanes: int, to: str, tmp_path: Path,
-                              monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("starts", "lanes", "to"),
+    [
+        ("pixels-dense", 0, "native"),
+        ("pixels-sparse", 0, "native"),
+        *(
+            pytest.param(*settings, marks=pytest.mark.slow)
+            for settings in (
+                ("pixels-sparse", 4, "native"),
+                ("pixels-dense", 4, "native"),
+                ("pixels-sparse", 0, "portable"),
+            )
+        ),
+    ],
+)
+def test_inverted_bottlenecks(
+    starts: str, lanes: int, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     used = check(blocks(0.8 if "sparse" in starts else 0.0), tmp_path / "net", starts, monkeypatch, lanes, to)
     assert sum(name.startswith(starts) for name in used) == 22
     assert sum(name.startswith("depthwise") for name in used) == 8
@@ -129,10 +158,17 @@ DEPTHWISE: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("lanes", "to"), [(0, "native"), pytest.param(4, "native", marks=pytest.mark.slow),
-                                           pytest.param(0, "portable", marks=pytest.mark.slow)])
-def test_depthwise_convolutions_of_every_setting(lanes: int, to: str, tmp_path: Path,
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("lanes", "to"),
+    [
+        (0, "native"),
+        pytest.param(4, "native", marks=pytest.mark.slow),
+        pytest.param(0, "portable", marks=pytest.mark.slow),
+    ],
+)
+def test_depthwise_convolutions_of_every_setting(
+    lanes: int, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     net = Net()
     for setting in DEPTHWISE:
         s = dict(setting)
@@ -142,8 +178,11 @@ def test_depthwise_convolutions_of_every_setting(lanes: int, to: str, tmp_path: 
         for direct in (True, False):  # at the borders of the model, and between other layers
             x = net.given(batch, 3, *size)
             x = x if direct else net.conv(x, 3, 3, (1,) * len(size))
-            more = net.conv(x, 3 * each, 1, kernel, pads=pads, group=3,
-                            **{k: v for k, v in s.items() if k != "act"}) if residual else ""
+            more = (
+                net.conv(x, 3 * each, 1, kernel, pads=pads, group=3, **{k: v for k, v in s.items() if k != "act"})
+                if residual
+                else ""
+            )
             y = net.conv(x, 3 * each, 1, kernel, pads=pads, group=3, residual=more, **s)
             net.ends(y if direct else net.conv(y, 2, 3 * each, (1,) * len(size)))
     used = check(net.proto(), tmp_path / "net", "depthwise", monkeypatch, lanes, to)
@@ -162,8 +201,14 @@ PATCHES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("starts", "to"), [("patches-dense", "native"), ("patches-sparse", "native"),
-                                            pytest.param("patches-dense", "portable", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("starts", "to"),
+    [
+        ("patches-dense", "native"),
+        ("patches-sparse", "native"),
+        pytest.param("patches-dense", "portable", marks=pytest.mark.slow),
+    ],
+)
 def test_patches_of_every_setting(starts: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = Net()
     for setting in PATCHES:
@@ -208,8 +253,9 @@ def test_pooling_of_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_places_of_the_largest_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = Net()
-    net.nodes.append(helper.make_node("MaxPool", [net.given(2, 3, 8, 10)], ["large", "place"], kernel_shape=[2, 2],
-                                      strides=[2, 2]))
+    net.nodes.append(
+        helper.make_node("MaxPool", [net.given(2, 3, 8, 10)], ["large", "place"], kernel_shape=[2, 2], strides=[2, 2])
+    )
     net.nodes.append(helper.make_node("MaxUnpool", ["large", "place"], ["back"], kernel_shape=[2, 2], strides=[2, 2]))
     net.ends("back")
     check(net.proto(), tmp_path / "net", "plain", monkeypatch)
@@ -228,15 +274,25 @@ def test_means_of_whole_planes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert sum(name.startswith("whole") for name in used) >= 9
 
 
-@pytest.mark.parametrize(("zeros", "cache"), [(0.8, 9_000), pytest.param(0.0, 30_000, marks=pytest.mark.slow),
-                                              pytest.param(0.8, 90_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("zeros", "cache"),
+    [
+        (0.8, 9_000),
+        pytest.param(0.0, 30_000, marks=pytest.mark.slow),
+        pytest.param(0.8, 90_000, marks=pytest.mark.slow),
+    ],
+)
 def test_chains_in_stripes(zeros: float, cache: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stripes, "LEAST_BYTES", 0)
     monkeypatch.setattr(stripes, "CACHE_BYTES", (cache,))
     net = Net()
     for batch, height, width, size, strides, pads in [
-            (1, 6, 24, 3, 1, [1, 1, 1, 1]), (1, 15, 24, 3, 2, [0, 0, 1, 1]), (2, 14, 14, 5, 2, [1, 1, 2, 2]),
-            (1, 7, 7, 5, 1, [2, 2, 2, 2]), (1, 11, 5, 3, 1, [1, 1, 1, 1])]:
+        (1, 6, 24, 3, 1, [1, 1, 1, 1]),
+        (1, 15, 24, 3, 2, [0, 0, 1, 1]),
+        (2, 14, 14, 5, 2, [1, 1, 2, 2]),
+        (1, 7, 7, 5, 1, [2, 2, 2, 2]),
+        (1, 11, 5, 3, 1, [1, 1, 1, 1]),
+    ]:
         for before, after in ((True, True), (True, False), (False, True)):
             x = net.conv(net.given(batch, 4, height, width), 8, 4, (1, 1), act="Relu")
             x = net.add("Neg", x)  # so that the first convolution is in no chain

@@ -38,19 +38,33 @@ def test_static_quantization(tmp_path: Path, form: str, kind: str) -> None:
 
     class Reader(q.CalibrationDataReader):
         def __init__(self) -> None:
-            self.left = iter([{"x": np.random.default_rng(i).standard_normal((1, 3, 8, 8)).astype(np.float32)}
-                              for i in range(3)])
+            self.left = iter(
+                [{"x": np.random.default_rng(i).standard_normal((1, 3, 8, 8)).astype(np.float32)} for i in range(3)]
+            )
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.left, None)
 
     torch.manual_seed(0)
-    torch.onnx.export(Net().eval(), (torch.zeros(1, 3, 8, 8),), str(tmp_path / "net.onnx"), input_names=["x"],
-                      output_names=["y"], dynamo=False, opset_version=13)
+    torch.onnx.export(
+        Net().eval(),
+        (torch.zeros(1, 3, 8, 8),),
+        str(tmp_path / "net.onnx"),
+        input_names=["x"],
+        output_names=["y"],
+        dynamo=False,
+        opset_version=13,
+    )
     made = tmp_path / "quantized.onnx"
-    q.quantize_static(tmp_path / "net.onnx", made, Reader(), per_channel=True,
-                      quant_format=getattr(q.QuantFormat, form), activation_type=getattr(q.QuantType, kind),
-                      weight_type=q.QuantType.QInt8)
+    q.quantize_static(
+        tmp_path / "net.onnx",
+        made,
+        Reader(),
+        per_channel=True,
+        quant_format=getattr(q.QuantFormat, form),
+        activation_type=getattr(q.QuantType, kind),
+        weight_type=q.QuantType.QInt8,
+    )
     engine = compile(made, tune=False)
     scales = [numpy_helper.to_array(t) for t in onnx.load(made).graph.initializer if t.name == "y_scale"]
     for seed in range(5):
@@ -63,12 +77,20 @@ def test_codes_and_back(axis: int | None) -> None:
     scale = np.array(0.1, np.float32) if axis is None else np.array([0.1, 0.03, 1.7, 0.25], np.float32)
     zero = np.array(7, np.uint8) if axis is None else np.array([0, 255, 128, 3], np.uint8)
     given = {} if axis is None else {"axis": axis}
-    nodes = [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["codes"], **given),
-             helper.make_node("DequantizeLinear", ["codes", "s", "z"], ["y"], **given)]
-    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, (3, 4, 4))],
-                              [helper.make_tensor_value_info("codes", TensorProto.UINT8, (3, 4, 4)),
-                               helper.make_tensor_value_info("y", TensorProto.FLOAT, (3, 4, 4))],
-                              [numpy_helper.from_array(scale, "s"), numpy_helper.from_array(zero, "z")])
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["codes"], **given),
+        helper.make_node("DequantizeLinear", ["codes", "s", "z"], ["y"], **given),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (3, 4, 4))],
+        [
+            helper.make_tensor_value_info("codes", TensorProto.UINT8, (3, 4, 4)),
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, (3, 4, 4)),
+        ],
+        [numpy_helper.from_array(scale, "s"), numpy_helper.from_array(zero, "z")],
+    )
     data = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString()
     x = 10 * np.random.default_rng(0).standard_normal((3, 4, 4)).astype(np.float32)
     codes, y = compile(data, tune=False)(x)
@@ -87,15 +109,23 @@ def test_codes_between_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, w
 
     class Reader(q.CalibrationDataReader):
         def __init__(self) -> None:
-            self.left = iter([{"x": np.random.default_rng(i).standard_normal((2, 4, 9, 9)).astype(np.float32)}
-                              for i in range(3)])
+            self.left = iter(
+                [{"x": np.random.default_rng(i).standard_normal((2, 4, 9, 9)).astype(np.float32)} for i in range(3)]
+            )
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.left, None)
 
     torch.manual_seed(0)
-    torch.onnx.export(Block().eval(), (torch.zeros(2, 4, 9, 9),), str(tmp_path / "net.onnx"), input_names=["x"],
-                      output_names=["y"], dynamo=False, opset_version=13)
+    torch.onnx.export(
+        Block().eval(),
+        (torch.zeros(2, 4, 9, 9),),
+        str(tmp_path / "net.onnx"),
+        input_names=["x"],
+        output_names=["y"],
+        dynamo=False,
+        opset_version=13,
+    )
     made = tmp_path / "quantized.onnx"
     q.quantize_static(tmp_path / "net.onnx", made, Reader(), per_channel=True, weight_type=q.QuantType.QInt8)
     native = target("native")

@@ -110,8 +110,9 @@ def test_narrow_weights_are_widened_once_at_load(small, bits, tmp_path):
     assert narrow.ByteSize() < wide.ByteSize()
 
 
-@pytest.mark.parametrize("change", [
-    "affine", "group", "sparse", "sparse list", "half", "int8", "product", "wide affine"])
+@pytest.mark.parametrize(
+    "change", ["affine", "group", "sparse", "sparse list", "half", "int8", "product", "wide affine"]
+)
 def test_every_kind_gives_its_decoded_values(small, change, tmp_path):
     _, structure = small
     draw, shape = np.random.default_rng(0), (8, 8, 3, 3)
@@ -197,8 +198,9 @@ def test_a_small_perceptron_fits_its_bytes():
             return self.c(torch.relu(self.b(torch.relu(self.a(x)))))
 
     structure = trace(Perceptron(), torch.zeros(1, 40))
-    stored = {n: Plain(w.astype(np.float16)) if w.ndim == 1 else grids(structure, 8)[n]
-              for n, w in structure.weights.items()}
+    stored = {
+        n: Plain(w.astype(np.float16)) if w.ndim == 1 else grids(structure, 8)[n] for n, w in structure.weights.items()
+    }
     counted = sum(value.storage().size_bytes for value in stored.values())
     assert structure.write(stored).ByteSize() - counted < 700
 
@@ -242,15 +244,25 @@ def test_a_model_that_torch_cannot_export_is_an_export_error():
 
 def test_from_onnx_folds_batch_norm_and_keeps_names(tmp_path):
     draw = np.random.default_rng(0)
-    tensors = {"w": draw.standard_normal((4, 1, 3, 3)), "g": draw.random(4) + 1, "b": draw.random(4),
-               "m": draw.random(4), "v": draw.random(4) + 1}
-    nodes = [helper.make_node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1]),
-             helper.make_node("BatchNormalization", ["c", "g", "b", "m", "v"], ["n"]),
-             helper.make_node("Relu", ["n"], ["y"])]
+    tensors = {
+        "w": draw.standard_normal((4, 1, 3, 3)),
+        "g": draw.random(4) + 1,
+        "b": draw.random(4),
+        "m": draw.random(4),
+        "v": draw.random(4) + 1,
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("BatchNormalization", ["c", "g", "b", "m", "v"], ["n"]),
+        helper.make_node("Relu", ["n"], ["y"]),
+    ]
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 1, 8, 8])],
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 1, 8, 8])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4, 8, 8])],
-        [numpy_helper.from_array(v.astype(np.float32), k) for k, v in tensors.items()])
+        [numpy_helper.from_array(v.astype(np.float32), k) for k, v in tensors.items()],
+    )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     onnx.save(proto, tmp_path / "m.onnx")
     structure = Structure.from_onnx(tmp_path / "m.onnx", images())

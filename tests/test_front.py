@@ -13,8 +13,9 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 def test_the_search_makes_zeros_by_methods_on_the_measured_front() -> None:
     script = evidence.load("fine-tuning")
-    record, overhead = (json.loads((RESULTS / name).read_text(encoding="utf-8"))
-                        for name in ("fine-tuning.json", "bench/overhead.json"))
+    record, overhead = (
+        json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in ("fine-tuning.json", "bench/overhead.json")
+    )
     points = script.standing(record, overhead)
     best = evidence.front(points)
     assert len(points) == len(script.METHODS) - 1

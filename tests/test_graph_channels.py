@@ -476,8 +476,11 @@ def test_a_walk_that_goes_round_without_end_is_stopped() -> None:
     class Last(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net = transformers.LlamaModel(transformers.LlamaConfig(
-                hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, vocab_size=50))
+            self.net = transformers.LlamaModel(
+                transformers.LlamaConfig(
+                    hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, vocab_size=50
+                )
+            )
 
         def forward(self, input_ids: Tensor) -> Tensor:
             return self.net(input_ids=input_ids).last_hidden_state

@@ -23,15 +23,23 @@ LAST = draw.standard_normal((8, 32)).astype(np.float32)
 
 
 def dense(weight=WEIGHT):
-    nodes = [helper.make_node("Gemm", ["x", "w"], ["h"], transB=1), helper.make_node("Relu", ["h"], ["r"]),
-             helper.make_node("Gemm", ["r", "v"], ["y"], transB=1)]
+    nodes = [
+        helper.make_node("Gemm", ["x", "w"], ["h"], transB=1),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Gemm", ["r", "v"], ["y"], transB=1),
+    ]
     return model(nodes, {"w": weight, "v": LAST})
 
 
 def model(nodes, tensors, opset=20):
     held = [t if isinstance(t, TensorProto) else numpy_helper.from_array(t, name) for name, t in tensors.items()]
-    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 64])],
-                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 8])], held)
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 8])],
+        held,
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
 
 
@@ -83,11 +91,15 @@ def test_four_bits_that_are_read_in_another_order():
 
 def dynamic(codes, scale):
     """Dynamic int8 as the runtimes' own tools write it: u8 activations times s8 weights."""
-    nodes = [helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
-             helper.make_node("MatMulInteger", ["q", "w", "z"], ["i"]),
-             helper.make_node("Cast", ["i"], ["f"], to=TensorProto.FLOAT), helper.make_node("Mul", ["s", "t"], ["st"]),
-             helper.make_node("Mul", ["f", "st"], ["h"]), helper.make_node("Relu", ["h"], ["r"]),
-             helper.make_node("Gemm", ["r", "v"], ["y"], transB=1)]
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+        helper.make_node("MatMulInteger", ["q", "w", "z"], ["i"]),
+        helper.make_node("Cast", ["i"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["s", "t"], ["st"]),
+        helper.make_node("Mul", ["f", "st"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Gemm", ["r", "v"], ["y"], transB=1),
+    ]
     return model(nodes, {"w": codes.T.astype(np.int8), "t": np.float32(scale).reshape(()), "v": LAST})
 
 
@@ -110,10 +122,12 @@ def test_products_of_bytes_that_saturate_are_named():
 
 def test_a_graph_of_dequantize_nodes_is_looked_at_too():
     scale, zero8, zero = np.float32(0.02), np.uint8(0), np.int8(0)
-    nodes = [helper.make_node("QuantizeLinear", ["x", "s", "zu"], ["q"]),
-             helper.make_node("DequantizeLinear", ["q", "s", "zu"], ["a"]),
-             helper.make_node("DequantizeLinear", ["w", "s", "zs"], ["b"]),
-             helper.make_node("MatMul", ["a", "b"], ["y"])]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "zu"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "zu"], ["a"]),
+        helper.make_node("DequantizeLinear", ["w", "s", "zs"], ["b"]),
+        helper.make_node("MatMul", ["a", "b"], ["y"]),
+    ]
     tensors = {"w": np.full((64, 8), 120, np.int8), "s": np.array(scale), "zu": np.array(zero8), "zs": np.array(zero)}
     assert "can saturate" in guard.saturating(model(nodes, tensors))
     tensors["zu"] = np.array(np.int8(0))
@@ -141,10 +155,13 @@ def test_saturation_on_this_machine_is_refused_with_its_reason():
 
 def test_static_ranges_that_clip_the_activations():
     """Static int8 that took MiniLM to .357: outliers decide the range, or are cut off."""
-    nodes = [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
-             helper.make_node("DequantizeLinear", ["q", "s", "z"], ["a"]),
-             helper.make_node("Gemm", ["a", "w"], ["h"], transB=1), helper.make_node("Relu", ["h"], ["r"]),
-             helper.make_node("Gemm", ["r", "v"], ["y"], transB=1)]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["a"]),
+        helper.make_node("Gemm", ["a", "w"], ["h"], transB=1),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Gemm", ["r", "v"], ["y"], transB=1),
+    ]
     clipped = model(nodes, {"s": np.float32(0.0005).reshape(()), "z": np.array(0, np.uint8), "w": WEIGHT, "v": LAST})
     with pytest.raises(ExportError, match="may change"):
         guard.guard(clipped, inputs(), expected(), exact=False)
@@ -184,8 +201,9 @@ def test_a_factorisation_whose_export_is_written_out():
     nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"])]
     written_out = model(nodes, {"w": a @ b})
     assert "1,024 values" in guard.bloated(written_out, values=a.size + b.size)
-    kept = model([helper.make_node("MatMul", ["x", "a"], ["i"]), helper.make_node("MatMul", ["i", "b"], ["y"])],
-                 {"a": a, "b": b})
+    kept = model(
+        [helper.make_node("MatMul", ["x", "a"], ["i"]), helper.make_node("MatMul", ["i", "b"], ["y"])], {"a": a, "b": b}
+    )
     assert guard.bloated(kept, values=a.size + b.size) == guard.bloated(kept) == ""
 
 

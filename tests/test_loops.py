@@ -46,8 +46,9 @@ def test_gradient_accumulation_counts_optimizer_steps() -> None:
     assert zeros(model) == 144
 
 
-@pytest.mark.parametrize("make", [
-    lambda p: torch.optim.SGD(p, 0.1), lambda p: torch.optim.AdamW(p, fused=True)], ids=["foreach", "fused"])
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.SGD(p, 0.1), lambda p: torch.optim.AdamW(p, fused=True)], ids=["foreach", "fused"]
+)
 def test_a_step_that_the_scaler_skips_does_not_advance_the_schedule(make) -> None:
     model = net()
     optimizer = make(model.parameters())
@@ -125,8 +126,16 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
     model = Classifier()
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     settings = transformers.TrainingArguments(
-        str(tmp_path), max_steps=STEPS, per_device_train_batch_size=8, gradient_accumulation_steps=2, use_cpu=True,
-        report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no")
+        str(tmp_path),
+        max_steps=STEPS,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
     data = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
     trainer = transformers.Trainer(model, settings, train_dataset=data, optimizers=(optimizer, None))
     with Prune(0.75, every=1).attached(model, optimizer, steps=STEPS) as driver:

@@ -16,22 +16,40 @@ from lilliput.export.onnx import Session, narrow
 
 
 def network(nodes, tensors, shape, out, kind=TensorProto.FLOAT):
-    held = [numpy_helper.from_array(np.asarray(v, np.float32 if np.asarray(v).dtype.kind == "f" else np.int64), k)
-            for k, v in tensors.items()]
-    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", kind, ["batch", *shape])],
-                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", *out])], held)
+    held = [
+        numpy_helper.from_array(np.asarray(v, np.float32 if np.asarray(v).dtype.kind == "f" else np.int64), k)
+        for k, v in tensors.items()
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", kind, ["batch", *shape])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", *out])],
+        held,
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
 
 
 def convolutions(width=8):
     draw = np.random.default_rng(0)
-    nodes = [helper.make_node("Conv", ["x", "first"], ["a"], pads=[1, 1, 1, 1]), helper.make_node("Relu", ["a"], ["b"]),
-             helper.make_node("Conv", ["b", "second"], ["c"], group=width, strides=[2, 2]),
-             helper.make_node("GlobalAveragePool", ["c"], ["d"]), helper.make_node("Flatten", ["d"], ["e"]),
-             helper.make_node("Gemm", ["e", "last"], ["y"], transB=1)]
-    return network(nodes, {"first": draw.standard_normal((width, 1, 3, 3)),
-                           "second": draw.standard_normal((width, 1, 3, 3)),
-                           "last": draw.standard_normal((3, width))}, (1, 9, 9), (3,))
+    nodes = [
+        helper.make_node("Conv", ["x", "first"], ["a"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Conv", ["b", "second"], ["c"], group=width, strides=[2, 2]),
+        helper.make_node("GlobalAveragePool", ["c"], ["d"]),
+        helper.make_node("Flatten", ["d"], ["e"]),
+        helper.make_node("Gemm", ["e", "last"], ["y"], transB=1),
+    ]
+    return network(
+        nodes,
+        {
+            "first": draw.standard_normal((width, 1, 3, 3)),
+            "second": draw.standard_normal((width, 1, 3, 3)),
+            "last": draw.standard_normal((3, width)),
+        },
+        (1, 9, 9),
+        (3,),
+    )
 
 
 def images(count=2):
@@ -46,13 +64,23 @@ def test_macs_of_convolutions_groups_strides_and_products():
 
 
 def test_macs_of_attention_and_recurrent_cells():
-    product = network([helper.make_node("Transpose", ["x"], ["t"], perm=[0, 2, 1]),
-                       helper.make_node("MatMul", ["x", "t"], ["y"])], {}, (5, 6), (5, 5))
+    product = network(
+        [helper.make_node("Transpose", ["x"], ["t"], perm=[0, 2, 1]), helper.make_node("MatMul", ["x", "t"], ["y"])],
+        {},
+        (5, 6),
+        (5, 5),
+    )
     assert count(product, np.zeros((3, 5, 6), np.float32)).macs == 5 * 5 * 6
-    cell = network([helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0, 2]),
-                    helper.make_node("GRU", ["t", "w", "r"], ["", "h"], hidden_size=4),
-                    helper.make_node("Squeeze", ["h", "zero"], ["y"])],
-                   {"w": np.zeros((1, 12, 3)), "r": np.zeros((1, 12, 4)), "zero": np.array([0])}, (7, 3), (4,))
+    cell = network(
+        [
+            helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0, 2]),
+            helper.make_node("GRU", ["t", "w", "r"], ["", "h"], hidden_size=4),
+            helper.make_node("Squeeze", ["h", "zero"], ["y"]),
+        ],
+        {"w": np.zeros((1, 12, 3)), "r": np.zeros((1, 12, 4)), "zero": np.array([0])},
+        (7, 3),
+        (4,),
+    )
     assert count(cell, np.zeros((1, 7, 3), np.float32)).macs == 7 * 12 * (3 + 4)
     with pytest.raises(ValueError, match=r"x must have the shape \(batch, 7, 3\), got \(1, 7, 9\)"):
         count(cell, np.zeros((1, 7, 9), np.float32))
@@ -87,10 +115,19 @@ def measured(ms=1.0):
     return Measured(ms, ms, ms, 1, 1, 1, "here", 1.0)
 
 
-@pytest.mark.parametrize("a, b", [
-    (Counted(1, 1, 1), measured()), (measured(), Counted(1, 1, 1)), (Counted(1, 1, 1), Estimated(1.0, "m")),
-    (Estimated(1.0, "m"), measured()), (measured(), measured()), (Estimated(1.0, "m"), Estimated(1.0, "n")),
-    (Counted(1, 1, 1), 3), (3, Counted(1, 1, 1))])
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        (Counted(1, 1, 1), measured()),
+        (measured(), Counted(1, 1, 1)),
+        (Counted(1, 1, 1), Estimated(1.0, "m")),
+        (Estimated(1.0, "m"), measured()),
+        (measured(), measured()),
+        (Estimated(1.0, "m"), Estimated(1.0, "n")),
+        (Counted(1, 1, 1), 3),
+        (3, Counted(1, 1, 1)),
+    ],
+)
 def test_costs_of_two_kinds_never_add_up(a, b):
     with pytest.raises(TypeError, match="must not be added"):
         a + b
@@ -102,8 +139,11 @@ def test_costs_of_one_kind_do():
 
 
 def test_latency_is_interleaved_and_says_what_it_was_measured_with():
-    sessions = {"wide": Session(convolutions(32)), "narrow": Session(convolutions(8)),
-                "two": Session(convolutions(8), 2)}
+    sessions = {
+        "wide": Session(convolutions(32)),
+        "narrow": Session(convolutions(8)),
+        "two": Session(convolutions(8), 2),
+    }
     found = latency(sessions, images(), seconds=0.05, least=5, batch=3)
     assert list(found) == ["wide", "narrow", "two"] and found["wide"].ratio == 1.0
     assert len({m.runs for m in found.values()}) == 1 and found["wide"].runs >= 5

@@ -156,26 +156,58 @@ def all_frozen() -> nn.Module:
 
 
 def conv1d() -> nn.Module:
-    return nn.Sequential(nn.Conv1d(2, 12, 3, padding=1), nn.BatchNorm1d(12), nn.ReLU(),
-                         nn.Conv1d(12, 16, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(),
-                         nn.Linear(16, 3))
+    return nn.Sequential(
+        nn.Conv1d(2, 12, 3, padding=1),
+        nn.BatchNorm1d(12),
+        nn.ReLU(),
+        nn.Conv1d(12, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    )
 
 
 def grouped() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1, groups=4),
-                         nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1, groups=4),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    )
 
 
 def depthwise() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1, groups=16),
-                         nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1),
-                         nn.Flatten(), nn.Linear(24, 3))
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1, groups=16),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 1),
+        nn.ReLU6(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(24, 3),
+    )
 
 
 def norm_first() -> nn.Module:
     """A batch norm that no layer comes before: it stays one."""
-    return nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+    return nn.Sequential(
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Conv2d(3, 16, 3),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    )
 
 
 def dropout() -> nn.Module:
@@ -214,8 +246,12 @@ KINDS = [
     kind("own parameters", Own, normal(8), "has parameters of its own"),
     kind("LSTM", lambda: Recurrent(nn.LSTM(4, 12, batch_first=True)), normal(6, 4)),
     kind("GRU", lambda: Recurrent(nn.GRU(4, 12, batch_first=True)), normal(6, 4), slow=True),
-    kind("two-way LSTM", lambda: Recurrent(nn.LSTM(4, 8, 2, batch_first=True, bidirectional=True)), normal(6, 4),
-         slow=True),
+    kind(
+        "two-way LSTM",
+        lambda: Recurrent(nn.LSTM(4, 8, 2, batch_first=True, bidirectional=True)),
+        normal(6, 4),
+        slow=True,
+    ),
     kind("attention", Attention, normal(5, 4), "share its embed_dim"),
     kind("heads", Heads, normal(5, 4), "the model fails without some of them", slow=True),
     kind("encoder", encoder, normal(5, 4), "share its embed_dim", slow=True),
@@ -243,8 +279,8 @@ def toy(build: Callable[[], nn.Module], data: Callable[[], Any]) -> tuple[nn.Mod
 
 @pytest.mark.parametrize(("build", "data", "left"), KINDS)
 def test_it_is_shrunk_or_left_alone_and_never_broken(
-        build: Callable[[], nn.Module], data: Callable[[], Any], left: str, tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch) -> None:
+    build: Callable[[], nn.Module], data: Callable[[], Any], left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(finish, "SECONDS_EACH", 0.02)
     model, task = toy(build, data)
     before = {name: value.clone() for name, value in model.state_dict().items()}

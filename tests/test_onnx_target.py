@@ -37,14 +37,28 @@ def place(tmp_path: Path) -> Path:
     def held(name: str, *shape: int) -> TensorProto:
         return numpy_helper.from_array((draw.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype("f"), name)
 
-    nodes = [helper.make_node("Conv", ["x", "conv.w", "conv.b"], ["c"], pads=[1, 1]),
-             helper.make_node("Relu", ["c"], ["r"]), helper.make_node("Flatten", ["r"], ["f"]),
-             helper.make_node("MatMul", ["f", "mat"], ["m"]), helper.make_node("Relu", ["m"], ["n"]),
-             helper.make_node("Gemm", ["n", "gemm.w", "gemm.b"], ["y"], transB=1)]
-    tensors = [held("conv.w", 8, 2, 3), held("conv.b", 8), held("mat", 96, 32), held("gemm.w", 4, 32),
-               held("gemm.b", 4)]
-    graph = helper.make_graph(nodes, "net", [helper.make_tensor_value_info("x", 1, [1, 2, 12])],
-                              [helper.make_tensor_value_info("y", 1, [1, 4])], tensors)
+    nodes = [
+        helper.make_node("Conv", ["x", "conv.w", "conv.b"], ["c"], pads=[1, 1]),
+        helper.make_node("Relu", ["c"], ["r"]),
+        helper.make_node("Flatten", ["r"], ["f"]),
+        helper.make_node("MatMul", ["f", "mat"], ["m"]),
+        helper.make_node("Relu", ["m"], ["n"]),
+        helper.make_node("Gemm", ["n", "gemm.w", "gemm.b"], ["y"], transB=1),
+    ]
+    tensors = [
+        held("conv.w", 8, 2, 3),
+        held("conv.b", 8),
+        held("mat", 96, 32),
+        held("gemm.w", 4, 32),
+        held("gemm.b", 4),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info("x", 1, [1, 2, 12])],
+        [helper.make_tensor_value_info("y", 1, [1, 4])],
+        tensors,
+    )
     save(graph, 18, tmp_path / "net.onnx")
     x = draw.standard_normal((80, 2, 12)).astype("f")
     np.savez(tmp_path / "data.npz", x=x)
@@ -63,7 +77,8 @@ def test_a_file_is_made_smaller_and_stays_the_same_function(place: Path) -> None
     assert summary["dense"]["val"] == 1.0  # it says what it says
     assert chosen["onnx_bytes"] < dense["onnx_bytes"] / 2.5 and chosen["packed_bytes"] < dense["packed_bytes"] / 4
     assert {"name": "training", "reason": "an ONNX file has no parameters that could be trained or removed"} in (
-        summary["left_alone"])
+        summary["left_alone"]
+    )
     names = [point["name"] for point in summary["points"]]
     assert "same structure, 8 bits without training" in names and any("4 bits on average" in name for name in names)
     assert {row["bits"] for row in chosen["layers"]} <= set(range(2, 9))
@@ -116,11 +131,16 @@ def test_two_files_with_the_same_weights_have_different_keys(place: Path) -> Non
 
 
 def test_a_size_that_is_free_can_be_fixed(tmp_path: Path) -> None:
-    graph = helper.make_graph([helper.make_node("ReduceMean", ["x"], ["m"], axes=[1], keepdims=0),
-                               helper.make_node("MatMul", ["m", "w"], ["y"])], "net",
-                              [helper.make_tensor_value_info("x", 1, ["n", "t", 3])],
-                              [helper.make_tensor_value_info("y", 1, ["n", 2])],
-                              [numpy_helper.from_array(np.ones((3, 2), "f"), "w")])
+    graph = helper.make_graph(
+        [
+            helper.make_node("ReduceMean", ["x"], ["m"], axes=[1], keepdims=0),
+            helper.make_node("MatMul", ["m", "w"], ["y"]),
+        ],
+        "net",
+        [helper.make_tensor_value_info("x", 1, ["n", "t", 3])],
+        [helper.make_tensor_value_info("y", 1, ["n", 2])],
+        [numpy_helper.from_array(np.ones((3, 2), "f"), "w")],
+    )
     save(graph, 17, tmp_path / "net.onnx")
     np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).standard_normal((8, 10, 3)).astype("f"))
     _, task = load_target(tmp_path / "net.onnx", tmp_path / "data.npz", ["x=1x4x3"])
@@ -140,8 +160,10 @@ def test_what_is_wrong_with_the_data_is_said_and_nothing_written(place: Path) ->
     np.savez(place / "objects.npz", x=np.array([{}] * 8, dtype=object))
     (place / "text.npz").write_text("no archive")
     for arguments, said in [
-        ([], "needs --calib"), (["--calib", "nowhere.npz"], "got nowhere.npz"),
-        (["--calib", str(place / "names.npz")], "misses ['x']"), (["--calib", str(place / "few.npz")], "at least 4"),
+        ([], "needs --calib"),
+        (["--calib", "nowhere.npz"], "got nowhere.npz"),
+        (["--calib", str(place / "names.npz")], "misses ['x']"),
+        (["--calib", str(place / "few.npz")], "at least 4"),
         (["--calib", str(place / "lengths.npz")], "as many of each"),
         (["--calib", str(place / "shape.npz")], "must run on several examples"),
         (["--calib", str(place / "targets.npz")], "the outputs' shape (80, 4)"),

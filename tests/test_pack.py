@@ -22,13 +22,23 @@ from lilliput.export.onnx import Session
 
 def model(weight):
     """x (batch, 8) -> Gemm with `weight` (16, 8), a bias and a small constant."""
-    nodes = [helper.make_node("Gemm", ["x", "w", "b"], ["h"], transB=1), helper.make_node("Relu", ["h"], ["r"]),
-             helper.make_node("Reshape", ["r", "shape"], ["y"])]
-    tensors = [numpy_helper.from_array(weight.astype(np.float32), "w"),
-               numpy_helper.from_array(np.linspace(-1, 1, 16, dtype=np.float32), "b"),
-               numpy_helper.from_array(np.array([-1, 4, 4]), "shape")]
-    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 8])],
-                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4, 4])], tensors)
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", "b"], ["h"], transB=1),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Reshape", ["r", "shape"], ["y"]),
+    ]
+    tensors = [
+        numpy_helper.from_array(weight.astype(np.float32), "w"),
+        numpy_helper.from_array(np.linspace(-1, 1, 16, dtype=np.float32), "b"),
+        numpy_helper.from_array(np.array([-1, 4, 4]), "shape"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4, 4])],
+        tensors,
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
 
 
@@ -50,11 +60,15 @@ def sparse(values, share=0.3, block=None, seed=0):
     for axis, b in enumerate(block or ()):
         mask = np.repeat(mask, b, axis)
     kept = int(mask.sum())
-    inner = {"float32": lambda: Plain(draw.standard_normal(kept).astype(np.float32)),
-             "float16": lambda: Plain(draw.standard_normal(kept).astype(np.float16)),
-             "grid": lambda: grid((kept,), 4, per="tensor"),
-             "whole": lambda: grid((16, 8), 5), "affine": lambda: grid((16, 8), 3, affine=True),
-             "group": lambda: grid((16, 8), 3, group=4), "plain": lambda: Plain(np.ones((16, 8), np.float16))}[values]()
+    inner = {
+        "float32": lambda: Plain(draw.standard_normal(kept).astype(np.float32)),
+        "float16": lambda: Plain(draw.standard_normal(kept).astype(np.float16)),
+        "grid": lambda: grid((kept,), 4, per="tensor"),
+        "whole": lambda: grid((16, 8), 5),
+        "affine": lambda: grid((16, 8), 3, affine=True),
+        "group": lambda: grid((16, 8), 3, group=4),
+        "plain": lambda: Plain(np.ones((16, 8), np.float16)),
+    }[values]()
     return Sparse(mask, inner, block)
 
 
@@ -70,13 +84,18 @@ KINDS = {
     "int8": lambda: Plain(np.arange(128, dtype=np.int8).reshape(16, 8) - 64),
     **{f"grid{b}": lambda b=b: grid((16, 8), b) for b in (2, 3, 4, 5, 6, 8, 11)},
     **{f"affine{b}": lambda b=b: grid((16, 8), b, affine=True) for b in (1, 3, 8)},
-    "tensor": lambda: grid((16, 8), 4, per="tensor"), "group": lambda: grid((16, 8), 3, group=4),
+    "tensor": lambda: grid((16, 8), 4, per="tensor"),
+    "group": lambda: grid((16, 8), 3, group=4),
     "coded": lambda: Grid(np.eye(16, 8, dtype=int), 8, half(np.ones((1, 1)))),
     "zeros": lambda: Grid(np.zeros((16, 8), int), 2, half(np.ones((1, 1)))),
-    **{f"sparse {v}": lambda v=v: sparse(v)
-       for v in ("float32", "float16", "grid", "whole", "affine", "group", "plain")},
-    "sparse 5%": lambda: sparse("float32", 0.05), "sparse 95%": lambda: sparse("float32", 0.95),
-    "sparse none": lambda: sparse("float32", 0.0), "blocks": lambda: sparse("whole", 0.5, (4, 2)),
+    **{
+        f"sparse {v}": lambda v=v: sparse(v)
+        for v in ("float32", "float16", "grid", "whole", "affine", "group", "plain")
+    },
+    "sparse 5%": lambda: sparse("float32", 0.05),
+    "sparse 95%": lambda: sparse("float32", 0.95),
+    "sparse none": lambda: sparse("float32", 0.0),
+    "blocks": lambda: sparse("whole", 0.5, (4, 2)),
     "2:4": two_of_four,
     "product": lambda: Product((grid((16, 3), 4), grid((3, 8), 5, affine=True)), (16, 8)),
     "product of sparse": lambda: Product((sparse("float32"), Plain(np.eye(8, dtype=np.float16))), (16, 8)),
@@ -218,8 +237,9 @@ def test_a_tensor_of_another_shape_and_a_subgraph_are_refused(tmp_path):
     with pytest.raises(ExportError, match=r"must have the shape \(16, 8\)"):
         pack.write(model(np.ones((16, 8))), {"w": Plain(np.ones((8, 8), np.float32))}, tmp_path / "model.lil")
     proto = model(np.ones((16, 8)))
-    branch = helper.make_graph([helper.make_node("Relu", ["h"], ["z"])], "b", [],
-                               [helper.make_empty_tensor_value_info("z")])
+    branch = helper.make_graph(
+        [helper.make_node("Relu", ["h"], ["z"])], "b", [], [helper.make_empty_tensor_value_info("z")]
+    )
     proto.graph.node[1].CopyFrom(helper.make_node("If", ["c"], ["r"], then_branch=branch, else_branch=branch))
     proto.graph.input.append(helper.make_tensor_value_info("c", TensorProto.BOOL, []))
     with pytest.raises(ExportError, match="subgraph"):
@@ -238,13 +258,19 @@ def test_every_standard_operator_and_attribute_has_its_number():
         assert hashlib.sha256(" ".join(names[:length]).encode()).hexdigest()[:16] == digest
 
 
-@pytest.mark.parametrize("op_type, attributes", [
-    ("Softmax", {"axis": -1}), ("LeakyRelu", {"alpha": 0.3}),
-    ("NewOp", {"word": "a", "words": ["b", "c"], "f": [0.5, 2.0]})])
+@pytest.mark.parametrize(
+    "op_type, attributes",
+    [
+        ("Softmax", {"axis": -1}),
+        ("LeakyRelu", {"alpha": 0.3}),
+        ("NewOp", {"word": "a", "words": ["b", "c"], "f": [0.5, 2.0]}),
+    ],
+)
 def test_attributes_of_every_type_come_back(op_type, attributes):
     proto = model(np.ones((16, 8)))
-    proto.graph.node[1].CopyFrom(helper.make_node(op_type, ["h"], ["r"], domain="own" if op_type == "NewOp" else "",
-                                                  **attributes))
+    proto.graph.node[1].CopyFrom(
+        helper.make_node(op_type, ["h"], ["r"], domain="own" if op_type == "NewOp" else "", **attributes)
+    )
     proto.opset_import.append(helper.make_opsetid("own", 2))
     head, _ = pack._head(proto, pack._prepared(proto, {})[1])
     reader = pack._Reader(pack._expanded(head[1], head[0]))
@@ -252,9 +278,11 @@ def test_attributes_of_every_type_come_back(op_type, attributes):
     for attribute in proto.graph.node[1].attribute:
         back = pack._read_attribute(pack._Reader(pack._attribute(attribute)))
         assert back.type == attribute.type and back.name == attribute.name
-        assert np.all(np.isclose(helper.get_attribute_value(back), helper.get_attribute_value(attribute))
-                      if attribute.type in (1, 6) else
-                      helper.get_attribute_value(back) == helper.get_attribute_value(attribute))
+        assert np.all(
+            np.isclose(helper.get_attribute_value(back), helper.get_attribute_value(attribute))
+            if attribute.type in (1, 6)
+            else helper.get_attribute_value(back) == helper.get_attribute_value(attribute)
+        )
 
 
 def test_numbers_and_bits_survive():

@@ -35,8 +35,11 @@ def methods() -> list[Any]:
     found = []
     for entry in registry.methods():
         for settings in _contracts.MADE.get(entry.name, [{}])[:1] if entry.family == "prune" else []:
-            found += [pytest.param(entry.name, settings, kind, id=f"{entry.name}-{kind}")
-                      for kind in ("Stage", "Rule") if kind in entry.kinds]
+            found += [
+                pytest.param(entry.name, settings, kind, id=f"{entry.name}-{kind}")
+                for kind in ("Stage", "Rule")
+                if kind in entry.kinds
+            ]
     return found
 
 
@@ -52,8 +55,16 @@ def task(dtype: torch.dtype = torch.float32) -> Task:
 
 def net() -> nn.Sequential:
     torch.manual_seed(0)
-    made = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1),
-                         nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+    made = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 4),
+    )
     made(torch.randn(16, 2, 5, 5))
     return made.eval()
 
@@ -155,8 +166,16 @@ def test_shared_tied_empty_and_complex_tensors(name: str, settings: dict[str, An
 @every
 def test_a_layer_with_one_channel(name: str, settings: dict[str, Any], kind: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 1, 3, padding=1), nn.BatchNorm2d(1), nn.ReLU(), nn.Conv2d(1, 6, 1), nn.ReLU(),
-                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(2, 1, 3, padding=1),
+        nn.BatchNorm2d(1),
+        nn.ReLU(),
+        nn.Conv2d(1, 6, 1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 4),
+    ).eval()
     try:
         result = used(name, settings, kind, model, task())
     except ValueError as error:
@@ -167,8 +186,9 @@ def test_a_layer_with_one_channel(name: str, settings: dict[str, Any], kind: str
         assert value.dim() < 2 or kind == "Stage" or bool((value != 0).any()), key
 
 
-@pytest.mark.parametrize(("name", "settings", "kind"), [p for p in METHODS if hasattr(registry.lookup(p.values[0]),
-                                                                                      "sparsity")])
+@pytest.mark.parametrize(
+    ("name", "settings", "kind"), [p for p in METHODS if hasattr(registry.lookup(p.values[0]), "sparsity")]
+)
 @pytest.mark.parametrize("sparsity", [1.0, -0.1, 90.0, float("nan")])
 def test_sparsity_out_of_range(name: str, settings: dict[str, Any], kind: str, sparsity: float) -> None:
     given = {key: value for key, value in settings.items() if key != "allocation"}
@@ -179,8 +199,9 @@ def test_sparsity_out_of_range(name: str, settings: dict[str, Any], kind: str, s
         assert "write 0.9" in str(error.value)
 
 
-@pytest.mark.parametrize("pattern", ["elements", "even", "2:4", "2:4 out", "channel", "column", "head 2", "block 2x2",
-                                     "engine"])
+@pytest.mark.parametrize(
+    "pattern", ["elements", "even", "2:4", "2:4 out", "channel", "column", "head 2", "block 2x2", "engine"]
+)
 def test_sparsity_zero_keeps_everything_and_nearly_one_keeps_a_unit(pattern: str) -> None:
     model = nn.Linear(8, 8)
     assert torch.equal(Prune(0.0, pattern=pattern)(model, None, None).weight, model.weight)
@@ -194,8 +215,9 @@ def test_sparsity_zero_keeps_everything_and_nearly_one_keeps_a_unit(pattern: str
 def test_a_pattern_that_divides_no_shape_says_so_and_one_that_divides_some_leaves_the_rest() -> None:
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 8), nn.Linear(8, 8))
     rule = Prune(0.5, pattern="block 4x4")
-    assert set(rule.left(model)) == {"0.weight", "1.weight"} and all("divide" in why for why in rule.left(
-        model).values())
+    assert set(rule.left(model)) == {"0.weight", "1.weight"} and all(
+        "divide" in why for why in rule.left(model).values()
+    )
     pruned = rule(model, None, None)
     assert set(codes(pruned)) == {"2.weight"}
     for pattern in ("2:4", "2:4 out", "head 3", "block 4x1", "kernel"):
@@ -231,6 +253,7 @@ def test_two_at_work_in_one_process_do_not_see_each_other(make: Any) -> None:
                     optimizer.step()
                     yield
             yield model
+
         return walk()
 
     def alone(seed: int, rule: Any) -> nn.Module:

@@ -11,8 +11,14 @@ from lilliput.recipe import next_key, start_key
 from lilliput.store import Store
 from lilliput.workshop import Workshop
 
-RECIPE = Recipe((Student(remove=("a.b",), width=0.5), Train(10, lr=Cosine(1e-2), rules=(Distill(0.5),), until=5),
-                 Prune(0.5), Quantize(4, allocation=(("0.weight", 3),))))
+RECIPE = Recipe(
+    (
+        Student(remove=("a.b",), width=0.5),
+        Train(10, lr=Cosine(1e-2), rules=(Distill(0.5),), until=5),
+        Prune(0.5),
+        Quantize(4, allocation=(("0.weight", 3),)),
+    )
+)
 
 
 def net() -> nn.Module:
@@ -86,8 +92,9 @@ def test_a_rung_continues_the_same_schedule(tmp_path: Path) -> None:
         stepped = rungs.make(Recipe((Train(30, lr=Cosine(1e-2), rules=(Distill(),), until=until),)))
     straight = Workshop(net(), task(), Store(tmp_path / "b")).make(Recipe((whole,)))
     assert rungs.steps == 30
-    assert all(torch.equal(x, y) for x, y in zip(stepped.state_dict().values(), straight.state_dict().values(),
-                                                 strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(stepped.state_dict().values(), straight.state_dict().values(), strict=True)
+    )
 
 
 def test_a_training_that_is_cut_short_is_not_kept_but_continues(tmp_path: Path) -> None:
@@ -99,5 +106,6 @@ def test_a_training_that_is_cut_short_is_not_kept_but_continues(tmp_path: Path) 
     continued = later.make(recipe)
     straight = run(net(), task(), recipe)
     assert later.steps == 19
-    assert all(torch.equal(x, y) for x, y in zip(continued.state_dict().values(), straight.state_dict().values(),
-                                                 strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(continued.state_dict().values(), straight.state_dict().values(), strict=True)
+    )

@@ -24,7 +24,7 @@ from lilliput.workshop import Workshop
 
 pytestmark = pytest.mark.slow  # whole searches, killed and resumed
 
-TARGET = '''
+TARGET = """
 import torch
 from torch import nn
 from lilliput import Task
@@ -37,7 +37,7 @@ def make():
     with torch.no_grad():
         y = (model(x) + 0.1 * torch.randn(160, 3)).argmax(1)
     return model, Task("toy", (x[:96], y[:96]), (x[96:128], y[96:128]), (x[128:], y[128:]))
-'''
+"""
 
 
 def make() -> tuple[nn.Module, Task]:
@@ -74,15 +74,20 @@ def summary(folder: Path) -> dict[str, Any]:
 
 def facts(folder: Path) -> list[Any]:
     """Recipes and scores of everything that was tried, without what was timed."""
-    rows = [{key: value for key, value in row.items() if "latency" not in key and key not in ("flags", "price")}
-            for row in summary(folder)["points"]]
+    rows = [
+        {key: value for key, value in row.items() if "latency" not in key and key not in ("flags", "price")}
+        for row in summary(folder)["points"]
+    ]
     return sorted(rows, key=lambda row: json.dumps(row, sort_keys=True))
 
 
 def trained(folder: Path) -> dict[str, int]:
     """Every finished training and when it was written."""
-    return {key: (folder / "records" / f"{key}.json").stat().st_mtime_ns
-            for key, record in Store(folder / "records").records() if record.get("kind") == "train"}
+    return {
+        key: (folder / "records" / f"{key}.json").stat().st_mtime_ns
+        for key, record in Store(folder / "records").records()
+        if record.get("kind") == "train"
+    }
 
 
 def same(a: Path, b: Path) -> None:
@@ -96,8 +101,20 @@ def same(a: Path, b: Path) -> None:
 @pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_it_equals_the_search_that_was_left_alone(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "toy.py").write_text(TARGET)
-    command = [sys.executable, "-m", "lilliput.cli", "shrink", "toy.py:make", "--floor", "50%", "--trials", "3",
-               "--out", "out", "--resume"]
+    command = [
+        sys.executable,
+        "-m",
+        "lilliput.cli",
+        "shrink",
+        "toy.py:make",
+        "--floor",
+        "50%",
+        "--trials",
+        "3",
+        "--out",
+        "out",
+        "--resume",
+    ]
     records, finished = tmp_path / "out" / "records", dict[str, int]()
     for enough in (3, 7, 11):
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
@@ -145,10 +162,16 @@ def test_damaged_records_and_tensors_are_named_set_aside_and_made_again(again: P
 
 def test_a_full_disk_is_a_clear_error_and_the_search_goes_on_from_there(tmp_path: Path, whole: Path) -> None:
     (tmp_path / "toy.py").write_text(TARGET)
-    code = ("import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\nfrom lilliput.cli import app\napp()")
-    done = subprocess.run([sys.executable, "-c", code, "shrink", "toy.py:make", "--floor", "50%", "--trials", "3",
-                           "--out", "out"], cwd=tmp_path, capture_output=True, text=True)
+    code = (
+        "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\nfrom lilliput.cli import app\napp()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "shrink", "toy.py:make", "--floor", "50%", "--trials", "3", "--out", "out"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and "could not be written" in done.stderr and "Traceback" not in done.stderr
     store = Store(tmp_path / "out" / "records")
     assert list(store.records()) and store.damaged == []
@@ -191,8 +214,9 @@ def stochastic() -> tuple[nn.Module, Task]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_long_training_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
-                                                     ) -> None:
+def test_a_long_training_goes_on_from_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
     model, task = stochastic()
     recipe = Recipe((Train(40, rules=(Distill(),), batch_size=16, optimizer=optimizer),))
     left_alone = Workshop(model, task, Store(tmp_path / "a")).make(recipe).state_dict()

@@ -75,8 +75,10 @@ def test_what_was_dropped_stays_dropped_and_does_not_move() -> None:
 def test_an_optimizer_that_misses_parameters_is_refused() -> None:
     model = net()
     optimizer = torch.optim.SGD(model[0].parameters(), 0.1)
-    with pytest.raises(ValueError, match=r"must hold every trainable parameter, but misses \['2.weight', '2.bias'\]"), \
-            Prune(0.5).attached(model, optimizer, steps=1):
+    with (
+        pytest.raises(ValueError, match=r"must hold every trainable parameter, but misses \['2.weight', '2.bias'\]"),
+        Prune(0.5).attached(model, optimizer, steps=1),
+    ):
         pass
     assert not codes(model)
 
@@ -85,8 +87,10 @@ def test_a_code_attached_after_the_optimizer_is_refused() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     attach(model, "0.weight", LowRank(2))
-    with pytest.raises(ValueError, match="Make the optimizer after codes are attached"), \
-            Rule().attached(model, optimizer, steps=1):
+    with (
+        pytest.raises(ValueError, match="Make the optimizer after codes are attached"),
+        Rule().attached(model, optimizer, steps=1),
+    ):
         pass
 
 
@@ -101,8 +105,10 @@ class Growing(Rule):
 def test_a_rule_that_adds_parameters_is_refused() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(ValueError, match="Growing: parameters must exist before the optimizer"), \
-            Growing().attached(model, optimizer, steps=1):
+    with (
+        pytest.raises(ValueError, match="Growing: parameters must exist before the optimizer"),
+        Growing().attached(model, optimizer, steps=1),
+    ):
         pass
 
 

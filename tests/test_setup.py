@@ -71,7 +71,7 @@ def test_own_torch_is_kept(tmp_path: Path) -> None:
     later = make("--dry-run", "demo", f"VENV={venv}")
     assert "venv.sh" not in later.stdout, "the choice holds for later commands"
     other = make("--dry-run", "demo", f"VENV={venv}", "TORCH=torch==2.12.0")
-    assert 'venv.sh' in other.stdout and '"torch==2.12.0"' in other.stdout
+    assert "venv.sh" in other.stdout and '"torch==2.12.0"' in other.stdout
 
 
 def test_torch_comes_first_and_alone_then_the_pinned_rest() -> None:

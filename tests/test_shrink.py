@@ -20,7 +20,7 @@ from lilliput.workshop import run
 
 pytestmark = pytest.mark.slow  # whole searches
 
-TARGET = '''
+TARGET = """
 import torch
 from torch import nn
 from lilliput import Task
@@ -33,7 +33,7 @@ def make():
     with torch.no_grad():
         y = (model(x) + 0.05 * torch.randn(240, 3)).argmax(1)
     return model, Task("toy", (x[:128], y[:128]), (x[128:192], y[128:192]), (x[192:], y[192:]))
-'''
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -81,11 +81,19 @@ def test_the_recipe_that_is_written_makes_the_same_network_again(toy: tuple[nn.M
 
 def test_the_same_seed_finds_the_same_whatever_the_workers(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
     model, task = toy
-    a, b = (lilliput.shrink(model, task, floor="20%", trials=3, out=tmp_path / str(workers), workers=workers)
-            for workers in (1, 3))
+    a, b = (
+        lilliput.shrink(model, task, floor="20%", trials=3, out=tmp_path / str(workers), workers=workers)
+        for workers in (1, 3)
+    )
     assert (tmp_path / "1" / "model.lil").read_bytes() == (tmp_path / "3" / "model.lil").read_bytes()
-    names = [sorted((row["name"], row.get("val"), row.get("packed_bytes")) for row in found.summary["points"]
-                    if row["status"] == "done") for found in (a, b)]
+    names = [
+        sorted(
+            (row["name"], row.get("val"), row.get("packed_bytes"))
+            for row in found.summary["points"]
+            if row["status"] == "done"
+        )
+        for found in (a, b)
+    ]
     assert names[0] == names[1]
 
 
@@ -99,8 +107,9 @@ def test_other_objectives(objective: str, toy: tuple[nn.Module, Task], tmp_path:
 
 
 @pytest.mark.slow
-def test_for_latency_the_engine_is_measured_and_its_artifact_written(toy: tuple[nn.Module, Task],
-                                                                     tmp_path: Path) -> None:
+def test_for_latency_the_engine_is_measured_and_its_artifact_written(
+    toy: tuple[nn.Module, Task], tmp_path: Path
+) -> None:
     model, task = toy
     found = lilliput.shrink(model, task, floor="30%", objective="latency", trials=1, out=tmp_path / "out")
     assert found.met and found.chosen is not None
@@ -130,8 +139,11 @@ def test_most_milliseconds_turn_the_question_round(toy: tuple[nn.Module, Task], 
 def test_where_nothing_meets_the_question_the_dense_files_are_written(tmp_path: Path) -> None:
     (tmp_path / "toy_shrink.py").write_text(TARGET)
     out = tmp_path / "out"
-    done = CliRunner().invoke(app, ["shrink", f"{tmp_path}/toy_shrink.py:make", "--trials", "1", "--max-bytes", "50B",
-                                    "--out", str(out)], env={"COLUMNS": "200"})
+    done = CliRunner().invoke(
+        app,
+        ["shrink", f"{tmp_path}/toy_shrink.py:make", "--trials", "1", "--max-bytes", "50B", "--out", str(out)],
+        env={"COLUMNS": "200"},
+    )
     assert done.exit_code == 3 and "FloorNotMet" in done.stderr
     summary = json.loads((out / "summary.json").read_text())
     assert not summary["met"] and summary["chosen"] is None and summary["nearest"]["name"]
@@ -152,14 +164,23 @@ def test_a_relative_floor_is_a_part_of_the_dense_score(toy: tuple[nn.Module, Tas
     assert found.summary["floor"] == pytest.approx(0.2 * found.summary["dense"]["val"])
 
 
-@pytest.mark.parametrize(("settings", "said"), [
-    (dict(floor=1.5), "below 100%, got 1.5"), (dict(objective="speed"), "must be one of size"),
-    (dict(budget=None), "budget or a number of trials must be given"), (dict(budget="-3s"), "must be a time"),
-    (dict(trials=0), "at least 1"), (dict(max_bytes="x"), "must be a size"), (dict(max_latency_ms=-1), "above 0"),
-    (dict(device="cuda:77"), "device must be one that this machine has"), (dict(device="meta"), "must hold values"),
-])
-def test_settings_out_of_range_write_nothing(settings: dict[str, Any], said: str, toy: tuple[nn.Module, Task],
-                                             tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (dict(floor=1.5), "below 100%, got 1.5"),
+        (dict(objective="speed"), "must be one of size"),
+        (dict(budget=None), "budget or a number of trials must be given"),
+        (dict(budget="-3s"), "must be a time"),
+        (dict(trials=0), "at least 1"),
+        (dict(max_bytes="x"), "must be a size"),
+        (dict(max_latency_ms=-1), "above 0"),
+        (dict(device="cuda:77"), "device must be one that this machine has"),
+        (dict(device="meta"), "must hold values"),
+    ],
+)
+def test_settings_out_of_range_write_nothing(
+    settings: dict[str, Any], said: str, toy: tuple[nn.Module, Task], tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         lilliput.shrink(*toy, out=tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()

@@ -28,7 +28,7 @@ def test_tensors_without_a_record_do_not_count(tmp_path: Path) -> None:
     assert store.record("a") is None
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe", b"[1]", b"{\"x\": 1"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe", b"[1]", b'{"x": 1'])
 def test_a_corrupt_record_is_set_aside_and_the_rest_is_used(tmp_path: Path, damage: bytes) -> None:
     store = Store(tmp_path)
     store.put("good", {"x": 1})

@@ -19,7 +19,8 @@ def grid(shape=(8, 12), bits=4, per="channel", affine=False, seed=0):
     codes = draw.integers(low, high + 1, shape)
     group = per if isinstance(per, int) else None
     scale_shape = {"tensor": (1,) * len(shape), "channel": (shape[0],) + (1,) * (len(shape) - 1)}.get(
-        per, (shape[0], codes.size // shape[0] // (group or 1), 1))
+        per, (shape[0], codes.size // shape[0] // (group or 1), 1)
+    )
     scale = half(draw.random(scale_shape) + 0.01)
     zero = draw.integers(low, high + 1, scale_shape) if affine else None
     return Grid(codes, bits, scale, zero, group)
@@ -40,11 +41,18 @@ def test_grid_bits_are_codes_scales_and_zero_points():
     assert grid((8, 12), 3).storage().size_bytes == -(-(96 * 3 + 128) // 8)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"bits": 1}, "bits must be"), ({"codes": np.full((2, 4), 9)}, "must lie in"),
-    ({"codes": np.ones((2, 4))}, "must be integers"), ({"scale": np.array(0.1)}, "exact in float16"),
-    ({"scale": half(np.ones((3, 1)))}, "must broadcast"), ({"group": 3}, "must divide"),
-    ({"zero_point": np.array(9)}, "zero_point must be")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"bits": 1}, "bits must be"),
+        ({"codes": np.full((2, 4), 9)}, "must lie in"),
+        ({"codes": np.ones((2, 4))}, "must be integers"),
+        ({"scale": np.array(0.1)}, "exact in float16"),
+        ({"scale": half(np.ones((3, 1)))}, "must broadcast"),
+        ({"group": 3}, "must divide"),
+        ({"zero_point": np.array(9)}, "zero_point must be"),
+    ],
+)
 def test_grid_says_what_must_hold(change, message):
     good = {"codes": np.ones((2, 4), np.int64), "bits": 4, "scale": half(1.0)}
     if "zero_point" in change:
@@ -122,8 +130,13 @@ def test_entropy_coder_is_exact_and_as_long_as_its_formula(count, bits):
 
 
 @settings(max_examples=60, deadline=None, database=None, derandomize=True)
-@given(st.integers(1, 8).flatmap(lambda b: st.tuples(st.just(b), st.lists(st.tuples(
-    st.integers(0, 2**b - 1), st.integers(1, 2000)), min_size=1, max_size=12))))
+@given(
+    st.integers(1, 8).flatmap(
+        lambda b: st.tuples(
+            st.just(b), st.lists(st.tuples(st.integers(0, 2**b - 1), st.integers(1, 2000)), min_size=1, max_size=12)
+        )
+    )
+)
 def test_entropy_coder_never_needs_more_than_its_formula(case):
     bits, runs = case
     symbols = np.repeat(*np.array(runs).T).astype(np.uint16)

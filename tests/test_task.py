@@ -18,10 +18,18 @@ class Stream(IterableDataset):
         return iter(zip(X, Y, strict=True))
 
 
-@pytest.mark.parametrize("data", [
-    (X.numpy().astype("float64"), Y.numpy()), (X, Y), TensorDataset(X, Y), DataLoader(TensorDataset(X, Y), 7),
-    DataLoader(Stream(), 7), [(X[:3], Y[:3]), [X[3:], Y[3:]]],
-], ids=["arrays", "tensors", "dataset", "loader", "stream", "list"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        (X.numpy().astype("float64"), Y.numpy()),
+        (X, Y),
+        TensorDataset(X, Y),
+        DataLoader(TensorDataset(X, Y), 7),
+        DataLoader(Stream(), 7),
+        [(X[:3], Y[:3]), [X[3:], Y[3:]]],
+    ],
+    ids=["arrays", "tensors", "dataset", "loader", "stream", "list"],
+)
 def test_any_kind_of_data(data) -> None:
     task = Task("any", train=data, val=data)
     inputs, targets = task.split("train")
@@ -88,8 +96,11 @@ def test_divergence_is_zero_at_the_dense_outputs_and_grows() -> None:
 
 
 def test_wrong_data_says_what_must_hold() -> None:
-    for data, text in (((X, Y[:3]), r"one length above zero, got lengths \[3, 20\]"), (([], []), "length above zero"),
-                       (DataLoader(TensorDataset(X[:0], Y[:0])), "must hold at least one batch")):
+    for data, text in (
+        ((X, Y[:3]), r"one length above zero, got lengths \[3, 20\]"),
+        (([], []), "length above zero"),
+        (DataLoader(TensorDataset(X[:0], Y[:0])), "must hold at least one batch"),
+    ):
         with pytest.raises(ValueError, match=f"Task wrong: train .*{text}"):
             Task("wrong", train=data, val=(X, Y))
     for data in (3, "mse"):
@@ -106,9 +117,15 @@ def test_wrong_data_says_what_must_hold() -> None:
 
 
 def test_fingerprints_see_arrays_loss_metric_and_augmentation() -> None:
-    made = [Task("a", (X, Y), (X, Y)), Task("a", (X + 1, Y), (X, Y)), Task("a", (X, 1 - Y), (X, Y)),
-            Task("a", (X, Y), (X, Y), loss=lambda o, t: o.sum()), Task("a", (X, Y), (X, Y), metric="f1"),
-            Task("a", (X, Y), (X, Y), augment=lambda x, seeds: x), Task("a", (X, Y), (X, Y), batch_size=3)]
+    made = [
+        Task("a", (X, Y), (X, Y)),
+        Task("a", (X + 1, Y), (X, Y)),
+        Task("a", (X, 1 - Y), (X, Y)),
+        Task("a", (X, Y), (X, Y), loss=lambda o, t: o.sum()),
+        Task("a", (X, Y), (X, Y), metric="f1"),
+        Task("a", (X, Y), (X, Y), augment=lambda x, seeds: x),
+        Task("a", (X, Y), (X, Y), batch_size=3),
+    ]
     assert len({task.fingerprint for task in made}) == len(made)
     assert made[0].fingerprint == Task("b", (X.numpy(), Y.numpy()), (X, Y)).fingerprint
 

@@ -93,8 +93,11 @@ def test_diverging_is_said(model: nn.Module, task: Task) -> None:
 
 
 def test_wrong_settings_are_refused(model: nn.Module, task: Task) -> None:
-    for settings, text in (({"steps": 0}, "steps must be at least 1"), ({"steps": 2, "until": 3}, "until between"),
-                           ({"steps": 2, "optimizer": "adam"}, "'adamw' or 'sgd', got 'adam'")):
+    for settings, text in (
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 2, "until": 3}, "until between"),
+        ({"steps": 2, "optimizer": "adam"}, "'adamw' or 'sgd', got 'adam'"),
+    ):
         with pytest.raises(ValueError, match=text):
             Train(**settings)
     with pytest.raises(ValueError, match="must have a trainable parameter"):

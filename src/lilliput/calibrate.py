@@ -16,9 +16,17 @@ Statistics = dict[str, dict[str, Tensor]]
 
 # What each is taken from. "inputs": no labels; of "flow", the shape of one input is enough.
 TAKEN_FROM = {
-    "noise": "none", "input_norm": "inputs", "input_second_moment": "inputs", "flow": "inputs", "curvature": "inputs",
-    "gradient": "labels", "mean_gradient": "labels", "hessian_gradient": "labels", "inverse_fisher": "labels",
-    "movement": "labels"}
+    "noise": "none",
+    "input_norm": "inputs",
+    "input_second_moment": "inputs",
+    "flow": "inputs",
+    "curvature": "inputs",
+    "gradient": "labels",
+    "mean_gradient": "labels",
+    "hessian_gradient": "labels",
+    "inverse_fisher": "labels",
+    "movement": "labels",
+}
 FROM_DATA = tuple(name for name, data in TAKEN_FROM.items() if data != "none" and name != "movement")
 KNOWN = (*FROM_DATA, "noise")
 
@@ -30,8 +38,16 @@ RUNNING: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def statistics(model: nn.Module, task: Task | None, names: Iterable[str], needs: Collection[str], *,
-               examples: int = 256, batch_size: int = 64, seed: int = 0) -> Statistics:
+def statistics(
+    model: nn.Module,
+    task: Task | None,
+    names: Iterable[str],
+    needs: Collection[str],
+    *,
+    examples: int = 256,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Statistics:
     """The statistics `needs` of the tensors `names`, each broadcastable to its tensor, on `calibration(task)`.
 
     input_norm: the L2 norm of each input feature over all examples and places, for linear and convolutional weights.
@@ -58,8 +74,10 @@ def statistics(model: nn.Module, task: Task | None, names: Iterable[str], needs:
     names = list(names)
     for need in needs:
         if need == "movement":
-            raise ValueError("statistics: movement must be gathered while training, but was asked for without one. "
-                             "Use the rule lilliput.prune.movement.Movement, or score='saliency'.")
+            raise ValueError(
+                "statistics: movement must be gathered while training, but was asked for without one. "
+                "Use the rule lilliput.prune.movement.Movement, or score='saliency'."
+            )
         if need not in KNOWN:
             raise ValueError(f"statistics: needs must be known statistics, got {need!r}. {near(need, KNOWN)}")
         if need in FROM_DATA and task is None:
@@ -68,8 +86,10 @@ def statistics(model: nn.Module, task: Task | None, names: Iterable[str], needs:
     plain = realize(model).eval()
     for name in names:
         if bool(plain.get_parameter(name).isnan().any()):
-            raise ValueError(f"statistics: weights must be numbers, got NaN in {name}. Load a sound checkpoint, or "
-                             "leave it out with where=.")
+            raise ValueError(
+                f"statistics: weights must be numbers, got NaN in {name}. Load a sound checkpoint, or "
+                "leave it out with where=."
+            )
     if "noise" in needs:
         for name in names:
             generator = torch.Generator().manual_seed(seed * 1000003 + zlib.crc32(name.encode()))
@@ -101,8 +121,10 @@ def statistics(model: nn.Module, task: Task | None, names: Iterable[str], needs:
 def _add(found: Statistics, need: str, values: dict[str, Tensor]) -> None:
     for name, value in values.items():
         if not bool(value.isfinite().all()):
-            raise ValueError(f"statistics: {need} must be finite, got NaN or infinity for {name}. Check the model's "
-                             "other weights, its inputs and its loss for NaN.")
+            raise ValueError(
+                f"statistics: {need} must be finite, got NaN or infinity for {name}. Check the model's "
+                "other weights, its inputs and its loss for NaN."
+            )
         found[name][need] = value
 
 
@@ -110,14 +132,19 @@ def _add(found: Statistics, need: str, values: dict[str, Tensor]) -> None:
 def _inputs(data: curvature.Examples, names: list[str], batch_size: int) -> Statistics:
     """The input statistics of modules that are called at least once."""
     listeners = {name: _Listener(data.model.get_submodule(name.rpartition(".")[0])) for name in names}
-    hooks = [data.model.get_submodule(name.rpartition(".")[0]).register_forward_hook(listener)
-             for name, listener in listeners.items()]
+    hooks = [
+        data.model.get_submodule(name.rpartition(".")[0]).register_forward_hook(listener)
+        for name, listener in listeners.items()
+    ]
     for _ in data.outputs(batch_size):
         pass
     for hook in hooks:
         hook.remove()
-    return {name: {"input_norm": listener.energy.sqrt(), "input_second_moment": listener.energy / listener.count}
-            for name, listener in listeners.items() if listener.count}
+    return {
+        name: {"input_norm": listener.energy.sqrt(), "input_second_moment": listener.energy / listener.count}
+        for name, listener in listeners.items()
+        if listener.count
+    }
 
 
 def sees_inputs(model: nn.Module, name: str) -> bool:
@@ -125,8 +152,14 @@ def sees_inputs(model: nn.Module, name: str) -> bool:
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     called = not (path and isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention))
-    return attribute == "weight" and called and (isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-                                                 or type(module).__name__ in ("Conv1D", "ParametrizedConv1D"))
+    return (
+        attribute == "weight"
+        and called
+        and (
+            isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            or type(module).__name__ in ("Conv1D", "ParametrizedConv1D")
+        )
+    )
 
 
 class _Listener:
@@ -142,8 +175,11 @@ class _Listener:
             groups: int = module.groups  # type: ignore[assignment]
             outputs, inputs = weight.shape[:2]
             tail = (1,) * (self.dims - 2)
-            self.shape = lambda energy: energy.reshape(groups, 1, inputs).expand(
-                groups, outputs // groups, inputs).reshape(outputs, inputs, *tail)
+            self.shape = lambda energy: (
+                energy.reshape(groups, 1, inputs)
+                .expand(groups, outputs // groups, inputs)
+                .reshape(outputs, inputs, *tail)
+            )
         elif type(module).__name__ == "Conv1D":
             self.shape = lambda energy: energy[:, None]
 

@@ -20,13 +20,23 @@ if TYPE_CHECKING:
 
     from lilliput.task import Task
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
-                  help="A trained neural network in, a many times smaller and faster one out, with the measured "
-                       "proof.\n\nExample: lilliput shrink digits --floor 1% --budget 2m")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="A trained neural network in, a many times smaller and faster one out, with the measured "
+    "proof.\n\nExample: lilliput shrink digits --floor 1% --budget 2m",
+)
 console, errors = Console(), Console(stderr=True)
 
-Target = Annotated[str, typer.Argument(help="an embedded name (see: lilliput tasks), file.py:function or "
-                                            "package.module:function returning (model, task), or model.onnx")]
+Target = Annotated[
+    str,
+    typer.Argument(
+        help="an embedded name (see: lilliput tasks), file.py:function or "
+        "package.module:function returning (model, task), or model.onnx"
+    ),
+]
 Out = Annotated[Path | None, typer.Option(help="folder for the results [default: lilliput-NAME]")]
 
 
@@ -68,23 +78,30 @@ def resolve(target: str) -> "tuple[nn.Module, Task]":
     where = TASKS[target].target if target in TASKS else target
     place, _, name = where.rpartition(":")
     if not place:
-        raise ValueError("TARGET must be an embedded name, file.py:function, package.module:function or model.onnx, "
-                         f"got {target!r}. {near(target, TASKS)}")
+        raise ValueError(
+            "TARGET must be an embedded name, file.py:function, package.module:function or model.onnx, "
+            f"got {target!r}. {near(target, TASKS)}"
+        )
     module = _module(place)
     function = getattr(module, name, None)
     if not callable(function):
-        known = [key for key, value in vars(module).items()
-                 if callable(value) and getattr(value, "__module__", "") == module.__name__]
+        known = [
+            key
+            for key, value in vars(module).items()
+            if callable(value) and getattr(value, "__module__", "") == module.__name__
+        ]
         raise ValueError(f"TARGET: {place} must have a function {name!r}. {near(name, known) if known else ''}".strip())
     try:
         found = function()
     except ImportError:
         raise
     except Exception as error:
-        raise ValueError(f"TARGET: {target} must return (model, task), but raised {type(error).__name__}: "
-                         f"{error}") from error
-    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], nn.Module)
-            and isinstance(found[1], Task)):
+        raise ValueError(
+            f"TARGET: {target} must return (model, task), but raised {type(error).__name__}: {error}"
+        ) from error
+    if not (
+        isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], nn.Module) and isinstance(found[1], Task)
+    ):
         shown = tuple(type(part).__name__ for part in found) if isinstance(found, tuple) else type(found).__name__
         raise ValueError(f"TARGET: {target} must return (model, task), an nn.Module and a lilliput.Task, got {shown}.")
     return found
@@ -118,8 +135,9 @@ def _module(place: str) -> Any:
 @app.command()
 def shrink(
     target: Target,
-    floor: Annotated[str, typer.Option(help="what may be lost: 1% is a point of accuracy, 0.5r half a percent of the "
-                                            "dense score")] = "1%",
+    floor: Annotated[
+        str, typer.Option(help="what may be lost: 1% is a point of accuracy, 0.5r half a percent of the dense score")
+    ] = "1%",
     objective: Annotated[str, typer.Option("--for", help="size, latency or macs")] = "size",
     max_bytes: Annotated[str | None, typer.Option(help="the best score whose model.onnx fits, such as 2MB")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="the best score that is as fast as this")] = None,
@@ -138,13 +156,44 @@ def shrink(
 
     Example: lilliput shrink digits --floor 0.5% --budget 5m
     """
-    _shrink(target, floor, objective, max_bytes, max_latency_ms, budget, trials, device, shape, calib, seed, out,
-            resume, dry_run, as_json, shlex.join(["lilliput", *sys.argv[1:]]))
+    _shrink(
+        target,
+        floor,
+        objective,
+        max_bytes,
+        max_latency_ms,
+        budget,
+        trials,
+        device,
+        shape,
+        calib,
+        seed,
+        out,
+        resume,
+        dry_run,
+        as_json,
+        shlex.join(["lilliput", *sys.argv[1:]]),
+    )
 
 
-def _shrink(target: str, floor: str, objective: str, max_bytes: str | None, max_latency_ms: float | None, budget: str,
-            trials: int | None, device: str, shape: list[str] | None, calib: Path | None, seed: int, out: Path | None,
-            resume: bool, dry_run: bool, as_json: bool, command: str) -> None:
+def _shrink(
+    target: str,
+    floor: str,
+    objective: str,
+    max_bytes: str | None,
+    max_latency_ms: float | None,
+    budget: str,
+    trials: int | None,
+    device: str,
+    shape: list[str] | None,
+    calib: Path | None,
+    seed: int,
+    out: Path | None,
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
+    command: str,
+) -> None:
     with speaking():
         from lilliput.search import units
 
@@ -158,16 +207,26 @@ def _shrink(target: str, floor: str, objective: str, max_bytes: str | None, max_
             model: nn.Module
             model, task = load_target(Path(target), calib, shape or [])
         elif shape or calib:
-            raise ValueError(f"shrink: --shape and --calib must come with a model.onnx, got {target}. A task brings "
-                             "its own arrays.")
+            raise ValueError(
+                f"shrink: --shape and --calib must come with a model.onnx, got {target}. A task brings its own arrays."
+            )
         else:
             model, task = resolve(target)
         from lilliput.search.show import Live, Silent
         from lilliput.search.shrink import shrink as search
 
         settings: dict[str, Any] = dict(
-            floor=floor, objective=objective, budget=None if trials is not None else budget, trials=trials,
-            max_bytes=max_bytes, max_latency_ms=max_latency_ms, seed=seed, out=out, resume=resume, device=device)
+            floor=floor,
+            objective=objective,
+            budget=None if trials is not None else budget,
+            trials=trials,
+            max_bytes=max_bytes,
+            max_latency_ms=max_latency_ms,
+            seed=seed,
+            out=out,
+            resume=resume,
+            device=device,
+        )
         if dry_run:
             from lilliput.search.dry import plan
             from lilliput.search.dry import show as describe
@@ -191,8 +250,11 @@ def _shrink(target: str, floor: str, objective: str, max_bytes: str | None, max_
         page = result.folder.resolve() / "report.html"
         console.print(f"report: {page}", highlight=False, soft_wrap=True, markup=False)
     if not result.met:
-        fail(f"FloorNotMet: no point that was found meets the question. The nearest are in the report, the dense "
-             f"network's files in {result.folder}. Allow more with --floor, or more time with --budget.", 3)
+        fail(
+            f"FloorNotMet: no point that was found meets the question. The nearest are in the report, the dense "
+            f"network's files in {result.folder}. Allow more with --floor, or more time with --budget.",
+            3,
+        )
 
 
 @app.command()
@@ -209,8 +271,24 @@ def demo(
     marker = out / "records"
     if marker.exists():
         shutil.rmtree(marker)
-    _shrink("digits", "1%", "size", None, None, budget, None, "cpu", None, None, 0, out, False, False, False,
-            f"lilliput shrink digits --floor 1% --budget {budget}")
+    _shrink(
+        "digits",
+        "1%",
+        "size",
+        None,
+        None,
+        budget,
+        None,
+        "cpu",
+        None,
+        None,
+        0,
+        out,
+        False,
+        False,
+        False,
+        f"lilliput shrink digits --floor 1% --budget {budget}",
+    )
 
 
 @app.command()
@@ -307,8 +385,12 @@ def compile_(
     cc: Annotated[str | None, typer.Option(help='the C compiler, such as clang or "python -m ziglang cc"')] = None,
     no_tune: Annotated[bool, typer.Option("--no-tune", help="choose kernels by a cost model, do not measure")] = False,
     shape: Annotated[list[str] | None, typer.Option(help="name=1x3x224x224: an input's largest sizes")] = None,
-    example: Annotated[Path | None, typer.Option(help=".npy (or .npz by input name): inputs such as it will see, to "
-                                                      "skip zero activations where that pays")] = None,
+    example: Annotated[
+        Path | None,
+        typer.Option(
+            help=".npy (or .npz by input name): inputs such as it will see, to skip zero activations where that pays"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print manifest.json and nothing else")] = False,
 ) -> None:
     """Compile an ONNX file to a small C program whose kernels skip the zeros.
@@ -329,8 +411,9 @@ def compile_(
                 given = np.load(example, allow_pickle=False)
             except (OSError, ValueError) as error:
                 raise ValueError(f"compile: {example} must be a file of numpy's (.npy or .npz): {error}") from error
-        folder = write(model, out or Path(f"{model.stem}-engine"), target(to, cc), not no_tune, shapes(shape or []),
-                       given=given)
+        folder = write(
+            model, out or Path(f"{model.stem}-engine"), target(to, cc), not no_tune, shapes(shape or []), given=given
+        )
     if as_json:
         print((folder / "manifest.json").read_text(encoding="utf-8"))
     else:

@@ -15,6 +15,7 @@ from lilliput.store import write
 
 Key = TypeVar("Key")
 
+
 def folder() -> Path:
     """The evidence/ folder of the checkout: below the working directory, or beside src/.
 
@@ -23,8 +24,10 @@ def folder() -> Path:
     for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
         if (root / "evidence").is_dir():
             return root / "evidence"
-    raise ValueError("evidence: needs the repository's evidence/ folder, which is not part of the installed package. "
-                     "Run it in a clone.")
+    raise ValueError(
+        "evidence: needs the repository's evidence/ folder, which is not part of the installed package. "
+        "Run it in a clone."
+    )
 
 
 def scripts() -> dict[str, Path]:
@@ -53,8 +56,11 @@ def front(points: Mapping[Key, tuple[float, float]]) -> list[Key]:
     >>> front({"a": (0.9, 2.0), "b": (0.8, 1.0), "c": (0.8, 2.0)})
     ['a', 'b']
     """
-    return [key for key, (gain, cost) in points.items()
-            if not any(g >= gain and c <= cost and (g, c) != (gain, cost) for g, c in points.values())]
+    return [
+        key
+        for key, (gain, cost) in points.items()
+        if not any(g >= gain and c <= cost and (g, c) != (gain, cost) for g, c in points.values())
+    ]
 
 
 def load(key: str) -> ModuleType:
@@ -88,8 +94,15 @@ def gather(key: str | None, quick: bool, out: Path) -> Iterator[Path]:
         found: dict[str, Any] = module.measure(quick)
         if not {"claim", "baseline", "rows"} <= set(found):
             raise ValueError(f"evidence: {name} must return claim, baseline and rows, got {sorted(found)}.")
-        record = {"system": name, "size": "quick" if quick else "full", **found, "machine": machine(),
-                  "versions": versions(), "commit": commit(), "wall_s": round(time.monotonic() - began, 2)}
+        record = {
+            "system": name,
+            "size": "quick" if quick else "full",
+            **found,
+            "machine": machine(),
+            "versions": versions(),
+            "commit": commit(),
+            "wall_s": round(time.monotonic() - began, 2),
+        }
         path = out / f"{name}{'.quick' if quick else ''}.json"
         data = json.dumps(record, indent=1, allow_nan=False).encode()
         write(path, lambda file, data=data: file.write(data))  # type: ignore[misc]

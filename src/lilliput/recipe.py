@@ -63,8 +63,10 @@ class Recipe:
             raise ValueError(f"Recipe: {path} must be TOML (or JSON, where its name ends so), but: {error}.") from error
         stages = data.get("stages") if isinstance(data, dict) else data
         if not isinstance(stages, list):
-            raise ValueError(f"Recipe: {path} must hold a list of stages, got {type(stages).__name__}. "
-                             "Write one [[stages]] table for each.")
+            raise ValueError(
+                f"Recipe: {path} must hold a list of stages, got {type(stages).__name__}. "
+                "Write one [[stages]] table for each."
+            )
         return cls.parse(stages)
 
     def describe(self) -> str:
@@ -91,7 +93,7 @@ def _object(value: Any) -> Any:
     if isinstance(value, dict):
         settings = dict(value)
         if "stage" not in settings:
-            raise ValueError(f"Recipe: each table must name its stage, got {sorted(settings)}. Add stage = \"...\".")
+            raise ValueError(f'Recipe: each table must name its stage, got {sorted(settings)}. Add stage = "...".')
         kind = registry.lookup(settings.pop("stage"))
         known = {field.name for field in dataclasses.fields(kind)}
         if unknown := set(settings) - known:

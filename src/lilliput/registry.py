@@ -13,8 +13,21 @@ from typing import Any
 
 from lilliput.errors import near
 
-FAMILIES = ("code", "prune", "graph", "quant", "factor", "distill", "adapt", "share", "sparse", "embed", "spike",
-            "evolve", "analyse")
+FAMILIES = (
+    "code",
+    "prune",
+    "graph",
+    "quant",
+    "factor",
+    "distill",
+    "adapt",
+    "share",
+    "sparse",
+    "embed",
+    "spike",
+    "evolve",
+    "analyse",
+)
 KINDS = ("Stage", "Rule", "Code", "Finding")
 CORE = ("train", "schedule")
 
@@ -59,10 +72,21 @@ def _read(family: str, module: str, file: Path) -> Iterator[Entry]:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
             summary = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ").strip()
-            yield Entry(family, module, node.name, tuple(kind for kind in KINDS if kind in bases), summary,
-                        any(isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-                            and item.target.id == "has_loss" and isinstance(item.value, ast.Constant)
-                            and item.value.value is True for item in node.body))
+            yield Entry(
+                family,
+                module,
+                node.name,
+                tuple(kind for kind in KINDS if kind in bases),
+                summary,
+                any(
+                    isinstance(item, ast.AnnAssign)
+                    and isinstance(item.target, ast.Name)
+                    and item.target.id == "has_loss"
+                    and isinstance(item.value, ast.Constant)
+                    and item.value.value is True
+                    for item in node.body
+                ),
+            )
 
 
 def lookup(name: str) -> Any:

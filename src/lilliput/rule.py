@@ -32,8 +32,9 @@ class Rule:
         """Prepare the model (attach codes) before the optimizer exists, and return the first state."""
         return {}
 
-    def penalty(self, state: State, model: nn.Module, batch: Batch, output: Tensor,
-                reference: Reference | None) -> Tensor | None:
+    def penalty(
+        self, state: State, model: nn.Module, batch: Batch, output: Tensor, reference: Reference | None
+    ) -> Tensor | None:
         """What this rule adds to the loss of a batch."""
         return None
 
@@ -50,8 +51,15 @@ class Rule:
         return state
 
     @contextmanager
-    def attached(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int, task: Task | None = None,
-                 reference: Reference | None = None) -> Iterator["Attached"]:
+    def attached(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        steps: int,
+        task: Task | None = None,
+        reference: Reference | None = None,
+    ) -> Iterator["Attached"]:
         """Drive this rule by the steps of an optimizer that is not ours, for `steps` of them.
 
         Raises ValueError when a trainable parameter of the model is not in the optimizer, or the other way round.
@@ -69,8 +77,10 @@ class Rule:
         before = {id(p) for p in model.parameters() if p.requires_grad}
         driver = Attached(self, model, self.begin(model, task, reference, steps), steps, reference)
         if {id(p) for p in model.parameters() if p.requires_grad} != before:
-            raise ValueError(f"{type(self).__name__}: parameters must exist before the optimizer does, but this rule "
-                             "adds some. Attach its code first, then make the optimizer.")
+            raise ValueError(
+                f"{type(self).__name__}: parameters must exist before the optimizer does, but this rule "
+                "adds some. Attach its code first, then make the optimizer."
+            )
         handles = [optimizer.register_step_pre_hook(driver.before), optimizer.register_step_post_hook(driver.after)]
         try:
             yield driver
@@ -129,8 +139,12 @@ def check(model: nn.Module, optimizer: torch.optim.Optimizer, who: str) -> None:
     owned = {id(p) for p in model.parameters()}
     missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     if missing:
-        raise ValueError(f"{who}: the optimizer must hold every trainable parameter, but misses {missing[:3]}. "
-                         "Make the optimizer after codes are attached, or freeze these with requires_grad_(False).")
+        raise ValueError(
+            f"{who}: the optimizer must hold every trainable parameter, but misses {missing[:3]}. "
+            "Make the optimizer after codes are attached, or freeze these with requires_grad_(False)."
+        )
     if held - owned:
-        raise ValueError(f"{who}: the model must hold every parameter of the optimizer, but {len(held - owned)} are "
-                         "not its own. Make the optimizer after codes are attached.")
+        raise ValueError(
+            f"{who}: the model must hold every parameter of the optimizer, but {len(held - owned)} are "
+            "not its own. Make the optimizer after codes are attached."
+        )

@@ -32,8 +32,10 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError(f"Store: {folder} must be a folder that can be written, got: {error.strerror}. "
-                             "Choose another with --out.") from error
+            raise StoreError(
+                f"Store: {folder} must be a folder that can be written, got: {error.strerror}. "
+                "Choose another with --out."
+            ) from error
 
     def record(self, key: str) -> dict[str, Any] | None:
         """The record of a key, or None."""
@@ -128,5 +130,7 @@ def write(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
         if temporary:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        raise StoreError(f"Store: {path} could not be written: {error.strerror or error}. What was there before is "
-                         "unharmed. Free some space or choose another folder with --out.") from error
+        raise StoreError(
+            f"Store: {path} could not be written: {error.strerror or error}. What was there before is "
+            "unharmed. Free some space or choose another folder with --out."
+        ) from error

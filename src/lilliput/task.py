@@ -204,8 +204,11 @@ class Task:
         if test is not None:
             self._splits["test"] = _read(name, "test", test)
         # A tuple is taken as inputs alone: without labels there is nothing else that it could hold.
-        self._unlabelled = _tensors(unlabelled) if isinstance(unlabelled, tuple) else (
-            None if unlabelled is None else _read(name, "unlabelled", unlabelled)[0])
+        self._unlabelled = (
+            _tensors(unlabelled)
+            if isinstance(unlabelled, tuple)
+            else (None if unlabelled is None else _read(name, "unlabelled", unlabelled)[0])
+        )
         self.loss_name, self.loss = _named(name, "loss", loss, LOSSES)
         known = {key: value for key, (value, _) in METRICS.items()}
         self.metric_name, self.metric = _named(name, "metric", metric, known)
@@ -336,8 +339,14 @@ class Task:
             return (p.exp() * (p - F.log_softmax(outputs, -1))).sum(-1)
         if self.loss_name == "bce":
             p = torch.sigmoid(dense)
-            return (p * (F.logsigmoid(dense) - F.logsigmoid(outputs)) + (1 - p) * (
-                F.logsigmoid(-dense) - F.logsigmoid(-outputs))).flatten(1).sum(-1)
+            return (
+                (
+                    p * (F.logsigmoid(dense) - F.logsigmoid(outputs))
+                    + (1 - p) * (F.logsigmoid(-dense) - F.logsigmoid(-outputs))
+                )
+                .flatten(1)
+                .sum(-1)
+            )
         if self.loss_name == "cosine":
             return 1 - cosine(outputs, dense)
         error = (outputs - dense).square().reshape(len(outputs), -1).mean(1)
@@ -375,8 +384,9 @@ def source(part: Any) -> str:
 def _named(task: str, what: str, given: Any, known: dict[str, Any]) -> tuple[str, Any]:
     if isinstance(given, str):
         if given not in known:
-            raise ValueError(f"Task {task}: {what} must be a function or a known name, got {given!r}. "
-                             f"{near(given, known)}")
+            raise ValueError(
+                f"Task {task}: {what} must be a function or a known name, got {given!r}. {near(given, known)}"
+            )
         return given, known[given]
     if not callable(given):
         raise TypeError(f"Task {task}: {what} must be a name or a function, got {type(given).__name__}.")

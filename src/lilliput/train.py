@@ -48,8 +48,10 @@ class Train(Stage):
 
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.until is not None and not 1 <= self.until <= self.steps):
-            raise ValueError(f"Train: steps must be at least 1 and until between 1 and steps, got steps={self.steps}, "
-                             f"until={self.until}.")
+            raise ValueError(
+                f"Train: steps must be at least 1 and until between 1 and steps, got steps={self.steps}, "
+                f"until={self.until}."
+            )
         if self.optimizer not in ("adamw", "sgd"):
             raise ValueError(f"Train: optimizer must be 'adamw' or 'sgd', got {self.optimizer!r}.")
 
@@ -63,8 +65,10 @@ def _optimizer(stage: Train, model: nn.Module) -> torch.optim.Optimizer:
         raise ValueError("Train: the model must have a trainable parameter, got none. Unfreeze one.")
     matrices = [p for p in trained if (p.dim() > 1 and p.shape[-1] > 1) or p.dim() > 2]
     chosen = {id(p) for p in matrices}
-    groups = [{"params": matrices, "weight_decay": stage.weight_decay},
-              {"params": [p for p in trained if id(p) not in chosen], "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": stage.weight_decay},
+        {"params": [p for p in trained if id(p) not in chosen], "weight_decay": 0.0},
+    ]
     groups = [group for group in groups if group["params"]]
     if stage.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True, foreach=True)
@@ -119,8 +123,9 @@ def fit(
         if stage.clip:
             nn.utils.clip_grad_norm_(parameters, stage.clip, foreach=True)
         if step % 20 == 0 and not bool(torch.isfinite(loss)):
-            raise Diverged(f"Train: the loss must stay finite, got {float(loss.detach())} at step {step}. "
-                           "Lower the learning rate.")
+            raise Diverged(
+                f"Train: the loss must stay finite, got {float(loss.detach())} at step {step}. Lower the learning rate."
+            )
         optimizer.step()
         for i, rule in enumerate(stage.rules):
             states[i] = start_anew(rule.on_step(states[i], model, step, stage.steps), model, optimizer)
@@ -140,8 +145,9 @@ def fit(
     return model.cpu().eval()
 
 
-def _loss(stage: Train, states: list[State], model: nn.Module, task: Task, batch: Any, output: Tensor,
-          reference: Reference) -> Tensor:
+def _loss(
+    stage: Train, states: list[State], model: nn.Module, task: Task, batch: Any, output: Tensor, reference: Reference
+) -> Tensor:
     loss = task.supervised(output, batch) * stage.supervised if stage.supervised else output.sum() * 0
     for rule, state in zip(stage.rules, states, strict=True):
         added = rule.penalty(state, model, batch, output, reference)
@@ -152,8 +158,13 @@ def _loss(stage: Train, states: list[State], model: nn.Module, task: Task, batch
 
 def _checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, states: list[State], step: int) -> dict[str, Any]:
     random = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rules": states, "step": step,
-            "random": random}
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rules": states,
+        "step": step,
+        "random": random,
+    }
 
 
 def _set_random(states: list[Tensor]) -> None:

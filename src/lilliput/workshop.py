@@ -48,8 +48,15 @@ def run(
 class Workshop:
     """Everything that runs of recipes on one model and task share: the dense model's outputs, the store, the keys."""
 
-    def __init__(self, model: nn.Module, task: Task, store: Store, seed: int = 0,
-                 reference: Reference | None = None, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        store: Store,
+        seed: int = 0,
+        reference: Reference | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
         self.model, self.task, self.store, self.seed = model, task, store, seed
         self.start = start_key(model, task, seed)
         self.reference = reference or self._reference(torch.device(device))
@@ -107,8 +114,15 @@ class Workshop:
             cut = stop(step)
             return cut
 
-        result = fit(stage, model, self.task, self.reference, load=load, stop=halt,
-                     save=lambda checkpoint: self.store.keep_checkpoint(schedule, checkpoint))
+        result = fit(
+            stage,
+            model,
+            self.task,
+            self.reference,
+            load=load,
+            stop=halt,
+            save=lambda checkpoint: self.store.keep_checkpoint(schedule, checkpoint),
+        )
         seconds = time.monotonic() - began
         steps = (stage.until or stage.steps) - first
         self.trained_s += seconds

@@ -17,12 +17,17 @@ MADE: dict[str, list[dict[str, Any]]] = {
     "Masked": [{"mask": CHECKER}, {"mask": torch.arange(6)[:, None].expand(6, 18) != 2, "block": (1, 18)}],
     "Uniform": [{}, {"bits": 4, "per": 9, "symmetric": False}, {"bits": 2, "per": "tensor", "range": "minmax"}],
     "Train": [{"steps": 2}],
-    "Prune": [{"sparsity": 0.5}, {"sparsity": 0.4, "score": "taylor", "pattern": "block 2x1", "allocation": "erk"},
-              {"sparsity": 0.5, "score": "wanda", "pattern": "2:4", "where": "3"},
-              {"allocation": [["3.weight", 0.5]], "score": "random", "every": 1}],
+    "Prune": [
+        {"sparsity": 0.5},
+        {"sparsity": 0.4, "score": "taylor", "pattern": "block 2x1", "allocation": "erk"},
+        {"sparsity": 0.5, "score": "wanda", "pattern": "2:4", "where": "3"},
+        {"allocation": [["3.weight", 0.5]], "score": "random", "every": 1},
+    ],
     "Rounds": [{"sparsity": 0.5, "rounds": 3}, {"sparsity": 0.6, "rounds": 2, "score": "grasp", "allocation": "erk"}],
-    "Quantize": [{}, {"bits": 3, "per": "tensor", "symmetric": False, "biases": "float32",
-                      "allocation": [["7.weight", 8]]}],
+    "Quantize": [
+        {},
+        {"bits": 3, "per": "tensor", "symmetric": False, "biases": "float32", "allocation": [["7.weight", 8]]},
+    ],
     "Factorize": [{"rank": 2}, {"energy": 0.5}, {"budget": 0.7}, {"allocation": [["3.weight", 3]]}],
     "Seam": [{"classes": [0, 1, 2, 3], "steps": 3}, {"classes": [0, 1, 2, 3], "steps": 3, "pattern": "channel"}],
     "Lottery": [{"sparsity": 0.5, "rounds": 2, "training": {"stage": "Train", "steps": 2}, "rewind": 0.5}],
@@ -30,8 +35,11 @@ MADE: dict[str, list[dict[str, Any]]] = {
     "TopKAST": [{}, {"sparsity": 0.5, "allocation": "erk", "pattern": "block 2x1", "every": 1}],
     "STR": [{}, {"sparsity": 0.9}, {"sparsity": 0.5, "allocation": "erk", "every": 1}],
     "ACDC": [{}, {"allocation": [["3.weight", 0.5]], "phases": 2, "warmup": 0.0}],
-    "PruneChannels": [{"sparsity": 0.5}, {"sparsity": 0.4, "score": "taylor", "allocation": "global"},
-                      {"sparsity": 0.5, "score": "batchnorm_scale", "where": "0"}],
+    "PruneChannels": [
+        {"sparsity": 0.5},
+        {"sparsity": 0.4, "score": "taylor", "allocation": "global"},
+        {"sparsity": 0.5, "score": "batchnorm_scale", "where": "0"},
+    ],
     "PruneHeads": [],  # the model of these tests has none
     "Features": [{"paths": ["0", "3"]}],
     "SparseGPT": [{"sparsity": 0.5}, {"sparsity": 0.5, "pattern": "2:4", "where": "3", "width": 4}],
@@ -77,8 +85,16 @@ rule = stage
 @pytest.fixture
 def model() -> nn.Module:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1),
-                        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 4),
+    )
     net(torch.randn(16, 2, 5, 5))
     return net.eval()
 

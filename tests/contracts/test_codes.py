@@ -123,8 +123,9 @@ def test_inner_theta_can_be_stored_by_another_code(code):
             attach(net, "0.weight", Uniform(8))
         return
     attach(net, "0.weight", Uniform(8, per="tensor"))
-    assert [type(code).__name__ for code in codes(net)["0.weight"]] == [type(made).__name__] + [
-        "Uniform"] * len(made.inner)
+    assert [type(code).__name__ for code in codes(net)["0.weight"]] == [type(made).__name__] + ["Uniform"] * len(
+        made.inner
+    )
     expected = net(x)
     torch.testing.assert_close(realize(net)(x), expected)
     np.testing.assert_allclose(pack(net)["0.weight"].decode(), net[0].weight.detach().numpy(), rtol=0, atol=1e-6)

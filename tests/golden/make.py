@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
-TARGET = '''
+TARGET = """
 import torch
 from torch import nn
 from lilliput import Task
@@ -30,7 +30,7 @@ def make():
     with torch.no_grad():
         y = (model(x) + 0.1 * torch.randn(160, 3)).argmax(1)
     return model, Task("toy", (x[:96], y[:96]), (x[96:128], y[96:128]), (x[128:], y[128:]))
-'''
+"""
 RECIPE = """[[stages]]
 stage = "Train"
 steps = 12
@@ -82,7 +82,11 @@ def main(folder: Path) -> None:
     process.wait()
     subprocess.run(command("run", "recipe.toml", "toy.py:make", "--out", "recipe"), cwd=work, check=True)
     for name in ("whole", "killed", "recipe"):
-        shutil.copytree(work / name, folder / name, ignore=shutil.ignore_patterns("report.html", ".*", "engine", *(["records"] if name != "killed" else [])))
+        shutil.copytree(
+            work / name,
+            folder / name,
+            ignore=shutil.ignore_patterns("report.html", ".*", "engine", *(["records"] if name != "killed" else [])),
+        )
     for name in ("toy.py", "recipe.toml"):
         shutil.copy(work / name, folder / name)
     shutil.rmtree(work)

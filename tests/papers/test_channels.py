@@ -85,8 +85,13 @@ class Normed(nn.Module):
         return self.f(x + self.v(F.gelu(self.u(self.n(x)))))
 
 
-NETS = {"concatenation": (Dense, (3, 8, 8)), "depthwise and grouped": (Inverted, (3, 8, 8)),
-        "gates": (Gated, (3, 8, 8)), "recurrent": (Recurrent, (3, 9)), "layer norm": (Normed, (6,))}
+NETS = {
+    "concatenation": (Dense, (3, 8, 8)),
+    "depthwise and grouped": (Inverted, (3, 8, 8)),
+    "gates": (Gated, (3, 8, 8)),
+    "recurrent": (Recurrent, (3, 9)),
+    "layer norm": (Normed, (6,)),
+}
 
 
 def made(name: str) -> tuple[nn.Module, Task]:
@@ -111,8 +116,13 @@ def silence_(model: nn.Module, task: Task, share: float) -> None:
         if not group.removable or any(isinstance(layer, nn.LayerNorm) for layer in layers):
             continue
         classes = torch.tensor(group.classes)
-        gone = torch.cat([own[len(own) - round(share * len(own)) :] for label in range(group.multiple)
-                          if len(own := (classes == label).nonzero().flatten())])
+        gone = torch.cat(
+            [
+                own[len(own) - round(share * len(own)) :]
+                for label in range(group.multiple)
+                if len(own := (classes == label).nonzero().flatten())
+            ]
+        )
         for part, layer in zip(group.parts, layers, strict=True):
             index = torch.tensor(part.index)[torch.isin(torch.tensor(part.channel), gone)]
             with torch.no_grad():
@@ -187,8 +197,9 @@ def test_the_geometric_median_goes_and_not_the_smallest() -> None:
 
 def test_scales_rank_across_layers_as_slimming_says() -> None:
     """Liu et al., section 3: one threshold for all the scales of the network."""
-    net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(),
-                        nn.Linear(4, 2)).eval()
+    net = nn.Sequential(
+        nn.Linear(2, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)
+    ).eval()
     net[1].weight.data = torch.tensor([0.1, -5.0, 0.2, -4.0])
     net[4].weight.data = torch.tensor([3.0, 0.3, 2.0, 1.0])
     x = torch.randn(4, 2)

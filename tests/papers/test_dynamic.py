@@ -29,12 +29,23 @@ from lilliput.train import Train, fit
 
 STEPS = 20
 RULES: dict[str, Any] = {
-    "static": StaticSparse(0.75), "set": SET(0.75, every=3), "rigl": RigL(0.75, every=3), "ste": STE(0.75, every=1),
-    "sr-ste": STE(0.5, "2:4", "uniform", every=2, decay=0.01), "topkast": TopKAST(0.75, every=2),
-    "acdc": ACDC(0.75, phases=3), "movement": Movement(0.75, every=2), "growing": Growing(0.75, every=2),
-    "growing-schedule": Growing(Cubic(0.75, begin=0.1, end=0.6), start=0.1, every=2), "str": STR(0.75, every=2),
-    "l0": L0(0.75), "cyclic": Prune(Cyclic(0.75), every=1), "steps": Prune(Steps(0.75), every=1),
-    "blocks": STE(0.75, "block 2x2", "uniform"), "kast-even": TopKAST(0.75, "even", "erk", every=1)}
+    "static": StaticSparse(0.75),
+    "set": SET(0.75, every=3),
+    "rigl": RigL(0.75, every=3),
+    "ste": STE(0.75, every=1),
+    "sr-ste": STE(0.5, "2:4", "uniform", every=2, decay=0.01),
+    "topkast": TopKAST(0.75, every=2),
+    "acdc": ACDC(0.75, phases=3),
+    "movement": Movement(0.75, every=2),
+    "growing": Growing(0.75, every=2),
+    "growing-schedule": Growing(Cubic(0.75, begin=0.1, end=0.6), start=0.1, every=2),
+    "str": STR(0.75, every=2),
+    "l0": L0(0.75),
+    "cyclic": Prune(Cyclic(0.75), every=1),
+    "steps": Prune(Steps(0.75), every=1),
+    "blocks": STE(0.75, "block 2x2", "uniform"),
+    "kast-even": TopKAST(0.75, "even", "erk", every=1),
+}
 
 
 @pytest.fixture
@@ -46,8 +57,9 @@ def net() -> nn.Module:
 @pytest.fixture
 def task() -> Task:
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
-    return Task("corners", (x, (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0).long()), (x, torch.zeros(64).long()),
-                batch_size=16)
+    return Task(
+        "corners", (x, (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0).long()), (x, torch.zeros(64).long()), batch_size=16
+    )
 
 
 def zeros(net: nn.Module) -> int:
@@ -183,8 +195,11 @@ def test_sr_ste_pulls_only_what_is_dropped(net: nn.Module) -> None:
 
 def test_topkast_the_backward_set_holds_the_forward_set_and_the_rest_stays(net: nn.Module) -> None:
     """arXiv:2106.03517, sections 2.1 and 2.2: A = top D, B = top D + M of |theta|; theta outside B is not updated."""
-    loop = Loop(net, TopKAST(0.8, explore=0.2, every=1, until=0.5),
-                optimizer=torch.optim.AdamW(net.parameters(), 0.05, weight_decay=0.1))
+    loop = Loop(
+        net,
+        TopKAST(0.8, explore=0.2, every=1, until=0.5),
+        optimizer=torch.optim.AdamW(net.parameters(), 0.05, weight_decay=0.1),
+    )
     total = sum(code.mask.numel() for code in masks(net).values())
     for step in range(STEPS - 1):
         wide = {name: loop.driver.state[f"trained {name}"].bool() for name in masks(net)}
@@ -224,7 +239,13 @@ def test_acdc_alternates_ends_compressed_and_comes_back_from_zero(net: nn.Module
     rule = ACDC(0.75, phases=3, warmup=0.1, until=0.7)
     phases = [rule.compressed(step, 100) for step in range(100)]
     assert [(key, len(list(group))) for key, group in itertools.groupby(phases)] == [
-        (False, 10), (True, 15), (False, 15), (True, 15), (False, 15), (True, 30)]
+        (False, 10),
+        (True, 15),
+        (False, 15),
+        (True, 15),
+        (False, 15),
+        (True, 30),
+    ]
     loop, total = Loop(net, rule), sum(value.numel() for value in net.parameters() if value.dim() > 1)
     for step in range(STEPS - 1):
         before = {name: code.mask.clone() for name, code in masks(net).items()}
@@ -304,13 +325,21 @@ def test_cyclical_pruning_lets_weights_return(net: nn.Module) -> None:
     assert counts[9] < counts[8] and counts[-1] == round(0.75 * 832)
 
 
-@pytest.mark.parametrize(("make", "text"), [
-    (lambda: STE(90), "STE: sparsity must be in"), (lambda: STE(0.9, "2:4"), "at most 0.5 with pattern '2:4'"),
-    (lambda: STE(0.9, decay=-1), "decay must be at least 0"), (lambda: TopKAST(0.9, explore=2), "explore must be in"),
-    (lambda: ACDC(0.9, phases=0), "phases must be at least 1"),
-    (lambda: Growing(0.9, start=0.9, until=0.5), "start <="),
-    (lambda: Movement(0.9, every=0), "every must be at least 1"), (lambda: STR(2.0), "STR: sparsity must be in"),
-    (lambda: L0(0.9, until=0), "until must be in"), (lambda: TopKAST(0.9, allocation="globl"), "global")])
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: STE(90), "STE: sparsity must be in"),
+        (lambda: STE(0.9, "2:4"), "at most 0.5 with pattern '2:4'"),
+        (lambda: STE(0.9, decay=-1), "decay must be at least 0"),
+        (lambda: TopKAST(0.9, explore=2), "explore must be in"),
+        (lambda: ACDC(0.9, phases=0), "phases must be at least 1"),
+        (lambda: Growing(0.9, start=0.9, until=0.5), "start <="),
+        (lambda: Movement(0.9, every=0), "every must be at least 1"),
+        (lambda: STR(2.0), "STR: sparsity must be in"),
+        (lambda: L0(0.9, until=0), "until must be in"),
+        (lambda: TopKAST(0.9, allocation="globl"), "global"),
+    ],
+)
 def test_wrong_settings_are_refused(make: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         make()

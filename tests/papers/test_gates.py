@@ -81,8 +81,10 @@ def test_str_steers_one_common_threshold_whatever_s_has_learnt(net: nn.Module) -
         for k, (_, s) in enumerate(rule.thresholds(net).values()):
             s.sub_(k)
     rule.on_step({}, net, 0, 10)
-    pairs = [(theta(net, name).detach().abs(), float(code.shift), float(s.detach()))
-             for name, (code, s) in rule.thresholds(net).items()]
+    pairs = [
+        (theta(net, name).detach().abs(), float(code.shift), float(s.detach()))
+        for name, (code, s) in rule.thresholds(net).items()
+    ]
     dropped = sum(int((w <= torch.tensor(s + c).exp() * (1 + 1e-5)).sum()) for w, c, s in pairs)
     assert dropped == round(0.6 * (8 * 32 + 32 * 4))
     assert pairs[0][1] == pairs[1][1], "the same quantile of log |w| - s"

@@ -74,8 +74,9 @@ def test_silent_heads_score_zero_and_go_and_nothing_changes(net: str, score: str
     inputs = task.split("val")[0]
     a, b = (m(**inputs) if isinstance(inputs, dict) else m(inputs) for m in (model, small))
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    held, was = (sum(p.numel() for n, p in m.named_parameters() if "att" in n and "norm" not in n)
-                 for m in (small, model))
+    held, was = (
+        sum(p.numel() for n, p in m.named_parameters() if "att" in n and "norm" not in n) for m in (small, model)
+    )
     assert held < 0.56 * was
 
 
@@ -123,16 +124,24 @@ def test_importance_is_the_mean_slope_of_the_loss_in_the_gates() -> None:
     torch.testing.assert_close(scores["e.layers.1.self_attn"], torch.tensor(expected), rtol=0.02, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"batch_first": True}, {"bias": False}, {"batch_first": True, "kdim": 6, "vdim": 5}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"batch_first": True}, {"bias": False}, {"batch_first": True, "kdim": 6, "vdim": 5}]
+)
 def test_head_attention_is_multihead_attention(settings: dict[str, object]) -> None:
     torch.manual_seed(0)
     layer = nn.MultiheadAttention(8, 4, **settings)
     q, k, v = torch.randn(3, 3, 8), torch.randn(3, 3, layer.kdim), torch.randn(3, 3, layer.vdim)
     late, hidden = torch.ones(3, 3).triu(1).bool(), torch.tensor([[False, False, True]] * 3)
     twin = HeadAttention(layer)
-    for options in ({}, {"attn_mask": late}, {"attn_mask": torch.randn(3, 3)}, {"attn_mask": torch.randn(12, 3, 3)},
-                    {"key_padding_mask": hidden}, {"average_attn_weights": False}, {"need_weights": False}):
+    for options in (
+        {},
+        {"attn_mask": late},
+        {"attn_mask": torch.randn(3, 3)},
+        {"attn_mask": torch.randn(12, 3, 3)},
+        {"key_padding_mask": hidden},
+        {"average_attn_weights": False},
+        {"need_weights": False},
+    ):
         expected, found = layer(q, k, v, **options), twin(q, k, v, **options)
         torch.testing.assert_close(found[0], expected[0], atol=1e-6, rtol=1e-5)
         assert (found[1] is None) == (expected[1] is None)
@@ -155,8 +164,11 @@ def test_torch_layers_take_masks_after_losing_heads(norm_first: bool) -> None:
     for h in found:
         encoder.get_submodule(h.name).out_proj.weight.data[:, h.rows(torch.tensor([1, 3]))] = 0
     with torch.no_grad():
-        for options in ({}, {"src_key_padding_mask": padding},
-                        {"mask": nn.Transformer.generate_square_subsequent_mask(5), "is_causal": True}):
+        for options in (
+            {},
+            {"src_key_padding_mask": padding},
+            {"mask": nn.Transformer.generate_square_subsequent_mask(5), "is_causal": True},
+        ):
             seen = ~padding if "src_key_padding_mask" in options else torch.ones(2, 5, dtype=torch.bool)
             torch.testing.assert_close(small(x, **options)[seen], encoder(x, **options)[seen], atol=1e-5, rtol=1e-5)
 
@@ -251,8 +263,14 @@ def test_is_a_stage_that_leaves_its_argument_alone() -> None:
 @pytest.mark.slow
 def test_hugging_face_modules() -> None:
     transformers = pytest.importorskip("transformers")
-    config = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32,
-              "vocab_size": 50, "max_position_embeddings": 20}
+    config = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 32,
+        "vocab_size": 50,
+        "max_position_embeddings": 20,
+    }
 
     class Last(nn.Module):
         def __init__(self) -> None:

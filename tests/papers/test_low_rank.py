@@ -30,10 +30,17 @@ def test_the_singular_values_are_shared_by_both_factors() -> None:
     torch.testing.assert_close(a.T @ a, b @ b.T, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("layer", [
-    nn.Linear(8, 6), nn.Conv1d(3, 6, 5, stride=2, padding=2), nn.Conv2d(3, 8, 3, padding=1, dilation=1, bias=False),
-    nn.Conv2d(3, 8, (3, 1), padding="same", padding_mode="circular"), nn.Conv3d(2, 5, 2),
-], ids=["linear", "conv1d", "conv2d", "same", "conv3d"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(8, 6),
+        nn.Conv1d(3, 6, 5, stride=2, padding=2),
+        nn.Conv2d(3, 8, 3, padding=1, dilation=1, bias=False),
+        nn.Conv2d(3, 8, (3, 1), padding="same", padding_mode="circular"),
+        nn.Conv3d(2, 5, 2),
+    ],
+    ids=["linear", "conv1d", "conv2d", "same", "conv3d"],
+)
 def test_at_full_rank_two_layers_compute_what_one_did(layer: nn.Module) -> None:
     """arXiv:1405.3866, section 2.2: k x k into r channels, then 1 x 1."""
     net = nn.Sequential(layer)

@@ -134,10 +134,15 @@ def test_two_noises_leave_nothing_behind():
     assert not net[0]._forward_hooks and not list(net.buffers())
 
 
-@pytest.mark.parametrize(("settings", "wrong"), [({"std": -0.1}, "std must be at least 0"),
-                                                 ({"std": Linear(0.1, -1.0)}, "std must be at least 0"),
-                                                 ({"std": float("nan")}, "std must be at least 0"),
-                                                 ({"where": "layers.*"}, "where must be 'input' or match")])
+@pytest.mark.parametrize(
+    ("settings", "wrong"),
+    [
+        ({"std": -0.1}, "std must be at least 0"),
+        ({"std": Linear(0.1, -1.0)}, "std must be at least 0"),
+        ({"std": float("nan")}, "std must be at least 0"),
+        ({"where": "layers.*"}, "where must be 'input' or match"),
+    ],
+)
 def test_noise_settings(settings, wrong):
     with pytest.raises(ValueError, match=wrong):
         Noise(**settings).begin(autoencoder(), None, None, 1)
@@ -182,5 +187,6 @@ def test_activity_is_followed_over_a_training():
     assert found["1"][-1][1] < found["1"][0][1]
     untouched = fit(Train(100, lr=3e-3, rules=(Noise(0.5),)), model, task, Reference(copy_model(model), task))
     followed = fit(stage, model, task, Reference(copy_model(model), task))
-    assert all(torch.equal(a, b) for a, b in zip(untouched.state_dict().values(), followed.state_dict().values(),
-                                                 strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(untouched.state_dict().values(), followed.state_dict().values(), strict=True)
+    )

@@ -162,8 +162,10 @@ def test_a_depthwise_convolution_goes_group_by_group() -> None:
     net, x = nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.ReLU(), nn.Conv2d(6, 4, 1)), torch.randn(40, 6, 6, 6)
     task = Task("maps", train=(x, None), val=(x, None), loss="mse", metric="mse")
     y = net(x).detach()
-    errors = [float((stage(net, task, None)(x).detach() - y).square().mean())
-              for stage in (OBC(0.5), Prune(0.5, allocation="uniform"))]
+    errors = [
+        float((stage(net, task, None)(x).detach() - y).square().mean())
+        for stage in (OBC(0.5), Prune(0.5, allocation="uniform"))
+    ]
     assert errors == sorted(errors)
 
 

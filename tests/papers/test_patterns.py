@@ -24,8 +24,17 @@ from lilliput.task import Task, predict
 RECORD = Path(__file__).parents[2] / "results" / "engine" / "patterns.json"
 MATRIX, CONV = (8, 16), (8, 4, 3, 3)
 UNITS = {  # pattern -> (units of MATRIX, units of CONV; None where it does not fit)
-    "elements": (128, 288), "channel": (8, 8), "row": (8, 8), "filter": (8, 8), "neuron": (8, 8), "column": (16, 4),
-    "kernel": (None, 32), "head 4": (4, 4), "block 4x2": (16, 36), "block 2x2x3x3": (None, 8)}
+    "elements": (128, 288),
+    "channel": (8, 8),
+    "row": (8, 8),
+    "filter": (8, 8),
+    "neuron": (8, 8),
+    "column": (16, 4),
+    "kernel": (None, 32),
+    "head 4": (4, 4),
+    "block 4x2": (16, 36),
+    "block 2x2x3x3": (None, 8),
+}
 
 
 @pytest.mark.parametrize("text", UNITS)
@@ -97,9 +106,19 @@ def test_a_head_is_a_run_of_rows_a_column_all_of_an_input_a_kernel_one_pair() ->
     assert not mask[1, 3].any() and mask.sum() == 23 * 9
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("layer", "remove_blocks"), ("heads", "'head 4'"), ("head 0", "got 'head 0'"), ("block 0x2", "got 'block 0x2'"),
-    ("block 10x1", None), ("4:2", "0 < n < m"), ("2:4 in", "'2:4 out'"), ("", "got ''")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("layer", "remove_blocks"),
+        ("heads", "'head 4'"),
+        ("head 0", "got 'head 0'"),
+        ("block 0x2", "got 'block 0x2'"),
+        ("block 10x1", None),
+        ("4:2", "0 < n < m"),
+        ("2:4 in", "'2:4 out'"),
+        ("", "got ''"),
+    ],
+)
 def test_a_pattern_that_is_none_says_what_there_is(text: str, words: str | None) -> None:
     if words is None:
         assert parse(text).block((20, 4)) == (10, 1)
@@ -133,13 +152,19 @@ def _structure(net: nn.Sequential) -> Structure:
     import onnx
     from onnx import helper, numpy_helper
 
-    nodes = [helper.make_node("Conv", ["x", "0.weight", "0.bias"], ["a"]), helper.make_node("Relu", ["a"], ["b"]),
-             helper.make_node("Flatten", ["b"], ["c"]),
-             helper.make_node("Gemm", ["c", "3.weight", "3.bias"], ["y"], transB=1)]
+    nodes = [
+        helper.make_node("Conv", ["x", "0.weight", "0.bias"], ["a"]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Flatten", ["b"], ["c"]),
+        helper.make_node("Gemm", ["c", "3.weight", "3.bias"], ["y"], transB=1),
+    ]
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("x", 1, ["batch", 4, 3, 3])],
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", 1, ["batch", 4, 3, 3])],
         [helper.make_tensor_value_info("y", 1, ["batch", 16])],
-        [numpy_helper.from_array(value.detach().numpy(), name) for name, value in net.named_parameters()])
+        [numpy_helper.from_array(value.detach().numpy(), name) for name, value in net.named_parameters()],
+    )
     return Structure(onnx.helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9))
 
 
@@ -204,8 +229,12 @@ def tiny() -> tuple[nn.Module, Task]:
 
 def test_macs_count_how_often_a_weight_is_used() -> None:
     net, task = tiny()
-    fixed, costs = budget._macs(net, task, budget._masks(net, task, ["0.weight"], "magnitude", parse("elements"),
-                                                         [0.0, 0.5], 0), parse("elements"))
+    fixed, costs = budget._macs(
+        net,
+        task,
+        budget._masks(net, task, ["0.weight"], "magnitude", parse("elements"), [0.0, 0.5], 0),
+        parse("elements"),
+    )
     assert fixed == 96 and costs["0.weight"] == {0.0: 72.0, 0.5: 36.0}, "six places of three entries of four kernels"
     gru = nn.GRU(3, 5, batch_first=True)
     assert budget._uses(gru, torch.zeros(1, 7, 3), None) == 7
@@ -247,8 +276,9 @@ def test_a_budget_of_measured_time() -> None:
 
 
 def test_engine_looks_at_the_kind_of_layer() -> None:
-    net = nn.ModuleDict({"gru": nn.GRU(16, 32), "linear": nn.Linear(32, 48), "odd": nn.Linear(32, 7),
-                         "conv": nn.Conv2d(16, 16, 3)})
+    net = nn.ModuleDict(
+        {"gru": nn.GRU(16, 32), "linear": nn.Linear(32, 48), "odd": nn.Linear(32, 7), "conv": nn.Conv2d(16, 16, 3)}
+    )
     pruned = Prune(0.75, pattern="engine", allocation="uniform")(net, None, None)
     for name, (code, *_) in codes(pruned).items():
         kind = patterns.kind(name, tuple(code.mask.shape))
@@ -272,8 +302,12 @@ def test_the_table_is_what_was_measured() -> None:
     """The finest pattern whose time is within a fifth of the fastest one's, over the sparsities, by kind of layer;
     whole channels are no pattern of a table, for they are taken out of the network."""
     rows = json.loads(RECORD.read_text(encoding="utf-8"))["rows"]
-    layers = {"recurrent": ["recurrent"], "linear": ["linear, 1 row", "linear, 128 rows"],
-              "convolution": ["convolution 3x3"], "pointwise": ["convolution 1x1"]}
+    layers = {
+        "recurrent": ["recurrent"],
+        "linear": ["linear, 1 row", "linear, 128 rows"],
+        "convolution": ["convolution 3x3"],
+        "pointwise": ["convolution 1x1"],
+    }
     assert set(layers) == set(patterns.FAST)
     for kind, names in layers.items():
         spent: dict[str, list[float]] = {}

@@ -53,7 +53,8 @@ def test_the_pattern_is_bit_identical_after_every_transfer() -> None:
 def test_without_the_lock_the_zeros_are_lost() -> None:
     made = lilliput.run(sparse(), TASK, (Train(3),))
     assert sum(int(after.sum()) for after in zeros(made).values()) < 0.1 * sum(
-        int(mask.sum()) for mask in zeros(sparse()).values())
+        int(mask.sum()) for mask in zeros(sparse()).values()
+    )
 
 
 def test_quantization_aware_training_keeps_the_pattern_and_the_grid() -> None:
@@ -134,8 +135,12 @@ def test_one_upstream_pruning_teaches_hidden_states() -> None:
     task = lilliput.Task("text", train=(TEXTS, None), val=(TEXTS, None), loss="mse", metric="mse")
     teacher = States(copy_model(dense), (1, 2)).requires_grad_(False)
     rules = (lilliput.Prune(0.5, every=5, where="encoder.layers.*"), Distill())
-    made = lilliput.run(States(copy_model(dense), (1, 2)), task, (Train(60, lr=3e-3, rules=rules, supervised=0.0),),
-                        reference=Reference(teacher, task))
+    made = lilliput.run(
+        States(copy_model(dense), (1, 2)),
+        task,
+        (Train(60, lr=3e-3, rules=rules, supervised=0.0),),
+        reference=Reference(teacher, task),
+    )
     at_once = lilliput.Prune(0.5, where="encoder.layers.*")(States(copy_model(dense), (1, 2)), None, None)
     wanted = teacher(**TEXTS)
     assert F.mse_loss(made(**TEXTS), wanted) < 0.7 * F.mse_loss(at_once(**TEXTS), wanted)

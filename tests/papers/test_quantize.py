@@ -114,9 +114,11 @@ def test_allocation_is_optimal_on_small_cases() -> None:
         found = allocate_bits(loss, size, budget)
         total = sum(loss[name][found[name]] for name in found)
         assert sum(found[name] * size[name] for name in found) <= budget
-        best = min(sum(loss[n][b] for n, b in zip("abcd", bits, strict=True))
-                   for bits in itertools.product((2, 3, 4, 6, 8), repeat=4)
-                   if sum(size[n] * b for n, b in zip("abcd", bits, strict=True)) <= budget)
+        best = min(
+            sum(loss[n][b] for n, b in zip("abcd", bits, strict=True))
+            for bits in itertools.product((2, 3, 4, 6, 8), repeat=4)
+            if sum(size[n] * b for n, b in zip("abcd", bits, strict=True)) <= budget
+        )
         assert total <= 1.6 * best
     with pytest.raises(ValueError, match="must be at least 20 bits"):
         allocate_bits({"a": {2: 0.0}}, {"a": 10}, 19)

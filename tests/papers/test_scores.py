@@ -106,9 +106,20 @@ def test_rising_keeps_the_order_of_any_float() -> None:
 
 def deep() -> nn.Module:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
-                        nn.Conv2d(4, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.GELU(), nn.Flatten(), nn.Linear(54, 8),
-                        nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3)).train()
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.GroupNorm(2, 6),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(54, 8),
+        nn.LayerNorm(8),
+        nn.Tanh(),
+        nn.Linear(8, 3),
+    ).train()
     net(torch.randn(32, 2, 6, 6) + 1)
     return net.eval()
 
@@ -146,8 +157,9 @@ def test_rounds_avoid_the_collapse_of_a_layer() -> None:
     """arXiv:2006.05467, section 5: in one round a wide layer's many small scores all go; in many, what is left of it
     gets stronger, and at the largest sparsity that leaves a path no layer is empty."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(8, 60, bias=False), nn.ReLU(), nn.Linear(60, 60, bias=False), nn.ReLU(),
-                        nn.Linear(60, 3, bias=False))
+    net = nn.Sequential(
+        nn.Linear(8, 60, bias=False), nn.ReLU(), nn.Linear(60, 60, bias=False), nn.ReLU(), nn.Linear(60, 3, bias=False)
+    )
     x = torch.randn(4, 8)
     task, total = Task("inputs", x, x), sum(p.numel() for p in net.parameters())
     pruned = Rounds(1 - 40 / total, rounds=25)(net, task, None)
@@ -161,8 +173,9 @@ def test_rounds_avoid_the_collapse_of_a_layer() -> None:
 def test_rounds_follow_the_exponential_schedule_and_refuse_none() -> None:
     """Algorithm 1: after round k the share (1 - s)^(k / n) is left; with one round it is Prune."""
     net, x, _, task, _ = small()
-    assert torch.equal(Rounds(0.7, rounds=1, score="snip")(net, task, None)(x),
-                       Prune(0.7, score="snip")(net, task, None)(x))
+    assert torch.equal(
+        Rounds(0.7, rounds=1, score="snip")(net, task, None)(x), Prune(0.7, score="snip")(net, task, None)(x)
+    )
     masks = [~code.mask for chain in codes(Rounds(0.7, rounds=7)(net, task, None)).values() for code in chain]
     assert sum(int(mask.sum()) for mask in masks) == round(0.7 * 48)
     with pytest.raises(ValueError, match="Rounds: rounds must be at least 1, got 0"):
@@ -214,8 +227,10 @@ def test_curvature_is_the_gauss_newton_diagonal_of_a_likelihood(loss: str) -> No
     _, hessian = dense(net, ["weight"], lambda f: task.loss(f(x[:1].double()), y[:1]))
     torch.testing.assert_close(together(found, "curvature"), hessian.diagonal(), rtol=0.25, atol=3e-3)
     other = Task("labels do not matter", (x, 1 - y), (x, y), None, loss, "accuracy")
-    assert torch.equal(together(statistics(net, other, ["weight"], ["curvature"], examples=500), "curvature"),
-                       together(found, "curvature"))
+    assert torch.equal(
+        together(statistics(net, other, ["weight"], ["curvature"], examples=500), "curvature"),
+        together(found, "curvature"),
+    )
 
 
 def per_example(net: nn.Module, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
@@ -288,8 +303,10 @@ def test_lamp_prunes_layers_of_unlike_scale_alike_where_magnitude_empties_the_sm
     net = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
     with torch.no_grad():
         net[1].weight.mul_(1e-3)
-    kept = [[int((layer.weight != 0).sum()) for layer in Prune(0.9, score=score)(net, None, None)]
-            for score in ("lamp", "magnitude")]
+    kept = [
+        [int((layer.weight != 0).sum()) for layer in Prune(0.9, score=score)(net, None, None)]
+        for score in ("lamp", "magnitude")
+    ]
     assert sum(kept[0]) == sum(kept[1]) == 80 and min(kept[0]) > 25 and min(kept[1]) == 1
 
 
@@ -435,8 +452,9 @@ def test_layers_of_one_channel_frozen_and_unused_weights() -> None:
             return self.say(self.one(x).flatten(1))
 
     net, x = Odd(), torch.randn(6, 1, 2, 2)
-    found = statistics(net, Task("odd", (x, torch.arange(6) % 2), x), ["one.weight", "unused.weight", "say.weight"],
-                       [*KNOWN])
+    found = statistics(
+        net, Task("odd", (x, torch.arange(6) % 2), x), ["one.weight", "unused.weight", "say.weight"], [*KNOWN]
+    )
     for need in ("gradient", "mean_gradient", "hessian_gradient", "curvature", "flow"):
         assert not found["unused.weight"][need].any() and found["say.weight"][need].any(), need
     assert not net.say.weight.requires_grad
@@ -444,7 +462,7 @@ def test_layers_of_one_channel_frozen_and_unused_weights() -> None:
 
 def test_the_page_lists_every_score_with_the_data_it_needs() -> None:
     page = (Path(__file__).parents[2] / "docs" / "prune" / "scores.md").read_text(encoding="utf-8")
-    table = page[page.index("## All of them"):page.index("## In rounds")]
+    table = page[page.index("## All of them") : page.index("## In rounds")]
     rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (\w+) \|[^|]*\|$", table, re.MULTILINE))
     assert rows == {name: scores.data_needed(name) for name in scores.SCORES}
     code = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL))

@@ -32,8 +32,15 @@ def problem() -> tuple[nn.Module, Task]:
 
     task = Task("patterns", some(200), some(100), some(150), batch_size=32)
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-                        nn.Conv2d(8, 12, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(48, 5))
+    net = nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(48, 5),
+    )
     trained = Train(60, lr=0.01)(net, task, Reference(net, task))
     assert task.score(trained).value > 0.95
     return trained.eval(), task
@@ -111,10 +118,13 @@ def test_few_weights_answer_the_sub_problem_as_well() -> None:
     assert kept <= 0.15 * sum(p.numel() for p in MODEL.parameters() if p.dim() > 1)
 
 
-@pytest.mark.parametrize(("classes", "rest", "pattern"), [((1, 3), False, "elements"), ((4,), True, "channel"),
-                                                          ((0, 2, 3), False, "channel")])
-def test_the_smaller_module_computes_what_the_masked_one_does(classes: tuple[int, ...], rest: bool, pattern: str
-                                                              ) -> None:
+@pytest.mark.parametrize(
+    ("classes", "rest", "pattern"),
+    [((1, 3), False, "elements"), ((4,), True, "channel"), ((0, 2, 3), False, "channel")],
+)
+def test_the_smaller_module_computes_what_the_masked_one_does(
+    classes: tuple[int, ...], rest: bool, pattern: str
+) -> None:
     found = Seam(classes, rest, steps=60, alpha=10.0, pattern=pattern)(MODEL, TASK, None)
     small = remove_empty(found, TASK.example)
     x = TASK.split("test")[0]
@@ -173,20 +183,24 @@ def test_subproblem_relabels_and_balances() -> None:
     for split in ("train", "val", "test"):
         inputs, labels = sub.split(split)
         assert torch.bincount(labels).tolist() == [int((TASK.split(split)[1] == 2).sum())] * 2
-        others = TASK.split(split)[1][[int((TASK.split(split)[0] == one).flatten(1).all(1).nonzero()) for one in
-                                       inputs[labels == 1]]]
+        others = TASK.split(split)[1][
+            [int((TASK.split(split)[0] == one).flatten(1).all(1).nonzero()) for one in inputs[labels == 1]]
+        ]
         counts = torch.bincount(others, minlength=5)[[0, 1, 3, 4]]
         assert int(counts.max() - counts.min()) <= 1, "evenly from all others"
     assert sub.batch_size == TASK.batch_size and sub.higher_is_better
 
 
-@pytest.mark.parametrize(("classes", "rest", "match"), [
-    ((1,), False, r"two labels to tell apart.*rest=True"),
-    ((), False, r"two labels"),
-    ((1, 1), False, r"must differ, got \(1, 1\). Name each once"),
-    ((-1, 2), False, r"whole numbers from 0 up"),
-    ((True, 2), False, r"whole numbers"),
-])
+@pytest.mark.parametrize(
+    ("classes", "rest", "match"),
+    [
+        ((1,), False, r"two labels to tell apart.*rest=True"),
+        ((), False, r"two labels"),
+        ((1, 1), False, r"must differ, got \(1, 1\). Name each once"),
+        ((-1, 2), False, r"whole numbers from 0 up"),
+        ((True, 2), False, r"whole numbers"),
+    ],
+)
 def test_classes_are_checked_before_any_work(classes: tuple[int, ...], rest: bool, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         Seam(classes, rest)
@@ -209,9 +223,16 @@ def test_classes_must_be_there() -> None:
         subproblem(Task("bare", x, (x, torch.arange(4))), (0, 1))
 
 
-@pytest.mark.parametrize(("settings", "match"), [({"steps": 0}, "steps and every"), ({"alpha": -1.0}, "alpha must be"),
-                                                 ({"lr": 0.0}, "lr"), ({"pattern": "2:4"}, "'elements' or 'channel'"),
-                                                 ({"start": "zeros"}, "'ones' or 'magnitude'")])
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"steps": 0}, "steps and every"),
+        ({"alpha": -1.0}, "alpha must be"),
+        ({"lr": 0.0}, "lr"),
+        ({"pattern": "2:4"}, "'elements' or 'channel'"),
+        ({"start": "zeros"}, "'ones' or 'magnitude'"),
+    ],
+)
 def test_settings_are_checked(settings: dict[str, object], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         Seam((0, 1), **settings)

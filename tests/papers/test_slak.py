@@ -21,8 +21,10 @@ class LargeKernel(nn.Module):
     def __init__(self, channels: int, size: int, small: int) -> None:
         super().__init__()
         shapes = ((size, small), (small, size), (small, small))
-        self.branches = nn.ModuleList(nn.Conv2d(channels, channels, shape, padding=(shape[0] // 2, shape[1] // 2),
-                                                groups=channels) for shape in shapes)
+        self.branches = nn.ModuleList(
+            nn.Conv2d(channels, channels, shape, padding=(shape[0] // 2, shape[1] // 2), groups=channels)
+            for shape in shapes
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([branch(x) for branch in self.branches]).sum(0)
@@ -30,8 +32,16 @@ class LargeKernel(nn.Module):
 
 def network(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(1, 16, 1), LargeKernel(16, 13, 3), nn.ReLU(), nn.Conv2d(16, 32, 1), nn.ReLU(),
-                         nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Linear(128, 10))
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 1),
+        LargeKernel(16, 13, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 1),
+        nn.ReLU(),
+        nn.AdaptiveMaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128, 10),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +57,8 @@ def test_shares_by_snip_then_sparse_training(task: lilliput.Task) -> None:
     shares = tuple((name, code.sparsity) for name, code in found.items())
     assert {f"1.branches.{i}.weight" for i in range(3)} <= set(found)
     assert sum(int((~code.mask).sum()) for code in found.values()) == round(
-        0.4 * sum(code.mask.numel() for code in found.values()))
+        0.4 * sum(code.mask.numel() for code in found.values())
+    )
     training = lilliput.Train(120, lilliput.Cosine(1e-2), (SET(allocation=shares, every=10),))
     made = lilliput.run(net, task, [training])
     moved = masks(made)

@@ -168,12 +168,16 @@ def test_allocations() -> None:
 
 def test_errors_say_what_to_do() -> None:
     net, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(8, 4)
-    for settings, words in [({"sparsity": 90}, "For 90% write 0.9"), ({}, "sparsity must be given"),
-                            ({"sparsity": 0.5, "allocation": "global"}, "before the next one is seen"),
-                            ({"sparsity": 0.5, "pattern": "channel"}, "lilliput.graph"),
-                            ({"sparsity": 0.6, "pattern": "2:4"}, "at most 0.5"),
-                            ({"sparsity": 0.5, "damp": -1}, "damp"), ({"sparsity": 0.5, "examples": 0}, "examples"),
-                            ({"sparsity": 0.5, "width": 0}, "width")]:
+    for settings, words in [
+        ({"sparsity": 90}, "For 90% write 0.9"),
+        ({}, "sparsity must be given"),
+        ({"sparsity": 0.5, "allocation": "global"}, "before the next one is seen"),
+        ({"sparsity": 0.5, "pattern": "channel"}, "lilliput.graph"),
+        ({"sparsity": 0.6, "pattern": "2:4"}, "at most 0.5"),
+        ({"sparsity": 0.5, "damp": -1}, "damp"),
+        ({"sparsity": 0.5, "examples": 0}, "examples"),
+        ({"sparsity": 0.5, "width": 0}, "width"),
+    ]:
         with pytest.raises(ValueError, match=words):
             SparseGPT(**settings)
     with pytest.raises(ValueError, match="Pass task="):

@@ -83,8 +83,10 @@ class FollowActivity(Rule):
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.examples < 1:
-            raise ValueError(f"FollowActivity: every and examples must be at least 1, got every={self.every}, "
-                             f"examples={self.examples}.")
+            raise ValueError(
+                f"FollowActivity: every and examples must be at least 1, got every={self.every}, "
+                f"examples={self.examples}."
+            )
 
     def begin(self, model: nn.Module, task: Task | None, reference: Reference | None, steps: int) -> State:
         if task is None:
@@ -115,19 +117,27 @@ class FollowActivity(Rule):
 def activities(state: State) -> dict[str, tuple[tuple[int, float], ...]]:
     """What `FollowActivity` wrote down: for each layer (after how many steps, the fraction active)."""
     steps = state["steps"].tolist()
-    return {key.removeprefix("active "): tuple(zip(steps, value.tolist(), strict=True))
-            for key, value in state.items() if key.startswith("active ")}
+    return {
+        key.removeprefix("active "): tuple(zip(steps, value.tolist(), strict=True))
+        for key, value in state.items()
+        if key.startswith("active ")
+    }
 
 
 def _chosen(model: nn.Module, where: str, who: str) -> list[str]:
     patterns = [pattern.strip() for pattern in where.split(",")]
     known = {name: module for name, module in model.named_modules() if name and "parametrizations" not in name}
-    chosen = [name for name, module in known.items() if (isinstance(module, SWITCHES) if where == "*" else
-                                                         any(fnmatchcase(name, pattern) for pattern in patterns))]
+    chosen = [
+        name
+        for name, module in known.items()
+        if (isinstance(module, SWITCHES) if where == "*" else any(fnmatchcase(name, pattern) for pattern in patterns))
+    ]
     if not chosen:
         what = "the model must have activation modules (ReLU)" if where == "*" else "where must match a module"
-        raise ValueError(f"{who}: {what}, got {where!r}. {near(where, known)} An activation that is a function has "
-                         "no name: choose the module whose output it is.")
+        raise ValueError(
+            f"{who}: {what}, got {where!r}. {near(where, known)} An activation that is a function has "
+            "no name: choose the module whose output it is."
+        )
     return chosen
 
 
@@ -145,6 +155,7 @@ def _seen(model: nn.Module, names: list[str], inputs: Any) -> Activity:
                 unit = 1 if active.dim() > 3 else -1  # of pictures the channels, of vectors and sequences the features
                 once = active.transpose(unit, -1).reshape(-1, active.shape[unit]).any(0)
                 alive[name] = alive[name] | once if name in alive else once
+
         return hook
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -152,8 +163,12 @@ def _seen(model: nn.Module, names: list[str], inputs: Any) -> Activity:
         predict(model, on(inputs, device))
     shown = [name for name in names if name in alive]
     return Activity(
-        tuple(shown), tuple(ons[name] / max(values[name], 1) for name in shown),
-        tuple(len(alive[name]) for name in shown), tuple(int((~alive[name]).sum()) for name in shown), length(inputs))
+        tuple(shown),
+        tuple(ons[name] / max(values[name], 1) for name in shown),
+        tuple(len(alive[name]) for name in shown),
+        tuple(int((~alive[name]).sum()) for name in shown),
+        length(inputs),
+    )
 
 
 @contextmanager

@@ -43,8 +43,11 @@ class Code(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         """The plain values that the code was made with."""
-        return {name: value for name, value in vars(self).items()
-                if not name.startswith("_") and name != "training" and isinstance(value, int | float | str | tuple)}
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if not name.startswith("_") and name != "training" and isinstance(value, int | float | str | tuple)
+        }
 
     def forward(self, *theta: Tensor) -> Tensor:
         return self.decode(*theta)
@@ -74,8 +77,10 @@ def find(model: nn.Module, where: str = "*", *, least_dim: int = 2, who: str = "
             chosen.append(name)
     if not chosen:
         modules = {name.rpartition(".")[0] or name for name in owners}
-        raise ValueError(f"{who}: where must match a floating-point tensor of at least {least_dim} dimensions, got "
-                         f"{where!r}. {near(where, modules)}")
+        raise ValueError(
+            f"{who}: where must match a floating-point tensor of at least {least_dim} dimensions, got "
+            f"{where!r}. {near(where, modules)}"
+        )
     return chosen
 
 
@@ -111,8 +116,11 @@ def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if module not in seen:
             seen.add(module)
             yield path, module
-            waiting += [(f"{path}.{name}" if path else name, child) for name, child in reversed(module._modules.items())
-                        if child is not None and name != "parametrizations"]
+            waiting += [
+                (f"{path}.{name}" if path else name, child)
+                for name, child in reversed(module._modules.items())
+                if child is not None and name != "parametrizations"
+            ]
 
 
 def _originals(module: nn.Module, name: str) -> Iterator[Tensor]:
@@ -150,8 +158,12 @@ def holders(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
     if parametrize.is_parametrized(target, attribute):
         return [(target, attribute)]
     parameter = target._parameters[attribute]
-    return [(module, key) for _, module in _plain_modules(model) for key, value in module._parameters.items()
-            if value is parameter]
+    return [
+        (module, key)
+        for _, module in _plain_modules(model)
+        for key, value in module._parameters.items()
+        if value is parameter
+    ]
 
 
 def attach(model: nn.Module, name: str, code: Code) -> None:
@@ -161,8 +173,9 @@ def attach(model: nn.Module, name: str, code: Code) -> None:
     """
     owners = holders(model, name)
     if len(owners) > 1:
-        raise NotSupported(f"attach: {name} must be held by one module, but {len(owners)} modules share it. "
-                           "Leave it out with where=.")
+        raise NotSupported(
+            f"attach: {name} must be held by one module, but {len(owners)} modules share it. Leave it out with where=."
+        )
     module, attribute = owners[0]
     _attach(module, attribute, name, code)
 
@@ -181,8 +194,10 @@ def _attach(module: nn.Module, attribute: str, name: str, code: Code) -> None:
         raise NotSupported(f"attach: {name} must be a plain tensor, but {foreign(holder[0])}.")
     inner = holder[0].inner
     if not inner:
-        raise NotSupported(f"attach: {name} must be stored by a code that others can nest in, got "
-                           f"{type(holder[0]).__name__}. Realize it first.")
+        raise NotSupported(
+            f"attach: {name} must be stored by a code that others can nest in, got "
+            f"{type(holder[0]).__name__}. Realize it first."
+        )
     for k, i in enumerate(inner):
         _attach(holder, originals[i], name, code if k == 0 else copy.deepcopy(code))
 
@@ -238,8 +253,10 @@ def pack(model: nn.Module) -> dict[str, Stored]:
 def _array(tensor: Tensor, name: str) -> Any:
     """A tensor in a type that a file can hold."""
     if tensor.is_complex():
-        raise NotSupported(f"pack: {name} must be real, got {tensor.dtype}. Keep its real and imaginary part as two "
-                           "tensors (torch.view_as_real).")
+        raise NotSupported(
+            f"pack: {name} must be real, got {tensor.dtype}. Keep its real and imaginary part as two "
+            "tensors (torch.view_as_real)."
+        )
     if tensor.dtype in (torch.bfloat16, torch.float64):
         tensor = tensor.float()
     return tensor.detach().cpu().numpy()
@@ -266,9 +283,11 @@ def copy_model(model: nn.Module) -> nn.Module:
     from the original. A coded recurrent layer keeps its last decoded weights, which cannot be copied; the copy decodes
     its own.
     """
-    memo: dict[int, Any] = {id(module._flat_weights): [None] * len(module._flat_weights)
-                            for module in model.modules() if isinstance(module, nn.RNNBase)
-                            and parametrize.is_parametrized(module)}
+    memo: dict[int, Any] = {
+        id(module._flat_weights): [None] * len(module._flat_weights)
+        for module in model.modules()
+        if isinstance(module, nn.RNNBase) and parametrize.is_parametrized(module)
+    }
     result = copy.deepcopy(model, memo)
     for _, module in result.named_modules():
         if parametrize.is_parametrized(module):

@@ -73,7 +73,10 @@ class LowRank(Code):
 
 
 CONVOLUTIONS: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
-    (nn.Conv1d, nn.Conv1d), (nn.Conv2d, nn.Conv2d), (nn.Conv3d, nn.Conv3d))
+    (nn.Conv1d, nn.Conv1d),
+    (nn.Conv2d, nn.Conv2d),
+    (nn.Conv3d, nn.Conv3d),
+)
 
 
 def layers(module: nn.Module, rank: int, bias: bool) -> tuple[nn.Linear, nn.Linear]:
@@ -87,8 +90,16 @@ def layers(module: nn.Module, rank: int, bias: bool) -> tuple[nn.Linear, nn.Line
         return nn.Linear(module.in_features, rank, bias=False), nn.Linear(rank, module.out_features, bias=bias)
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     kind = next(made for known, made in CONVOLUTIONS if isinstance(module, known))
-    first = kind(module.in_channels, rank, module.kernel_size, module.stride, module.padding, module.dilation,
-                 bias=False, padding_mode=module.padding_mode)
+    first = kind(
+        module.in_channels,
+        rank,
+        module.kernel_size,
+        module.stride,
+        module.padding,
+        module.dilation,
+        bias=False,
+        padding_mode=module.padding_mode,
+    )
     second = kind(rank, module.out_channels, 1, bias=bias)
     return cast(tuple[nn.Linear, nn.Linear], (first, second))
 

@@ -15,8 +15,19 @@ from lilliput.task import Task, call, length, take
 
 CHILD = "output_code"
 SAMPLE = 65536
-COMPUTES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Embedding,
-            nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+COMPUTES = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._BatchNorm,
+)
 ACTIVATES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.ELU, nn.Sigmoid, nn.Tanh)
 
 
@@ -91,8 +102,9 @@ class QuantizeActivations(Stage):
     def __post_init__(self) -> None:
         Activation(self.bits)
         if self.range not in RANGES:
-            raise ValueError(f"QuantizeActivations: range must be a known rule, got {self.range!r}. "
-                             f"{near(self.range, RANGES)}")
+            raise ValueError(
+                f"QuantizeActivations: range must be a known rule, got {self.range!r}. {near(self.range, RANGES)}"
+            )
         if self.examples < 1:
             raise ValueError(f"QuantizeActivations: examples must be at least 1, got {self.examples}.")
 
@@ -115,12 +127,17 @@ class QuantizeActivations(Stage):
 
     def _chosen(self, model: nn.Module) -> list[str]:
         patterns = [pattern.strip() for pattern in self.where.split(",")]
-        known = {name: module for name, module in model.named_modules()
-                 if isinstance(module, COMPUTES + ACTIVATES) and not hasattr(module, CHILD)}
+        known = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, COMPUTES + ACTIVATES) and not hasattr(module, CHILD)
+        }
         chosen = [name for name in known if any(fnmatchcase(name, pattern) for pattern in patterns)]
         if not chosen:
-            raise ValueError(f"QuantizeActivations: where must match a module that computes, got {self.where!r}. "
-                             f"{near(self.where, known)}")
+            raise ValueError(
+                f"QuantizeActivations: where must match a module that computes, got {self.where!r}. "
+                f"{near(self.where, known)}"
+            )
         return chosen
 
 
@@ -147,6 +164,7 @@ def _observe(model: nn.Module, names: list[str], task: Task, examples: int) -> t
                 last[id(output)] = (name, output)
                 flat = output.flatten()
                 seen.setdefault(name, []).append(flat[:: max(1, len(flat) * parts // SAMPLE)].clone())
+
         return listen
 
     inputs = calibration(task, examples)

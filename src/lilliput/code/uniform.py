@@ -56,8 +56,10 @@ class Uniform(Code):
             return weight.reshape(len(weight), -1)
         size = int(self.per)
         if (weight.numel() // len(weight)) % size:
-            raise ValueError(f"Uniform: a group must divide the {weight.numel() // len(weight)} values of an output, "
-                             f"got {size}. Choose a divisor or per='channel'.")
+            raise ValueError(
+                f"Uniform: a group must divide the {weight.numel() // len(weight)} values of an output, "
+                f"got {size}. Choose a divisor or per='channel'."
+            )
         return weight.reshape(-1, size)
 
     def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,8 +88,13 @@ class Uniform(Code):
         else:
             shape = (len(weight), -1, 1)
         group = self.per if isinstance(self.per, int) else None
-        return Grid(codes_, self.bits, scale.reshape(shape).numpy(),
-                    None if zero is None else zero.reshape(shape).numpy(), group)
+        return Grid(
+            codes_,
+            self.bits,
+            scale.reshape(shape).numpy(),
+            None if zero is None else zero.reshape(shape).numpy(),
+            group,
+        )
 
 
 def _scale(log_scale: Tensor) -> Tensor:

@@ -241,8 +241,11 @@ class LayerTimes:
         found, before = shapes(proto, example), len(self.known)
         empty = self._time(None, [], batch)
         owners = _Owners(proto)
-        total = sum(max(self._node(node, found, owners, batch) - empty, 0.0) for node in proto.graph.node
-                    if node.op_type in WORK and not owners.constant(node.output[0]))
+        total = sum(
+            max(self._node(node, found, owners, batch) - empty, 0.0)
+            for node in proto.graph.node
+            if node.op_type in WORK and not owners.constant(node.output[0])
+        )
         if len(self.known) > before:
             self.save()
         return Estimated(empty + self.scale * total, f"layer times x {self.scale:.3f}, batch {batch}, {self.stamp}")
@@ -293,8 +296,10 @@ class LayerTimes:
         return self._time(inner, parts, batch) if moving else 0.0
 
     def _time(self, node: NodeProto | None, parts: list[tuple[str, Shape, bool, str, Any]], batch: int) -> float:
-        shape_key = [(name, shape, still, kind, None if value is None else value.tolist())
-                     for name, shape, still, kind, value in parts]
+        shape_key = [
+            (name, shape, still, kind, None if value is None else value.tolist())
+            for name, shape, still, kind, value in parts
+        ]
         written = b"" if node is None else node.SerializeToString(deterministic=True)
         digest = hashlib.sha256(repr((shape_key, written, batch, self.stamp)).encode()).hexdigest()[:24]
         key = f"{'empty' if node is None else node.op_type} {digest}"
@@ -317,8 +322,9 @@ class LayerTimes:
                 wide = (shape[0] * batch, *shape[1:]) if shape else shape
                 number = onnx.TensorProto.FLOAT if kind == "floats" else onnx.TensorProto.INT64
                 inputs.append(onnx.helper.make_tensor_value_info(name, number, list(wide)))
-                feed[name] = (draw.standard_normal(wide).astype(np.float32) if kind == "floats"
-                              else np.zeros(wide, np.int64))
+                feed[name] = (
+                    draw.standard_normal(wide).astype(np.float32) if kind == "floats" else np.zeros(wide, np.int64)
+                )
         outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name][:1]
         graph = onnx.helper.make_graph([node], "g", inputs, outputs, tensors)
         proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)

@@ -26,8 +26,14 @@ class EngineSession:
 
     runtime, threads = "lilliput engine", 1
 
-    def __init__(self, model: str | Path | bytes | ModelProto, shapes: Shapes | None = None, *, tune: bool = True,
-                 out: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        model: str | Path | bytes | ModelProto,
+        shapes: Shapes | None = None,
+        *,
+        tune: bool = True,
+        out: str | Path | None = None,
+    ) -> None:
         from lilliput.engine.compile import compile
 
         self.engine = compile(model, out, tune=tune, shapes=shapes)
@@ -36,8 +42,10 @@ class EngineSession:
     def feed(self, inputs: Inputs) -> dict[str, Any]:
         """The inputs by name, in the types that the network takes."""
         named = arrays(inputs, self.input_names)
-        return {value["name"]: np.ascontiguousarray(named[value["name"]].astype(value["dtype"], copy=False))
-                for value in self.engine.inputs}
+        return {
+            value["name"]: np.ascontiguousarray(named[value["name"]].astype(value["dtype"], copy=False))
+            for value in self.engine.inputs
+        }
 
     def run(self, feed: dict[str, Any]) -> list[Any]:
         """Every output for inputs that `feed` prepared: nothing else happens here, so this is what is timed."""
@@ -49,7 +57,7 @@ class EngineSession:
         feed = self.feed(inputs)
         batch = self._batch()
         count = len(next(iter(feed.values())))
-        parts = [self.run({name: x[i: i + batch] for name, x in feed.items()})[0] for i in range(0, count, batch)]
+        parts = [self.run({name: x[i : i + batch] for name, x in feed.items()})[0] for i in range(0, count, batch)]
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def _batch(self) -> int:
@@ -71,13 +79,19 @@ class OpenVinoSession:
         except ImportError as error:
             raise ImportError("bench: the runtime openvino must be installed. Run: pip install openvino") from error
         core = openvino.Core()
-        read = core.read_model(str(model) if isinstance(model, str | Path) else
-                               model.SerializeToString() if isinstance(model, ModelProto) else model)
+        read = core.read_model(
+            str(model)
+            if isinstance(model, str | Path)
+            else model.SerializeToString()
+            if isinstance(model, ModelProto)
+            else model
+        )
         if shapes:
             read.reshape({name: list(shape) for name, shape in shapes.items()})
         self.runtime = f"openvino {openvino.__version__.split('-')[0]} CPU"
-        self._compiled = core.compile_model(read, "CPU", {
-            "INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"})
+        self._compiled = core.compile_model(
+            read, "CPU", {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        )
         self._request = self._compiled.create_infer_request()
         self.input_names = [value.get_any_name() for value in self._compiled.inputs]
         self._kinds = {value.get_any_name(): value.get_element_type().to_dtype() for value in self._compiled.inputs}
@@ -96,8 +110,11 @@ def _onnxruntime(model: Any, shapes: Shapes | None = None) -> Session:
     return Session(model)
 
 
-RUNTIMES: dict[str, Callable[..., Any]] = {"engine": EngineSession, "onnxruntime": _onnxruntime,
-                                           "openvino": OpenVinoSession}
+RUNTIMES: dict[str, Callable[..., Any]] = {
+    "engine": EngineSession,
+    "onnxruntime": _onnxruntime,
+    "openvino": OpenVinoSession,
+}
 
 
 def open_session(runtime: str, model: Any, shapes: Shapes | None = None) -> Any:
@@ -106,6 +123,7 @@ def open_session(runtime: str, model: Any, shapes: Shapes | None = None) -> Any:
     Raises KeyError for an unknown runtime.
     """
     if runtime not in RUNTIMES:
-        raise KeyError(f"bench: a runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}. "
-                       f"{near(runtime, RUNTIMES)}")
+        raise KeyError(
+            f"bench: a runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}. {near(runtime, RUNTIMES)}"
+        )
     return RUNTIMES[runtime](model, shapes)

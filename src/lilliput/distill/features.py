@@ -36,8 +36,10 @@ class Features(Rule):
             known = dict(network.named_modules())
             for path in self.paths:
                 if path not in known:
-                    raise ValueError(f"Features: every path must name a module of the {who}, got {path!r}. "
-                                     f"It has {', '.join(list(known)[1:9])}, ...")
+                    raise ValueError(
+                        f"Features: every path must name a module of the {who}, got {path!r}. "
+                        f"It has {', '.join(list(known)[1:9])}, ..."
+                    )
         self._listen(model)
         state: State = {}
         return state
@@ -48,8 +50,9 @@ class Features(Rule):
             if not any(isinstance(hook, _Keep) for hook in module._forward_hooks.values()):
                 module.register_forward_hook(_Keep())
 
-    def penalty(self, state: State, model: nn.Module, batch: Batch, output: Tensor,
-                reference: Reference | None) -> Tensor | None:
+    def penalty(
+        self, state: State, model: nn.Module, batch: Batch, output: Tensor, reference: Reference | None
+    ) -> Tensor | None:
         assert reference is not None
         self._listen(reference.model)
         with torch.no_grad():
@@ -59,8 +62,10 @@ class Features(Rule):
         total = output.sum() * 0
         for path in self.paths:
             mine, theirs = _kept(model, path), dense[path]
-            total = total + F.mse_loss(F.normalize(_pooled(mine), dim=-1), F.normalize(
-                _project(_pooled(theirs), _pooled(mine).shape[-1]), dim=-1))
+            total = total + F.mse_loss(
+                F.normalize(_pooled(mine), dim=-1),
+                F.normalize(_project(_pooled(theirs), _pooled(mine).shape[-1]), dim=-1),
+            )
         return self.weight * total / len(self.paths)
 
     def end(self, state: State, model: nn.Module) -> State:

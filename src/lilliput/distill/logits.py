@@ -27,14 +27,18 @@ class Distill(Rule):
 
     has_loss: ClassVar[bool] = True
 
-    def penalty(self, state: State, model: nn.Module, batch: Batch, output: Tensor,
-                reference: Reference | None) -> Tensor | None:
+    def penalty(
+        self, state: State, model: nn.Module, batch: Batch, output: Tensor, reference: Reference | None
+    ) -> Tensor | None:
         if reference is None:
-            raise ValueError("Distill: a reference must be given (the dense model with its outputs), got None. "
-                             "Pass reference=lilliput.Reference(dense, task).")
+            raise ValueError(
+                "Distill: a reference must be given (the dense model with its outputs), got None. "
+                "Pass reference=lilliput.Reference(dense, task)."
+            )
         weight = self.weight if isinstance(self.weight, int | float) else 1.0
-        return weight * distance(output, reference.outputs(batch.index, batch.draw), self.temperature,
-                                 reference.task.loss_name)
+        return weight * distance(
+            output, reference.outputs(batch.index, batch.draw), self.temperature, reference.task.loss_name
+        )
 
 
 def distance(output: Tensor, dense: Tensor, temperature: float, loss: str) -> Tensor:

@@ -60,16 +60,20 @@ def _feeds(graph: Graph, given: Any) -> list[list[Array]]:
     names = [value.name for value in graph.inputs]
     named: Mapping[str, Any] = given if isinstance(given, Mapping) else dict(zip(names, [given], strict=False))
     if set(named) != set(names):
-        raise ValueError(f"compile: the example must hold {', '.join(names)}, got {', '.join(named) or 'nothing'}. "
-                         "Give arrays by name where there are several inputs.")
+        raise ValueError(
+            f"compile: the example must hold {', '.join(names)}, got {', '.join(named) or 'nothing'}. "
+            "Give arrays by name where there are several inputs."
+        )
     runs: list[list[Array]] = [[] for _ in range(MOST_RUNS)]
     for value in graph.inputs:
         array, shape = np.asarray(named[value.name]), tuple(int(size) for size in value.shape)
         if array.shape == shape[1:]:
             array = array[None]
         if array.shape[1:] != shape[1:] or not shape or not len(array) or len(array) % shape[0]:
-            raise ValueError(f"compile: the example of {value.name} must have shape {shape}, or more along the first "
-                             f"dimension (a multiple), got {array.shape}.")
+            raise ValueError(
+                f"compile: the example of {value.name} must have shape {shape}, or more along the first "
+                f"dimension (a multiple), got {array.shape}."
+            )
         if not np.can_cast(array.dtype, value.dtype, "same_kind"):
             raise ValueError(f"compile: the example of {value.name} must be {value.dtype.name}, got {array.dtype}.")
         parts = array.astype(value.dtype).reshape(-1, *shape)

@@ -42,16 +42,23 @@ def _bare(node: Node) -> bool:
     return node.maybe(2) is None and node.maybe(3) is None and node.attrs.get("act") is None
 
 
-def _scores(graph: Graph, soft: Node, uses: dict[Value, list[Node]],
-            makers: dict[Value, Node]) -> tuple[Node, list[Node], Expr, list[Value]] | None:
+def _scores(
+    graph: Graph, soft: Node, uses: dict[Value, list[Node]], makers: dict[Value, Node]
+) -> tuple[Node, list[Node], Expr, list[Value]] | None:
     """The product behind a softmax, the nodes between, and the scores as an expression."""
     expr: Expr = soft.attrs.get("pre") or arg(0, "float32")
     inputs = [value for value in soft.inputs if value is not None]
     gone: list[Node] = []
     for _ in range(3):
-        wide = [i for i, value in enumerate(inputs) if value.shape == soft.y.shape and value in makers
-                and makers[value].op in ("MatMul", "Map") and value not in graph.outputs
-                and uses[value] == [gone[-1] if gone else soft]]
+        wide = [
+            i
+            for i, value in enumerate(inputs)
+            if value.shape == soft.y.shape
+            and value in makers
+            and makers[value].op in ("MatMul", "Map")
+            and value not in graph.outputs
+            and uses[value] == [gone[-1] if gone else soft]
+        ]
         if not wide:
             return None
         i = next((i for i in wide if makers[inputs[i]].op == "MatMul"), wide[0])

@@ -27,8 +27,9 @@ def run(command: Sequence[str], timeout_s: float = 600) -> str:
     try:
         done = subprocess.run(list(command), capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired as error:
-        raise ExportError(f"compile: the compiler must finish within {timeout_s:.0f} s, and did not: "
-                          f"{' '.join(command)[:200]}") from error
+        raise ExportError(
+            f"compile: the compiler must finish within {timeout_s:.0f} s, and did not: {' '.join(command)[:200]}"
+        ) from error
     if done.returncode:
         raise ExportError(f"compile: the compiler failed ({' '.join(command)[:300]}):\n{done.stderr[-2000:]}")
     return done.stderr

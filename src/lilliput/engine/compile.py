@@ -26,9 +26,17 @@ from lilliput.engine.target import Target, target
 from lilliput.engine.write import manifest, written
 
 
-def compile(model: Any, out: str | Path | None = None, *, to: str = "native", cc: str | None = None, tune: bool = True,
-            shapes: Mapping[str, Sequence[int]] | None = None, constants: Mapping[str, Array] | None = None,
-            example: Any = None) -> Engine:
+def compile(
+    model: Any,
+    out: str | Path | None = None,
+    *,
+    to: str = "native",
+    cc: str | None = None,
+    tune: bool = True,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    constants: Mapping[str, Array] | None = None,
+    example: Any = None,
+) -> Engine:
     """Compile an ONNX model to C and load it.
 
     model: a path, its bytes or a ModelProto. out: the folder to write; a temporary one that goes with the Engine when
@@ -53,9 +61,15 @@ def compile(model: Any, out: str | Path | None = None, *, to: str = "native", cc
     return engine
 
 
-def write(model: Any, out: str | Path | None, found: Target, tune: bool = True,
-          shapes: Mapping[str, Sequence[int]] | None = None, constants: Mapping[str, Array] | None = None,
-          given: Any = None) -> Path:
+def write(
+    model: Any,
+    out: str | Path | None,
+    found: Target,
+    tune: bool = True,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    constants: Mapping[str, Array] | None = None,
+    given: Any = None,
+) -> Path:
     """Compile a model into a folder, which is whole or not there; returns it."""
     name = Path(model).name if isinstance(model, str | Path) else "model.onnx"
     measure = tune and found.name == "native" and found.here
@@ -104,12 +118,23 @@ def _save(plan: Plan, folder: Path, found: Target, name: str) -> None:
     (folder / "model.h").write_text(source.h, encoding="utf-8")
     if source.weights:
         (folder / "model.weights").write_bytes(source.weights)
-    text = example(found, list(zip(source.inputs, graph.inputs, strict=True)),
-                   list(zip(source.outputs, graph.outputs, strict=True)), graph.sizes, len(source.weights))
+    text = example(
+        found,
+        list(zip(source.inputs, graph.inputs, strict=True)),
+        list(zip(source.outputs, graph.outputs, strict=True)),
+        graph.sizes,
+        len(source.weights),
+    )
     (folder / "example.c").write_text(text, encoding="utf-8")
-    facts: dict[str, Any] = {"model": name, "target": found.name, "cc": list(found.cc), "flags": list(found.flags),
-             "link": list(found.link),
-             "library": found.library, "errors": source.errors}
+    facts: dict[str, Any] = {
+        "model": name,
+        "target": found.name,
+        "cc": list(found.cc),
+        "flags": list(found.flags),
+        "link": list(found.link),
+        "library": found.library,
+        "errors": source.errors,
+    }
     if found.library:
         library(folder / "model.c", folder / found.library, found)
         facts["library_bytes"] = (folder / found.library).stat().st_size

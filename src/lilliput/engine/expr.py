@@ -160,8 +160,11 @@ def literal(value: Any, dtype: str) -> str:
             return "NAN"
         if math.isinf(x):
             return "INFINITY" if x > 0 else "(-INFINITY)"
-        text = np.format_float_positional(np.float32(x), unique=True, trim="0") if 1e-4 <= abs(x) < 1e7 or x == 0 else (
-            np.format_float_scientific(np.float32(x), unique=True, trim="0"))
+        text = (
+            np.format_float_positional(np.float32(x), unique=True, trim="0")
+            if 1e-4 <= abs(x) < 1e7 or x == 0
+            else (np.format_float_scientific(np.float32(x), unique=True, trim="0"))
+        )
         return f"{text}f" if x >= 0 else f"({text}f)"
     if dtype == "bool":
         return "1" if value else "0"
@@ -191,8 +194,9 @@ def writes(op: str, template: str | Writer, needs: Sequence[str] | Callable[[Exp
         WRITERS[op] = template
 
 
-def statements(results: Sequence[Expr], arguments: Sequence[str], indent: str = "",
-               prefix: str = "t") -> tuple[list[str], list[str]]:
+def statements(
+    results: Sequence[Expr], arguments: Sequence[str], indent: str = "", prefix: str = "t"
+) -> tuple[list[str], list[str]]:
     """C statements that compute the results from the arguments' C expressions, and the results' C expressions.
 
     prefix: of the names of what is in between.
@@ -269,8 +273,15 @@ def _cast(e: Expr, a: list[str]) -> str:
 def _power(e: Expr, a: list[str]) -> str:
     exponent = e.args[1]
     known = float(exponent.value) if exponent.op == "const" else None
-    short = {1.0: "{0}", 2.0: "{0} * {0}", 3.0: "{0} * {0} * {0}", 0.5: "sqrtf({0})", -1.0: "1.0f / {0}",
-             -0.5: "1.0f / sqrtf({0})", 4.0: "({0} * {0}) * ({0} * {0})"}
+    short = {
+        1.0: "{0}",
+        2.0: "{0} * {0}",
+        3.0: "{0} * {0} * {0}",
+        0.5: "sqrtf({0})",
+        -1.0: "1.0f / {0}",
+        -0.5: "1.0f / sqrtf({0})",
+        4.0: "({0} * {0}) * ({0} * {0})",
+    }
     if _floats(e):
         return short[known].format(a[0]) if known in short else f"powf({a[0]}, {a[1]})"
     if _floats(exponent):
@@ -319,8 +330,14 @@ for _op, _sign in {"and": "&", "or": "|", "xor": "^"}.items():
     writes(_op, f"({{T}})({{0}} {_sign} {{1}})")
 writes("invert", "({T})~{0}")
 writes("shift_left", "({T})((uint64_t){1} < 8 * sizeof({T}) ? (uint64_t){0} << {1} : 0)")
-writes("shift_right", _by_type("", "({T})((uint64_t){1} < 8 * sizeof({T}) ? {0} >> {1} : {0} < 0 ? -1 : 0)",
-                               "({T})((uint64_t){1} < 8 * sizeof({T}) ? {0} >> {1} : 0)"))
+writes(
+    "shift_right",
+    _by_type(
+        "",
+        "({T})((uint64_t){1} < 8 * sizeof({T}) ? {0} >> {1} : {0} < 0 ? -1 : 0)",
+        "({T})((uint64_t){1} < 8 * sizeof({T}) ? {0} >> {1} : 0)",
+    ),
+)
 writes("isnan", "{0} != {0}")
 writes("isinf", "fabsf({0}) > 3.4028235e38f")
 writes("abs", _by_type("fabsf({0})", "({T})({0} < 0 ? 0u - (uint64_t){0} : (uint64_t){0})", "{0}"))

@@ -55,10 +55,11 @@ def chains(graph: Graph) -> None:
                     if v not in inputs:
                         inputs.append(v)
                     inner.append(inputs.index(v))
-                replaced = maker.attrs["exprs"][0].substitute(
-                    [arg(j, inputs[j].dtype) for j in inner])  # type: ignore[union-attr]
-                places = [replaced if v is value else arg(inputs.index(v), v.dtype)  # type: ignore[union-attr]
-                          for v in node.inputs]
+                replaced = maker.attrs["exprs"][0].substitute([arg(j, inputs[j].dtype) for j in inner])  # type: ignore[union-attr]
+                places = [
+                    replaced if v is value else arg(inputs.index(v), v.dtype)  # type: ignore[union-attr]
+                    for v in node.inputs
+                ]
                 exprs = tuple(e.substitute(places) for e in node.attrs["exprs"])
                 if sum(e.count() for e in exprs) > MOST_OPERATORS:
                     continue
@@ -126,8 +127,9 @@ def _by_channel(value: Value, node: Node) -> np.ndarray | None:
     return np.broadcast_to(data.reshape(-1), (int(y.shape[axis]),))
 
 
-def _affine(root: Expr, start: Expr, node: Node, maker: Node) -> tuple[Expr | None, np.ndarray | None,
-                                                                       np.ndarray | None]:
+def _affine(
+    root: Expr, start: Expr, node: Node, maker: Node
+) -> tuple[Expr | None, np.ndarray | None, np.ndarray | None]:
     """The largest part of an expression that is start * a + b, and a and b by channel."""
     parents = _parents(root)
     core, a, b = start, None, None
@@ -187,8 +189,11 @@ def _scale(node: Node, a: np.ndarray) -> bool:
     narrow = None
     if w.narrow is not None:
         if w.narrow.scale is None:
-            narrow = Narrow(w.narrow.bits, w.narrow.codes, factor.reshape(factor.shape if node.op != "MatMul" else
-                                                                          (1,) * (w.rank - 1) + (-1,)))
+            narrow = Narrow(
+                w.narrow.bits,
+                w.narrow.codes,
+                factor.reshape(factor.shape if node.op != "MatMul" else (1,) * (w.rank - 1) + (-1,)),
+            )
         else:
             narrow = Narrow(w.narrow.bits, w.narrow.codes, w.narrow.scale * factor, w.narrow.zero_point)
     scaled = Value(f"{w.name}.scaled", w.dtype, w.shape, (w.data * factor).astype(np.float32), narrow)
@@ -228,8 +233,14 @@ def epilogues(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "Map" or len(node.attrs["exprs"]) > 1:
             continue
-        found = sorted(((graph.nodes.index(makers[v]), i, v) for i, v in enumerate(node.inputs)
-                        if v is not None and v in makers and makers[v].op in PRODUCTS), key=lambda t: -t[0])
+        found = sorted(
+            (
+                (graph.nodes.index(makers[v]), i, v)
+                for i, v in enumerate(node.inputs)
+                if v is not None and v in makers and makers[v].op in PRODUCTS
+            ),
+            key=lambda t: -t[0],
+        )
         for _, i, value in found:
             maker = makers[value]
             if uses[value] != [node] or value in graph.outputs or not _same(value, node.y):
@@ -240,8 +251,10 @@ def epilogues(graph: Graph) -> None:
             if _join(graph, maker, node, i):
                 alive = [maker] if maker.outputs == node.outputs else [node, maker]
                 for v in dict.fromkeys(v for v in (*held, *node.inputs, *maker.inputs) if v is not None):
-                    uses[v] = [*(n for n in uses.get(v, []) if n is not node and n is not maker),
-                               *(n for n in alive if v in n.inputs)]
+                    uses[v] = [
+                        *(n for n in uses.get(v, []) if n is not node and n is not maker),
+                        *(n for n in alive if v in n.inputs),
+                    ]
                 makers.update((v, n) for n in alive for v in n.outputs if v is not None)
                 break
 

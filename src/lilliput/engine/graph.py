@@ -173,8 +173,10 @@ class Node:
 
         value = self.maybe(i)
         if value is not None and value.data is None:
-            raise NotSupported(f"{self.op} {self.name}: input {i} ({value.name}) must be known when compiling. Bind it "
-                               "with compile(constants={...}).")
+            raise NotSupported(
+                f"{self.op} {self.name}: input {i} ({value.name}) must be known when compiling. Bind it "
+                "with compile(constants={...})."
+            )
         return None if value is None else value.data
 
     def ints(self, attribute: str, i: int) -> list[int] | None:

@@ -14,10 +14,18 @@ def widened(proto: ModelProto) -> ModelProto:
         for name in dict.fromkeys(node.input):
             readers.setdefault(name, []).append(node)
     outputs = {value.name for value in graph.output}
-    found = [node for node in graph.node if node.op_type == "Gather" and not node.domain and node.input and node.output
-             and node.input[0] in half
-             and node.output[0] not in outputs and readers.get(node.output[0])
-             and all(_to_float(reader) for reader in readers[node.output[0]])]
+    found = [
+        node
+        for node in graph.node
+        if node.op_type == "Gather"
+        and not node.domain
+        and node.input
+        and node.output
+        and node.input[0] in half
+        and node.output[0] not in outputs
+        and readers.get(node.output[0])
+        and all(_to_float(reader) for reader in readers[node.output[0]])
+    ]
     if not found:
         return proto
     copy = ModelProto()

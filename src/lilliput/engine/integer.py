@@ -24,8 +24,11 @@ def finished(graph: Graph) -> None:
             if value in graph.outputs or value.shape != node.y.shape or "expr" in maker.attrs:
                 continue
             rest = [v for v in node.inputs if v is not value and v is not None]
-            places = [arg(0, value.dtype) if v is value else arg(1 + rest.index(v), v.dtype)
-                      for v in node.inputs if v is not None]
+            places = [
+                arg(0, value.dtype) if v is value else arg(1 + rest.index(v), v.dtype)
+                for v in node.inputs
+                if v is not None
+            ]
             maker.inputs = [*[*maker.inputs, None, None][:4], *rest]
             maker.attrs = {**maker.attrs, "expr": node.attrs["exprs"][0].substitute(places)}
             maker.outputs = [node.y]

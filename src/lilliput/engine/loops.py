@@ -13,8 +13,10 @@ Strides = tuple[int, ...]
 def strides_of(value: Value, shape: Sequence[int]) -> Strides:
     """The strides of a value that is broadcast to a shape (0 along what is broadcast)."""
     lead = len(shape) - value.rank
-    return tuple(0 if i < lead or (value.shape[i - lead] == 1 and size != 1) else value.strides[i - lead]
-                 for i, size in enumerate(shape))
+    return tuple(
+        0 if i < lead or (value.shape[i - lead] == 1 and size != 1) else value.strides[i - lead]
+        for i, size in enumerate(shape)
+    )
 
 
 def collapsed(shape: Sequence[int], operands: Sequence[Strides]) -> tuple[list[int], list[list[int]]]:
@@ -53,8 +55,11 @@ def nest(sizes: Sequence[int], body: Callable[[list[str]], Sequence[str]], prefi
     names = [f"{prefix}{k}" for k in range(len(sizes))]
     lines = []
     for k, (name, size) in enumerate(zip(names, sizes, strict=True)):
-        lines.append(f"{'    ' * k}for (int64_t {name} = 0; {name} < {c(size)}; {name}++) {{" if not fixed(size) or
-                     size > 2**31 - 1 else f"{'    ' * k}for (int {name} = 0; {name} < {c(size)}; {name}++) {{")
+        lines.append(
+            f"{'    ' * k}for (int64_t {name} = 0; {name} < {c(size)}; {name}++) {{"
+            if not fixed(size) or size > 2**31 - 1
+            else f"{'    ' * k}for (int {name} = 0; {name} < {c(size)}; {name}++) {{"
+        )
     lines += ["    " * len(sizes) + line for line in body(names)]
     lines += ["    " * k + "}" for k in reversed(range(len(sizes)))]
     return "\n".join(lines)

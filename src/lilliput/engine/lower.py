@@ -60,9 +60,11 @@ def lowered(graph: Graph) -> Graph:
         except NotSupported:
             raise
         except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as error:
-            raise ValueError(f"compile: {node.name} ({node.op}) must have inputs and attributes as ONNX defines them, "
-                             f"got {', '.join('none' if v is None else shown(v.shape) for v in node.inputs)} "
-                             f"({type(error).__name__}: {str(error)[:80]}). The file is damaged.") from error
+            raise ValueError(
+                f"compile: {node.name} ({node.op}) must have inputs and attributes as ONNX defines them, "
+                f"got {', '.join('none' if v is None else shown(v.shape) for v in node.inputs)} "
+                f"({type(error).__name__}: {str(error)[:80]}). The file is damaged."
+            ) from error
     graph.nodes = build.nodes
     graph.prune()
     _entries(graph)
@@ -95,8 +97,10 @@ class Build:
         """A size that is at least 0 at the maxima must be so for every smaller one: checked when the model runs."""
         if not never_negative(size, self.graph.sizes) and size not in self.graph.needs:
             if fixed(size) or int(size) < 0:
-                raise ValueError(f"compile: {self.source.name if self.source else 'a size'} must not have negative "
-                                 f"sizes, got {size}. The file is damaged.")
+                raise ValueError(
+                    f"compile: {self.source.name if self.source else 'a size'} must not have negative "
+                    f"sizes, got {size}. The file is damaged."
+                )
             self.graph.needs.append(size)
 
     def value(self, dtype: Any, shape: Sequence[int], like: str = "") -> Value:
@@ -124,8 +128,9 @@ class Build:
         node.attrs = {**node.attrs, **attrs}
         self.nodes.append(node)
 
-    def map(self, inputs: Sequence[Value], make: Callable[..., Expr], out: Value | None = None,
-            dtype: Any = None) -> Value:
+    def map(
+        self, inputs: Sequence[Value], make: Callable[..., Expr], out: Value | None = None, dtype: Any = None
+    ) -> Value:
         """Elementwise: make(one Expr for each input) is the element of the output; shapes broadcast."""
         result = make(*(arg(i, value.dtype) for i, value in enumerate(inputs)))
         if out is None:
@@ -143,17 +148,25 @@ class Build:
     def reshape(self, x: Value, shape: Sequence[int], out: Value | None = None) -> Value:
         """The same elements, in C order, in another shape."""
         if product(x.shape) != product(shape):
-            raise ValueError(f"compile: {self.source.name if self.source else x.name} must keep its elements, but "
-                             f"{shown(x.shape)} becomes {shown(shape)}. A size that is fixed in the file must be "
-                             "given as it is there.")
+            raise ValueError(
+                f"compile: {self.source.name if self.source else x.name} must keep its elements, but "
+                f"{shown(x.shape)} becomes {shown(shape)}. A size that is fixed in the file must be "
+                "given as it is there."
+            )
         return self.view(x, shape, "reshape", out)
 
     def transpose(self, x: Value, perm: Sequence[int], out: Value | None = None) -> Value:
         """Dimensions in another order."""
         return self.view(x, [x.shape[p] for p in perm], "transpose", out, perm=tuple(perm))
 
-    def slice(self, x: Value, starts: Sequence[int], shape: Sequence[int], steps: Sequence[int] | None = None,
-              out: Value | None = None) -> Value:
+    def slice(
+        self,
+        x: Value,
+        starts: Sequence[int],
+        shape: Sequence[int],
+        steps: Sequence[int] | None = None,
+        out: Value | None = None,
+    ) -> Value:
         """Every steps-th element from starts on."""
         return self.view(x, shape, "slice", out, starts=tuple(starts), steps=tuple(steps or [1] * len(starts)))
 

@@ -16,8 +16,13 @@ def normalized(graph: Graph) -> None:
     """Layer normalisation, its form without the mean, and softmax, written as reductions and Maps, become one node."""
     around = _around(graph)
     for node in list(graph.nodes):
-        if node.op == "Map" and len(node.outputs) == 1 and node.y.dtype == np.float32 and around.makers.get(
-                node.y) is node and (_softmax(graph, node, around) or _deviation(graph, node, around)):
+        if (
+            node.op == "Map"
+            and len(node.outputs) == 1
+            and node.y.dtype == np.float32
+            and around.makers.get(node.y) is node
+            and (_softmax(graph, node, around) or _deviation(graph, node, around))
+        ):
             around = _around(graph)
     graph.prune()
 
@@ -105,16 +110,23 @@ def _deviation(graph: Graph, last: Node, around: _Around) -> bool:
                 return True
             normal = Node("Normalize", [x, None, None], [made], attrs, last.name)
             read = sorted({part.value for part in rest.walk() if part.op == "arg"})
-            places = [arg(read.index(i) if i in read else 0, v.dtype if v is not None else np.float32)
-                      for i, v in enumerate(inputs)]
-            _replace(graph, last, normal, Node("Map", [inputs[i] for i in read], [last.y],
-                                               {"exprs": (rest.substitute(places),)}, last.name))
+            places = [
+                arg(read.index(i) if i in read else 0, v.dtype if v is not None else np.float32)
+                for i, v in enumerate(inputs)
+            ]
+            _replace(
+                graph,
+                last,
+                normal,
+                Node("Map", [inputs[i] for i in read], [last.y], {"exprs": (rest.substitute(places),)}, last.name),
+            )
             return True
     return False
 
 
-def _normal(around: _Around, node: Node, top: Expr, below: Expr,
-            inverse: bool) -> tuple[Value, tuple[int, ...], float, bool] | None:
+def _normal(
+    around: _Around, node: Node, top: Expr, below: Expr, inverse: bool
+) -> tuple[Value, tuple[int, ...], float, bool] | None:
     """(x, axes, epsilon, whether the mean is subtracted) where top / below (top * below) is a normalisation."""
     if below.op != "arg":
         return None
@@ -222,7 +234,7 @@ def _with(root: Expr, part: Expr, new: Expr) -> Expr:
 
 def _replace(graph: Graph, old: Node, *new: Node) -> None:
     place = graph.nodes.index(old)
-    graph.nodes[place: place + 1] = list(new)
+    graph.nodes[place : place + 1] = list(new)
 
 
 # ---------------------------------------------------------------------------------------------------------- absorbing

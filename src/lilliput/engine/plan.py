@@ -117,8 +117,10 @@ class _Planner:
     def _compute(self, node: Node) -> None:
         options = self._candidates(node)
         if not options:
-            raise NotSupported(f"compile: {node.name} ({node.op}) must have a kernel for "
-                               f"{', '.join(v.dtype.name for v in node.inputs if v is not None)}, and has none.")
+            raise NotSupported(
+                f"compile: {node.name} ({node.op}) must have a kernel for "
+                f"{', '.join(v.dtype.name for v in node.inputs if v is not None)}, and has none."
+            )
         kernel = min(options, key=lambda k: k.cost_ns + self._moving(node, k))
         node.kernel = kernel
         self.lists[node] = [kernel]
@@ -141,8 +143,9 @@ class _Planner:
             if buffer is not None:
                 if gives is None and kernel.follows and self._followed(node, value) is not None:
                     gives = self._chosen(node, value)
-                if gives is None or (gives.strides(value.shape)[:2] == (row_major(value.shape), 0) and not (
-                        gives.tag or gives.slack)):
+                if gives is None or (
+                    gives.strides(value.shape)[:2] == (row_major(value.shape), 0) and not (gives.tag or gives.slack)
+                ):
                     dense(value, buffer)
                 else:
                     inner = Value(f"{value.name}.made", value.dtype, value.shape)
@@ -199,8 +202,13 @@ class _Planner:
     def _followed(self, node: Node, value: Value) -> tuple[int, ...] | None:
         """The order of the first input of the same shape, so that both are walked through alike."""
         for held in node.inputs:
-            if held is not None and not held.constant and held.shape == value.shape and not held.tag and all(
-                    int(s) >= 0 for s in held.strides):
+            if (
+                held is not None
+                and not held.constant
+                and held.shape == value.shape
+                and not held.tag
+                and all(int(s) >= 0 for s in held.strides)
+            ):
                 order = sorted(range(value.rank), key=lambda d: (-int(held.strides[d]), d))
                 unit = [d for d in range(value.rank) if value.shape[d] != 1]
                 if [d for d in order if d in unit] == unit:
@@ -244,8 +252,10 @@ def seen(node: Node, x: Value) -> tuple[int, tuple[int, ...]] | None:
         return offset, tuple(s * k for s, k in zip(x.strides, node.attrs["steps"], strict=True))
     if how == "expand":
         lead = len(shape) - x.rank
-        return x.offset, tuple(0 if i < lead or (x.shape[i - lead] == 1 and size != 1) else x.strides[i - lead]
-                               for i, size in enumerate(shape))
+        return x.offset, tuple(
+            0 if i < lead or (x.shape[i - lead] == 1 and size != 1) else x.strides[i - lead]
+            for i, size in enumerate(shape)
+        )
     strides = reshaped(x.shape, x.strides, shape)
     return None if strides is None else (x.offset, strides)
 
@@ -324,8 +334,7 @@ def share_buffers(graph: Graph) -> None:
                 continue
             if (x.dtype.itemsize, x.shape, x.strides, x.offset) != (y.dtype.itemsize, y.shape, y.strides, y.offset):
                 continue
-            if x.buffer.count < y.buffer.count or any(
-                    v is not x and v in (*node.inputs,) for v in members[x.buffer]):
+            if x.buffer.count < y.buffer.count or any(v is not x and v in (*node.inputs,) for v in members[x.buffer]):
                 continue
             old, new = y.buffer, x.buffer
             for value in members.pop(old):
@@ -357,8 +366,9 @@ def arena(graph: Graph) -> tuple[int, int]:
     placed: list[Buffer] = []
     for buffer in sorted(life, key=lambda b: (-size[b], life[b])):
         first, last = life[buffer]
-        meets = sorted((other.at, other.at + size[other]) for other in placed
-                       if life[other][0] <= last and first <= life[other][1])
+        meets = sorted(
+            (other.at, other.at + size[other]) for other in placed if life[other][0] <= last and first <= life[other][1]
+        )
         at = 0
         for start, end in meets:
             if start - at >= size[buffer]:
@@ -372,8 +382,15 @@ def arena(graph: Graph) -> tuple[int, int]:
         change[last + 1] -= size[buffer]
     live = max(itertools.accumulate(change))
     # What a kernel may read behind the end of an input lies in the arena, also for the last buffer in it.
-    behind = max((want.slack * value.dtype.itemsize for node in graph.nodes for i, value in enumerate(node.inputs)
-                  if value is not None and (want := node.kernel.want(i)) is not None), default=0)
+    behind = max(
+        (
+            want.slack * value.dtype.itemsize
+            for node in graph.nodes
+            for i, value in enumerate(node.inputs)
+            if value is not None and (want := node.kernel.want(i)) is not None
+        ),
+        default=0,
+    )
     total = max((buffer.at + size[buffer] for buffer in placed), default=0)
     return total + -(-behind // ALIGN) * ALIGN, live
 

@@ -34,8 +34,12 @@ Constants = Mapping[str, Array]
 INFER: dict[str, Callable[[Node, list[tuple[int, ...]]], list[tuple[str, tuple[int, ...]]]]] = {}
 
 
-def read(model: str | Path | bytes | ModelProto, shapes: Shapes | None = None, constants: Constants | None = None,
-         supported: Callable[[str], bool] = lambda op: True) -> Graph:
+def read(
+    model: str | Path | bytes | ModelProto,
+    shapes: Shapes | None = None,
+    constants: Constants | None = None,
+    supported: Callable[[str], bool] = lambda op: True,
+) -> Graph:
     """The graph of an ONNX model.
 
     shapes: the largest sizes of an input that has free ones; a leading free size that is not named becomes 1.
@@ -91,8 +95,10 @@ def _judge(proto: ModelProto, name: str) -> None:
     newest = onnx.defs.onnx_opset_version()
     for entry in proto.opset_import:
         if not 1 <= entry.version <= (newest if entry.domain in ONNX_DOMAINS else 2**31 - 1):
-            raise ValueError(f"compile: {name} must be of opset 1 to {newest}, got {entry.version} of "
-                             f"{entry.domain!r}. A newer opset needs a newer onnx package.")
+            raise ValueError(
+                f"compile: {name} must be of opset 1 to {newest}, got {entry.version} of "
+                f"{entry.domain!r}. A newer opset needs a newer onnx package."
+            )
     texts: list[Any] = [entry.domain for entry in proto.opset_import]
     for holder in (proto.graph, *proto.functions):
         for node in holder.node:
@@ -129,13 +135,17 @@ def _bring(tensor: TensorProto, folder: Path | None, name: str) -> None:
     where = {entry.key: entry.value for entry in tensor.external_data}
     text = where.get("location", "")
     if folder is None:
-        raise ValueError(f"compile: {name} must hold its tensors, but {tensor.name!r} is in the file {text!r}. Give "
-                         "the path of the model.")
+        raise ValueError(
+            f"compile: {name} must hold its tensors, but {tensor.name!r} is in the file {text!r}. Give "
+            "the path of the model."
+        )
     path = folder / text
     inside = text and not Path(text).is_absolute() and ".." not in Path(text).parts and not path.is_symlink()
     if not inside or not path.resolve().is_relative_to(folder) or not path.is_file():
-        raise ValueError(f"compile: the tensors of {name} must lie in files beside it, got {text!r} for "
-                         f"{tensor.name!r}. Save the model as one file.")
+        raise ValueError(
+            f"compile: the tensors of {name} must lie in files beside it, got {text!r} for "
+            f"{tensor.name!r}. Save the model as one file."
+        )
     try:
         start, length = int(where.get("offset", 0)), where.get("length")
         wanted = _count(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
@@ -200,8 +210,9 @@ def _inlined(proto: ModelProto, supported: Callable[[str], bool]) -> ModelProto:
                 new = inliner.inline_selected_functions(new, [name], inline_schema_functions=True)
             except Exception as error:
                 if name in local:
-                    raise ValueError(f"compile: the function {name[1]!r} of the model must be whole, got "
-                                     f"{str(error)[:160]}.") from error
+                    raise ValueError(
+                        f"compile: the function {name[1]!r} of the model must be whole, got {str(error)[:160]}."
+                    ) from error
         if new.graph.node == proto.graph.node:
             break
         proto = new
@@ -221,8 +232,9 @@ def _written_out(proto: ModelProto) -> None:
                 path.append((name, at + 1))
                 if called[at] not in nodes:
                     if any(held == called[at] for held, _ in path):
-                        raise ValueError(f"compile: the function {called[at][1]!r} must not call itself. The file is "
-                                         "damaged.")
+                        raise ValueError(
+                            f"compile: the function {called[at][1]!r} must not call itself. The file is damaged."
+                        )
                     path.append((called[at], 0))
             else:
                 nodes[name] = len(bodies[name]) + sum(nodes[call] for call in called)
@@ -250,8 +262,13 @@ class _Known:
 
 
 class _Reader:
-    def __init__(self, proto: ModelProto, shapes: dict[str, Sequence[int]], constants: dict[str, Array],
-                 supported: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        proto: ModelProto,
+        shapes: dict[str, Sequence[int]],
+        constants: dict[str, Array],
+        supported: Callable[[str], bool],
+    ) -> None:
         self.proto, self.supported = proto, supported
         self.opsets = {"" if o.domain in ONNX_DOMAINS else o.domain: o.version for o in proto.opset_import}
         self.imports = [helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
@@ -261,8 +278,13 @@ class _Reader:
         self.fitted: dict[str, tuple[int, ...] | None] = {}
         held = {tensor.name for tensor in proto.graph.initializer}
         self.given = [value for value in proto.graph.input if value.name not in held]
-        _once([*(value.name for value in self.given), *(tensor.name for tensor in proto.graph.initializer),
-               *(output for node in proto.graph.node for output in node.output if output)])
+        _once(
+            [
+                *(value.name for value in self.given),
+                *(tensor.name for tensor in proto.graph.initializer),
+                *(output for node in proto.graph.node for output in node.output if output),
+            ]
+        )
         names = [value.name for value in self.given]
         for what in (*shapes, *constants):
             if what not in names:
@@ -277,28 +299,36 @@ class _Reader:
             kind = value.type.tensor_type
             ranked = value.type.HasField("tensor_type") and kind.HasField("shape")
             if not ranked and value.name not in constants and value.name not in shapes:
-                raise NotSupported(f"compile: input {value.name!r} must be a tensor whose rank is known. Name its "
-                                   f"sizes with --shape {value.name}=1x8.")
+                raise NotSupported(
+                    f"compile: input {value.name!r} must be a tensor whose rank is known. Name its "
+                    f"sizes with --shape {value.name}=1x8."
+                )
             if value.name in constants:
                 continue
             asked = shapes.get(value.name)
             declared = list(kind.shape.dim) if kind.HasField("shape") else [None] * len(asked or ())
             if asked is not None and len(asked) != len(declared):
-                raise ValueError(f"compile: the shape of {value.name!r} must have {len(declared)} sizes, got "
-                                 f"{'x'.join(map(str, asked))}.")
+                raise ValueError(
+                    f"compile: the shape of {value.name!r} must have {len(declared)} sizes, got "
+                    f"{'x'.join(map(str, asked))}."
+                )
             sizes: list[int | str] = []
             for axis, dim in enumerate(declared):
                 if dim is not None and dim.HasField("dim_value"):
                     if asked is not None and asked[axis] != dim.dim_value:
-                        raise ValueError(f"compile: size {axis} of {value.name!r} must be {dim.dim_value}, got "
-                                         f"{asked[axis]}. The file fixes it.")
+                        raise ValueError(
+                            f"compile: size {axis} of {value.name!r} must be {dim.dim_value}, got "
+                            f"{asked[axis]}. The file fixes it."
+                        )
                     sizes.append(int(dim.dim_value))
                     continue
                 name = self._symbol(dim.dim_param if dim is not None else "", value.name, axis)
                 if asked is None and axis > 0 and name not in most:
                     written = "x".join(str(d.dim_value) if d.HasField("dim_value") else "64" for d in kind.shape.dim)
-                    raise ValueError(f"compile: the input {value.name!r} must get a largest size for its free ones. "
-                                     f"Name them with --shape {value.name}={written}.")
+                    raise ValueError(
+                        f"compile: the input {value.name!r} must get a largest size for its free ones. "
+                        f"Name them with --shape {value.name}={written}."
+                    )
                 largest = most.get(name, 1) if asked is None else int(asked[axis])
                 if largest < 1:
                     raise ValueError(f"compile: sizes must be at least 1, got {largest} for {value.name!r}.")
@@ -317,8 +347,10 @@ class _Reader:
                     data = data.astype(dtype)
                 self.known[value.name] = _Known(data.dtype, [data.shape], [data])
                 continue
-            per = [tuple(size if isinstance(size, int) else world.get(size, most[size])
-                         for size in dims[value.name]) for world in self.worlds.choices]
+            per = [
+                tuple(size if isinstance(size, int) else world.get(size, most[size]) for size in dims[value.name])
+                for world in self.worlds.choices
+            ]
             _count(per[0])
             self.known[value.name] = _Known(dtype, per if len(set(per)) > 1 else per[:1])
         for tensor in self.proto.graph.initializer:
@@ -355,8 +387,9 @@ class _Reader:
             label = f"{proto.name or next(iter(proto.output), '') or number} ({op})"
             missing = [name for name in proto.input if name and name not in self.known]
             if missing and not wrong:
-                raise ValueError(f"compile: the input {missing[0]!r} of {label} must be made before it. The file is "
-                                 "damaged.")
+                raise ValueError(
+                    f"compile: the input {missing[0]!r} of {label} must be made before it. The file is damaged."
+                )
             if missing:
                 wrong += [] if self.supported(op) else [label]  # what it reads is not known: only its type is judged
                 continue
@@ -387,9 +420,14 @@ class _Reader:
             outputs.append(self.value(value.name))
         inputs = [self.value(value.name) for value in self.given if self.known[value.name].data is None]
         nodes = [self._bind(proto, node) for proto, node in kept]
-        odd = sorted({f"{v.name} ({v.dtype.name})" for v in (*inputs, *outputs, *(
-            v for n in nodes for v in (*n.inputs, *n.outputs))) if v is not None and v.dtype.name not in (
-                (*C_TYPES, *CODES) if v.constant and v not in outputs else RUNS)})
+        odd = sorted(
+            {
+                f"{v.name} ({v.dtype.name})"
+                for v in (*inputs, *outputs, *(v for n in nodes for v in (*n.inputs, *n.outputs)))
+                if v is not None
+                and v.dtype.name not in ((*C_TYPES, *CODES) if v.constant and v not in outputs else RUNS)
+            }
+        )
         if odd:
             raise NotSupported(f"compile: values must be one of {', '.join(RUNS)}, got {', '.join(odd[:20])}.")
         graph = Graph(inputs, outputs, nodes, dict(self.worlds.most))
@@ -421,13 +459,19 @@ class _Reader:
         if name not in self.values:
             known = self.known[name]
             ranks = {len(shape) for shape in known.shapes}
-            shape = [self.worlds.fit([s[axis] for s in known.shapes]) for axis in range(len(known.shapes[0]))
-                     ] if len(ranks) == 1 else [None]
+            shape = (
+                [self.worlds.fit([s[axis] for s in known.shapes]) for axis in range(len(known.shapes[0]))]
+                if len(ranks) == 1
+                else [None]
+            )
             if any(size is None for size in shape):
-                raise NotSupported(f"compile: the shape of {name!r} must follow from the free sizes by sums and "
-                                   "products. Fix the sizes in the file.")
-            value = Value(name, known.dtype, tuple(int(s) if not isinstance(s, Size) else s for s in shape
-                                                   if s is not None))
+                raise NotSupported(
+                    f"compile: the shape of {name!r} must follow from the free sizes by sums and "
+                    "products. Fix the sizes in the file."
+                )
+            value = Value(
+                name, known.dtype, tuple(int(s) if not isinstance(s, Size) else s for s in shape if s is not None)
+            )
             if known.data is not None and len(known.data) == 1:
                 value.data, value.narrow = known.data[0], self.narrow.get(name)
             elif known.data is not None:
@@ -453,8 +497,9 @@ class _Reader:
             try:
                 held = helper.get_attribute_value(attribute)
             except ValueError as error:
-                raise ValueError(f"compile: attribute {attribute.name!r} of {proto.name!r} must have a value. The "
-                                 "file is damaged.") from error
+                raise ValueError(
+                    f"compile: attribute {attribute.name!r} of {proto.name!r} must have a value. The file is damaged."
+                ) from error
             if isinstance(held, TensorProto):
                 held = _array(held)
             elif isinstance(held, bytes):
@@ -463,8 +508,9 @@ class _Reader:
                 held = [text.decode(errors="replace") for text in held]
             attrs[attribute.name] = held
         domain = "" if proto.domain in ONNX_DOMAINS else proto.domain
-        return Node(op, [], [], attrs, proto.name or next((n for n in proto.output if n), op),
-                    self.opsets.get(domain, 1))
+        return Node(
+            op, [], [], attrs, proto.name or next((n for n in proto.output if n), op), self.opsets.get(domain, 1)
+        )
 
     def _bind(self, proto: NodeProto, node: Node) -> Node:
         node.inputs = [self.value(name) if name else None for name in proto.input]
@@ -483,8 +529,10 @@ class _Reader:
         try:
             onnx.checker.check_node(proto, context)
         except onnx.checker.ValidationError as error:
-            raise ValueError(f"compile: {label} must be as ONNX defines it, got "
-                             f"{' '.join(str(error).split())[:160]}. The file is damaged.") from error
+            raise ValueError(
+                f"compile: {label} must be as ONNX defines it, got "
+                f"{' '.join(str(error).split())[:160]}. The file is damaged."
+            ) from error
         held = {a.name: a for a in proto.attribute}
         if len(held) < len(proto.attribute):
             raise ValueError(f"compile: {label} must have each attribute once. The file is damaged.")
@@ -497,8 +545,9 @@ class _Reader:
             more = proto.op_type in ("Flatten", "OneHot", "Unsqueeze")
             low, high = -max(rank, 1) - more - many * more, max(rank, 1) + more + many * more
             if any(not low <= axis < high for axis in named):
-                raise ValueError(f"compile: {label} must name dimensions of its input, which has {rank}, got "
-                                 f"{named[:8]}.")
+                raise ValueError(
+                    f"compile: {label} must name dimensions of its input, which has {rank}, got {named[:8]}."
+                )
         if proto.op_type == "Split" and "num_outputs" in held and held["num_outputs"].i != len(proto.output):
             raise ValueError(f"compile: {label} must have {held['num_outputs'].i} outputs, got {len(proto.output)}.")
         if proto.op_type == "Einsum" and not re.fullmatch(rb"[A-Za-z.,\s]*(->[A-Za-z.\s]*)?", held["equation"].s):
@@ -548,9 +597,25 @@ class _Reader:
     def _small(self, proto: NodeProto, node: Node, feeds: Mapping[str, Array | None]) -> bool:
         """Whether folding cannot make much more than there is: a damaged file must not fill the memory."""
         held = sum(0 if x is None else x.size for x in feeds.values())
-        if node.op in ("ConstantOfShape", "Range", "Tile", "Expand", "Resize", "Pad", "OneHot", "Upsample",
-                       "CenterCropPad", "EyeLike", "HannWindow", "HammingWindow", "BlackmanWindow",
-                       "MelWeightMatrix", "Unique", "Compress", "NonZero"):
+        if node.op in (
+            "ConstantOfShape",
+            "Range",
+            "Tile",
+            "Expand",
+            "Resize",
+            "Pad",
+            "OneHot",
+            "Upsample",
+            "CenterCropPad",
+            "EyeLike",
+            "HannWindow",
+            "HammingWindow",
+            "BlackmanWindow",
+            "MelWeightMatrix",
+            "Unique",
+            "Compress",
+            "NonZero",
+        ):
             try:
                 made = _grown(node, list(feeds.values()))
             except (TypeError, ValueError, IndexError, OverflowError, ZeroDivisionError):
@@ -563,8 +628,9 @@ class _Reader:
         codes, scale = parts[0], parts[1]
         zero = parts[2] if len(parts) > 2 else None
         if codes is None or scale is None:
-            raise ValueError(f"compile: {node.name} (DequantizeLinear) must have codes and a scale. The file is "
-                             "damaged.")
+            raise ValueError(
+                f"compile: {node.name} (DequantizeLinear) must have codes and a scale. The file is damaged."
+            )
         axis, block = int(node.attrs.get("axis", 1)), int(node.attrs.get("block_size", 0))
         bits = CODES.get(codes.dtype.name, 32)
         whole = codes.astype(np.int32)
@@ -583,13 +649,15 @@ class _Reader:
             if data.shape != codes.shape:
                 raise ValueError(f"scales of shape {scale.shape} for {codes.shape}")
         except (ValueError, IndexError, ZeroDivisionError) as error:
-            raise ValueError(f"compile: {node.name} (DequantizeLinear) must have a scale for its codes, got "
-                             f"{error}.") from error
+            raise ValueError(
+                f"compile: {node.name} (DequantizeLinear) must have a scale for its codes, got {error}."
+            ) from error
         name = proto.output[0]
         self._constant(name, data)
         if bits <= 8:
-            self.narrow[name] = Narrow(bits, whole.astype(np.int16 if codes.dtype.name == "uint8" else np.int8),
-                                       scales, zeros)
+            self.narrow[name] = Narrow(
+                bits, whole.astype(np.int16 if codes.dtype.name == "uint8" else np.int8), scales, zeros
+            )
 
     def _keep_narrow(self, proto: NodeProto, node: Node) -> None:
         """How a constant is stored, carried through what only moves, shifts or scales it."""
@@ -615,8 +683,9 @@ class _Reader:
             assert other is not None
             number = other[0].reshape((1,) * (held.codes.ndim - other[0].ndim) + other[0].shape)
             if node.op == "Mul":
-                self.narrow[name] = Narrow(held.bits, held.codes, (held.scale * number).astype(np.float32),
-                                           held.zero_point)
+                self.narrow[name] = Narrow(
+                    held.bits, held.codes, (held.scale * number).astype(np.float32), held.zero_point
+                )
             elif held.zero_point is None and np.all(held.scale == 1) and np.array_equal(number, np.rint(number)):
                 self.narrow[name] = Narrow(held.bits, held.codes, held.scale, number.astype(np.int32))
         elif node.op in ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose"):
@@ -628,8 +697,15 @@ class _Reader:
     def _infer(self, proto: NodeProto, node: Node) -> str:
         """The types and shapes of what a node makes, in every world; a reason where they cannot be known."""
         domain = "" if proto.domain in ONNX_DOMAINS else proto.domain
-        worlds = 1 if all(len(self.known[n].shapes) == 1 and (self.known[n].data is None or self.known[n].shared)
-                          for n in proto.input if n) else len(self.worlds)
+        worlds = (
+            1
+            if all(
+                len(self.known[n].shapes) == 1 and (self.known[n].data is None or self.known[n].shared)
+                for n in proto.input
+                if n
+            )
+            else len(self.worlds)
+        )
         per: list[list[tuple[Any, tuple[int, ...]]]] = []
         for w in range(worlds):
             held = {name: self.known[name].at(w) for name in proto.input if name}
@@ -638,8 +714,16 @@ class _Reader:
                     shaped = [held[name][0] if name else () for name in proto.input]
                     per.append([(np.dtype(kind), shape) for kind, shape in INFER[node.op](node, shaped)])
                 else:
-                    per.append(_types(proto, domain, self.opsets.get(domain, 1), self.imports, held,
-                                      {name: self.known[name].dtype for name in held}))
+                    per.append(
+                        _types(
+                            proto,
+                            domain,
+                            self.opsets.get(domain, 1),
+                            self.imports,
+                            held,
+                            {name: self.known[name].dtype for name in held},
+                        )
+                    )
             except NotSupported as error:
                 return str(error)
             except Exception as error:
@@ -651,20 +735,58 @@ class _Reader:
                 return f"its output {i} has no type"
             shapes = [shape for _, shape in (world[i] for world in per)]
             if _count([size or 1 for size in shapes[0]]) > MOST_COMPUTED:
-                raise ValueError(f"compile: {name!r} must have at most {MOST_COMPUTED} elements, got "
-                                 f"{list(shapes[0])}.")
+                raise ValueError(
+                    f"compile: {name!r} must have at most {MOST_COMPUTED} elements, got {list(shapes[0])}."
+                )
             self.known[name] = _Known(per[0][i][0], shapes if len(set(shapes)) > 1 else shapes[:1])
         return ""
 
 
 CODES = {"int8": 8, "uint8": 8, "int4": 4, "uint4": 4, "int2": 2, "uint2": 2}  # bits by numpy's name
-RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial",
-                    "Bernoulli"})
-C_WORDS = frozenset((
-    "auto", "break", "case", "char", "const", "continue", "default", "do", "double", "else", "enum", "extern", "float",
-    "for", "goto", "if", "inline", "int", "long", "register", "restrict", "return", "short", "signed", "sizeof",
-    "static", "struct", "switch", "typedef", "union", "unsigned", "void", "volatile", "while", "arena", "weights",
-    "main"))
+RANDOM = frozenset(
+    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
+C_WORDS = frozenset(
+    (
+        "auto",
+        "break",
+        "case",
+        "char",
+        "const",
+        "continue",
+        "default",
+        "do",
+        "double",
+        "else",
+        "enum",
+        "extern",
+        "float",
+        "for",
+        "goto",
+        "if",
+        "inline",
+        "int",
+        "long",
+        "register",
+        "restrict",
+        "return",
+        "short",
+        "signed",
+        "sizeof",
+        "static",
+        "struct",
+        "switch",
+        "typedef",
+        "union",
+        "unsigned",
+        "void",
+        "volatile",
+        "while",
+        "arena",
+        "weights",
+        "main",
+    )
+)
 
 
 def _constant_of(node: Node) -> Array:
@@ -681,8 +803,11 @@ def _constant_of(node: Node) -> Array:
 def _evaluate(proto: NodeProto, imports: list[Any], feeds: Mapping[str, Array]) -> list[Array]:
     """What ONNX's own reference computes for one node."""
     graph = helper.make_graph(
-        [proto], "fold", [onnx.ValueInfoProto(name=name) for name in feeds],
-        [onnx.ValueInfoProto(name=name) for name in proto.output if name])
+        [proto],
+        "fold",
+        [onnx.ValueInfoProto(name=name) for name in feeds],
+        [onnx.ValueInfoProto(name=name) for name in proto.output if name],
+    )
     model = helper.make_model(graph, opset_imports=imports)
     with np.errstate(all="ignore"):
         found = iter(ReferenceEvaluator(model).run(None, dict(feeds)))
@@ -714,9 +839,14 @@ def _grown(node: Node, feeds: list[Array | None]) -> int:
     return MOST_FOLDED + 1 if first.size > MOST_FOLDED else first.size
 
 
-def _types(proto: NodeProto, domain: str, version: int, imports: list[Any],
-           held: Mapping[str, tuple[tuple[int, ...], Array | None]],
-           dtypes: Mapping[str, Any]) -> list[tuple[Any, tuple[int, ...]]]:
+def _types(
+    proto: NodeProto,
+    domain: str,
+    version: int,
+    imports: list[Any],
+    held: Mapping[str, tuple[tuple[int, ...], Array | None]],
+    dtypes: Mapping[str, Any],
+) -> list[tuple[Any, tuple[int, ...]]]:
     """The (dtype, shape) of every output of a node, by ONNX's own inference, else by running it on zeros."""
     if not onnx.defs.has(proto.op_type, domain):
         raise NotSupported("its operator is not one of ONNX's")
@@ -732,8 +862,9 @@ def _types(proto: NodeProto, domain: str, version: int, imports: list[Any],
     if any(name and known is None for name, known in zip(proto.output, outputs, strict=True)):
         if sum(int(np.prod(shape)) for shape, _ in held.values()) > MOST_FOLDED:
             raise NotSupported("its shape is not known before it runs")
-        feeds = {name: np.zeros(shape, dtypes[name]) if known is None else known
-                 for name, (shape, known) in held.items()}
+        feeds = {
+            name: np.zeros(shape, dtypes[name]) if known is None else known for name, (shape, known) in held.items()
+        }
         if proto.op_type in ("NonZero", "Unique", "Compress", "NonMaxSuppression"):
             raise NotSupported("its shape depends on the data")
         outputs = [(x.dtype, x.shape) for x in map(np.asarray, _evaluate(proto, imports, feeds))]

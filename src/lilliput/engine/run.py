@@ -39,8 +39,12 @@ class Engine:
         self._sizes: dict[str, int] = self.manifest["sizes"]
         self.inputs, self.outputs = self.manifest["inputs"], self.manifest["outputs"]
         pointers = [(v["member"], ctypes.c_void_p) for v in (*self.inputs, *self.outputs)]
-        fields = [("arena", ctypes.c_void_p), ("weights", ctypes.c_void_p), *pointers,
-                  *((name, ctypes.c_int64) for name in sorted(self._sizes))]
+        fields = [
+            ("arena", ctypes.c_void_p),
+            ("weights", ctypes.c_void_p),
+            *pointers,
+            *((name, ctypes.c_int64) for name in sorted(self._sizes)),
+        ]
         self._call = type("model_call", (ctypes.Structure,), {"_fields_": fields})
         self._run.argtypes, self._run.restype = [ctypes.c_void_p], ctypes.c_int
         self._weights = self._mapped()
@@ -97,8 +101,10 @@ class Engine:
         found = dict(zip(names, inputs, strict=False)) | named
         unknown = set(found) - set(names)
         if unknown or len(inputs) > len(names):
-            raise ValueError(f"Engine: inputs must be {', '.join(names)}, got {len(inputs)} and "
-                             f"{', '.join(sorted(unknown)) or 'no names'}. {near(next(iter(unknown), ''), names)}")
+            raise ValueError(
+                f"Engine: inputs must be {', '.join(names)}, got {len(inputs)} and "
+                f"{', '.join(sorted(unknown)) or 'no names'}. {near(next(iter(unknown), ''), names)}"
+            )
         if missing := [name for name in names if name not in found]:
             raise ValueError(f"Engine: every input must be given, {', '.join(missing)} is missing.")
         return [found[name] for name in names]
@@ -117,8 +123,10 @@ class Engine:
             for size, want in zip(found, wanted, strict=True):
                 if isinstance(want, str) and want in self._sizes:
                     if sizes.setdefault(want, size) != size or not 1 <= size <= self._sizes[want]:
-                        raise ValueError(f"Engine: {want} of {name} must be one size from 1 to {self._sizes[want]}, "
-                                         f"got {size}. Compile with a larger --shape.")
+                        raise ValueError(
+                            f"Engine: {want} of {name} must be one size from 1 to {self._sizes[want]}, "
+                            f"got {size}. Compile with a larger --shape."
+                        )
                 elif size != want:
                     raise ValueError(f"Engine: {name} must have shape {wanted}, got {found}.")
         for key, most in self._sizes.items():
@@ -126,21 +134,28 @@ class Engine:
         return sizes
 
     def _outputs(self, out: Any, sizes: dict[str, int]) -> list[Array]:
-        shapes = [shape if not sizes else tuple(s if isinstance(s, int) else evaluate(s, sizes) for s in shape)
-                  for _, shape in self._made]
+        shapes = [
+            shape if not sizes else tuple(s if isinstance(s, int) else evaluate(s, sizes) for s in shape)
+            for _, shape in self._made
+        ]
         if out is None:
             return [np.empty(shape, dtype) for shape, (dtype, _) in zip(shapes, self._made, strict=True)]
         given = list(out) if isinstance(out, tuple | list) else [out]
         for array, shape, (dtype, _) in zip(given, shapes, self._made, strict=True):
             if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
-                raise ValueError(f"Engine: out must be a contiguous {dtype.name} array of shape {shape}, got "
-                                 f"{array.dtype} {array.shape}.")
+                raise ValueError(
+                    f"Engine: out must be a contiguous {dtype.name} array of shape {shape}, got "
+                    f"{array.dtype} {array.shape}."
+                )
         return given
 
     def _wrong(self, status: int) -> str:
         errors = self.manifest.get("errors", [])
-        return f"Engine: {errors[status - 1]}" if 0 < status <= len(errors) else (
-            f"Engine: free sizes must be from 1 to {self._sizes}.")
+        return (
+            f"Engine: {errors[status - 1]}"
+            if 0 < status <= len(errors)
+            else (f"Engine: free sizes must be from 1 to {self._sizes}.")
+        )
 
     def profile(self, *inputs: Any, runs: int = 30, **named: Any) -> list[dict[str, Any]]:
         """What each layer takes: the manifest's layers with "ms", a mean over `runs` runs."""

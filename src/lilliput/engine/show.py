@@ -17,8 +17,9 @@ def described(folder: Path) -> Iterator[Any]:
     facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     table = Table(title=f"{facts['model']} for {facts['target']}", title_justify="left")
     for column in ("layer", "operator", "output", "non-zeros", "kernel", "bytes", "us"):
-        table.add_column(column, justify="left" if column in ("layer", "operator", "output", "kernel") else "right",
-                         overflow="fold")
+        table.add_column(
+            column, justify="left" if column in ("layer", "operator", "output", "kernel") else "right", overflow="fold"
+        )
     layers = facts["layers"]
     for layer in layers[:SHOWN]:
         kept = f"{layer['nonzeros']:,} of {layer['values']:,}" if layer.get("nonzeros") is not None else ""

@@ -105,8 +105,13 @@ def never_negative(size: int, most: Mapping[str, int]) -> bool:
     """Whether a size is at least 0 for all free sizes from 1 to their maxima (as far as its terms tell one by one)."""
     if not isinstance(size, Size):
         return int(size) >= 0
-    return sum(k * (1 if k > 0 else int(np.prod([most[name] for name in term], dtype=object)) if term else 1)
-               for term, k in size.terms.items()) >= 0
+    return (
+        sum(
+            k * (1 if k > 0 else int(np.prod([most[name] for name in term], dtype=object)) if term else 1)
+            for term, k in size.terms.items()
+        )
+        >= 0
+    )
 
 
 def product(sizes: Sequence[int]) -> int:
@@ -152,12 +157,16 @@ class Worlds:
             return int(values[0])
         for degree in range(1, len(self.monomials[-1]) + 1):  # the simplest that holds
             used = [term for term in self.monomials if len(term) <= degree]
-            rows = [[float(np.prod([world[name] for name in term])) if term else 1.0 for term in used]
-                    for world in self.choices]
+            rows = [
+                [float(np.prod([world[name] for name in term])) if term else 1.0 for term in used]
+                for world in self.choices
+            ]
             # The maxima may be large, which would spoil the fit: they only check it.
             found, *_ = np.linalg.lstsq(np.array(rows[1:]), np.array(values[1:], float), rcond=None)
             terms = {term: round(k) for term, k in zip(used, found, strict=True)}
-            if all(sum(k * int(np.prod([world[n] for n in term])) for term, k in terms.items()) == value
-                   for world, value in zip(self.choices, values, strict=True)):
+            if all(
+                sum(k * int(np.prod([world[n] for n in term])) for term, k in terms.items()) == value
+                for world, value in zip(self.choices, values, strict=True)
+            ):
                 return Size._of(terms, int(values[0]))
         return None

@@ -91,7 +91,8 @@ def target(name: str = "native", cc: str | None = None) -> Target:
     features = _features(found, flags)
     width = 0 if name == "portable" else vector_bytes(features)
     here = HOSTS.get(platform.machine(), platform.machine()) in features | {""} and (
-        ("linux" in features) == (sys.platform == "linux"))
+        ("linux" in features) == (sys.platform == "linux")
+    )
     if not here:
         return Target(name, width, flags, found, features, "model.o", ("-c",), here=False)
     return Target(name, width, flags, found, features, link=(*SHARED, *_small(found)))

@@ -77,8 +77,9 @@ def signature(node: Node, found: list[Kernel]) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _measure(heads: list[tuple[Node, list[Kernel]]], sizes: list[str], most: dict[str, int],
-             target: Target) -> list[list[float]]:
+def _measure(
+    heads: list[tuple[Node, list[Kernel]]], sizes: list[str], most: dict[str, int], target: Target
+) -> list[list[float]]:
     """ns of every candidate of every head, from one generated C file."""
     constants = Constants(inside=False)
     helpers: dict[str, None] = {}
@@ -96,11 +97,19 @@ def _measure(heads: list[tuple[Node, list[Kernel]]], sizes: list[str], most: dic
             functions.append(text.replace("%s(", f"{name}(", 1))
             passed = ", ".join(arguments(alone, kernel, sizes, constants, name, text))
             cases.append(f"    case {len(cases)}: {'(void)' if kernel.fails else ''}{name}({passed}); break;")
-    harness = "\n".join([
-        *(f"#include <{name}.h>" for name in ("math", "stddef", "stdint", "string", "time")), "",
-        APART,
-        *helpers, *functions, "", HARNESS.replace("SIZES", "\n".join(
-            f"    const int64_t {s} = {most[s]};\n    (void){s};" for s in sizes)).replace("CASES", "\n".join(cases))])
+    harness = "\n".join(
+        [
+            *(f"#include <{name}.h>" for name in ("math", "stddef", "stdint", "string", "time")),
+            "",
+            APART,
+            *helpers,
+            *functions,
+            "",
+            HARNESS.replace(
+                "SIZES", "\n".join(f"    const int64_t {s} = {most[s]};\n    (void){s};" for s in sizes)
+            ).replace("CASES", "\n".join(cases)),
+        ]
+    )
     weights = np.frombuffer(constants.data() + bytes(2 * ALIGN), np.uint8)
     weights = _aligned(weights)
     arena = _aligned(np.zeros(arena_bytes + 4096, np.uint8))
@@ -134,7 +143,7 @@ def _measure(heads: list[tuple[Node, list[Kernel]]], sizes: list[str], most: dic
 def _aligned(data: np.ndarray) -> np.ndarray:
     held = np.zeros(len(data) + ALIGN, np.uint8)
     start = -held.ctypes.data % ALIGN
-    found = held[start: start + len(data)]
+    found = held[start : start + len(data)]
     found[:] = data
     return found
 

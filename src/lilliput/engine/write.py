@@ -82,8 +82,14 @@ class Constants:
 
     def text(self) -> str:
         """The arrays as C."""
-        return "\n".join(f"static const {C_TYPES[data.dtype.name]} {name}[{max(data.size, 1)}] = {{\n{numbers(data)}}};"
-                         for name, _, data in self.known.values()) if self.inside else ""
+        return (
+            "\n".join(
+                f"static const {C_TYPES[data.dtype.name]} {name}[{max(data.size, 1)}] = {{\n{numbers(data)}}};"
+                for name, _, data in self.known.values()
+            )
+            if self.inside
+            else ""
+        )
 
     def data(self) -> bytes:
         """The arrays as the bytes of a file."""
@@ -91,7 +97,7 @@ class Constants:
             return b""
         found = bytearray(-(-self.end // ALIGN) * ALIGN)
         for _, at, data in self.known.values():
-            found[at: at + data.nbytes] = data.tobytes()
+            found[at : at + data.nbytes] = data.tobytes()
         return bytes(found)
 
 
@@ -132,14 +138,19 @@ def parameters(node: Node, kernel: Kernel, sizes: Sequence[str], body: str | Non
         return words is None or key in words
 
     outputs = [(f"y{i}", v) for i, v in enumerate(node.outputs) if v is not None and named(f"y{i}")]
-    inputs = [(f"x{i}", v) for i, v in enumerate(node.inputs)
-              if v is not None and i not in kernel.skips and named(f"x{i}")]
+    inputs = [
+        (f"x{i}", v) for i, v in enumerate(node.inputs) if v is not None and i not in kernel.skips and named(f"x{i}")
+    ]
     met = {id(v.buffer) for _, v in outputs} & {id(v.buffer) for _, v in inputs}
     found = [(f"{value.c_type} *{'' if id(value.buffer) in met else 'restrict '}{key}", key) for key, value in outputs]
-    found += [(f"const {value.c_type} *{'' if id(value.buffer) in met else 'restrict '}{key}", key)
-              for key, value in inputs]
-    found += [(f"const {C_TYPES[np.asarray(data).dtype.name]} *restrict {key}", key)
-              for key, data in kernel.constants.items() if named(key)]
+    found += [
+        (f"const {value.c_type} *{'' if id(value.buffer) in met else 'restrict '}{key}", key) for key, value in inputs
+    ]
+    found += [
+        (f"const {C_TYPES[np.asarray(data).dtype.name]} *restrict {key}", key)
+        for key, data in kernel.constants.items()
+        if named(key)
+    ]
     if kernel.scratch and named("scratch"):
         found.append(("unsigned char *restrict scratch", "scratch"))
     return found + [(f"int64_t {name}", name) for name in sizes if named(name)]
@@ -167,8 +178,9 @@ def function(node: Node, kernel: Kernel, sizes: Sequence[str], name: str = "%s")
     return f"LAYER_FUNCTION {kind} {name}({declared})\n{{\n{lines}\n}}\n"
 
 
-def arguments(node: Node, kernel: Kernel, sizes: Sequence[str], constants: Constants, label: str,
-              text: str) -> list[str]:
+def arguments(
+    node: Node, kernel: Kernel, sizes: Sequence[str], constants: Constants, label: str, text: str
+) -> list[str]:
     """The C expressions that a layer's function is called with."""
     found = []
     head = set(re.findall(r"\w+(?=[,)])", text.split("\n{\n", 1)[0]))
@@ -269,19 +281,30 @@ class _Text:
         for value in node.outputs:
             if value is not None and value.border:
                 self.border(number, value)
-        self.layers.append({
-            "name": node.name, "op": node.op, "kernel": kernel.name, "output": shape_text(node.y.shape),
-            "values": kernel.values, "nonzeros": kernel.nonzeros, "function": name, "ns": round(kernel.cost_ns),
-            "bytes": sum(np.asarray(a).nbytes for a in kernel.constants.values()),
-            **({} if kernel.active is None else {"active": round(kernel.active, 4)})})
+        self.layers.append(
+            {
+                "name": node.name,
+                "op": node.op,
+                "kernel": kernel.name,
+                "output": shape_text(node.y.shape),
+                "values": kernel.values,
+                "nonzeros": kernel.nonzeros,
+                "function": name,
+                "ns": round(kernel.cost_ns),
+                "bytes": sum(np.asarray(a).nbytes for a in kernel.constants.values()),
+                **({} if kernel.active is None else {"active": round(kernel.active, 4)}),
+            }
+        )
 
     def border(self, number: int, value: Value) -> None:
         """The zeros around a value."""
         lines = loops.zero_border(value)
         used = [s for s in self.sizes if re.search(rf"\b{s}\b", lines)]
         body = "\n".join(f"    {line}" for line in lines.splitlines())
-        text = (f"static void %s({', '.join([f'{value.c_type} *restrict y', *(f'int64_t {s}' for s in used)])})\n"
-                f"{{\n{body}\n}}\n")
+        text = (
+            f"static void %s({', '.join([f'{value.c_type} *restrict y', *(f'int64_t {s}' for s in used)])})\n"
+            f"{{\n{body}\n}}\n"
+        )
         name = self.functions.setdefault(text, "") or identifier("zero_border", self.names)
         self.functions[text] = name
         self.calls.append(f"    LAYER({number}, {name}({', '.join([pointer(value, self.constants), *used])}))")
@@ -316,29 +339,58 @@ def written(plan: Plan, name: str = "model.onnx") -> Source:
     text = _Text(sizes, constants)
     for i, node in enumerate(graph.nodes):
         text.layer(i, node)
-    bounds = " || ".join([*(f"{s} < 1 || {s} > {graph.sizes[s]}" for s in sizes),
-                          *(f"{c(s)} < 0" for s in graph.needs)])
-    source = "\n".join([
-        '#include "model.h"', "", "#include <math.h>", "#include <string.h>", "", APART,
-        *needed(text.helpers, text.functions), constants.text(), "",
-        *(body.replace("%s(", f"{f}(", 1) for body, f in text.functions.items()), PROFILE,
-        "size_t model_arena_bytes(void) { return MODEL_ARENA_BYTES; }", "",
-        "#ifdef MODEL_PROFILE", "int model_profile(const model_call *call, double *seconds)", "#else",
-        "int model_run(const model_call *call)", "#endif", "{",
-        "    unsigned char *arena = (unsigned char *)call->arena;",
-        *([] if constants.inside else ["    const unsigned char *weights = (const unsigned char *)call->weights;"]),
-        *(f"    const int64_t {s} = call->{s};" for s in sizes),
-        *([f"    if ({bounds}) return -1;"] if sizes else []),
-        "    (void)arena;", *text.calls, "    return 0;", "}", ""])
-    members = [f"    {'const ' if m in inputs else ''}{v.c_type} *{m};    /* {comment(shape_text(v.shape))} */\n"
-               for v, m in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True)]
+    bounds = " || ".join(
+        [*(f"{s} < 1 || {s} > {graph.sizes[s]}" for s in sizes), *(f"{c(s)} < 0" for s in graph.needs)]
+    )
+    source = "\n".join(
+        [
+            '#include "model.h"',
+            "",
+            "#include <math.h>",
+            "#include <string.h>",
+            "",
+            APART,
+            *needed(text.helpers, text.functions),
+            constants.text(),
+            "",
+            *(body.replace("%s(", f"{f}(", 1) for body, f in text.functions.items()),
+            PROFILE,
+            "size_t model_arena_bytes(void) { return MODEL_ARENA_BYTES; }",
+            "",
+            "#ifdef MODEL_PROFILE",
+            "int model_profile(const model_call *call, double *seconds)",
+            "#else",
+            "int model_run(const model_call *call)",
+            "#endif",
+            "{",
+            "    unsigned char *arena = (unsigned char *)call->arena;",
+            *([] if constants.inside else ["    const unsigned char *weights = (const unsigned char *)call->weights;"]),
+            *(f"    const int64_t {s} = call->{s};" for s in sizes),
+            *([f"    if ({bounds}) return -1;"] if sizes else []),
+            "    (void)arena;",
+            *text.calls,
+            "    return 0;",
+            "}",
+            "",
+        ]
+    )
+    members = [
+        f"    {'const ' if m in inputs else ''}{v.c_type} *{m};    /* {comment(shape_text(v.shape))} */\n"
+        for v, m in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True)
+    ]
     members += [f"    int64_t {s};    /* 1 to {graph.sizes[s]} */\n" for s in sizes]
-    codes = [*(["-1 where a size is out of range"] if sizes else []),
-             *(f"{number}: {comment(error)}" for number, error in enumerate(text.errors, 1))]
+    codes = [
+        *(["-1 where a size is out of range"] if sizes else []),
+        *(f"{number}: {comment(error)}" for number, error in enumerate(text.errors, 1)),
+    ]
     header = HEADER.format(
-        name=comment(name), weights="not read: they are in model.c" if constants.inside else
-        "the bytes of model.weights, aligned to 64", members="".join(members), arena=plan.arena_bytes + ALIGN,
-        errors="; ".join(codes) or "there is no other result", profile=PROFILE_H)
+        name=comment(name),
+        weights="not read: they are in model.c" if constants.inside else "the bytes of model.weights, aligned to 64",
+        members="".join(members),
+        arena=plan.arena_bytes + ALIGN,
+        errors="; ".join(codes) or "there is no other result",
+        profile=PROFILE_H,
+    )
     return Source(source, header, constants.data(), text.layers, inputs, outputs, sizes, text.errors)
 
 
@@ -374,8 +426,11 @@ def _constant_bytes(plan: Plan) -> int:
     total = 0
     for node in plan.graph.nodes:
         total += sum(np.asarray(a).nbytes for a in node.kernel.constants.values())
-        total += sum(v.data.nbytes for i, v in enumerate(node.inputs)
-                     if v is not None and v.data is not None and i not in node.kernel.skips)
+        total += sum(
+            v.data.nbytes
+            for i, v in enumerate(node.inputs)
+            if v is not None and v.data is not None and i not in node.kernel.skips
+        )
     return total
 
 
@@ -392,11 +447,20 @@ def manifest(plan: Plan, source: Source, facts: Mapping[str, Any]) -> dict[str, 
     graph = plan.graph
 
     def entry(value: Value, member: str) -> dict[str, Any]:
-        return {"name": value.name.removesuffix(".out"), "member": member, "dtype": value.dtype.name,
-                "shape": [c(s) if not isinstance(s, int) or type(s) is not int else s for s in value.shape]}
+        return {
+            "name": value.name.removesuffix(".out"),
+            "member": member,
+            "dtype": value.dtype.name,
+            "shape": [c(s) if not isinstance(s, int) or type(s) is not int else s for s in value.shape],
+        }
 
-    return {**facts, "inputs": [entry(v, m) for v, m in zip(graph.inputs, source.inputs, strict=True)],
-            "outputs": [entry(v, m) for v, m in zip(graph.outputs, source.outputs, strict=True)],
-            "sizes": {name: int(most) for name, most in graph.sizes.items()},
-            "arena_bytes": plan.arena_bytes, "live_bytes": plan.live_bytes, "weight_bytes": len(source.weights),
-            "layers": source.layers}
+    return {
+        **facts,
+        "inputs": [entry(v, m) for v, m in zip(graph.inputs, source.inputs, strict=True)],
+        "outputs": [entry(v, m) for v, m in zip(graph.outputs, source.outputs, strict=True)],
+        "sizes": {name: int(most) for name, most in graph.sizes.items()},
+        "arena_bytes": plan.arena_bytes,
+        "live_bytes": plan.live_bytes,
+        "weight_bytes": len(source.weights),
+        "layers": source.layers,
+    }

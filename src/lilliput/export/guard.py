@@ -67,8 +67,14 @@ def guard(
         ExportError: if it computes something else; where 8-bit products saturate on this machine, that is named.
     """
     try:
-        return compare(Session(artifact).outputs(inputs), expected, exact=exact, who=who, most_changed=most_changed,
-                       least_cosine=least_cosine)
+        return compare(
+            Session(artifact).outputs(inputs),
+            expected,
+            exact=exact,
+            who=who,
+            most_changed=most_changed,
+            least_cosine=least_cosine,
+        )
     except ExportError as error:
         reason = saturating(artifact) if saturates() else ""
         raise ExportError(f"{error} {reason}".strip()) from error

@@ -228,8 +228,10 @@ def trace(model: nn.Module, example: Inputs) -> Structure:
             module.training = mode
     for value in proto.graph.input:
         if value.type.tensor_type.shape.dim and not value.type.tensor_type.shape.dim[0].dim_param:
-            raise ExportError(f"trace: the batch size must stay free, but {type(model).__name__} fixes it. In its "
-                              "forward write x.shape[0] in place of len(x), and no number in place of either.")
+            raise ExportError(
+                f"trace: the batch size must stay free, but {type(model).__name__} fixes it. In its "
+                "forward write x.shape[0] in place of len(x), and no number in place of either."
+            )
     keys = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
     proto, aliases = _name(proto, held, keys)
     proto = clean(proto)
@@ -285,9 +287,7 @@ def _optimise(model: Any) -> dict[str, Any]:
     return held
 
 
-def _name(
-    proto: ModelProto, held: Iterable[str], keys: dict[str, torch.Tensor]
-) -> tuple[ModelProto, dict[str, str]]:
+def _name(proto: ModelProto, held: Iterable[str], keys: dict[str, torch.Tensor]) -> tuple[ModelProto, dict[str, str]]:
     """Weights under their state_dict key (by name, else by value), other initialisers as constants, ties aliased."""
     held, graph = set(held), proto.graph
     by_place: dict[tuple[int, tuple[int, ...]], str] = {}

@@ -136,8 +136,9 @@ def save(path: Path, data: bytes) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        raise StoreError(f"write: {path} cannot be written ({error.strerror or error}). Free space, or choose another "
-                         "folder.") from error
+        raise StoreError(
+            f"write: {path} cannot be written ({error.strerror or error}). Free space, or choose another folder."
+        ) from error
 
 
 def _umask() -> int:
@@ -256,8 +257,9 @@ def _head(proto: ModelProto, stored: dict[str, Stored]) -> tuple[tuple[int, byte
         for value in values:
             kind = value.type.tensor_type
             out += _text(value.name) + _varint(kind.elem_type) + _varint(len(kind.shape.dim))
-            out += b"".join(_varint(d.dim_value) if d.WhichOneof("value") == "dim_value" else _varint(0)
-                            for d in kind.shape.dim)
+            out += b"".join(
+                _varint(d.dim_value) if d.WhichOneof("value") == "dim_value" else _varint(0) for d in kind.shape.dim
+            )
     out += _varint(len(ordered))
     floats = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
     for name in ordered:
@@ -545,8 +547,12 @@ def _read_tensor(head: _Reader, kind: int, depth: int = 0) -> Callable[[_Source]
 def _plain_numbers(head: _Reader) -> Callable[[_Source, int], Array]:
     dtype = np.dtype(PLAIN_TYPES[head.number()])
     if np.issubdtype(dtype, np.floating):
-        return lambda source, count: source.numbers(count, 8 * dtype.itemsize).astype(
-            f"<u{dtype.itemsize}").view(f"<f{dtype.itemsize}").astype(dtype)
+        return lambda source, count: (
+            source.numbers(count, 8 * dtype.itemsize)
+            .astype(f"<u{dtype.itemsize}")
+            .view(f"<f{dtype.itemsize}")
+            .astype(dtype)
+        )
     low, bits = head.signed(), head.number()
     if bits > 64:
         raise ValueError(f"an integer has {bits} bits")
@@ -741,8 +747,19 @@ def read(path: str | Path, threads: int = 1) -> Network:
     try:
         proto, stored = _parse(data)
         return Network(proto, stored, threads)
-    except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError, struct.error, zlib.error,
-            lzma.LZMAError, ExportError, EOFError) as error:
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        OverflowError,
+        TypeError,
+        MemoryError,
+        struct.error,
+        zlib.error,
+        lzma.LZMAError,
+        ExportError,
+        EOFError,
+    ) as error:
         raise StoreError(f"read: {path.name} is no valid packed network: {error}. Write it again.") from error
     except Exception as error:
         if type(error).__module__.startswith(("google.protobuf", "onnx")):

@@ -44,8 +44,10 @@ class Factorize(Stage):
     def __post_init__(self) -> None:
         given = [self.rank, self.energy, self.budget, self.allocation or None]
         if sum(value is not None for value in given) != 1:
-            raise ValueError("Factorize: exactly one of rank, energy, budget and allocation must be given, got "
-                             f"{[value for value in given if value is not None]}. Write Factorize(energy=0.9).")
+            raise ValueError(
+                "Factorize: exactly one of rank, energy, budget and allocation must be given, got "
+                f"{[value for value in given if value is not None]}. Write Factorize(energy=0.9)."
+            )
         for rank in (1 if self.rank is None else self.rank, *(rank for _, rank in self.allocation)):
             if rank < 1:
                 raise ValueError(f"Factorize: rank must be at least 1, got {rank}.")
@@ -64,8 +66,10 @@ class Factorize(Stage):
     def __call__(self, model: nn.Module, task: Task | None, reference: Reference | None) -> nn.Module:
         ranks, left = self._sort(model)
         if not ranks:
-            raise ValueError(f"Factorize: some layer must become smaller, got none: {next(iter(left.values()), '')}. "
-                             "Lower the rank, the energy or the budget.")
+            raise ValueError(
+                f"Factorize: some layer must become smaller, got none: {next(iter(left.values()), '')}. "
+                "Lower the rank, the energy or the budget."
+            )
         model = copy_model(model)
         for name, rank in ranks.items():
             attach(model, name, LowRank(rank))
@@ -79,8 +83,9 @@ class Factorize(Stage):
             names = [name for name, _ in self.allocation]
             for name in names:
                 if name not in tensors:
-                    raise ValueError(f"Factorize: allocation must name tensors of the model, got {name!r}. "
-                                     f"{near(name, tensors)}")
+                    raise ValueError(
+                        f"Factorize: allocation must name tensors of the model, got {name!r}. {near(name, tensors)}"
+                    )
         else:
             names = find(model, self.where, who="Factorize")
         for name in names:
@@ -116,8 +121,9 @@ class Factorize(Stage):
         if self.energy is not None:
             return {name: rank_by_energy(s, self.energy) for name, s in values.items()}
         assert self.budget is not None
-        return ranks_by_budget(values, {name: (int(m.shape[0]), int(m.shape[1])) for name, m in matrices.items()},
-                               self.budget)
+        return ranks_by_budget(
+            values, {name: (int(m.shape[0]), int(m.shape[1])) for name, m in matrices.items()}, self.budget
+        )
 
 
 def rank_by_energy(singular_values: Tensor, energy: float) -> int:
@@ -131,8 +137,9 @@ def rank_by_energy(singular_values: Tensor, energy: float) -> int:
     return int((share < energy - 1e-12).sum()) + 1 if energy < 1 else len(squares)
 
 
-def ranks_by_budget(singular_values: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], budget: float
-                    ) -> dict[str, int]:
+def ranks_by_budget(
+    singular_values: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], budget: float
+) -> dict[str, int]:
     """Ranks that keep at most `budget` of all values (never less than rank 1): the singular values with the most
     energy a value, relative to their layer's, come first. A layer whose rank would save nothing stays whole.
 
@@ -145,8 +152,11 @@ def ranks_by_budget(singular_values: Mapping[str, Tensor], shapes: Mapping[str, 
         out, n = shapes[name]
         return min(ranks[name] * (out + n), out * n)
 
-    gains = sorted((-float(s[i]) ** 2 / max(float(s.square().sum()), 1e-30) / sum(shapes[name]), name, i)
-                   for name, s in singular_values.items() for i in range(1, len(s)))
+    gains = sorted(
+        (-(float(s[i]) ** 2) / max(float(s.square().sum()), 1e-30) / sum(shapes[name]), name, i)
+        for name, s in singular_values.items()
+        for i in range(1, len(s))
+    )
     limit = budget * sum(math.prod(shape) for shape in shapes.values())
     spent, full = sum(cost(name) for name in ranks), set[str]()
     for _, name, i in gains:

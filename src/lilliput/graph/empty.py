@@ -95,8 +95,9 @@ def _mixed(model: nn.Module, group: Group) -> bool:
     return any(isinstance(layer, MIXERS) for layer in layers) or not any(part.side == "in" for part in group.parts)
 
 
-def _removed(model: nn.Module, example: Any, inputs: Any, keep: Mapping[str, Tensor], found: tuple[Group, ...]
-             ) -> nn.Module:
+def _removed(
+    model: nn.Module, example: Any, inputs: Any, keep: Mapping[str, Tensor], found: tuple[Group, ...]
+) -> nn.Module:
     """Without these channels, all at once where that changes nothing, else one group at a time; itself where none."""
     before = run(model, inputs)
     if keep and agree(before, run(smaller := remove_channels(model, example, keep, found), inputs), 1e-4):

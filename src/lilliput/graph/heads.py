@@ -11,23 +11,17 @@ from torch.nn import functional as F
 
 from lilliput.errors import near
 from lilliput.graph import slicing
-from lilliput.graph.trace import (
-    Left,
-    agree,
-    calls,
-    copied,
-    first_line,
-    frozen,
-    replace_,
-    run,
-    shapes,
-    sketch,
-    tied,
-)
+from lilliput.graph.trace import Left, agree, calls, copied, first_line, frozen, replace_, run, shapes, sketch, tied
 
 # How common attention modules name their projections, the map after the heads and the number of heads.
-PROJECTIONS = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"),
-               ("query_proj", "key_proj", "value_proj"), ("q", "k", "v"), ("to_q", "to_k", "to_v"))
+PROJECTIONS = (
+    ("query", "key", "value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q", "k", "v"),
+    ("to_q", "to_k", "to_v"),
+)
 OUTPUTS = ("output", "out_proj", "o_proj", "out_lin", "o", "to_out", "proj", "out", "output.dense", "dense")
 COUNTS = ("heads", "num_heads", "num_attention_heads", "n_heads")
 ONE = ("head_dim", "attention_head_size")  # the size of one head
@@ -81,16 +75,27 @@ class HeadAttention(nn.Module):
         super().__init__()
         self.embed_dim, self.num_heads, self.head_dim = layer.embed_dim, layer.num_heads, layer.head_dim
         self.dropout, self.batch_first = layer.dropout, layer.batch_first
-        weights = (list(layer.in_proj_weight.chunk(3)) if layer.in_proj_weight is not None else
-                   [layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight])
+        weights = (
+            list(layer.in_proj_weight.chunk(3))
+            if layer.in_proj_weight is not None
+            else [layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight]
+        )
         biases = [None] * 3 if layer.in_proj_bias is None else list(layer.in_proj_bias.chunk(3))
         self.query, self.key, self.value = (_linear(w, b) for w, b in zip(weights, biases, strict=True))
         self.output = _linear(layer.out_proj.weight, layer.out_proj.bias)
         self.train(layer.training)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
-                need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
-                is_causal: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         batched = query.dim() == 3
         if not batched:
             query, key, value = query[None], key[None], value[None]
@@ -162,8 +167,14 @@ def _look(model: nn.Module, name: str, module: nn.Module) -> Heads | None:
         why = why or ("" if "in_proj_weight" in module._parameters else "its weight is computed from other tensors")
         why = why or ("there is only one" if module.num_heads == 1 else "")
         path = f"{name}." if name else ""
-        return Heads(name, module.num_heads, module.head_dim, (f"{path}query", f"{path}key", f"{path}value"),
-                     f"{path}output", why)
+        return Heads(
+            name,
+            module.num_heads,
+            module.head_dim,
+            (f"{path}query", f"{path}key", f"{path}value"),
+            f"{path}output",
+            why,
+        )
     children = dict(module.named_children())
     count = _noted(module, COUNTS)
     names = next((p for p in PROJECTIONS if all(isinstance(children.get(n), nn.Linear) for n in p)), None)
@@ -179,7 +190,7 @@ def _look(model: nn.Module, name: str, module: nn.Module) -> Heads | None:
     found = Heads(name, count, widths[0] // count, paths)
     if len(set(widths)) > 1 or widths[0] % count:
         return replace(found, reason="several heads share a key")
-    for place in ([name, name.rpartition(".")[0]] if name else [""]):
+    for place in [name, name.rpartition(".")[0]] if name else [""]:
         for last in OUTPUTS:
             path = f"{place}.{last}" if place else last
             layer = _submodule(model, path)
@@ -266,8 +277,9 @@ def opened(model: nn.Module, found: Iterable[Heads]) -> nn.Module:
     return work
 
 
-def remove_heads(model: nn.Module, example: Any, keep: Mapping[str, Tensor], found: tuple[Heads, ...] | None = None
-                 ) -> nn.Module:
+def remove_heads(
+    model: nn.Module, example: Any, keep: Mapping[str, Tensor], found: tuple[Heads, ...] | None = None
+) -> nn.Module:
     """A copy with only the heads keep[name] of each named attention module; a plain module that trains and exports.
 
     A head that goes takes its rows of query, key and value and its columns of output with it. An
@@ -293,8 +305,9 @@ def remove_heads(model: nn.Module, example: Any, keep: Mapping[str, Tensor], fou
         if known[name].reason:
             raise ValueError(f"remove_heads: {Left(name, known[name].reason)}. Leave it out of keep.")
         if not len(kept) or bool((kept[1:] <= kept[:-1]).any()) or int(kept[0]) < 0 or int(kept[-1]) >= count:
-            raise ValueError(f"remove_heads: {name} must keep sorted indices in [0, {count}), at least one, "
-                             f"got {kept.tolist()}.")
+            raise ValueError(
+                f"remove_heads: {name} must keep sorted indices in [0, {count}), at least one, got {kept.tolist()}."
+            )
         chosen[name] = kept
     smaller = copied(model, "remove_heads")
     _narrow_(smaller, [known[name] for name in chosen], chosen)

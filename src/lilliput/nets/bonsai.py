@@ -60,8 +60,9 @@ class Cell(nn.Module):
     Source: Primozic, Growing bonsai networks with RNNs, 2023, "RNN architecture" and "Trainable initial states".
     """
 
-    def __init__(self, inputs: int, outputs: int, state: int, activation: nn.Module | None = None,
-                 noise: float = 0.0) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, state: int, activation: nn.Module | None = None, noise: float = 0.0
+    ) -> None:
         super().__init__()
         self.inputs, self.noise = inputs, noise
         self.output, self.recurrent = nn.Linear(inputs + state, outputs), nn.Linear(inputs + state, state)
@@ -98,13 +99,22 @@ class Bonsai(nn.Module):
     Source: Primozic, Growing bonsai networks with RNNs, 2023.
     """
 
-    def __init__(self, inputs: int = 1, outputs: int = 1, state: Sequence[int] = (8,), width: int = 8,
-                 factor: float = 0.5, leak: float = 0.01, noise: float = 0.0) -> None:
+    def __init__(
+        self,
+        inputs: int = 1,
+        outputs: int = 1,
+        state: Sequence[int] = (8,),
+        width: int = 8,
+        factor: float = 0.5,
+        leak: float = 0.01,
+        noise: float = 0.0,
+    ) -> None:
         super().__init__()
         self.inputs, self.outputs, self.factor, self.leak = inputs, outputs, factor, leak
         sizes = [inputs, *[width] * (len(state) - 1), outputs]
-        self.cells = nn.Sequential(*(Cell(sizes[i], sizes[i + 1], count, Gate(factor, leak), noise)
-                                     for i, count in enumerate(state)))
+        self.cells = nn.Sequential(
+            *(Cell(sizes[i], sizes[i + 1], count, Gate(factor, leak), noise) for i, count in enumerate(state))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.cells(x)

@@ -62,8 +62,10 @@ class Masking(Rule):
         who, pattern = type(self).__name__, patterns.parse(self.pattern)
         names, left = prunable(model, self.where, pattern, who, self.allocation)
         if not names:
-            raise ValueError(f"{who}: some tensor must be left to prune, got none of {list(left)[:3]}: "
-                             f"{next(iter(left.values()), 'the allocation is empty')}.")
+            raise ValueError(
+                f"{who}: some tensor must be left to prune, got none of {list(left)[:3]}: "
+                f"{next(iter(left.values()), 'the allocation is empty')}."
+            )
         attach_masks(model, names, pattern, self.straight)
         return {}
 
@@ -88,8 +90,9 @@ class Masking(Rule):
         return state
 
 
-def attach_gates(model: nn.Module, where: str, allocation: Allocation, who: str, make: Callable[[str], Code]
-                 ) -> list[str]:
+def attach_gates(
+    model: nn.Module, where: str, allocation: Allocation, who: str, make: Callable[[str], Code]
+) -> list[str]:
     """Store tensors by codes that learn which of their entries are zero, in place, unless that is done already.
 
     Raises ValueError where no tensor is left, NotSupported for tensors that have a code already.
@@ -99,8 +102,10 @@ def attach_gates(model: nn.Module, where: str, allocation: Allocation, who: str,
         return done
     names, left = prunable(model, where, patterns.parse("elements"), who, allocation)
     if not names:
-        raise ValueError(f"{who}: some tensor must be left to prune, got none of {list(left)[:3]}: "
-                         f"{next(iter(left.values()), 'the allocation is empty')}.")
+        raise ValueError(
+            f"{who}: some tensor must be left to prune, got none of {list(left)[:3]}: "
+            f"{next(iter(left.values()), 'the allocation is empty')}."
+        )
     for name in names:
         if name in seen:
             raise NotSupported(f"{who}: {name} must be plain, but has a mask. Realize it first.")

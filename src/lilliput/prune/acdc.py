@@ -44,8 +44,10 @@ class ACDC(Masking, Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.phases < 1 or not 0 <= self.warmup <= self.until < 1:
-            raise ValueError(f"ACDC: phases must be at least 1 and 0 <= warmup <= until < 1, got phases={self.phases}, "
-                             f"warmup={self.warmup}, until={self.until}.")
+            raise ValueError(
+                f"ACDC: phases must be at least 1 and 0 <= warmup <= until < 1, got phases={self.phases}, "
+                f"warmup={self.warmup}, until={self.until}."
+            )
 
     def compressed(self, step: int, steps: int) -> bool:
         """Whether step number `step` trains the kept weights alone."""

@@ -66,4 +66,8 @@ def normalized(scores: Scores, sparsity: float) -> dict[str, float]:
 
 
 ALLOCATIONS: dict[str, Callable[[Scores, float], dict[str, float]]] = {
-    "uniform": uniform, "erk": erk, "global": global_, "normalized": normalized}
+    "uniform": uniform,
+    "erk": erk,
+    "global": global_,
+    "normalized": normalized,
+}

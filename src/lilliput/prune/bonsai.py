@@ -52,15 +52,17 @@ class Saturating(Rule):
     def __post_init__(self) -> None:
         amounts = (at(self.intensity, 0, 1), at(self.intensity, 1, 1), self.threshold, self.l1)
         if not (all(value >= 0 for value in amounts) and self.steepness > 0):
-            raise ValueError("Saturating: intensity, threshold and l1 must be at least 0 and steepness above 0, got "
-                             f"{self}.")
+            raise ValueError(
+                f"Saturating: intensity, threshold and l1 must be at least 0 and steepness above 0, got {self}."
+            )
 
     def begin(self, model: nn.Module, task: Task | None, reference: Reference | None, steps: int) -> State:
         find(model, self.where, who="Saturating")
         return {"intensity": torch.tensor(at(self.intensity, 0, steps))}
 
-    def penalty(self, state: State, model: nn.Module, batch: Batch, output: Tensor,
-                reference: Reference | None) -> Tensor:
+    def penalty(
+        self, state: State, model: nn.Module, batch: Batch, output: Tensor, reference: Reference | None
+    ) -> Tensor:
         total = output.new_zeros(())
         for name in find(model, self.where, who="Saturating"):
             module, attribute = holders(model, name)[0]

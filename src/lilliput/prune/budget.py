@@ -28,9 +28,19 @@ TIMED_LEVELS = (0.0, 0.8, 0.9, 0.95)  # each is a network to compile
 CELLS = 20_000
 
 
-def allocate(model: nn.Module, task: Task, *, bytes: int | None = None, macs: int | None = None,
-             latency_ms: float | None = None, where: str = "*", score: str = "magnitude", pattern: str = "elements",
-             levels: Sequence[float] | None = None, seed: int = 0) -> Pairs:
+def allocate(
+    model: nn.Module,
+    task: Task,
+    *,
+    bytes: int | None = None,
+    macs: int | None = None,
+    latency_ms: float | None = None,
+    where: str = "*",
+    score: str = "magnitude",
+    pattern: str = "elements",
+    levels: Sequence[float] | None = None,
+    seed: int = 0,
+) -> Pairs:
     """The sparsity of each tensor, for `Prune(allocation=...)`, under one budget.
 
     Each tensor i alone is pruned to each level s: d_i(s) is the mean divergence of the outputs from the model's own on
@@ -54,11 +64,12 @@ def allocate(model: nn.Module, task: Task, *, bytes: int | None = None, macs: in
     ConvNets, ICLR 2017, arXiv:1608.08710, section 3.2 (sensitivity); the choice under a budget: Frantar and Alistarh,
     SPDY: accurate pruning with speedup guarantees, ICML 2022, arXiv:2201.13096, section 3.2 (dynamic programming).
     """
-    given = {key: value for key, value in (("bytes", bytes), ("macs", macs), ("latency_ms", latency_ms))
-             if value is not None}
+    given = {
+        key: value for key, value in (("bytes", bytes), ("macs", macs), ("latency_ms", latency_ms)) if value is not None
+    }
     if len(given) != 1 or min(given.values()) <= 0:
         raise ValueError(f"allocate: one of bytes, macs and latency_ms must be given, above zero, got {given or None}.")
-    (kind, budget), = given.items()
+    ((kind, budget),) = given.items()
     rule = patterns.parse(pattern)
     tried = sorted({0.0, *(TIMED_LEVELS if kind == "latency_ms" else LEVELS)} if levels is None else {0.0, *levels})
     if not 0 <= tried[0] <= tried[-1] < 1:
@@ -76,8 +87,7 @@ def allocate(model: nn.Module, task: Task, *, bytes: int | None = None, macs: in
     return tuple(_cheapest(lost, costs, budget - fixed, kind, fixed).items())
 
 
-def _timed(timer: "_Timer", lost: Mapping[str, Mapping[float, float]], masks: Masks, budget: float
-           ) -> dict[str, float]:
+def _timed(timer: "_Timer", lost: Mapping[str, Mapping[float, float]], masks: Masks, budget: float) -> dict[str, float]:
     """The choice within a budget of milliseconds. Times do not add up exactly: what is chosen is measured, and chosen
     anew where it takes longer."""
     fixed, costs = timer.costs(masks)
@@ -88,8 +98,10 @@ def _timed(timer: "_Timer", lost: Mapping[str, Mapping[float, float]], masks: Ma
         if over <= 0:
             return pairs
         target -= 1.1 * over
-    raise ValueError(f"allocate: latency_ms must leave room for what the times of layers alone do not show, got "
-                     f"{budget:g}, and the best choice takes {budget + over:g}. Raise it.")
+    raise ValueError(
+        f"allocate: latency_ms must leave room for what the times of layers alone do not show, got "
+        f"{budget:g}, and the best choice takes {budget + over:g}. Raise it."
+    )
 
 
 @dataclass(frozen=True)
@@ -113,19 +125,37 @@ class PruneToBudget(Stage):
 
     def __post_init__(self) -> None:
         if [self.bytes, self.macs, self.latency_ms].count(None) != 2:
-            raise ValueError("PruneToBudget: one of bytes, macs and latency_ms must be given, got "
-                             f"bytes={self.bytes}, macs={self.macs}, latency_ms={self.latency_ms}.")
+            raise ValueError(
+                "PruneToBudget: one of bytes, macs and latency_ms must be given, got "
+                f"bytes={self.bytes}, macs={self.macs}, latency_ms={self.latency_ms}."
+            )
         Prune(0.0, score=self.score, pattern=self.pattern, where=self.where)
 
     def __call__(self, model: nn.Module, task: Task, reference: Reference | None) -> nn.Module:
-        pairs = allocate(model, task, bytes=self.bytes, macs=self.macs, latency_ms=self.latency_ms, where=self.where,
-                         score=self.score, pattern=self.pattern, seed=self.seed)
+        pairs = allocate(
+            model,
+            task,
+            bytes=self.bytes,
+            macs=self.macs,
+            latency_ms=self.latency_ms,
+            where=self.where,
+            score=self.score,
+            pattern=self.pattern,
+            seed=self.seed,
+        )
         return Prune(allocation=pairs, score=self.score, pattern=self.pattern, seed=self.seed)(model, task, reference)
 
 
 @torch.no_grad()
-def _masks(model: nn.Module, task: Task, names: list[str], score: str, pattern: patterns.Pattern, levels: list[float],
-           seed: int) -> Masks:
+def _masks(
+    model: nn.Module,
+    task: Task,
+    names: list[str],
+    score: str,
+    pattern: patterns.Pattern,
+    levels: list[float],
+    seed: int,
+) -> Masks:
     """The mask of each tensor at each level; what is zero already goes first."""
     function, tensors = scores.lookup(score), parameter_names(model)
     known = statistics(model, task, names, scores.needs(function), seed=seed)
@@ -155,8 +185,13 @@ def _divergences(model: nn.Module, task: Task, masks: Masks) -> dict[str, dict[f
     return lost
 
 
-def _cheapest(lost: Mapping[str, Mapping[float, float]], costs: Mapping[str, Mapping[float, float]], budget: float,
-              kind: str, fixed: float) -> dict[str, float]:
+def _cheapest(
+    lost: Mapping[str, Mapping[float, float]],
+    costs: Mapping[str, Mapping[float, float]],
+    budget: float,
+    kind: str,
+    fixed: float,
+) -> dict[str, float]:
     """The level of each tensor that minimises the summed loss with the summed cost within the budget.
 
     Costs are counted in cells of the budget, rounded up, so that the budget is kept whatever the rounding.
@@ -164,8 +199,10 @@ def _cheapest(lost: Mapping[str, Mapping[float, float]], costs: Mapping[str, Map
     least = {name: min(row.values()) for name, row in costs.items()}
     room, most = budget - sum(least.values()), sum(max(row.values()) for row in costs.values())
     if room < 0:
-        raise ValueError(f"allocate: {kind} must be at least {fixed + sum(least.values()):g} at these levels, got "
-                         f"{fixed + budget:g}. Raise it, give higher levels, or let where= take in more tensors.")
+        raise ValueError(
+            f"allocate: {kind} must be at least {fixed + sum(least.values()):g} at these levels, got "
+            f"{fixed + budget:g}. Raise it, give higher levels, or let where= take in more tensors."
+        )
     if budget >= most:
         return {name: min(row, key=lambda level: (row[level], level)) for name, row in lost.items()}
     cell, best = max(room / CELLS, 1e-30), np.zeros(CELLS + 1)
@@ -186,22 +223,26 @@ def _cheapest(lost: Mapping[str, Mapping[float, float]], costs: Mapping[str, Map
     return {name: chosen[name] for name in costs}
 
 
-def _bytes(model: nn.Module, task: Task, masks: Masks, pattern: patterns.Pattern
-           ) -> tuple[float, dict[str, dict[float, float]]]:
+def _bytes(
+    model: nn.Module, task: Task, masks: Masks, pattern: patterns.Pattern
+) -> tuple[float, dict[str, dict[float, float]]]:
     """(bytes of the other tensors, bytes of each of these at each level)."""
     tensors = parameter_names(model)
     fixed = sum(held.size_bytes for name, held in storage(model).items() if name not in masks)
     costs = {}
     for name, levels in masks.items():
         values, block = Plain(tensors[name].detach().float().cpu().numpy()), pattern.of(name).block(tensors[name].shape)
-        costs[name] = {level: float(Sparse(mask.cpu().numpy(), values, block).storage().size_bytes)
-                       for level, mask in levels.items()}
+        costs[name] = {
+            level: float(Sparse(mask.cpu().numpy(), values, block).storage().size_bytes)
+            for level, mask in levels.items()
+        }
     return float(fixed), costs
 
 
 @torch.no_grad()
-def _macs(model: nn.Module, task: Task, masks: Masks, pattern: patterns.Pattern
-          ) -> tuple[float, dict[str, dict[float, float]]]:
+def _macs(
+    model: nn.Module, task: Task, masks: Masks, pattern: patterns.Pattern
+) -> tuple[float, dict[str, dict[float, float]]]:
     """(multiply-accumulates with the other weights, those with these at each level), for one example."""
     plain = realize(model).eval()
     uses: dict[str, int] = {}
@@ -212,6 +253,7 @@ def _macs(model: nn.Module, task: Task, masks: Masks, pattern: patterns.Pattern
                 name = f"{path}.{key}".lstrip(".")
                 if value.dim() > 1 and (count := _uses(module, inputs[0], output)):
                     uses[name] = uses.get(name, 0) + count
+
         return module.register_forward_hook(hook)
 
     hooks = [listen(path, module) for path, module in plain.named_modules()]
@@ -219,11 +261,15 @@ def _macs(model: nn.Module, task: Task, masks: Masks, pattern: patterns.Pattern
     for hook in hooks:
         hook.remove()
     if unknown := [name for name in masks if name not in uses]:
-        raise ValueError(f"allocate: macs must be counted, but nothing shows how often {unknown[0]} is used. Leave it "
-                         "out with where=, or give bytes.")
+        raise ValueError(
+            f"allocate: macs must be counted, but nothing shows how often {unknown[0]} is used. Leave it "
+            "out with where=, or give bytes."
+        )
     fixed = sum(count * int((plain.get_parameter(n) != 0).sum()) for n, count in uses.items() if n not in masks)
-    return float(fixed), {name: {level: float(uses[name] * int(mask.sum())) for level, mask in levels.items()}
-                          for name, levels in masks.items()}
+    return float(fixed), {
+        name: {level: float(uses[name] * int(mask.sum())) for level, mask in levels.items()}
+        for name, levels in masks.items()
+    }
 
 
 def _uses(module: nn.Module, x: Any, y: Any) -> int:
@@ -261,5 +307,7 @@ class _Timer:
 
     def costs(self, masks: Masks) -> tuple[float, dict[str, dict[float, float]]]:
         """(milliseconds of the dense network, what each tensor at each level adds to them: mostly below zero)."""
-        return self.dense_ms, {name: {level: self.ms({name: mask}) - self.dense_ms if level else 0.0
-                                      for level, mask in levels.items()} for name, levels in masks.items()}
+        return self.dense_ms, {
+            name: {level: self.ms({name: mask}) - self.dense_ms if level else 0.0 for level, mask in levels.items()}
+            for name, levels in masks.items()
+        }

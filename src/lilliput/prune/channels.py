@@ -61,11 +61,13 @@ class PruneChannels(Stage):
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
-            raise ValueError(f"PruneChannels: sparsity must be in [0, 1), got {self.sparsity:g}. For half the channels "
-                             "write 0.5.")
+            raise ValueError(
+                f"PruneChannels: sparsity must be in [0, 1), got {self.sparsity:g}. For half the channels write 0.5."
+            )
         if self.score not in SCORES:
-            raise ValueError(f"PruneChannels: score must be a known name, got {self.score!r}. "
-                             f"{near(self.score, SCORES)}")
+            raise ValueError(
+                f"PruneChannels: score must be a known name, got {self.score!r}. {near(self.score, SCORES)}"
+            )
         if self.allocation not in ("uniform", "global"):
             raise ValueError(f"PruneChannels: allocation must be 'uniform' or 'global', got {self.allocation!r}.")
         if self.multiple < 1:
@@ -84,8 +86,10 @@ class PruneChannels(Stage):
         scores = self.rated(model, task, free)
         for name, score in scores.items():
             if not bool(score.isfinite().all()):
-                raise ValueError(f"PruneChannels: scores must be finite, got NaN or infinity for {name}. Load a sound "
-                                 "checkpoint, or leave it out with where=.")
+                raise ValueError(
+                    f"PruneChannels: scores must be finite, got NaN or infinity for {name}. Load a sound "
+                    "checkpoint, or leave it out with where=."
+                )
         return remove_channels(model, task.example, kept(free, scores, self._counts(free, scores)), found)
 
     def rated(self, model: nn.Module, task: Task, found: Iterable[Group]) -> dict[str, Tensor]:
@@ -107,8 +111,10 @@ class PruneChannels(Stage):
         makers = {g.name: [p.layer for p in g.parts if p.side == "out"] or [g.name] for g in found}
         chosen = [g for g in found if any(fnmatchcase(m, p) for m in makers[g.name] for p in patterns)]
         if not chosen:
-            raise ValueError(f"PruneChannels: where must match a layer that makes channels, got {self.where!r}. "
-                             f"{near(self.where, [m for of in makers.values() for m in of])}")
+            raise ValueError(
+                f"PruneChannels: where must match a layer that makes channels, got {self.where!r}. "
+                f"{near(self.where, [m for of in makers.values() for m in of])}"
+            )
         if self.score != "batchnorm_scale":
             return chosen
         why = "no batch norm scales its channels"
@@ -189,8 +195,11 @@ def batchnorm_scale(model: nn.Module, group: Group) -> Tensor:
 
 def _scales(model: nn.Module, group: Group) -> list[tuple[Tensor, Tensor, Tensor]]:
     norms = [(part, model.get_submodule(part.layer)) for part in group.parts]
-    return [(norm.weight, torch.tensor(part.index), torch.tensor(part.channel)) for part, norm in norms
-            if isinstance(norm, slicing.BATCH_NORMS) and norm.affine]
+    return [
+        (norm.weight, torch.tensor(part.index), torch.tensor(part.channel))
+        for part, norm in norms
+        if isinstance(norm, slicing.BATCH_NORMS) and norm.affine
+    ]
 
 
 RATED = {"l1": l1, "l2": l2, "geometric_median": geometric_median, "batchnorm_scale": batchnorm_scale}

@@ -163,8 +163,10 @@ def fisher_blocks(examples: Examples, parameters: Parameters, size: int = 32) ->
     Source: Singh and Alistarh, WoodFisher, NeurIPS 2020, arXiv:2004.14340, equation 2.
     """
     count, values = length(examples.inputs), sum(p.numel() for p in parameters.values())
-    blocks = {name: torch.zeros(-(-p.numel() // size), size, size, dtype=torch.float64, device=p.device)
-              for name, p in parameters.items()}
+    blocks = {
+        name: torch.zeros(-(-p.numel() // size), size, size, dtype=torch.float64, device=p.device)
+        for name, p in parameters.items()
+    }
     waiting: list[tuple[Tensor, ...]] = []
     for i, (loss, _) in enumerate(examples.losses(1)):
         waiting.append(gradients(loss, parameters))
@@ -207,11 +209,42 @@ def inverse_fisher(examples: Examples, parameters: Parameters, size: int = 32, d
     return found
 
 
-ACTIVATIONS = frozenset((
-    "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "rrelu", "rrelu_", "elu", "elu_", "selu", "selu_", "celu",
-    "celu_", "gelu", "silu", "mish", "tanh", "tanh_", "sigmoid", "sigmoid_", "softplus", "softsign", "logsigmoid",
-    "hardtanh", "hardtanh_", "hardswish", "hardsigmoid", "hardshrink", "softshrink", "tanhshrink", "prelu",
-    "log_softmax"))
+ACTIVATIONS = frozenset(
+    (
+        "relu",
+        "relu_",
+        "relu6",
+        "leaky_relu",
+        "leaky_relu_",
+        "rrelu",
+        "rrelu_",
+        "elu",
+        "elu_",
+        "selu",
+        "selu_",
+        "celu",
+        "celu_",
+        "gelu",
+        "silu",
+        "mish",
+        "tanh",
+        "tanh_",
+        "sigmoid",
+        "sigmoid_",
+        "softplus",
+        "softsign",
+        "logsigmoid",
+        "hardtanh",
+        "hardtanh_",
+        "hardswish",
+        "hardsigmoid",
+        "hardshrink",
+        "softshrink",
+        "tanhshrink",
+        "prelu",
+        "log_softmax",
+    )
+)
 NORMS = frozenset(("layer_norm", "group_norm", "rms_norm", "instance_norm"))
 
 
@@ -266,7 +299,9 @@ def flow(model: nn.Module, example: Any, names: list[str]) -> Parameters:
         total = call(model, example).sum()
     found = gradients(total, parameters) if total.requires_grad else ()
     if not any(bool(g.any()) for g in found):
-        raise ValueError(f"statistics: some flow must reach the output through {names[:3]}, got none. Leave a softmax "
-                         "at the end out of the model, or use a score that is taken from data.")
+        raise ValueError(
+            f"statistics: some flow must reach the output through {names[:3]}, got none. Leave a softmax "
+            "at the end out of the model, or use a score that is taken from data."
+        )
     scale = 1 / total.detach()
     return {name: (g * scale).abs().float() for name, g in zip(parameters, found, strict=True)}

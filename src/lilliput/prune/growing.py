@@ -48,8 +48,10 @@ class Growing(Masking, Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.start <= self.until <= 1 or not self.most >= 0 or self.every < 1:
-            raise ValueError("Growing: 0 <= start <= until <= 1, most at least 0 and every at least 1 must hold, got "
-                             f"start={self.start}, until={self.until}, most={self.most}, every={self.every}.")
+            raise ValueError(
+                "Growing: 0 <= start <= until <= 1, most at least 0 and every at least 1 must hold, got "
+                f"start={self.start}, until={self.until}, most={self.most}, every={self.every}."
+            )
 
     def factor(self, step: int, steps: int) -> float:
         """lambda_t at a step."""
@@ -63,8 +65,13 @@ class Growing(Masking, Rule):
     def _choose(self, state: State, model: nn.Module, step: int, steps: int) -> State:
         """The smallest weights, beside those that were chosen before."""
         rated = {name: score * state.get(f"keep {name}", 1.0) for name, score in self.rated(state, model).items()}
-        new = select(rated, at(self.sparsity, step, steps), self.allocation, patterns.parse(self.pattern),
-                     at(self.sparsity, 1, 1))
+        new = select(
+            rated,
+            at(self.sparsity, step, steps),
+            self.allocation,
+            patterns.parse(self.pattern),
+            at(self.sparsity, 1, 1),
+        )
         return {f"keep {name}": mask for name, mask in new.items()}
 
     @torch.no_grad()

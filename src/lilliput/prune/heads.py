@@ -56,8 +56,9 @@ class PruneHeads(Stage):
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
-            raise ValueError(f"PruneHeads: sparsity must be in [0, 1), got {self.sparsity:g}. For half the heads "
-                             "write 0.5.")
+            raise ValueError(
+                f"PruneHeads: sparsity must be in [0, 1), got {self.sparsity:g}. For half the heads write 0.5."
+            )
         if self.score not in SCORES:
             raise ValueError(f"PruneHeads: score must be a known name, got {self.score!r}. {near(self.score, SCORES)}")
         if self.allocation not in ("global", "uniform"):
@@ -75,8 +76,10 @@ class PruneHeads(Stage):
         found = heads(model, task.example)
         chosen = self._chosen(found)
         if not chosen:
-            raise ValueError(f"PruneHeads: where must match an attention module, got {self.where!r}. "
-                             f"{near(self.where, [h.name for h in found])}")
+            raise ValueError(
+                f"PruneHeads: where must match an attention module, got {self.where!r}. "
+                f"{near(self.where, [h.name for h in found])}"
+            )
         free = [h for h in chosen if h.removable]
         if not free:
             raise ValueError(f"PruneHeads: some heads must be free to go, got none: {chosen[0]} Widen where=.")
@@ -100,9 +103,11 @@ class PruneHeads(Stage):
         else:
             most, goal = total - len(found), int(self.sparsity * total + 1e-9)
             if goal > most:
-                raise ValueError(f"PruneHeads: {len(found)} attention modules keep one of {total} heads each, so "
-                                 f"sparsity must be at most {most / total:g}, got {self.sparsity:g}. Remove whole "
-                                 "layers with lilliput.graph.remove_blocks.")
+                raise ValueError(
+                    f"PruneHeads: {len(found)} attention modules keep one of {total} heads each, so "
+                    f"sparsity must be at most {most / total:g}, got {self.sparsity:g}. Remove whole "
+                    "layers with lilliput.graph.remove_blocks."
+                )
             drop = dict.fromkeys(scores, 0)
             ranked = sorted((float(s), i, name) for name, of in scores.items() for i, s in enumerate(of))
             counts = {h.name: h.count for h in found}
@@ -112,8 +117,9 @@ class PruneHeads(Stage):
         return {h.name: scores[h.name].argsort(stable=True)[drop[h.name] :].sort().values for h in found}
 
 
-def gate_scores(model: nn.Module, task: Task, found: Iterable[Heads], score: str = "importance", seed: int = 0
-                ) -> dict[str, Tensor]:
+def gate_scores(
+    model: nn.Module, task: Task, found: Iterable[Heads], score: str = "importance", seed: int = 0
+) -> dict[str, Tensor]:
     """How much the loss L depends on gates xi_h = 1 that multiply what each head h found, (heads,) a module.
 
     importance: I_h = E_x |dL(x) / d xi_h| = E_x |Att_h(x)^T dL(x) / d Att_h(x)|. taylor: the sum over batches of

@@ -61,8 +61,10 @@ class L0(Stage, Rule):
         for value in (at(self.schedule, 0, 1), at(self.schedule, 1, 1), *(value for _, value in pairs)):
             check_sparsity(value, patterns.parse("elements"), "L0")
         if not 0 < self.until <= 1 or not self.rate >= 0 or not self.price >= 0:
-            raise ValueError(f"L0: until must be in (0, 1], rate and price at least 0, got until={self.until}, "
-                             f"rate={self.rate}, price={self.price}.")
+            raise ValueError(
+                f"L0: until must be in (0, 1], rate and price at least 0, got until={self.until}, "
+                f"rate={self.rate}, price={self.price}."
+            )
 
     @property
     def schedule(self) -> Schedule:
@@ -89,8 +91,9 @@ class L0(Stage, Rule):
         opened = [code.opened(scaled) for code, scaled in self.gates(model).values()]
         return torch.stack([part.sum() for part in opened]).sum() / sum(part.numel() for part in opened)
 
-    def penalty(self, state: State, model: nn.Module, batch: Batch, output: Tensor,
-                reference: Reference | None) -> Tensor | None:
+    def penalty(
+        self, state: State, model: nn.Module, batch: Batch, output: Tensor, reference: Reference | None
+    ) -> Tensor | None:
         return state["price"].to(output.device) * self.expected(model)
 
     @torch.no_grad()

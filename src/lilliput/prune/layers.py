@@ -29,11 +29,15 @@ def check(who: str, sparsity: float | None, pattern: str, allocation: Allocation
     """Raise ValueError for settings out of range."""
     kind = parse(pattern)
     if isinstance(kind, Channels):
-        raise ValueError(f"{who}: pattern must leave some weights of an output to make up for the others, got "
-                         f"{pattern!r}. Use Prune, or lilliput.graph to remove channels.")
+        raise ValueError(
+            f"{who}: pattern must leave some weights of an output to make up for the others, got "
+            f"{pattern!r}. Use Prune, or lilliput.graph to remove channels."
+        )
     if isinstance(allocation, str) and allocation not in ("uniform", "erk"):
-        raise ValueError(f"{who}: allocation must be 'uniform', 'erk' or pairs (name, sparsity), got {allocation!r}: a "
-                         f"layer is done before the next one is seen. {near(allocation, ['uniform', 'erk'])}")
+        raise ValueError(
+            f"{who}: allocation must be 'uniform', 'erk' or pairs (name, sparsity), got {allocation!r}: a "
+            f"layer is done before the next one is seen. {near(allocation, ['uniform', 'erk'])}"
+        )
     if sparsity is None and isinstance(allocation, str):
         raise ValueError(f"{who}: sparsity must be given, got None. Write {who}(0.5) for 50% zeros.")
     pairs = () if isinstance(allocation, str) else allocation
@@ -45,8 +49,9 @@ def check(who: str, sparsity: float | None, pattern: str, allocation: Allocation
         raise ValueError(f"{who}: damp must be above 0, got {damp:g}, so that H has an inverse. 0.01 suits most.")
 
 
-def sort(model: nn.Module, where: str, pattern: str, who: str, allocation: Allocation = ""
-         ) -> tuple[list[str], dict[str, str]]:
+def sort(
+    model: nn.Module, where: str, pattern: str, who: str, allocation: Allocation = ""
+) -> tuple[list[str], dict[str, str]]:
     """The weights that can be pruned layer by layer, and those that are left alone, each with the reason."""
     kind = parse(pattern)
     kept, left = prunable(model, where, kind, who, allocation)
@@ -117,8 +122,9 @@ def damped(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def sequentially(plain: nn.Module, inputs: Any, names: list[str], solve: Callable[[str, Tensor], None],
-                 batch_size: int = 64) -> None:
+def sequentially(
+    plain: nn.Module, inputs: Any, names: list[str], solve: Callable[[str, Tensor], None], batch_size: int = 64
+) -> None:
     """Call solve(name, H) for each weight in the order in which the model calls their layers, H the second moment of
     what the layer is given by those before it as they are by then. solve changes the weight in place.
 
@@ -129,7 +135,8 @@ def sequentially(plain: nn.Module, inputs: Any, names: list[str], solve: Callabl
     if len(set(map(id, modules.values()))) == len(modules) and _at_once(plain, inputs, modules):
         for name, module in modules.items():
             module.register_forward_pre_hook(
-                lambda module, given, name=name: solve(name, hessian(module, leaves(given)[0])))
+                lambda module, given, name=name: solve(name, hessian(module, leaves(given)[0]))
+            )
         call(plain, inputs)
         return
     for name in called(plain, inputs, names):
@@ -167,16 +174,21 @@ def _at_once(plain: nn.Module, inputs: Any, modules: dict[str, nn.Module]) -> bo
 def called(plain: nn.Module, inputs: Any, names: list[str]) -> list[str]:
     """Those weights whose layers the model calls, in the order of the first call."""
     found: dict[str, None] = {}
-    hooks = [plain.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(
-        lambda module, given, name=name: found.setdefault(name)) for name in names]
+    hooks = [
+        plain.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(
+            lambda module, given, name=name: found.setdefault(name)
+        )
+        for name in names
+    ]
     call(plain, take(inputs, slice(0, 1)))
     for hook in hooks:
         hook.remove()
     return list(found)
 
 
-def prepared(model: nn.Module, task: Task | None, names: list[str], left: dict[str, str], examples: int, who: str
-             ) -> tuple[nn.Module, Any, list[str]]:
+def prepared(
+    model: nn.Module, task: Task | None, names: list[str], left: dict[str, str], examples: int, who: str
+) -> tuple[nn.Module, Any, list[str]]:
     """A plain copy in float32, calibration inputs, and the weights whose layers are called, in order.
 
     Raises ValueError without a task, and where there is none left to prune.
@@ -201,8 +213,12 @@ def pruned(model: nn.Module, task: Task | None, who: str, settings: Any, solve: 
     pattern = parse(settings.pattern)
     names, left = sort(model, settings.where, settings.pattern, who, settings.allocation)
     plain, inputs, names = prepared(model, task, names, left, settings.examples, who)
-    share = amounts({name: plain.get_parameter(name) for name in names},
-                    1.0 if settings.sparsity is None else settings.sparsity, settings.allocation, pattern)
+    share = amounts(
+        {name: plain.get_parameter(name) for name in names},
+        1.0 if settings.sparsity is None else settings.sparsity,
+        settings.allocation,
+        pattern,
+    )
     found: dict[str, Tensor] = {}
 
     def one(name: str, moment: Tensor) -> None:
@@ -218,8 +234,10 @@ def pruned(model: nn.Module, task: Task | None, who: str, settings: Any, solve: 
 def finite(moment: Tensor, name: str, who: str) -> Tensor:
     """The same second moment; ValueError where it is not finite."""
     if not bool(moment.isfinite().all()):
-        raise ValueError(f"{who}: the inputs of {name} must be finite, got NaN or infinity. Check the calibration "
-                         "inputs and the weights of the layers before it.")
+        raise ValueError(
+            f"{who}: the inputs of {name} must be finite, got NaN or infinity. Check the calibration "
+            "inputs and the weights of the layers before it."
+        )
     return moment
 
 

@@ -56,11 +56,14 @@ class Lottery(Stage):
     def __post_init__(self) -> None:
         self._round(self.rounds)
         if self.rounds < 1 or not 0 <= self.rewind < 1:
-            raise ValueError(f"Lottery: rounds must be at least 1 and rewind in [0, 1), got rounds={self.rounds}, "
-                             f"rewind={self.rewind}.")
+            raise ValueError(
+                f"Lottery: rounds must be at least 1 and rewind in [0, 1), got rounds={self.rounds}, "
+                f"rewind={self.rewind}."
+            )
 
     def _round(self, k: int) -> Prune:
         """What is dropped after round k."""
+
         def amount(last: float) -> float:
             return last if k == self.rounds else 1 - (1 - last) ** (k / self.rounds)
 

@@ -27,12 +27,15 @@ def check_sparsity(sparsity: float, pattern: Pattern, who: str, name: str = "") 
 def check_allocation(allocation: Allocation, who: str) -> None:
     """Raise ValueError unless an allocation is pairs or a known name."""
     if isinstance(allocation, str) and allocation not in ALLOCATIONS:
-        raise ValueError(f"{who}: allocation must be pairs (name, sparsity) or a known name, got {allocation!r}. "
-                         f"{near(allocation, ALLOCATIONS)}")
+        raise ValueError(
+            f"{who}: allocation must be pairs (name, sparsity) or a known name, got {allocation!r}. "
+            f"{near(allocation, ALLOCATIONS)}"
+        )
 
 
-def prunable(model: nn.Module, where: str, pattern: Pattern, who: str, allocation: Allocation = ""
-             ) -> tuple[list[str], dict[str, str]]:
+def prunable(
+    model: nn.Module, where: str, pattern: Pattern, who: str, allocation: Allocation = ""
+) -> tuple[list[str], dict[str, str]]:
     """The tensors that a mask of this pattern can be put on, and those that are left alone, each with the reason.
 
     where: chooses them; allocation: where it is pairs, their names are taken instead.
@@ -52,16 +55,20 @@ def prunable(model: nn.Module, where: str, pattern: Pattern, who: str, allocatio
             left[name] = "it is empty"
             continue
         if bool(tensors[name].isnan().any()):
-            raise ValueError(f"{who}: weights must be numbers, got NaN in {name}. Load a sound checkpoint, or leave it "
-                             "out with where=.")
+            raise ValueError(
+                f"{who}: weights must be numbers, got NaN in {name}. Load a sound checkpoint, or leave it "
+                "out with where=."
+            )
         try:
             pattern.of(name).check(tuple(tensors[name].shape))
         except ValueError as error:
             left[name] = str(error)
             continue
         if name in seen and not isinstance(seen[name][0], Masked):
-            raise NotSupported(f"{who}: {name} must be plain or masked, but is stored by "
-                               f"{type(seen[name][0]).__name__}. Prune first, then quantize or factorise.")
+            raise NotSupported(
+                f"{who}: {name} must be plain or masked, but is stored by "
+                f"{type(seen[name][0]).__name__}. Prune first, then quantize or factorise."
+            )
         kept.append(name)
     return kept, left
 
@@ -87,8 +94,11 @@ def attach_masks(model: nn.Module, names: Iterable[str], pattern: Pattern, strai
 def masks(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Masked]:
     """The mask of each masked tensor, or of those among `names`."""
     wanted = None if names is None else set(names)
-    return {name: chain[0] for name, chain in codes(model).items()
-            if isinstance(chain[0], Masked) and (wanted is None or name in wanted)}
+    return {
+        name: chain[0]
+        for name, chain in codes(model).items()
+        if isinstance(chain[0], Masked) and (wanted is None or name in wanted)
+    }
 
 
 def chosen(model: nn.Module, where: str, allocation: Allocation = "") -> dict[str, Masked]:
@@ -96,12 +106,16 @@ def chosen(model: nn.Module, where: str, allocation: Allocation = "") -> dict[st
     if not isinstance(allocation, str):
         return masks(model, [name for name, _ in allocation])
     globs = [glob.strip() for glob in where.split(",")]
-    return {name: code for name, code in masks(model).items() if any(
-        fnmatchcase(name, glob) or fnmatchcase(name.rpartition(".")[0], glob) for glob in globs)}
+    return {
+        name: code
+        for name, code in masks(model).items()
+        if any(fnmatchcase(name, glob) or fnmatchcase(name.rpartition(".")[0], glob) for glob in globs)
+    }
 
 
-def amounts(rated: Mapping[str, Tensor], sparsity: float, allocation: Allocation, pattern: Pattern,
-            last: float = 1.0) -> dict[str, float]:
+def amounts(
+    rated: Mapping[str, Tensor], sparsity: float, allocation: Allocation, pattern: Pattern, last: float = 1.0
+) -> dict[str, float]:
     """How sparse each tensor becomes: with pairs, `sparsity` of `last` of the way to their amounts."""
     if isinstance(allocation, str):
         pooled = {name: pattern.of(name).pooled(score) for name, score in rated.items()}
@@ -109,8 +123,9 @@ def amounts(rated: Mapping[str, Tensor], sparsity: float, allocation: Allocation
     return {name: amount * sparsity / last for name, amount in allocation if name in rated}
 
 
-def select(rated: Mapping[str, Tensor], sparsity: float, allocation: Allocation, pattern: Pattern, last: float = 1.0
-           ) -> dict[str, Tensor]:
+def select(
+    rated: Mapping[str, Tensor], sparsity: float, allocation: Allocation, pattern: Pattern, last: float = 1.0
+) -> dict[str, Tensor]:
     """New masks from scores by name: the lowest go, as many as the allocation says."""
     share = amounts(rated, sparsity, allocation, pattern, last)
     return {name: pattern.of(name)(score, share[name]) for name, score in rated.items()}
@@ -134,8 +149,9 @@ def put_(masked: Mapping[str, Masked], new: Mapping[str, Tensor], pattern: Patte
 
 
 @torch.no_grad()
-def regrow_(model: nn.Module, masked: Mapping[str, Masked], new: Mapping[str, Tensor], pattern: Pattern
-            ) -> dict[str, Tensor]:
+def regrow_(
+    model: nn.Module, masked: Mapping[str, Masked], new: Mapping[str, Tensor], pattern: Pattern
+) -> dict[str, Tensor]:
     """Give tensors new masks, in place, and let what comes back start at zero.
 
     Returns state keys "fresh NAME": where a mask changed, the optimizer's momenta start anew.

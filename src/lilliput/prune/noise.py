@@ -53,8 +53,11 @@ class Noise(Rule):
 
     def __post_init__(self) -> None:
         std = self.std
-        ends = (std,) if isinstance(std, int | float) else (
-            (std.peak, std.final) if isinstance(std, Cosine) else (std.first, std.last))
+        ends = (
+            (std,)
+            if isinstance(std, int | float)
+            else ((std.peak, std.final) if isinstance(std, Cosine) else (std.first, std.last))
+        )
         if any(not value >= 0 for value in ends):
             raise ValueError(f"Noise: std must be at least 0, got {std}. It is a standard deviation.")
 
@@ -75,12 +78,20 @@ class Noise(Rule):
             return [""]
         patterns = [pattern.strip() for pattern in self.where.split(",")]
         known = {name: module for name, module in model.named_modules() if name and "parametrizations" not in name}
-        chosen = [name for name, module in known.items() if name in patterns
-                  or (not {key for key, _ in module.named_children()} - {"parametrizations"}  # a code is no child
-                      and any(fnmatchcase(name, pattern) for pattern in patterns))]
+        chosen = [
+            name
+            for name, module in known.items()
+            if name in patterns
+            or (
+                not {key for key, _ in module.named_children()} - {"parametrizations"}  # a code is no child
+                and any(fnmatchcase(name, pattern) for pattern in patterns)
+            )
+        ]
         if not chosen:
-            raise ValueError(f"Noise: where must be 'input' or match a module of the model, got {self.where!r}. "
-                             f"{near(self.where, known)}")
+            raise ValueError(
+                f"Noise: where must be 'input' or match a module of the model, got {self.where!r}. "
+                f"{near(self.where, known)}"
+            )
         return chosen
 
     def on_step(self, state: State, model: nn.Module, step: int, steps: int) -> State:
@@ -117,7 +128,8 @@ class _Noisy:
         if std == 0:
             return None
         generator = torch.Generator().manual_seed(
-            (self.rule.seed * 1000003 + zlib.crc32(self.name.encode())) * 1000003 + step)
+            (self.rule.seed * 1000003 + zlib.crc32(self.name.encode())) * 1000003 + step
+        )
 
         def noisy(x: Any) -> Any:
             if not isinstance(x, Tensor) or not x.is_floating_point():

@@ -49,8 +49,11 @@ def traces(weight: Tensor, hessian: Tensor, pattern: Pattern) -> tuple[Tensor, T
             blocks = inverse.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)  # (n, u, c, c)
             safe = torch.where(alive[:, :, None, None], blocks, torch.eye(c).to(blocks))
             solved = 1 / safe if c == 1 else torch.linalg.inv(safe)
-            cost = torch.einsum("naui,nuij,nauj->nu", w, solved, w) if c > 1 else (
-                w[..., 0].square().sum(1) * solved[:, :, 0, 0])
+            cost = (
+                torch.einsum("naui,nuij,nauj->nu", w, solved, w)
+                if c > 1
+                else (w[..., 0].square().sum(1) * solved[:, :, 0, 0])
+            )
             open_ = alive & (gone.gather(1, ids // m) < limit) if isinstance(pattern, NM) else alive
             p = cost.masked_fill(~open_, torch.inf).argmin(1)
             column, inner = inverse[row, :, :, p].reshape(n, -1, c), solved[row, p]  # (n, u c, c), (n, c, c)
@@ -67,8 +70,9 @@ def traces(weight: Tensor, hessian: Tensor, pattern: Pattern) -> tuple[Tensor, T
     return torch.cat(orders), torch.cat(losses)
 
 
-def obc(weight: Tensor, hessian: Tensor, sparsity: float, pattern: Pattern, damp: float = 0.01
-        ) -> tuple[Tensor, Tensor]:
+def obc(
+    weight: Tensor, hessian: Tensor, sparsity: float, pattern: Pattern, damp: float = 0.01
+) -> tuple[Tensor, Tensor]:
     """New weights and their mask: of all rows the cheapest next removal first, by their traces; then the best weights
     under that mask.
 
@@ -94,8 +98,9 @@ def obc(weight: Tensor, hessian: Tensor, sparsity: float, pattern: Pattern, damp
     if not isinstance(pattern, NM):
         reached = reached.cummax(1).values.flatten().argsort(stable=True).argsort().view_as(reached).double()
     down, across = bundle(pattern)
-    score = torch.full((len(order), d // across), float(2 * w.numel()) + 2 * float(reached.max()), dtype=torch.float64,
-                       device=w.device).scatter_(1, order, reached)
+    score = torch.full(
+        (len(order), d // across), float(2 * w.numel()) + 2 * float(reached.max()), dtype=torch.float64, device=w.device
+    ).scatter_(1, order, reached)
     score = score.repeat_interleave(across, 1).repeat_interleave(down, 0)
     mask = pattern(score, sparsity)
     return reconstruct(weight, mask, H), mask.view_as(weight)

@@ -25,8 +25,10 @@ def drop(score: Tensor, count: int) -> Tensor:
     if count <= 0:
         return torch.ones_like(score, dtype=torch.bool)
     if bool(flat.isnan().any()):
-        raise ValueError("drop: scores must be numbers, got NaN: a weight or a gradient has become NaN. Train with a "
-                         "lower lr or clipped gradients, and check the data.")
+        raise ValueError(
+            "drop: scores must be numbers, got NaN: a weight or a gradient has become NaN. Train with a "
+            "lower lr or clipped gradients, and check the data."
+        )
     if flat.dtype == torch.bfloat16:  # numpy has no such type
         flat = flat.float()
     # Ten times faster than kthvalue, and this runs while training.
@@ -46,8 +48,7 @@ class Pattern:
     """Units of one entry each: any weight may go."""
 
     def of(self, name: str) -> "Pattern":
-        """The pattern of the tensor of that name: the same one, unless the pattern looks at what kind of layer it is.
-        """
+        """The pattern of the tensor of that name: the same one, unless the pattern depends on the kind of layer."""
         return self
 
     def check(self, shape: tuple[int, ...]) -> None:
@@ -98,8 +99,10 @@ class NM(Pattern):
             raise ValueError(f"{self.n}:{self.m}: must keep n of m with 0 < n < m, got n={self.n}, m={self.m}.")
         if values % self.m:
             what = "outputs of an input" if self.out else "values of an output"
-            raise ValueError(f"{self.n}:{self.m}: groups of {self.m} must divide the {values} {what}, got "
-                             f"shape {tuple(shape)}. Leave this tensor out with where=, or use pattern='elements'.")
+            raise ValueError(
+                f"{self.n}:{self.m}: groups of {self.m} must divide the {values} {what}, got "
+                f"shape {tuple(shape)}. Leave this tensor out with where=, or use pattern='elements'."
+            )
 
     @property
     def most(self) -> float:
@@ -147,8 +150,10 @@ class Blocks(Pattern):
         block = self.block(shape)
         if len(block) > len(shape) or any(n % b for n, b in zip(shape, block, strict=True)):
             name = "x".join(map(str, self.size))
-            raise ValueError(f"block {name}: a block must divide the shape, got {tuple(shape)}. Leave this tensor out "
-                             "with where=, or choose a block that divides it.")
+            raise ValueError(
+                f"block {name}: a block must divide the shape, got {tuple(shape)}. Leave this tensor out "
+                "with where=, or choose a block that divides it."
+            )
 
     def _means(self, score: Tensor) -> Tensor:
         """(n_0, n_1, ...): the mean score of every block, added up in float64, so that equal blocks tie."""
@@ -199,8 +204,10 @@ class Columns(Blocks):
 
     def check(self, shape: tuple[int, ...]) -> None:
         if len(shape) < 2:
-            raise ValueError(f"column: a weight must be (out, in, ...), got shape {tuple(shape)}. Leave this tensor "
-                             "out with where=, or use pattern='elements'.")
+            raise ValueError(
+                f"column: a weight must be (out, in, ...), got shape {tuple(shape)}. Leave this tensor "
+                "out with where=, or use pattern='elements'."
+            )
 
 
 @dataclass(frozen=True)
@@ -216,8 +223,10 @@ class Kernels(Blocks):
 
     def check(self, shape: tuple[int, ...]) -> None:
         if len(shape) < 3:
-            raise ValueError(f"kernel: a convolution's weight (out, in, kh, kw) has kernels, got shape {tuple(shape)}. "
-                             "Leave this tensor out with where=, or use pattern='elements'.")
+            raise ValueError(
+                f"kernel: a convolution's weight (out, in, kh, kw) has kernels, got shape {tuple(shape)}. "
+                "Leave this tensor out with where=, or use pattern='elements'."
+            )
 
 
 @dataclass(frozen=True)
@@ -235,8 +244,10 @@ class Heads(Blocks):
 
     def check(self, shape: tuple[int, ...]) -> None:
         if shape[0] % self.heads:
-            raise ValueError(f"head {self.heads}: {self.heads} heads must divide the rows, got shape {tuple(shape)}. "
-                             "Leave this tensor out with where=, or give the number of heads that it has.")
+            raise ValueError(
+                f"head {self.heads}: {self.heads} heads must divide the rows, got shape {tuple(shape)}. "
+                "Leave this tensor out with where=, or give the number of heads that it has."
+            )
 
 
 FINEST_FIRST = ("elements", "block 4x1", "block 8x1", "kernel", "block 16x1", "block 4x4", "block 1x16")
@@ -320,8 +331,17 @@ def parse(text: str) -> Pattern:
             [ True, False]])
     """
     outputs = Channels()
-    simple = {"elements": Pattern(), "even": Even(), "channel": outputs, "row": outputs, "filter": outputs,
-              "neuron": outputs, "column": Columns(), "kernel": Kernels(), "engine": Engine()}
+    simple = {
+        "elements": Pattern(),
+        "even": Even(),
+        "channel": outputs,
+        "row": outputs,
+        "filter": outputs,
+        "neuron": outputs,
+        "column": Columns(),
+        "kernel": Kernels(),
+        "engine": Engine(),
+    }
     if text in simple:
         return simple[text]
     if match := re.fullmatch(r"(\d+):(\d+)( out)?", text):
@@ -333,8 +353,12 @@ def parse(text: str) -> Pattern:
     if (match := re.fullmatch(r"head (\d+)", text)) and int(match[1]):
         return Heads(heads=int(match[1]))
     if text == "layer":
-        raise ValueError("Prune: pattern must say what is zero within a tensor, got 'layer'. A whole layer is not "
-                         "zeroed but taken out of the network: see lilliput.graph.blocks.remove_blocks.")
-    raise ValueError("Prune: pattern must be 'elements', 'even', 'channel' ('row', 'filter', 'neuron'), 'column', "
-                     "'kernel', 'head 4', 'engine', 'N:M' such as '2:4' or '2:4 out', or a block such as 'block 4x1', "
-                     f"got {text!r}.")
+        raise ValueError(
+            "Prune: pattern must say what is zero within a tensor, got 'layer'. A whole layer is not "
+            "zeroed but taken out of the network: see lilliput.graph.blocks.remove_blocks."
+        )
+    raise ValueError(
+        "Prune: pattern must be 'elements', 'even', 'channel' ('row', 'filter', 'neuron'), 'column', "
+        "'kernel', 'head 4', 'engine', 'N:M' such as '2:4' or '2:4 out', or a block such as 'block 4x1', "
+        f"got {text!r}."
+    )

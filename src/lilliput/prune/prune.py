@@ -9,15 +9,7 @@ from lilliput.calibrate import FROM_DATA, RUNNING, Statistics, sees_inputs, stat
 from lilliput.code.base import copy_model, holders, theta
 from lilliput.code.masked import Masked
 from lilliput.prune import patterns, scores
-from lilliput.prune.masks import (
-    attach_masks,
-    check_allocation,
-    check_sparsity,
-    chosen,
-    prunable,
-    put_,
-    select,
-)
+from lilliput.prune.masks import attach_masks, check_allocation, check_sparsity, chosen, prunable, put_, select
 from lilliput.rule import Rule, State
 from lilliput.schedule import Cubic, Schedule, at
 from lilliput.stage import Reference, Stage
@@ -139,8 +131,10 @@ class Prune(Stage, Rule):
     def _attach(self, model: nn.Module) -> list[str]:
         names, left = self._sort(model)
         if not names:
-            raise ValueError(f"Prune: some tensor must be left to prune, got none of {list(left)[:3]}: "
-                             f"{next(iter(left.values()), 'the allocation is empty')}.")
+            raise ValueError(
+                f"Prune: some tensor must be left to prune, got none of {list(left)[:3]}: "
+                f"{next(iter(left.values()), 'the allocation is empty')}."
+            )
         attach_masks(model, names, patterns.parse(self.pattern))
         return names
 
@@ -160,8 +154,10 @@ class Prune(Stage, Rule):
                 if not grow:  # what is dropped goes first, before a kept weight that scores nothing
                     rated[name] = torch.where(masked[name].mask, rated[name], -torch.finfo(rated[name].dtype).tiny)
         if not rated:
-            raise ValueError(f"Prune: score {self.score!r} must have its statistics for some tensor, got none for "
-                             f"{names[:3]}. Use score='magnitude' for these.")
+            raise ValueError(
+                f"Prune: score {self.score!r} must have its statistics for some tensor, got none for "
+                f"{names[:3]}. Use score='magnitude' for these."
+            )
         new = select(rated, sparsity, self.allocation, pattern, at(self._schedule, 1, 1))
         if not grow:
             new = {name: mask & masked[name].mask for name, mask in new.items()}

@@ -47,14 +47,26 @@ class PatternLock(Rule):
                 attach(model, name, Masked(tensors[name] != 0))
                 locked += 1
         if not locked:
-            raise ValueError(f"PatternLock: a tensor of {self.where!r} must be masked or have {self.least:.0%} zeros, "
-                             "got none. Prune the model first.")
+            raise ValueError(
+                f"PatternLock: a tensor of {self.where!r} must be masked or have {self.least:.0%} zeros, "
+                "got none. Prune the model first."
+            )
         return {}
 
 
-def transfer(steps: int, quantized: int = 0, *, lr: float = 2e-4, bits: int = 8, where: str = "*", lock: bool = True,
-             distill: Distill | None = None, supervised: float = 1.0, batch_size: int | None = None, seed: int = 0,
-             ) -> tuple[Stage, ...]:
+def transfer(
+    steps: int,
+    quantized: int = 0,
+    *,
+    lr: float = 2e-4,
+    bits: int = 8,
+    where: str = "*",
+    lock: bool = True,
+    distill: Distill | None = None,
+    supervised: float = 1.0,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> tuple[Stage, ...]:
     """The stages that teach a sparse model a task: `steps` with its zeros locked, then `quantized` on a grid of `bits`.
 
     where: what is quantized. lock=False: the same for a dense model. distill: from the dense model of that task.

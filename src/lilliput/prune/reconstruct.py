@@ -38,7 +38,7 @@ def reconstruct(weight: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:
     while len(order):
         most = int(counts[order[: max(1, CHUNK_BYTES // (8 * d * d))]].max())
         rows = order[: max(1, CHUNK_BYTES // (8 * max(1, int(counts[order].max())) ** 2))]
-        most, order = int(counts[rows].max()), order[len(rows):]
+        most, order = int(counts[rows].max()), order[len(rows) :]
         at = keep[rows].to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
         real = keep[rows].gather(1, at)
         part = hessian[(rows // w.shape[1])[:, None, None], at[:, :, None], at[:, None, :]]
@@ -79,8 +79,9 @@ class Reconstruct(Stage):
 
     def __post_init__(self) -> None:
         if self.examples < 1 or self.damp <= 0:
-            raise ValueError(f"Reconstruct: examples must be at least 1 and damp above 0, got {self.examples} and "
-                             f"{self.damp:g}.")
+            raise ValueError(
+                f"Reconstruct: examples must be at least 1 and damp above 0, got {self.examples} and {self.damp:g}."
+            )
 
     def left(self, model: nn.Module) -> dict[str, str]:
         """The masked tensors that `where` takes in but that are left alone, each with the reason."""
@@ -98,8 +99,10 @@ class Reconstruct(Stage):
         if not masks(model):
             return result
         if not names and not left:
-            raise ValueError(f"Reconstruct: where must match a masked tensor, got {self.where!r}. Masked are "
-                             f"{', '.join(list(masks(model))[:5])}.")
+            raise ValueError(
+                f"Reconstruct: where must match a masked tensor, got {self.where!r}. Masked are "
+                f"{', '.join(list(masks(model))[:5])}."
+            )
         plain, inputs, names = prepared(model, task, names, left, self.examples, "Reconstruct")
         dense = {} if reference is None else dict(realize(reference.model).named_parameters())
         masked = masks(result, names)

@@ -179,8 +179,25 @@ def rising(signed: Tensor, least: float = 1e-40) -> Tensor:
     return torch.where(s > 0, (s + root) / 2, 2 * least / (root - s))
 
 
-SCORES: dict[str, Score] = {score.__name__: score for score in (
-    magnitude, random, lamp, taylor, taylor2, saliency, snip, grasp, synflow, obd, woodfisher, movement, wanda, ria)}
+SCORES: dict[str, Score] = {
+    score.__name__: score
+    for score in (
+        magnitude,
+        random,
+        lamp,
+        taylor,
+        taylor2,
+        saliency,
+        snip,
+        grasp,
+        synflow,
+        obd,
+        woodfisher,
+        movement,
+        wanda,
+        ria,
+    )
+}
 
 
 def data_needed(score: str | Score) -> str:

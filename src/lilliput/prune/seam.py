@@ -128,8 +128,10 @@ class Seam(Stage):
         if self.steps < 1 or self.every < 1:
             raise ValueError(f"Seam: steps and every must be at least 1, got {self.steps} and {self.every}.")
         if not (self.alpha >= 0 and self.lr > 0 and self.head_lr > 0):
-            raise ValueError(f"Seam: alpha must be at least 0 and lr and head_lr above 0, got alpha={self.alpha:g}, "
-                             f"lr={self.lr:g}, head_lr={self.head_lr:g}.")
+            raise ValueError(
+                f"Seam: alpha must be at least 0 and lr and head_lr above 0, got alpha={self.alpha:g}, "
+                f"lr={self.lr:g}, head_lr={self.head_lr:g}."
+            )
         if self.pattern not in ("elements", "channel"):
             raise ValueError(f"Seam: pattern must be 'elements' or 'channel', got {self.pattern!r}.")
         if self.start not in ("ones", "magnitude"):
@@ -141,18 +143,25 @@ class Seam(Stage):
         plain = realize(model).to(device)
         flags = {name: p.requires_grad for name, p in plain.named_parameters()}
         if wrong := next((name for name, p in plain.named_parameters() if p.dtype != torch.float32), None):
-            raise ValueError(f"Seam: weights must be float32, got {plain.get_parameter(wrong).dtype} in {wrong}. Call "
-                             "model.float() first.")
+            raise ValueError(
+                f"Seam: weights must be float32, got {plain.get_parameter(wrong).dtype} in {wrong}. Call "
+                "model.float() first."
+            )
         body = fold_batchnorm(plain, example).eval().requires_grad_(False)
         head = _head(body, example, self.classes, self.rest).to(device)
         net = Reused(body, head) if isinstance(example, Tensor) else ReusedInputs(body, head)
         names, left = prunable(body, self.where, patterns.parse("elements"), "Seam")
         if not names:
-            raise ValueError(f"Seam: some weight must be free to go, got none of {list(left)[:3]}: "
-                             f"{next(iter(left.values()), '')}.")
+            raise ValueError(
+                f"Seam: some weight must be free to go, got none of {list(left)[:3]}: {next(iter(left.values()), '')}."
+            )
         scores, masked = (_elements if self.pattern == "elements" else _channels)(body, example, names, self.start)
-        optimizer = torch.optim.Adam([{"params": list(scores.values()), "lr": self.lr},
-                                      {"params": list(net.head.parameters()), "lr": self.head_lr}])
+        optimizer = torch.optim.Adam(
+            [
+                {"params": list(scores.values()), "lr": self.lr},
+                {"params": list(net.head.parameters()), "lr": self.head_lr},
+            ]
+        )
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         floor, best = sub.score(restricted(body, self.classes, self.rest)).value, (False, -math.inf)
         for step, batch in enumerate(sub.batches(self.steps, self.seed, self.batch_size), 1):
@@ -195,8 +204,9 @@ def retention(model: nn.Module) -> float:
     return sum(int(mask.sum()) for mask in seen) / max(1, sum(mask.numel() for mask in seen))
 
 
-def reuse(model: nn.Module, task: Task, classes: tuple[int, ...], rest: bool = False, **settings: Any
-          ) -> tuple[nn.Module, Task]:
+def reuse(
+    model: nn.Module, task: Task, classes: tuple[int, ...], rest: bool = False, **settings: Any
+) -> tuple[nn.Module, Task]:
     """A smaller plain network for some of the classes, and their task: what `shrink` and `compile` take.
 
     settings: those of `Seam`.
@@ -216,8 +226,10 @@ def _head(body: nn.Module, example: Any, classes: tuple[int, ...], rest: bool) -
     with torch.no_grad():
         shape = call(body, example).shape
     if len(shape) != 2 or max(classes) >= shape[1]:
-        raise ValueError(f"Seam: classes must be below the network's number of outputs, got {classes} for outputs of "
-                         f"shape {tuple(shape)}. Choose from 0 to {shape[-1] - 1}.")
+        raise ValueError(
+            f"Seam: classes must be below the network's number of outputs, got {classes} for outputs of "
+            f"shape {tuple(shape)}. Choose from 0 to {shape[-1] - 1}."
+        )
     head = nn.Linear(shape[1], len(classes) + rest)
     with torch.no_grad():
         head.bias.zero_()
@@ -236,8 +248,10 @@ def _scores(sizes: Masks, start: str) -> Masks:
     if start == "magnitude":
         ranks[flat.argsort(stable=True)] = torch.arange(1, len(flat) + 1).to(flat) / len(flat)
     parts = ranks.split([size.numel() for size in sizes.values()])
-    return {name: part.view_as(size).clone().requires_grad_() for (name, size), part in
-            zip(sizes.items(), parts, strict=True)}
+    return {
+        name: part.view_as(size).clone().requires_grad_()
+        for (name, size), part in zip(sizes.items(), parts, strict=True)
+    }
 
 
 def _elements(body: nn.Module, example: Any, names: list[str], start: str) -> tuple[Masks, Callable[[], Masks]]:
@@ -264,8 +278,9 @@ def _channels(body: nn.Module, example: Any, names: list[str], start: str) -> tu
     places: list[tuple[str, int, Tensor, str, Tensor]] = []
     for group in groups(body, example):
         layers = {part.layer: body.get_submodule(part.layer) for part in group.parts}
-        weights = [f"{path}.weight" if path else "weight" for path, layer in layers.items()
-                   if isinstance(layer, slicing.MAPS)]
+        weights = [
+            f"{path}.weight" if path else "weight" for path, layer in layers.items() if isinstance(layer, slicing.MAPS)
+        ]
         fits = not any(isinstance(layer, MIXERS) or slicing.partitions(layer) > 1 for layer in layers.values())
         if not group.removable or not fits or not allowed.issuperset(weights):
             continue
@@ -278,11 +293,19 @@ def _channels(body: nn.Module, example: Any, names: list[str], start: str) -> tu
                     energy = value.square().transpose(0, dim).flatten(1).sum(1) if value.dim() > 1 else value * 0
                     share = energy[torch.tensor(part.index)] / energy.sum().clamp_min(1e-12)
                     sizes[group.name].index_add_(0, torch.tensor(part.channel), share * group.size)
-                    places.append((f"{part.layer}.{tensor}" if part.layer else tensor, dim, torch.tensor(part.index),
-                                   group.name, torch.tensor(part.channel)))
+                    places.append(
+                        (
+                            f"{part.layer}.{tensor}" if part.layer else tensor,
+                            dim,
+                            torch.tensor(part.index),
+                            group.name,
+                            torch.tensor(part.channel),
+                        )
+                    )
     if not sizes:
-        raise ValueError("Seam: pattern 'channel' needs a group of channels that can go, got none. Use "
-                         "pattern='elements'.")
+        raise ValueError(
+            "Seam: pattern 'channel' needs a group of channels that can go, got none. Use pattern='elements'."
+        )
     scores = _scores(sizes, start)
 
     def masked() -> Masks:
@@ -323,5 +346,3 @@ def _attach(net: Reused, m: Masks) -> None:
         code = Masked(torch.ones_like(mask, dtype=torch.bool))
         attach(net, f"body.{name}", code)
         code.mask.copy_(mask > 0)
-
-

@@ -50,19 +50,25 @@ class Slimming(Rule):
 
     def begin(self, model: nn.Module, task: Task | None, reference: Reference | None, steps: int) -> State:
         if not self.scales(model):
-            raise ValueError("Slimming: the model must have batch norms with scales, got none that match "
-                             f"{self.where!r}. Without them use PruneChannels(score='l2').")
+            raise ValueError(
+                "Slimming: the model must have batch norms with scales, got none that match "
+                f"{self.where!r}. Without them use PruneChannels(score='l2')."
+            )
         return {"strength": torch.tensor(float(at(self.strength, 0, steps)))}
 
     def scales(self, model: nn.Module) -> list[Tensor]:
         """The scales gamma that are penalised."""
         named = {f"{n}.weight" if n else "weight" for n, m in model.named_modules() if isinstance(m, BATCH_NORMS)}
         tensors = dict(model.named_parameters())
-        return [tensors[name] for name in find(model, self.where, least_dim=1, who="Slimming")
-                if name in named and name in tensors]
+        return [
+            tensors[name]
+            for name in find(model, self.where, least_dim=1, who="Slimming")
+            if name in named and name in tensors
+        ]
 
-    def penalty(self, state: State, model: nn.Module, batch: Batch, output: Tensor, reference: Reference | None
-                ) -> Tensor:
+    def penalty(
+        self, state: State, model: nn.Module, batch: Batch, output: Tensor, reference: Reference | None
+    ) -> Tensor:
         return state["strength"] * torch.stack([gamma.abs().sum() for gamma in self.scales(model)]).sum()
 
     def on_step(self, state: State, model: nn.Module, step: int, steps: int) -> State:

@@ -58,8 +58,9 @@ class STR(Stage, Rule):
         for value in (at(self.schedule, 0, 1), at(self.schedule, 1, 1), *(value for _, value in pairs)):
             check_sparsity(value, patterns.parse("elements"), "STR")
         if not self.decay >= 0 or self.every < 1:
-            raise ValueError(f"STR: decay must be at least 0 and every at least 1, got decay={self.decay}, "
-                             f"every={self.every}.")
+            raise ValueError(
+                f"STR: decay must be at least 0 and every at least 1, got decay={self.decay}, every={self.every}."
+            )
 
     @property
     def schedule(self) -> Schedule:
@@ -82,8 +83,10 @@ class STR(Stage, Rule):
         return {name: (code, second(model, name)) for name, code in found.items()}
 
     def _rated(self, model: nn.Module) -> dict[str, Tensor]:
-        return {name: theta(model, name).detach().float().abs() / s.detach().exp()
-                for name, (_, s) in self.thresholds(model).items()}
+        return {
+            name: theta(model, name).detach().float().abs() / s.detach().exp()
+            for name, (_, s) in self.thresholds(model).items()
+        }
 
     @torch.no_grad()
     def on_grad(self, state: State, model: nn.Module, step: int, steps: int) -> State:

@@ -46,16 +46,19 @@ class StaticSparse(Masking, Rule):
 
     def __post_init__(self) -> None:
         if not isinstance(self.sparsity, int | float):
-            raise ValueError(f"{type(self).__name__}: sparsity must be a number, for it does not change, got "
-                             f"{self.sparsity}. Prune and STE take a schedule.")
+            raise ValueError(
+                f"{type(self).__name__}: sparsity must be a number, for it does not change, got "
+                f"{self.sparsity}. Prune and STE take a schedule."
+            )
         super().__post_init__()
 
     @torch.no_grad()
     def begin(self, model: nn.Module, task: Task | None, reference: Reference | None, steps: int) -> State:
         state = super().begin(model, task, reference, steps)
         masked = self.masked(model)
-        self.keep_({name: noise(name, code.mask.shape, self.seed, 0) for name, code in masked.items()}, model,
-                   self.sparsity)
+        self.keep_(
+            {name: noise(name, code.mask.shape, self.seed, 0) for name, code in masked.items()}, model, self.sparsity
+        )
         for name, code in masked.items():
             theta(model, name).mul_(code.mask)
         return state
@@ -87,8 +90,10 @@ class SET(StaticSparse, Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.fraction <= 1 or not 0 < self.until <= 1:
-            raise ValueError(f"{type(self).__name__}: fraction must be in [0, 1] and until in (0, 1], got "
-                             f"fraction={self.fraction}, until={self.until}.")
+            raise ValueError(
+                f"{type(self).__name__}: fraction must be in [0, 1] and until in (0, 1], got "
+                f"fraction={self.fraction}, until={self.until}."
+            )
 
     def growth(self, state: State, model: nn.Module, name: str, step: int) -> Tensor:
         """The score >= 0 by which dropped entries come back: the highest first."""
@@ -115,7 +120,10 @@ class SET(StaticSparse, Rule):
             # What stays comes first, then what grows best; what was just dropped may come back only after the rest.
             growth = self.growth(state, model, name, step)
             growth = growth / growth.max().clamp_min(1e-30)
-            ranked = torch.where(survivors, 3.0 + weight.abs() / weight.abs().max().clamp_min(1e-30),
-                                 torch.where(kept, growth - 1, growth))
+            ranked = torch.where(
+                survivors,
+                3.0 + weight.abs() / weight.abs().max().clamp_min(1e-30),
+                torch.where(kept, growth - 1, growth),
+            )
             new[name] = pattern.of(name)(ranked, sparsity)
         return {**state, **regrow_(model, masked, new, pattern)}

@@ -13,8 +13,9 @@ from lilliput.stage import Reference, Stage
 from lilliput.task import Task
 
 
-def sparsegpt(weight: Tensor, hessian: Tensor, sparsity: float, pattern: Pattern, width: int = 128, damp: float = 0.01
-              ) -> tuple[Tensor, Tensor]:
+def sparsegpt(
+    weight: Tensor, hessian: Tensor, sparsity: float, pattern: Pattern, width: int = 128, damp: float = 0.01
+) -> tuple[Tensor, Tensor]:
     """New weights and their mask, with few zeros' worth of error on the layer's inputs.
 
     With U the upper Cholesky factor of (H + lambda I)^-1 = U^T U, the inverse of what remains after the first j columns
@@ -114,5 +115,6 @@ class SparseGPT(Stage):
 
     def __call__(self, model: nn.Module, task: Task | None, reference: Reference | None) -> nn.Module:
         pattern = parse(self.pattern)
-        return pruned(model, task, "SparseGPT", self,
-                      lambda w, H, s: sparsegpt(w, H, s, pattern, self.width, self.damp))
+        return pruned(
+            model, task, "SparseGPT", self, lambda w, H, s: sparsegpt(w, H, s, pattern, self.width, self.damp)
+        )

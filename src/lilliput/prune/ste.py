@@ -47,8 +47,9 @@ class STE(Masking, Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.decay >= 0 or self.every < 1:
-            raise ValueError(f"STE: decay must be at least 0 and every at least 1 step, got decay={self.decay}, "
-                             f"every={self.every}.")
+            raise ValueError(
+                f"STE: decay must be at least 0 and every at least 1 step, got decay={self.decay}, every={self.every}."
+            )
 
     def begin(self, model: nn.Module, task: Task | None, reference: Reference | None, steps: int) -> State:
         state = super().begin(model, task, reference, steps)

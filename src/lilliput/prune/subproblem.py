@@ -24,8 +24,10 @@ def subproblem(task: Task, classes: tuple[int, ...], rest: bool = False) -> Task
     """
     check_classes(classes, rest, "subproblem")
     if task.loss_name != "cross_entropy":
-        raise TypeError(f"subproblem: the task must have class labels and the loss 'cross_entropy', got "
-                        f"{task.loss_name!r}. Make the Task of the sub-problem by hand.")
+        raise TypeError(
+            f"subproblem: the task must have class labels and the loss 'cross_entropy', got "
+            f"{task.loss_name!r}. Make the Task of the sub-problem by hand."
+        )
     parts = {}
     for name in filter(task.has, ("train", "val", "test")):
         inputs, targets = task.split(name)
@@ -34,13 +36,16 @@ def subproblem(task: Task, classes: tuple[int, ...], rest: bool = False) -> Task
         known = targets.unique().tolist()
         for label in classes:
             if label not in known:
-                raise ValueError(f"subproblem: classes must be labels of the task, got {label}, which no {name} "
-                                 f"example has. Choose from {known}.")
+                raise ValueError(
+                    f"subproblem: classes must be labels of the task, got {label}, which no {name} "
+                    f"example has. Choose from {known}."
+                )
         index = torch.cat([(targets == label).nonzero().flatten() for label in classes])
         if rest:
             if len(known) == len(set(classes)):
-                raise ValueError(f"subproblem: rest=True needs other classes, got all of {known}. Name fewer, or leave "
-                                 "rest out.")
+                raise ValueError(
+                    f"subproblem: rest=True needs other classes, got all of {known}. Name fewer, or leave rest out."
+                )
             index = torch.cat([index, _evenly(targets, set(known) - set(classes), round(len(index) / len(classes)))])
         index = index.sort().values
         labels = torch.full((max(known) + 1,), len(classes))
@@ -48,9 +53,18 @@ def subproblem(task: Task, classes: tuple[int, ...], rest: bool = False) -> Task
         parts[name] = (take(inputs, index), labels[targets[index]])
     metric: Any = task.metric_name if METRICS.get(task.metric_name, (None,))[0] is task.metric else task.metric
     about = " ".join(map(str, classes)) + (" or another" if rest else "")
-    return Task(f"{task.name}: {about}", parts["train"], parts["val"], parts.get("test"), "cross_entropy", metric,
-                higher_is_better=task.higher_is_better, augment=task.augment, draws=task.draws,
-                batch_size=task.batch_size)
+    return Task(
+        f"{task.name}: {about}",
+        parts["train"],
+        parts["val"],
+        parts.get("test"),
+        "cross_entropy",
+        metric,
+        higher_is_better=task.higher_is_better,
+        augment=task.augment,
+        draws=task.draws,
+        batch_size=task.batch_size,
+    )
 
 
 def _evenly(targets: Tensor, others: Collection[int], count: int) -> Tensor:
@@ -62,6 +76,7 @@ def _evenly(targets: Tensor, others: Collection[int], count: int) -> Tensor:
 
 def restricted(model: nn.Module, classes: tuple[int, ...], rest: bool = False) -> Callable[..., Tensor]:
     """The full network as an answer to the sub-problem: its outputs for these classes, and the largest other one."""
+
     def answer(*args: Any, **kwargs: Any) -> Tensor:
         outputs = model(*args, **kwargs)
         others = [i for i in range(outputs.shape[-1]) if i not in classes]
@@ -78,5 +93,7 @@ def check_classes(classes: tuple[int, ...], rest: bool, who: str) -> None:
     if len(set(classes)) < len(classes):
         raise ValueError(f"{who}: classes must differ, got {classes!r}. Name each once.")
     if len(classes) + rest < 2:
-        raise ValueError(f"{who}: there must be two labels to tell apart, got classes={classes!r}. Name another class, "
-                         "or tell one class from all others with rest=True.")
+        raise ValueError(
+            f"{who}: there must be two labels to tell apart, got classes={classes!r}. Name another class, "
+            "or tell one class from all others with rest=True."
+        )

@@ -51,8 +51,10 @@ class TopKAST(Masking, Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.explore <= 1 or not self.decay >= 0 or self.every < 1:
-            raise ValueError(f"TopKAST: explore must be in [0, 1], decay at least 0 and every at least 1, got "
-                             f"explore={self.explore}, decay={self.decay}, every={self.every}.")
+            raise ValueError(
+                f"TopKAST: explore must be in [0, 1], decay at least 0 and every at least 1, got "
+                f"explore={self.explore}, decay={self.decay}, every={self.every}."
+            )
 
     def begin(self, model: nn.Module, task: Task | None, reference: Reference | None, steps: int) -> State:
         return self._sets({**super().begin(model, task, reference, steps)}, model, 0, steps)

@@ -17,8 +17,9 @@ from lilliput.stage import Reference, Stage
 from lilliput.task import Task
 
 
-def surgery(weight: Tensor, blocks: Tensor, sparsity: float, pattern: Pattern, damp: float = 1e-5
-            ) -> tuple[Tensor, Tensor]:
+def surgery(
+    weight: Tensor, blocks: Tensor, sparsity: float, pattern: Pattern, damp: float = 1e-5
+) -> tuple[Tensor, Tensor]:
     """New weights and their mask: drop by w_q^2 / (2 [F^-1]_qq), the other weights of each block make up for it.
 
     For one weight q of a block, dw = -w_q F^-1 e_q / [F^-1]_qq. For all of Q at once,
@@ -116,8 +117,15 @@ class WoodFisher(Stage):
             groups[-1][name] = parameter
         return groups
 
-    def _round(self, examples: curvature.Examples, parameters: dict[str, Tensor], share: dict[str, float],
-               pattern: Pattern, k: int, kept: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    def _round(
+        self,
+        examples: curvature.Examples,
+        parameters: dict[str, Tensor],
+        share: dict[str, float],
+        pattern: Pattern,
+        k: int,
+        kept: dict[str, Tensor],
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         """The new weights and masks of some tensors; what an earlier round dropped stays zero."""
         for parameter in parameters.values():
             parameter.requires_grad_(True)

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 
-def allocate_bits(sensitivity: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], budget_bits: int
-                  ) -> dict[str, int]:
+def allocate_bits(
+    sensitivity: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], budget_bits: int
+) -> dict[str, int]:
     """The bits of each tensor that keep the summed loss low within `budget_bits`.
 
     sensitivity: loss by tensor and bits. sizes: values by tensor. Every tensor starts with the most bits; then the step
@@ -21,8 +22,10 @@ def allocate_bits(sensitivity: Mapping[str, Mapping[int, float]], sizes: Mapping
     """
     least = sum(min(sensitivity[name]) * sizes[name] for name in sensitivity)
     if least > budget_bits:
-        raise ValueError(f"allocate_bits: the budget must be at least {least} bits (the fewest bits everywhere), got "
-                         f"{budget_bits}. Raise it, or offer fewer bits.")
+        raise ValueError(
+            f"allocate_bits: the budget must be at least {least} bits (the fewest bits everywhere), got "
+            f"{budget_bits}. Raise it, or offer fewer bits."
+        )
     chosen = {name: max(losses) for name, losses in sensitivity.items()}
     spent = sum(chosen[name] * sizes[name] for name in chosen)
 
@@ -32,15 +35,24 @@ def allocate_bits(sensitivity: Mapping[str, Mapping[int, float]], sizes: Mapping
         return (losses[bits] - losses[now]) / (sizes[name] * (now - bits))
 
     while spent > budget_bits:
-        steps = [(price(name, bits), name, bits) for name, losses in sensitivity.items() for bits in losses
-                 if bits < chosen[name]]
+        steps = [
+            (price(name, bits), name, bits)
+            for name, losses in sensitivity.items()
+            for bits in losses
+            if bits < chosen[name]
+        ]
         _, name, bits = min(steps)
         spent -= (chosen[name] - bits) * sizes[name]
         chosen[name] = bits
     while True:
-        steps = [(price(name, bits), name, bits) for name, losses in sensitivity.items() for bits in losses
-                 if bits > chosen[name] and spent + (bits - chosen[name]) * sizes[name] <= budget_bits
-                 and losses[bits] < losses[chosen[name]]]
+        steps = [
+            (price(name, bits), name, bits)
+            for name, losses in sensitivity.items()
+            for bits in losses
+            if bits > chosen[name]
+            and spent + (bits - chosen[name]) * sizes[name] <= budget_bits
+            and losses[bits] < losses[chosen[name]]
+        ]
         if not steps:
             return chosen
         _, name, bits = max(steps)

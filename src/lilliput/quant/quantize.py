@@ -61,8 +61,9 @@ class Quantize(Stage):
         names = [name for name in find(model, self.where, who="Quantize") if name not in left]
         for name, _ in self.allocation:
             if name not in tensors:
-                raise ValueError(f"Quantize: allocation must name tensors of the model, got {name!r}. "
-                                 f"{near(name, tensors)}")
+                raise ValueError(
+                    f"Quantize: allocation must name tensors of the model, got {name!r}. {near(name, tensors)}"
+                )
         names += [name for name, _ in self.allocation if name not in names and name not in left]
         if not names:
             raise ValueError(f"Quantize: some tensor must be left to quantize, got none: {next(iter(left.values()))}.")
@@ -70,8 +71,10 @@ class Quantize(Stage):
         before = codes(model)
         for name, chain in before.items():
             if name in bits and any(isinstance(code, Uniform | Half) for code in chain):
-                raise NotSupported(f"Quantize: {name} must not be quantized yet, but is stored by "
-                                   f"{type(chain[-1]).__name__}. Leave it out with where=, or realize the model first.")
+                raise NotSupported(
+                    f"Quantize: {name} must not be quantized yet, but is stored by "
+                    f"{type(chain[-1]).__name__}. Leave it out with where=, or realize the model first."
+                )
         for name in names:
             if name in before and isinstance(before[name][0], Masked):
                 _clear(model, name)
@@ -80,8 +83,13 @@ class Quantize(Stage):
             attach(model, name, Uniform(bits[name], self.per if fits else "channel", self.symmetric, self.range))
         if self.biases == "float16":
             for name, tensor in tensors.items():
-                if (tensor.dim() < 2 and name not in bits and name not in before and tensor.is_floating_point()
-                        and not reason(model, name)):
+                if (
+                    tensor.dim() < 2
+                    and name not in bits
+                    and name not in before
+                    and tensor.is_floating_point()
+                    and not reason(model, name)
+                ):
                     attach(model, name, Half())
         return model
 

@@ -63,7 +63,10 @@ def mse(rows: Tensor, limits: Limits, symmetric: bool) -> tuple[Tensor, Tensor]:
 
 
 RANGES: dict[str, Callable[[Tensor, Limits, bool], tuple[Tensor, Tensor]]] = {
-    "minmax": minmax, "percentile": percentile, "mse": mse}
+    "minmax": minmax,
+    "percentile": percentile,
+    "mse": mse,
+}
 
 
 def fit(rows: Tensor, limits: Limits, symmetric: bool, rule: str) -> tuple[Tensor, Tensor]:

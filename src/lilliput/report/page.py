@@ -432,8 +432,9 @@ def _measured(summary: Summary, point: Mapping[str, Any] | None) -> list[tuple[s
         for key, where in (("latency", ""), ("engine", " in the engine")):
             if known(entry.get(f"{key}_ms")):
                 spread = list(entry.get(f"{key}_iqr_ms") or [])
-                between = (f" (quartiles {words.number(spread[0])} to {words.number(spread[1])})"
-                           if len(spread) == 2 else "")
+                between = (
+                    f" (quartiles {words.number(spread[0])} to {words.number(spread[1])})" if len(spread) == 2 else ""
+                )
                 medians.append(f"{name}{where} {words.milliseconds(entry[f'{key}_ms'])}{between}")
     out.append(("Latency, median", "; ".join(medians)))
     splits = ", ".join(f"{words.count(n)} {name}" for name, n in (summary.get("examples") or {}).items())

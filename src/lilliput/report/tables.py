@@ -31,8 +31,17 @@ def front(summary: Summary) -> Table:
     rest = [point for point in summary.get("front") or () if not _same(point, described)]
     points = [dense, *([described] if described else []), *rest]
     in_engine = any(words.known(point.get("engine_ms")) for point in points)
-    for heading in (quality.metric, "loss", "model.onnx", "", "packed", "", "latency", "",
-                    *(["engine", ""] if in_engine else [])):
+    for heading in (
+        quality.metric,
+        "loss",
+        "model.onnx",
+        "",
+        "packed",
+        "",
+        "latency",
+        "",
+        *(["engine", ""] if in_engine else []),
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     for point in sorted(points, key=lambda point: -(cost(point, "onnx_bytes") or 0)):
         drop = quality.drop(dense.get("val"), point.get("val"))
@@ -40,8 +49,12 @@ def front(summary: Summary) -> Table:
         if point is described:
             label += "  (chosen)" if summary.get("met", True) else "  (nearest)"
         cells = [quality.score(point.get("val")), words.MISSING if point is dense else quality.bare(drop)]
-        for key, text in (("onnx_bytes", words.size), ("packed_bytes", words.size), ("latency_ms", words.milliseconds),
-                          *([("engine_ms", words.milliseconds)] if in_engine else [])):
+        for key, text in (
+            ("onnx_bytes", words.size),
+            ("packed_bytes", words.size),
+            ("latency_ms", words.milliseconds),
+            *([("engine_ms", words.milliseconds)] if in_engine else []),
+        ):
             before = cost(dense, {"packed_bytes": "onnx_bytes", "engine_ms": "latency_ms"}.get(key, key))
             change = words.ratio(before, cost(point, key))
             same = point is dense and key != "engine_ms"

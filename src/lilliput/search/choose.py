@@ -73,8 +73,11 @@ def choose(
         if not allowed.any():
             return None
         candidates = np.flatnonzero(allowed)
-        order = np.lexsort((tie[candidates], cheap[candidates])) if limit is not None else np.lexsort(
-            (cheap[candidates], row[candidates], tie[candidates]))
+        order = (
+            np.lexsort((tie[candidates], cheap[candidates]))
+            if limit is not None
+            else np.lexsort((cheap[candidates], row[candidates], tie[candidates]))
+        )
         return int(candidates[order[0]])
 
     gaps = []
@@ -120,8 +123,7 @@ def _losses(task: Task, dense: Score, score: Score) -> Floats:
 
 
 def examples_for(task: Task, dense: Score, score: Score, interval: Floats) -> int | None:
-    """How many validation examples would halve the interval's width: it shrinks with the square root of their number.
-    """
+    """How many validation examples would halve the interval's width, which shrinks with the root of their number."""
     width = float(interval[1] - interval[0])
     return None if width <= 0 else 4 * len(dense.outputs if dense.outcomes is None else dense.outcomes)
 
@@ -129,8 +131,9 @@ def examples_for(task: Task, dense: Score, score: Score, interval: Floats) -> in
 def front(costs: Sequence[Sequence[float]]) -> list[int]:
     """The indices that no other point beats on every axis; all axes are to be small."""
     points = np.asarray(costs, float)
-    return [i for i, p in enumerate(points)
-            if not any(bool((q <= p).all() and (q < p).any()) for q in points)
-            and not any(bool((points[j] == p).all()) for j in range(i))]
-
-
+    return [
+        i
+        for i, p in enumerate(points)
+        if not any(bool((q <= p).all() and (q < p).any()) for q in points)
+        and not any(bool((points[j] == p).all()) for j in range(i))
+    ]

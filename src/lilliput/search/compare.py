@@ -16,8 +16,15 @@ from lilliput.export.onnx import Session
 from lilliput.search.units import shown
 from lilliput.store import write
 
-TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_,
-         "tensor(float16)": np.float16, "tensor(uint8)": np.uint8, "tensor(int8)": np.int8}
+TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+}
 
 
 def shapes(given: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -46,21 +53,30 @@ def example(session: Session, batch: int, fixed: dict[str, tuple[int, ...]]) -> 
             free = [size for size in value.shape[1:] if not isinstance(size, int)]
             if free:
                 written = "x".join(str(size) if isinstance(size, int) else "64" for size in value.shape)
-                raise ValueError(f"measure: the input {value.name} must have fixed sizes, got free ones {free}. Fix "
-                                 f"them with --shape {value.name}={written}.")
+                raise ValueError(
+                    f"measure: the input {value.name} must have fixed sizes, got free ones {free}. Fix "
+                    f"them with --shape {value.name}={written}."
+                )
             sizes = (batch, *value.shape[1:])
         kind = TYPES.get(value.type)
         if kind is None:
             raise ValueError(f"measure: inputs must be numbers, got {value.type} for {value.name}.")
-        found[value.name] = (draw.standard_normal(sizes) if np.issubdtype(kind, np.floating)
-                             else np.ones(sizes)).astype(kind)
+        found[value.name] = (
+            draw.standard_normal(sizes) if np.issubdtype(kind, np.floating) else np.ones(sizes)
+        ).astype(kind)
     if unknown := set(fixed) - set(found):
         raise ValueError(f"measure: --shape must name an input, got {unknown.pop()!r}. {near('', found)}")
     return found
 
 
-def compare(files: Sequence[Path], seconds: float, batch: int, given: Sequence[str],
-            runtimes: Sequence[str] = ("onnxruntime",), out: Path | None = None) -> Table:
+def compare(
+    files: Sequence[Path],
+    seconds: float,
+    batch: int,
+    given: Sequence[str],
+    runtimes: Sequence[str] = ("onnxruntime",),
+    out: Path | None = None,
+) -> Table:
     """A table of bytes, median, quartiles and the ratio to the first file in the first runtime, all in one run.
 
     runtimes: each file is measured in each of them. out: where the record is written as JSON.
@@ -80,10 +96,16 @@ def compare(files: Sequence[Path], seconds: float, batch: int, given: Sequence[s
             try:
                 session.run(session.feed(inputs))
             except Exception as error:
-                raise ValueError(f"measure: {path} must run on inputs of the first file, {sizes}, in {runtime}, but "
-                                 f"raised: {error}. Fix sizes with --shape and --batch.") from error
-    rows = latency({f"{number} {runtime}": session for (number, runtime), session in sessions.items()}, inputs,
-                   seconds=seconds, batch=len(next(iter(inputs.values()))))
+                raise ValueError(
+                    f"measure: {path} must run on inputs of the first file, {sizes}, in {runtime}, but "
+                    f"raised: {error}. Fix sizes with --shape and --batch."
+                ) from error
+    rows = latency(
+        {f"{number} {runtime}": session for (number, runtime), session in sessions.items()},
+        inputs,
+        seconds=seconds,
+        batch=len(next(iter(inputs.values()))),
+    )
     times = dict(zip(sessions, rows.values(), strict=True))
     base = times[0, runtimes[0]]
     several = list(runtimes) != ["onnxruntime"]
@@ -92,12 +114,29 @@ def compare(files: Sequence[Path], seconds: float, batch: int, given: Sequence[s
         table.add_column(column, justify="left" if column in ("file", "runtime") else "right")
     for (number, runtime), t in times.items():
         name = str(files[number])
-        table.add_row(name, *([runtime] if several else []), shown(Path(name).stat().st_size), f"{t.median_ms:.4f}",
-                      f"{t.q1_ms:.4f} to {t.q3_ms:.4f}", f"{base.median_ms / t.median_ms:.2f}")
+        table.add_row(
+            name,
+            *([runtime] if several else []),
+            shown(Path(name).stat().st_size),
+            f"{t.median_ms:.4f}",
+            f"{t.q1_ms:.4f} to {t.q3_ms:.4f}",
+            f"{base.median_ms / t.median_ms:.2f}",
+        )
     if out is not None:
-        record = {"machine": machine(), "inputs": {name: list(size) for name, size in sizes.items()}, "rows": [
-            {"file": str(files[number]), "bytes": files[number].stat().st_size, **asdict(t), "runtime": t.runtime,
-             "times_faster": round(base.median_ms / t.median_ms, 4)} for (number, _), t in times.items()]}
+        record = {
+            "machine": machine(),
+            "inputs": {name: list(size) for name, size in sizes.items()},
+            "rows": [
+                {
+                    "file": str(files[number]),
+                    "bytes": files[number].stat().st_size,
+                    **asdict(t),
+                    "runtime": t.runtime,
+                    "times_faster": round(base.median_ms / t.median_ms, 4),
+                }
+                for (number, _), t in times.items()
+            ],
+        }
         data = json.dumps(record, indent=1).encode()
         write(out, lambda file: file.write(data))
     return table

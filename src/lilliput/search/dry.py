@@ -40,32 +40,42 @@ def plan(model: nn.Module, task: Task, **settings: Any) -> dict[str, Any]:
         steps = max(160, min(30 * max(1, task.examples // batch_size_for(task)), 4000))
         short = trials * RUNGS[0] + max(1, trials // 3) * (1 + 2 * 0.2)
         seconds = _step(model, task, device) * steps * short
-        took = (f"about {seconds:.0f} s of training on one core, {trials} structures, at most {steps} steps each; "
-                "exports and measurements come on top")
+        took = (
+            f"about {seconds:.0f} s of training on one core, {trials} structures, at most {steps} steps each; "
+            "exports and measurements come on top"
+        )
     return {"task": repr(task), "time": took, **found}
 
 
 def _file(model: OnnxModel) -> dict[str, Any]:
     weights = post_onnx.channels(model.structure.proto)
-    return {"values": sum(array.size for array in model.structure.weights.values()),
-            "tried": {"bits": f"8, then {', '.join(map(str, post_onnx.MEANS))} on average by sensitivity, for "
-                              f"{', '.join(weights) or 'no tensor'}",
-                      "8-bit arithmetic": "where the matrix products are large enough to gain from it"},
-            "left_alone": [{"name": "training", "reason": "an ONNX file has no parameters to train"}]}
+    return {
+        "values": sum(array.size for array in model.structure.weights.values()),
+        "tried": {
+            "bits": f"8, then {', '.join(map(str, post_onnx.MEANS))} on average by sensitivity, for "
+            f"{', '.join(weights) or 'no tensor'}",
+            "8-bit arithmetic": "where the matrix products are large enough to gain from it",
+        },
+        "left_alone": [{"name": "training", "reason": "an ONNX file has no parameters to train"}],
+    }
 
 
 def _network(model: nn.Module, task: Task) -> dict[str, Any]:
     example, found = task.example, groups(model, task.example)
     strides = (*earlier_stride(model, example)[:1], *poolable(model, example))[:1]
     kept = [*left(found), *blocks_left(model, example)]
-    return {"values": count_values(model),
-            "tried": {"fewer blocks": ", ".join(removable(model, example)) or "none can go",
-                      "an earlier stride": ", ".join(strides) or "no layer takes one",
-                      "fewer channels": ", ".join(g.name for g in found if g.removable) or "none can go",
-                      "fewer table rows": ", ".join(tables(model)) or "no table is most of the network",
-                      "bits": "8 without training; 4 and 3 on average, by sensitivity, with training",
-                      "training": "distilled from the dense network throughout"},
-            "left_alone": [{"name": item.name, "reason": item.reason} for item in kept]}
+    return {
+        "values": count_values(model),
+        "tried": {
+            "fewer blocks": ", ".join(removable(model, example)) or "none can go",
+            "an earlier stride": ", ".join(strides) or "no layer takes one",
+            "fewer channels": ", ".join(g.name for g in found if g.removable) or "none can go",
+            "fewer table rows": ", ".join(tables(model)) or "no table is most of the network",
+            "bits": "8 without training; 4 and 3 on average, by sensitivity, with training",
+            "training": "distilled from the dense network throughout",
+        },
+        "left_alone": [{"name": item.name, "reason": item.reason} for item in kept],
+    }
 
 
 def _step(model: nn.Module, task: Task, device: torch.device) -> float:

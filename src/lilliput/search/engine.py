@@ -56,9 +56,16 @@ def rewarded(structure: Structure, stored: dict[str, Stored], example: Any) -> t
     try:
         opened: dict[float, Any] = {0.0: EngineSession(structure.write(stored))}
         for sparsity in SPARSITIES:
-            opened[sparsity] = EngineSession(structure.write({
-                name: Plain(np.where(draw.random(s.array.shape) < sparsity, 0, s.array).astype(s.array.dtype))
-                if isinstance(s, Plain) and s.array.ndim > 1 else s for name, s in stored.items()}))
+            opened[sparsity] = EngineSession(
+                structure.write(
+                    {
+                        name: Plain(np.where(draw.random(s.array.shape) < sparsity, 0, s.array).astype(s.array.dtype))
+                        if isinstance(s, Plain) and s.array.ndim > 1
+                        else s
+                        for name, s in stored.items()
+                    }
+                )
+            )
         times = latency({f"{s:g}": session for s, session in opened.items()}, example, seconds=0.3)
     except REFUSALS:
         return ()
@@ -80,6 +87,10 @@ def keep(search: "Search", point: Point, session: EngineSession, folder: Path) -
     outputs = torch.from_numpy(np.array(session.outputs(inputs)))
     score = search.task.rate(outputs, "val")
     manifest = session.engine.manifest
-    return {"val": round(float(score.value), 6), "library_bytes": manifest.get("library_bytes"),
-            "weight_bytes": manifest["weight_bytes"], "arena_bytes": manifest["arena_bytes"],
-            "distance": float(np.abs(outputs.numpy() - point.score.outputs.numpy()).max())}
+    return {
+        "val": round(float(score.value), 6),
+        "library_bytes": manifest.get("library_bytes"),
+        "weight_bytes": manifest["weight_bytes"],
+        "arena_bytes": manifest["arena_bytes"],
+        "distance": float(np.abs(outputs.numpy() - point.score.outputs.numpy()).max()),
+    }

@@ -84,7 +84,8 @@ def conclude(search: "Search") -> Result:
     written = winner or dense
     if written in best and best.index(written) in compiled:
         summary["chosen" if winner else "dense"]["engine"] = engine.keep(
-            search, written, compiled[best.index(written)], search.folder / "engine")
+            search, written, compiled[best.index(written)], search.folder / "engine"
+        )
     _write(search, winner, summary)
     search.show.advance()
     return Result(winner is not None, search.folder, summary, None if winner is None else winner.model)
@@ -119,11 +120,21 @@ def _choose(search: "Search", best: list[Point]) -> tuple[Choice, list[Point]]:
     question, task, dense = search.question, search.task, search.dense
     limit = None if question.floor is None else question.floor.points(dense.score.value)
     rivals = best[1:] or best
-    fits = [(question.max_bytes is None or point.onnx_bytes <= question.max_bytes)
-            and (question.max_latency_ms is None or point.fastest_ms <= question.max_latency_ms)
-            for point in rivals]
-    choice = choose(task, dense.score, [point.score for point in rivals], [_price(search, point) for point in rivals],
-                    floor=limit, fits=fits, distance=[point.distance for point in rivals], seed=search.seed)
+    fits = [
+        (question.max_bytes is None or point.onnx_bytes <= question.max_bytes)
+        and (question.max_latency_ms is None or point.fastest_ms <= question.max_latency_ms)
+        for point in rivals
+    ]
+    choice = choose(
+        task,
+        dense.score,
+        [point.score for point in rivals],
+        [_price(search, point) for point in rivals],
+        floor=limit,
+        fits=fits,
+        distance=[point.distance for point in rivals],
+        seed=search.seed,
+    )
     return choice, rivals
 
 
@@ -133,8 +144,10 @@ def _test(search: "Search", winner: Point | None) -> dict[str, Any]:
     if not task.has("test") or winner is None:
         return {}
     inputs, _ = task.split("test")
-    dense, chosen = (task.rate(torch.from_numpy(np.array(Session(point.proto).outputs(inputs))), "test")
-                     for point in (search.dense, winner))
+    dense, chosen = (
+        task.rate(torch.from_numpy(np.array(Session(point.proto).outputs(inputs))), "test")
+        for point in (search.dense, winner)
+    )
     found: dict[str, Any] = {"dense": dense.value, "chosen": chosen.value}
     if dense.outcomes is not None and chosen.outcomes is not None:
         gap = (dense.outcomes - chosen.outcomes) * (1 if task.higher_is_better else -1)
@@ -152,33 +165,52 @@ def layers(point: Point, example: Any) -> list[dict[str, Any]]:
             continue
         inner = stored.values if isinstance(stored, Sparse) else stored
         total = int(np.prod(stored.shape))
-        rows.append({
-            "name": name, "kind": type(inner).__name__.lower() if isinstance(inner, Grid | Product) else "float",
-            "shape": list(stored.shape), "values": values(stored), "bits": round(bits(stored), 2),
-            "sparsity": round(1 - values(stored) / total, 4) if isinstance(stored, Sparse) else 0.0,
-            "rank": inner.factors[0].shape[-1] if isinstance(inner, Product) else None,
-            "share_of_time": shares.get(name)})
+        rows.append(
+            {
+                "name": name,
+                "kind": type(inner).__name__.lower() if isinstance(inner, Grid | Product) else "float",
+                "shape": list(stored.shape),
+                "values": values(stored),
+                "bits": round(bits(stored), 2),
+                "sparsity": round(1 - values(stored) / total, 4) if isinstance(stored, Sparse) else 0.0,
+                "rank": inner.factors[0].shape[-1] if isinstance(inner, Product) else None,
+                "share_of_time": shares.get(name),
+            }
+        )
     return rows
 
 
-def _summary(search: "Search", best: list[Point], rivals: list[Point], choice: Choice, winner: Point | None,
-             tests: dict[str, float], load_before: Any) -> dict[str, Any]:
+def _summary(
+    search: "Search",
+    best: list[Point],
+    rivals: list[Point],
+    choice: Choice,
+    winner: Point | None,
+    tests: dict[str, float],
+    load_before: Any,
+) -> dict[str, Any]:
     task, dense, clock = search.task, search.dense, search.clock
 
     def row(point: Point) -> dict[str, Any]:
         found = point.row(task)
         if point in rivals:
             i = rivals.index(point)
-            found |= {"drop_val": _round(choice.drops[i]), "drop_corrected": _round(choice.corrected[i]),
-                      "drop_corrected_interval": [_round(x) for x in choice.interval[i]],
-                      "eligible": bool(choice.eligible[i])}
+            found |= {
+                "drop_val": _round(choice.drops[i]),
+                "drop_corrected": _round(choice.corrected[i]),
+                "drop_corrected_interval": [_round(x) for x in choice.interval[i]],
+                "eligible": bool(choice.eligible[i]),
+            }
         return found
 
-    costs = [(task.loss_of(dense.score.value, p.score.value), p.onnx_bytes, p.packed_bytes, p.latency.median_ms)
-             for p in best]
+    costs = [
+        (task.loss_of(dense.score.value, p.score.value), p.onnx_bytes, p.packed_bytes, p.latency.median_ms)
+        for p in best
+    ]
     shown = [best[i] for i in front(costs)]
-    nearest = winner if winner is not None else (
-        rivals[int(np.argmin(choice.corrected))] if len(choice.corrected) else dense)
+    nearest = (
+        winner if winner is not None else (rivals[int(np.argmin(choice.corrected))] if len(choice.corrected) else dense)
+    )
     i = rivals.index(nearest) if nearest in rivals else None
     here = machine()
     chosen = None if winner is None else row(winner) | {"layers": layers(winner, task.example)}
@@ -189,26 +221,44 @@ def _summary(search: "Search", best: list[Point], rivals: list[Point], choice: C
         chosen["test"] = _round(tests["chosen"])
     floor = search.question.floor
     summary: dict[str, Any] = {
-        "format": 2, "task": task.name, "metric": task.metric_name, "higher_is_better": task.higher_is_better, "seed": search.seed,
-        "floor": None if floor is None else floor.points(dense.score.value), "objective": search.question.objective,
-        "max_bytes": search.question.max_bytes, "max_latency_ms": search.question.max_latency_ms,
-        "budget_s": clock.budget_s, "trials": search.trials, "met": winner is not None,
-        "machine": {**here, "load_before": load_before, "load_after": here["load"]}, "versions": versions(),
-        "commit": commit(), "command": search.command or _command(search),
-        "dense": first, "chosen": chosen, "front": [row(point) for point in shown],
+        "format": 2,
+        "task": task.name,
+        "metric": task.metric_name,
+        "higher_is_better": task.higher_is_better,
+        "seed": search.seed,
+        "floor": None if floor is None else floor.points(dense.score.value),
+        "objective": search.question.objective,
+        "max_bytes": search.question.max_bytes,
+        "max_latency_ms": search.question.max_latency_ms,
+        "budget_s": clock.budget_s,
+        "trials": search.trials,
+        "met": winner is not None,
+        "machine": {**here, "load_before": load_before, "load_after": here["load"]},
+        "versions": versions(),
+        "commit": commit(),
+        "command": search.command or _command(search),
+        "dense": first,
+        "chosen": chosen,
+        "front": [row(point) for point in shown],
         "nearest": None if winner is not None else row(nearest),
         "drop_val": None if i is None else _round(choice.drops[i]),
         "drop_corrected": None if i is None else _round(choice.corrected[i]),
         "drop_corrected_interval": None if i is None else [_round(x) for x in choice.interval[i]],
         "optimism": _round(choice.optimism),
         "drop_test": _round(task.loss_of(tests["dense"], tests["chosen"])) if tests else None,
-        "drop_test_interval": tests.get("interval"), "examples": _examples(task), "draws": choice.draws,
+        "drop_test_interval": tests.get("interval"),
+        "examples": _examples(task),
+        "draws": choice.draws,
         "augmentations": task.draws,
-        "examples_for_half_interval": None if i is None else examples_for(
-            task, dense.score, nearest.score, choice.interval[i]),
+        "examples_for_half_interval": None
+        if i is None
+        else examples_for(task, dense.score, nearest.score, choice.interval[i]),
         "left_alone": [{"name": name, "reason": reason} for name, reason in search.left],
-        "sensitivity": search.table, "points": search.tried, "damaged": search.store.damaged,
-        "steps_per_s": round(search.train_steps_per_s, 2)}
+        "sensitivity": search.table,
+        "points": search.tried,
+        "damaged": search.store.damaged,
+        "steps_per_s": round(search.train_steps_per_s, 2),
+    }
     summary["wall_s"] = round(clock.now, 2)
     summary["shares"] = clock.shares()
     return summary
@@ -244,8 +294,9 @@ def commit() -> str | None:
         found = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
         if found.returncode or not (here / "../../../pyproject.toml").resolve().exists():
             return None
-        changed = subprocess.run(["git", "-C", str(here), "status", "--porcelain", "-uno"], capture_output=True,
-                                 text=True, timeout=5)
+        changed = subprocess.run(
+            ["git", "-C", str(here), "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=5
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
@@ -267,14 +318,20 @@ def _write(search: "Search", winner: Point | None, summary: dict[str, Any]) -> N
     state = post_onnx.tensors(point) if isinstance(model, OnnxModel) else model.state_dict()
     held = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()})
     write(folder / "model.safetensors", lambda file: file.write(held))
-    text = Recipe.parse(point.recipe).toml() if point.model is not None or point is search.dense else (
-        "# Made from the exported file: there are no stages that could be applied or trained again.\n")
+    text = (
+        Recipe.parse(point.recipe).toml()
+        if point.model is not None or point is search.dense
+        else ("# Made from the exported file: there are no stages that could be applied or trained again.\n")
+    )
     write(folder / "recipe.toml", lambda file: file.write(text.encode()))
-    sizes = {name: (folder / name).stat().st_size for name in (
-        "model.onnx", "model.lil", "model.safetensors", "recipe.toml")}
+    sizes = {
+        name: (folder / name).stat().st_size for name in ("model.onnx", "model.lil", "model.safetensors", "recipe.toml")
+    }
     if sizes["model.onnx"] != point.onnx_bytes or sizes["model.lil"] != point.packed_bytes:
-        raise StoreError(f"shrink: the files must have the sizes that were counted ({point.onnx_bytes} and "
-                         f"{point.packed_bytes} bytes), got {sizes['model.onnx']} and {sizes['model.lil']}.")
+        raise StoreError(
+            f"shrink: the files must have the sizes that were counted ({point.onnx_bytes} and "
+            f"{point.packed_bytes} bytes), got {sizes['model.onnx']} and {sizes['model.lil']}."
+        )
     for name in ("engine/model.c", "engine/libmodel.so"):
         if "engine" in (summary["chosen"] or summary["dense"]) and (folder / name).is_file():
             sizes[name] = (folder / name).stat().st_size

@@ -25,8 +25,9 @@ COMPARED = 128
 """Examples on which the result is compared with the dense network and the artifact with the model it came from."""
 
 
-def apply(model: nn.Module, task: Task, recipe: Recipe, folder: Path, seed: int = 0,
-          device: str = "cpu") -> dict[str, Any]:
+def apply(
+    model: nn.Module, task: Task, recipe: Recipe, folder: Path, seed: int = 0, device: str = "cpu"
+) -> dict[str, Any]:
     """The record of a recipe on a model; model.onnx, model.lil, model.safetensors and summary.json go to `folder`.
 
     Raises ValueError for a model or task that does not run, and whatever a stage raises; then nothing is written.
@@ -49,9 +50,18 @@ def apply(model: nn.Module, task: Task, recipe: Recipe, folder: Path, seed: int 
     held = save({name: tensor.detach().contiguous().clone() for name, tensor in made.state_dict().items()})
     write(folder / "model.safetensors", lambda file: file.write(held))
     write(folder / "recipe.toml", lambda file: file.write(recipe.toml().encode()))
-    summary = {"format": 2, "task": task.name, "seed": seed, "recipe": recipe.data(), **point.row(task),
-               "beside_dense": agreement(point.score.outputs[: len(dense)].numpy(), dense) | {"examples": len(dense)},
-               "machine": machine(), "versions": versions(), "commit": commit(),
-               "damaged": shop.store.damaged, "wall_s": round(clock.now, 3)}
+    summary = {
+        "format": 2,
+        "task": task.name,
+        "seed": seed,
+        "recipe": recipe.data(),
+        **point.row(task),
+        "beside_dense": agreement(point.score.outputs[: len(dense)].numpy(), dense) | {"examples": len(dense)},
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "damaged": shop.store.damaged,
+        "wall_s": round(clock.now, 3),
+    }
     write(folder / "summary.json", lambda file: file.write(json.dumps(summary, indent=1).encode()))
     return summary

@@ -57,8 +57,10 @@ def load_target(path: Path, calib: Path | None, given: Sequence[str]) -> tuple[O
     proto = Structure.from_onnx(path).proto
     names = [value.name for value in proto.graph.input]
     if missing := set(names) - set(arrays):
-        raise ValueError(f"shrink: --calib must hold every input of {path.name}, but misses {sorted(missing)}. It "
-                         f"holds {sorted(arrays)}.")
+        raise ValueError(
+            f"shrink: --calib must hold every input of {path.name}, but misses {sorted(missing)}. It "
+            f"holds {sorted(arrays)}."
+        )
     inputs = _cut({name: arrays[name] for name in names}, shapes(given))
     counts = {name: len(array) for name, array in arrays.items() if name in names or name == "targets"}
     count = min(counts.values())
@@ -70,18 +72,24 @@ def load_target(path: Path, calib: Path | None, given: Sequence[str]) -> tuple[O
         outputs = model(**{name: value[:3] for name, value in tensors.items()})
     except Exception as error:
         have = {name: tuple(value.shape) for name, value in inputs.items()}
-        raise ValueError(f"shrink: {path.name} must run on several examples of --calib at once ({have}), but that "
-                         f"raised: {error}. Give the sizes with --shape, or export it with a free batch "
-                         "size.") from error
+        raise ValueError(
+            f"shrink: {path.name} must run on several examples of --calib at once ({have}), but that "
+            f"raised: {error}. Give the sizes with --shape, or export it with a free batch "
+            "size."
+        ) from error
     if outputs.ndim == 0 or len(outputs) != 3:
-        raise ValueError(f"shrink: {path.name} must give a row for each example, got outputs of shape "
-                         f"{tuple(outputs.shape)} for 3. Export it with a free batch size.")
+        raise ValueError(
+            f"shrink: {path.name} must give a row for each example, got outputs of shape "
+            f"{tuple(outputs.shape)} for 3. Export it with a free batch size."
+        )
     outputs = model(**tensors)
     targets = torch.from_numpy(arrays["targets"]) if "targets" in arrays else None
     kind, targets = _question(outputs, targets)
     half = count // 2
-    train, val = (({name: value[part] for name, value in tensors.items()}, targets[part])
-                  for part in (slice(0, half), slice(half, count)))
+    train, val = (
+        ({name: value[part] for name, value in tensors.items()}, targets[part])
+        for part in (slice(0, half), slice(half, count))
+    )
     loss, metric = kind
     return model, Task(path.stem, train, val, loss=loss, metric=metric)
 
@@ -91,8 +99,10 @@ def _read(calib: Path) -> Arrays:
         with np.load(calib, allow_pickle=False) as data:
             return {name: np.asarray(data[name]) for name in data.files}
     except (ValueError, OSError, BadZipFile, AttributeError) as error:
-        raise ValueError(f"shrink: --calib must be an npz file of plain arrays, got {calib.name}: {error}. Write it "
-                         "with numpy.savez(path, input=array).") from error
+        raise ValueError(
+            f"shrink: --calib must be an npz file of plain arrays, got {calib.name}: {error}. Write it "
+            "with numpy.savez(path, input=array)."
+        ) from error
 
 
 def _cut(inputs: Mapping[str, NDArray[Any]], fixed: Mapping[str, tuple[int, ...]]) -> Arrays:
@@ -102,10 +112,14 @@ def _cut(inputs: Mapping[str, NDArray[Any]], fixed: Mapping[str, tuple[int, ...]
             raise ValueError(f"shrink: --shape must name an input, got {name!r}. {near(name, inputs)}")
         have = inputs[name].shape
         if len(sizes) != len(have) or any(size > most for size, most in zip(sizes[1:], have[1:], strict=True)):
-            raise ValueError(f"shrink: --shape {name}={'x'.join(map(str, sizes))} must fit into the array of --calib, "
-                             f"which is {'x'.join(map(str, have))}.")
-    return {name: array if name not in fixed else array[(slice(None), *(slice(0, size) for size in fixed[name][1:]))]
-            for name, array in inputs.items()}
+            raise ValueError(
+                f"shrink: --shape {name}={'x'.join(map(str, sizes))} must fit into the array of --calib, "
+                f"which is {'x'.join(map(str, have))}."
+            )
+    return {
+        name: array if name not in fixed else array[(slice(None), *(slice(0, size) for size in fixed[name][1:]))]
+        for name, array in inputs.items()
+    }
 
 
 def _question(outputs: Tensor, targets: Tensor | None) -> tuple[tuple[str, str], Tensor]:
@@ -114,8 +128,10 @@ def _question(outputs: Tensor, targets: Tensor | None) -> tuple[tuple[str, str],
         return ("cross_entropy", "accuracy"), targets.long()
     if targets is not None:
         if targets.shape != outputs.shape:
-            raise ValueError(f"shrink: targets of --calib must be integers (classes) or have the outputs' shape "
-                             f"{tuple(outputs.shape)}, got {tuple(targets.shape)}.")
+            raise ValueError(
+                f"shrink: targets of --calib must be integers (classes) or have the outputs' shape "
+                f"{tuple(outputs.shape)}, got {tuple(targets.shape)}."
+            )
         return ("mse", "mse"), targets
     norms = outputs.norm(dim=-1)
     if outputs.ndim > 2 or (outputs.ndim == 2 and bool((norms - 1).abs().max() < 1e-3)):

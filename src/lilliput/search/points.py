@@ -98,10 +98,20 @@ class Point:
     def row(self, task: Task) -> dict[str, Any]:
         """The point as plain data for a record."""
         found: dict[str, Any] = {
-            "name": self.name, "recipe": self.recipe, "key": self.key, "val": round(self.score.value, 6),
-            "distance": round(self.distance, 6), "onnx_bytes": self.onnx_bytes, "packed_bytes": self.packed_bytes,
-            "values": self.values, "macs": self.macs, "agreement": self.agreement, "flags": self.flags,
-            "runtime": "onnxruntime", "threads": 1}
+            "name": self.name,
+            "recipe": self.recipe,
+            "key": self.key,
+            "val": round(self.score.value, 6),
+            "distance": round(self.distance, 6),
+            "onnx_bytes": self.onnx_bytes,
+            "packed_bytes": self.packed_bytes,
+            "values": self.values,
+            "macs": self.macs,
+            "agreement": self.agreement,
+            "flags": self.flags,
+            "runtime": "onnxruntime",
+            "threads": 1,
+        }
         if self.latency is not None:
             found |= {"latency_ms": self.latency.median_ms, "latency_iqr_ms": [self.latency.q1_ms, self.latency.q3_ms]}
         if self.engine is not None:
@@ -158,8 +168,17 @@ class Press:
             session = onnx_export.Session(proto)
             return latency({"it": session}, self.task.example, seconds=0.1)["it"].median_ms
 
-    def finished(self, proto: Any, structure: Any, stored: dict[str, Stored], plain: nn.Module | None, name: str,
-                 recipe: list[dict[str, Any]], key: str, model: nn.Module | None) -> Point:
+    def finished(
+        self,
+        proto: Any,
+        structure: Any,
+        stored: dict[str, Stored],
+        plain: nn.Module | None,
+        name: str,
+        recipe: list[dict[str, Any]],
+        key: str,
+        model: nn.Module | None,
+    ) -> Point:
         """Score and weigh a written artifact; one that no torch model stands behind is compared with the dense one."""
         inputs, _ = self.task.split("val")
         batch = 1 if plain is None else 256  # arithmetic that depends on the whole input is judged as it will be used
@@ -172,14 +191,26 @@ class Press:
             agreement = compare(outputs[: len(expected)].numpy(), expected.numpy(), exact=_is_float(stored), who=name)
         score = self.task.rate(outputs, "val")
         if not bool(torch.isfinite(outputs).all()):
-            raise ExportError(f"{name}: outputs must be finite, got NaN or infinity. Train it more "
-                              "slowly.")
+            raise ExportError(f"{name}: outputs must be finite, got NaN or infinity. Train it more slowly.")
         dense = outputs if self.dense is None else self.dense.score.outputs
         packed = pack_format.size(structure.fill(stored), stored)
         kept = sum(values(s) for s in stored.values()) or stored_values(proto)
         return Point(
-            name, recipe, key, proto, structure, stored, score, float(self.task.divergence(outputs, dense).mean()),
-            proto.ByteSize(), packed.size_bytes, kept, count(proto, self.task.example).macs, agreement, model)
+            name,
+            recipe,
+            key,
+            proto,
+            structure,
+            stored,
+            score,
+            float(self.task.divergence(outputs, dense).mean()),
+            proto.ByteSize(),
+            packed.size_bytes,
+            kept,
+            count(proto, self.task.example).macs,
+            agreement,
+            model,
+        )
 
 
 def _is_float(stored: dict[str, Stored]) -> bool:
@@ -207,8 +238,11 @@ def bits(stored: Stored) -> float:
 
 def examples(inputs: Any, count: int) -> Any:
     """The first `count` examples."""
-    return {k: v[:count] for k, v in inputs.items()} if isinstance(inputs, dict) else (
-        tuple(v[:count] for v in inputs) if isinstance(inputs, tuple) else leaves(inputs)[0][:count])
+    return (
+        {k: v[:count] for k, v in inputs.items()}
+        if isinstance(inputs, dict)
+        else (tuple(v[:count] for v in inputs) if isinstance(inputs, tuple) else leaves(inputs)[0][:count])
+    )
 
 
 def kept(outputs: Tensor) -> dict[str, Tensor]:

@@ -46,8 +46,11 @@ def _narrow(search: "Search") -> list[Point]:
 def dynamic_points(search: "Search") -> list[Point]:
     """Matrix products in int8 with codes found anew in every run: fast where products are large (transformers)."""
     proto = search.dense.structure.fill(search.dense.stored)
-    products = sum(int(np.prod(t.dims)) for t in proto.graph.initializer if len(t.dims) == 2 and any(
-        t.name in node.input for node in proto.graph.node if node.op_type in READERS))
+    products = sum(
+        int(np.prod(t.dims))
+        for t in proto.graph.initializer
+        if len(t.dims) == 2 and any(t.name in node.input for node in proto.graph.node if node.op_type in READERS)
+    )
     if products < WORTH:
         search.left.append(("8-bit arithmetic", f"the matrix products hold {products} values, too few to gain from it"))
         return []
@@ -64,8 +67,11 @@ def dynamic_points(search: "Search") -> list[Point]:
             if any(small == point.proto for point in found):
                 continue
             recipe = [{"stage": "dynamic int8", "tolerance": tolerance}]
-            found.append(search.press.finished(small, Structure(small), {}, None, name, recipe,
-                                               f"{search.shop.start}-dynamic-{tolerance}", None))
+            found.append(
+                search.press.finished(
+                    small, Structure(small), {}, None, name, recipe, f"{search.shop.start}-dynamic-{tolerance}", None
+                )
+            )
         except REFUSALS as error:
             search.failed(name, error)
     return found

@@ -60,14 +60,24 @@ def _point(search: "Search", model: OnnxModel, name: str, stored: dict[str, Stor
     structure = model.structure
     whole: dict[str, Stored] = {
         key: Plain(array.astype(np.float16) if array.dtype == np.float32 and array.ndim < 2 else array)
-        for key, array in structure.weights.items()} | stored
+        for key, array in structure.weights.items()
+    } | stored
     recipe = [{"stage": "quantize the file's tensors", "bits": name}]
     try:
         with search.clock.on("calibrate"):
             decoded = OnnxModel(Structure(structure.fill(whole), example=structure.example))
-            return [search.press.finished(structure.write(whole), structure, whole, decoded,
-                                          f"same structure, {name} without training", recipe,
-                                          f"{search.shop.start}-{name.replace(' ', '-')}", None)]
+            return [
+                search.press.finished(
+                    structure.write(whole),
+                    structure,
+                    whole,
+                    decoded,
+                    f"same structure, {name} without training",
+                    recipe,
+                    f"{search.shop.start}-{name.replace(' ', '-')}",
+                    None,
+                )
+            ]
     except post.REFUSALS as error:
         search.failed(name, error)
         return []
@@ -109,8 +119,14 @@ def _grid(weight: Array, axis: int, bits: int) -> Grid:
     return Grid(codes, bits, np.ascontiguousarray(np.moveaxis(grid.scale, 0, axis)))
 
 
-def sensitivity(search: "Search", model: OnnxModel, weights: Mapping[str, Array], axes: Mapping[str, int],
-                inputs: object, seconds: float) -> Table:
+def sensitivity(
+    search: "Search",
+    model: OnnxModel,
+    weights: Mapping[str, Array],
+    axes: Mapping[str, int],
+    inputs: object,
+    seconds: float,
+) -> Table:
     """The mean divergence from the file's own outputs when one tensor alone has fewer bits, largest tensors first."""
     structure, table, began = model.structure, Table(), search.clock.now
     key = f"sensitivity-{search.shop.start}"

@@ -45,8 +45,16 @@ TECHNIQUES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def measure(model: nn.Module, task: Task, inputs: Any, *, techniques: Iterable[str] = tuple(TECHNIQUES),
-            where: str = "*", seconds: float = float("inf"), dense: Tensor | None = None) -> Table:
+def measure(
+    model: nn.Module,
+    task: Task,
+    inputs: Any,
+    *,
+    techniques: Iterable[str] = tuple(TECHNIQUES),
+    where: str = "*",
+    seconds: float = float("inf"),
+    dense: Tensor | None = None,
+) -> Table:
     """The mean divergence from the model's own outputs when one tensor alone is stored by one technique.
 
     Each tensor with each technique, largest tensors first, until `seconds` have passed. Returns tensor -> technique ->

@@ -14,8 +14,9 @@ class Silent:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         return None
 
     def phase(self, text: str, total: int) -> None:
@@ -36,9 +37,15 @@ class Live(Silent):
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._bar = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=28),
-                             TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn(),
-                             TextColumn("[dim]{task.fields[note]}"), console=console)
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
+            console=console,
+        )
         self._task: TaskID | None = None
         self._best = ""
 
@@ -46,8 +53,9 @@ class Live(Silent):
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def phase(self, text: str, total: int) -> None:

@@ -100,15 +100,21 @@ def shrink(
     Raises ValueError for settings out of range, before anything is written.
     """
     if objective not in OBJECTIVES:
-        raise ValueError(f"shrink: objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}. "
-                         f"{near(objective, OBJECTIVES)}")
+        raise ValueError(
+            f"shrink: objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}. "
+            f"{near(objective, OBJECTIVES)}"
+        )
     if trials is not None and trials < 1:
         raise ValueError(f"shrink: trials must be at least 1, got {trials}.")
     if max_latency_ms is not None and not max_latency_ms > 0:
         raise ValueError(f"shrink: max-latency-ms must be above 0, got {max_latency_ms}.")
     turned = max_bytes is not None or max_latency_ms is not None
-    question = Question(objective, None if turned else units.floor(floor),
-                        None if max_bytes is None else units.size_bytes(max_bytes), max_latency_ms)
+    question = Question(
+        objective,
+        None if turned else units.floor(floor),
+        None if max_bytes is None else units.size_bytes(max_bytes),
+        max_latency_ms,
+    )
     budget_s = None if trials is not None or budget is None else units.seconds(budget)
     if budget_s is None and trials is None:
         raise ValueError("shrink: a budget or a number of trials must be given, got neither. Write budget='5m'.")
@@ -116,13 +122,17 @@ def shrink(
     try:
         model = copy_model(model).cpu().eval()
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"shrink: the model must be one that copy.deepcopy copies, but that raised {error}. Build it "
-                         "anew instead of taking it from a graph with gradients.") from error
+        raise ValueError(
+            f"shrink: the model must be one that copy.deepcopy copies, but that raised {error}. Build it "
+            "anew instead of taking it from a graph with gradients."
+        ) from error
     check(model, task)
     folder = Path(out) if out is not None else Path(f"lilliput-{task.name}")
     if (folder / "records").exists() and any((folder / "records").iterdir()) and not resume:
-        raise ValueError(f"shrink: {folder} must be empty or new, but holds an earlier search. Continue it with "
-                         "--resume, or choose another --out.")
+        raise ValueError(
+            f"shrink: {folder} must be empty or new, but holds an earlier search. Continue it with "
+            "--resume, or choose another --out."
+        )
     count = workers or (1 if is_stochastic(model) else max(1, min(4, os.cpu_count() or 1)))
     search = Search(model, task, question, budget_s, trials, seed, folder, count, show or Silent(), command, where)
     threads, random = torch.get_num_threads(), torch.get_rng_state()
@@ -148,9 +158,20 @@ def poolable(model: nn.Module, example: Any) -> tuple[str, ...]:
 class Search:
     """One search, from the dense model to the files: the five steps in order, each a method."""
 
-    def __init__(self, model: nn.Module, task: Task, question: Question, budget_s: float | None, trials: int | None,
-                 seed: int, folder: Path, workers: int, show: Silent, command: str | None,
-                 device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        question: Question,
+        budget_s: float | None,
+        trials: int | None,
+        seed: int,
+        folder: Path,
+        workers: int,
+        show: Silent,
+        command: str | None,
+        device: torch.device,
+    ) -> None:
         self.question, self.trials, self.seed, self.show, self.command = question, trials, seed, show, command
         self.clock, self.folder, self.workers = Clock(budget_s), folder, workers
         self.fresh = not folder.exists()
@@ -210,8 +231,11 @@ class Search:
         """The dense artifact: exported once with batch norm folded, scored and weighed."""
         self.show.phase("measuring the dense network", 1)
         try:
-            dense = post_onnx.dense(self, self.model) if isinstance(self.model, OnnxModel) else self.press.point(
-                self.model, "dense", "dense", [], self.shop.start)
+            dense = (
+                post_onnx.dense(self, self.model)
+                if isinstance(self.model, OnnxModel)
+                else self.press.point(self.model, "dense", "dense", [], self.shop.start)
+            )
         except (ExportError, NotSupported):
             if self.fresh:
                 shutil.rmtree(self.folder, ignore_errors=True)  # nothing can be made of it: nothing is written
@@ -250,9 +274,15 @@ class Search:
                 missed[name] = float(self.task.divergence(without, dense).mean())
             strides = tuple(earlier_stride(self.model, example))[:1]
             pools = () if strides else poolable(self.model, example)
-            self.space = Space(tuple(sorted(missed, key=missed.__getitem__)), strides or pools, bool(pools),
-                               any(group.removable for group in found), tables(self.model), self.labels,
-                               tuple(self.left))
+            self.space = Space(
+                tuple(sorted(missed, key=missed.__getitem__)),
+                strides or pools,
+                bool(pools),
+                any(group.removable for group in found),
+                tables(self.model),
+                self.labels,
+                tuple(self.left),
+            )
         self.show.advance(f"{len(self.space.blocks)} blocks can go")
 
     def trainable(self) -> bool:
@@ -260,8 +290,12 @@ class Search:
         if isinstance(self.model, OnnxModel):
             return False
         if self.task.examples < 2 or not any(p.requires_grad for p in self.model.parameters()):
-            self.left.append(("training", "no parameter may be trained" if self.task.examples > 1 else
-                              "one example is too few to train on"))
+            self.left.append(
+                (
+                    "training",
+                    "no parameter may be trained" if self.task.examples > 1 else "one example is too few to train on",
+                )
+            )
             return False
         if self.trials is not None:
             return True
@@ -293,8 +327,12 @@ class Search:
             self.clock.reserved_s = 0.0 if budget is None else engine.RESERVED * budget
         with self.clock.on("train"):
             self._teach(pool)
-        share = asked / 16 + (asked // 3) * (RUNGS[1] - RUNGS[0]) + self.finals * (
-            1 - RUNGS[1]) + self.finals * len(self.tails) * 0.2
+        share = (
+            asked / 16
+            + (asked // 3) * (RUNGS[1] - RUNGS[0])
+            + self.finals * (1 - RUNGS[1])
+            + self.finals * len(self.tails) * 0.2
+        )
         self.slot = self._slot(0.88 * self.workers * self.clock.left(0.93) / share)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # optuna calls multivariate sampling experimental, at each construction
@@ -430,8 +468,11 @@ class Search:
                 return step >= 12 or self.clock.now - first > 4
 
             fit(replace(stage, rules=()), model, self.task, self.shop.reference, stop=stop)
-        speed = (len(seconds) - 1) / max(1e-6, seconds[-1] - seconds[0]) if len(seconds) > 3 else 1 / max(
-            1e-6, seconds[-1] - first)
+        speed = (
+            (len(seconds) - 1) / max(1e-6, seconds[-1] - seconds[0])
+            if len(seconds) > 3
+            else 1 / max(1e-6, seconds[-1] - first)
+        )
         self.store.put(key, {"kind": "speed", "steps_per_s": round(speed, 3)})
         return speed
 
@@ -451,8 +492,14 @@ class Search:
 
     def _trained(self, plan: Plan, until: float | None = None) -> Recipe:
         full, _ = self._schedule(plan)
-        stage = training(full, self.batch, self._lr(plan), self.seed, plan.labels,
-                         None if until is None else max(1, int(full * until)))
+        stage = training(
+            full,
+            self.batch,
+            self._lr(plan),
+            self.seed,
+            plan.labels,
+            None if until is None else max(1, int(full * until)),
+        )
         return self.space.recipe(plan) + stage
 
     def _rung(self, plan: Plan, until: float) -> dict[str, Any]:
@@ -472,15 +519,26 @@ class Search:
             outputs = predict(model, inputs)
             if not bool(torch.isfinite(outputs).all()):
                 raise Diverged("Train: the outputs must stay finite, got NaN or infinity. Lower the learning rate.")
-            row = {"kind": "rung", "name": plan.name(), "until": until, "status": "rung",
-                   "distance": self._rank(outputs),
-                   "drop": self.task.loss_of(self.dense.score.value, self.task.rate(outputs, "val").value),
-                   "price": self._price(model, plan), "values": count_values(model)}
+            row = {
+                "kind": "rung",
+                "name": plan.name(),
+                "until": until,
+                "status": "rung",
+                "distance": self._rank(outputs),
+                "drop": self.task.loss_of(self.dense.score.value, self.task.rate(outputs, "val").value),
+                "price": self._price(model, plan),
+                "values": count_values(model),
+            }
         except StoreError:
             raise
         except FAILURES as error:
-            row = {"kind": "rung", "name": plan.name(), "until": until, "status": "failed",
-                   "reason": f"{type(error).__name__}: {error}"}
+            row = {
+                "kind": "rung",
+                "name": plan.name(),
+                "until": until,
+                "status": "failed",
+                "reason": f"{type(error).__name__}: {error}",
+            }
         with self._lock:
             self.tried.append(row)
         if key:
@@ -538,9 +596,13 @@ class Search:
 
     def _student_table(self, folded: nn.Module) -> sensitivity.Table:
         with self.clock.on("calibrate"):
-            return sensitivity.measure(folded, self.task, calibration(self.task, 256),
-                                       techniques=("8 bits", "4 bits", "3 bits", "2 bits"),
-                                       seconds=max(2.0, 0.02 * min(self.clock.left(), 600)))
+            return sensitivity.measure(
+                folded,
+                self.task,
+                calibration(self.task, 256),
+                techniques=("8 bits", "4 bits", "3 bits", "2 bits"),
+                seconds=max(2.0, 0.02 * min(self.clock.left(), 600)),
+            )
 
     def _tail(self, plan: Plan, recipe: Recipe, folded: nn.Module, which: Tail, table: sensitivity.Table) -> None:
         """One variant of a trained structure; skipped when the time is up."""
@@ -553,8 +615,9 @@ class Search:
             losses = sensitivity.by_bits(table)
             allocation = tuple(sorted(allocate_bits(losses, sizes, int(which.bits * sum(sizes.values()))).items()))
         _, steps = self._schedule(plan)
-        stages = tail(which, steps, self.batch, self._lr(plan) / 4, self.seed, plan.labels, allocation,
-                      self.space.tables)
+        stages = tail(
+            which, steps, self.batch, self._lr(plan) / 4, self.seed, plan.labels, allocation, self.space.tables
+        )
         whole = Recipe((*recipe.stages, *stages))
         try:
             with self.clock.on("train" if which.trained else "calibrate"):
@@ -578,24 +641,28 @@ class Search:
         with self._lock:
             self.points.append(point)
             self.tried.append({"kind": "point", "status": "done", **point.row(self.task)})
-        self.store.put(f"point-{point.key}", {"kind": "point", **point.row(self.task)},
-                       {"outputs": point.score.outputs})
+        self.store.put(
+            f"point-{point.key}", {"kind": "point", **point.row(self.task)}, {"outputs": point.score.outputs}
+        )
         self.show.advance(point.name)
         self.show.best(self._best())
 
     def failed(self, name: str, error: BaseException) -> None:
         """Record a point that came to nothing, with the reason; the search goes on."""
         with self._lock:
-            self.tried.append({"kind": "point", "status": "failed", "name": name,
-                               "reason": f"{type(error).__name__}: {error}"})
+            self.tried.append(
+                {"kind": "point", "status": "failed", "name": name, "reason": f"{type(error).__name__}: {error}"}
+            )
         self.show.advance(f"failed: {name}")
 
     def _best(self) -> str:
         floor = 0.01 if self.question.floor is None else self.question.floor.points(self.dense.score.value)
         able = [p for p in self.points if self.task.loss_of(self.dense.score.value, p.score.value) <= floor]
         best = min(able, key=lambda p: p.packed_bytes)
-        return (f"{best.name}: {self.task.metric_name} {best.score.value:.4f}, packed {units.shown(best.packed_bytes)} "
-                f"({self.dense.onnx_bytes / best.packed_bytes:.0f} times less)")
+        return (
+            f"{best.name}: {self.task.metric_name} {best.score.value:.4f}, packed {units.shown(best.packed_bytes)} "
+            f"({self.dense.onnx_bytes / best.packed_bytes:.0f} times less)"
+        )
 
     # without training --------------------------------------------------------------------------------------------
 
@@ -609,5 +676,3 @@ class Search:
     def train_steps_per_s(self) -> float:
         """Optimizer steps a second of training, over all workers' training time."""
         return self.shop.steps / self.shop.trained_s if self.shop.trained_s else 0.0
-
-

@@ -104,10 +104,16 @@ class Space:
         """Plans that are worth trying on any network: where the search starts."""
         deep, early = len(self.blocks), int(bool(self.strides))
         rows = 0.6 if self.tables else 0.0
-        plans = [Plan(deep, early, 0.5, 4, rows), Plan(deep, 0, 0.5, 4, rows, 1.0), Plan(0, 0, 0.875, 4, rows, 1.0),
-                 Plan(deep, early, 0.375, 4, rows), Plan(deep, early, 0.5, 4, rows, 1.0),
-                 Plan(0, 0, 0.625, 8, rows, 1.0), Plan(deep // 2, early, 0.5, 8, rows),
-                 Plan(deep, early, 0.5, 4, rows, spread=True)]
+        plans = [
+            Plan(deep, early, 0.5, 4, rows),
+            Plan(deep, 0, 0.5, 4, rows, 1.0),
+            Plan(0, 0, 0.875, 4, rows, 1.0),
+            Plan(deep, early, 0.375, 4, rows),
+            Plan(deep, early, 0.5, 4, rows, 1.0),
+            Plan(0, 0, 0.625, 8, rows, 1.0),
+            Plan(deep // 2, early, 0.5, 8, rows),
+            Plan(deep, early, 0.5, 4, rows, spread=True),
+        ]
         if not self.narrow:
             plans = [replace(plan, width=1.0, spread=False) for plan in plans]
         plans = [replace(plan, labels=self.labels[-1 if plan.labels == 1 else 0]) for plan in plans]
@@ -119,10 +125,16 @@ class Space:
         if plan.blocks or plan.stride or plan.width != 1:
             early = self.strides[: plan.stride]
             striding, pooling = ((), early) if self.pooled else (early, ())
-            stages.append(Student(
-                remove=self.blocks[: plan.blocks], stride=striding, pool=pooling,
-                width=1.0 if plan.spread else plan.width, multiple=plan.multiple,
-                target=round(plan.width**2, 6) if plan.spread else 1.0))
+            stages.append(
+                Student(
+                    remove=self.blocks[: plan.blocks],
+                    stride=striding,
+                    pool=pooling,
+                    width=1.0 if plan.spread else plan.width,
+                    multiple=plan.multiple,
+                    target=round(plan.width**2, 6) if plan.spread else 1.0,
+                )
+            )
         if plan.rank != 1:
             stages.append(Factorize(budget=plan.rank))
         if plan.rows:
@@ -158,17 +170,40 @@ class Space:
 
 def training(steps: int, batch_size: int, lr: float, seed: int, labels: float, until: int | None = None) -> Train:
     """The full training of a student: distillation from the dense network throughout, on one cosine."""
-    return Train(steps=steps, lr=Cosine(lr), rules=(Distill(),), supervised=labels, batch_size=batch_size,
-                 weight_decay=0.01, seed=seed, until=None if until is None or until >= steps else until)
+    return Train(
+        steps=steps,
+        lr=Cosine(lr),
+        rules=(Distill(),),
+        supervised=labels,
+        batch_size=batch_size,
+        weight_decay=0.01,
+        seed=seed,
+        until=None if until is None or until >= steps else until,
+    )
 
 
-def tail(which: Tail, steps: int, batch_size: int, lr: float, seed: int, labels: float,
-         bits: tuple[tuple[str, int], ...], tables: tuple[str, ...] = ()) -> tuple[Any, ...]:
+def tail(
+    which: Tail,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    labels: float,
+    bits: tuple[tuple[str, int], ...],
+    tables: tuple[str, ...] = (),
+) -> tuple[Any, ...]:
     """The stages of a tail, behind a trained structure. A lookup table gets one step size: one for each of its many
     short rows would weigh as much as their codes."""
     stages: list[Any] = [FoldBatchNorm()]
-    polish = Train(steps=steps, lr=Cosine(lr), rules=(Distill(),), supervised=labels, batch_size=batch_size,
-                   weight_decay=0.0, seed=seed)
+    polish = Train(
+        steps=steps,
+        lr=Cosine(lr),
+        rules=(Distill(),),
+        supervised=labels,
+        batch_size=batch_size,
+        weight_decay=0.0,
+        seed=seed,
+    )
     if which.sparsity > MOST_AT_ONCE:  # gradually; 8 bits lose nothing after it
         stages.append(replace(polish, lr=Cosine(4 * lr), rules=(SPARSE[which.method](which.sparsity), Distill())))
     elif which.sparsity:
@@ -177,11 +212,23 @@ def tail(which: Tail, steps: int, batch_size: int, lr: float, seed: int, labels:
         width = max(2, min(8, round(which.bits)))
         rest = tuple(name for name, _ in bits if name not in tables)
         if tables:
-            stages.append(Quantize(bits=width, where=",".join(tables), per="tensor", biases="float32",
-                                   allocation=tuple(pair for pair in bits if pair[0] in tables)))
+            stages.append(
+                Quantize(
+                    bits=width,
+                    where=",".join(tables),
+                    per="tensor",
+                    biases="float32",
+                    allocation=tuple(pair for pair in bits if pair[0] in tables),
+                )
+            )
         if rest or not tables:
-            stages.append(Quantize(bits=width, where=",".join(rest) if tables else "*",
-                                   allocation=tuple(pair for pair in bits if pair[0] not in tables)))
+            stages.append(
+                Quantize(
+                    bits=width,
+                    where=",".join(rest) if tables else "*",
+                    allocation=tuple(pair for pair in bits if pair[0] not in tables),
+                )
+            )
         if which.trained and which.sparsity <= MOST_AT_ONCE:
             stages.append(polish)
     return tuple(stages)
@@ -190,9 +237,13 @@ def tail(which: Tail, steps: int, batch_size: int, lr: float, seed: int, labels:
 def tables(model: nn.Module) -> tuple[str, ...]:
     """Lookup tables that are most of the model and nobody else's: their rows can go."""
     total = sum(p.numel() for p in model.parameters())
-    return tuple(f"{name}.weight" for name, module in model.named_modules()
-                 if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.weight.numel() > 0.5 * total
-                 and len(holders(model, f"{name}.weight" if name else "weight")) == 1)
+    return tuple(
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        and module.weight.numel() > 0.5 * total
+        and len(holders(model, f"{name}.weight" if name else "weight")) == 1
+    )
 
 
 def batch_size_for(task: Task) -> int:
@@ -207,6 +258,8 @@ def count_values(model: nn.Module) -> int:
 
 def is_stochastic(model: nn.Module) -> bool:
     """Whether training draws from the global random state (dropout), so that trainings must not run side by side."""
-    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()) or any(
-        isinstance(m, nn.RNNBase) and m.dropout > 0 for m in model.modules()) or any(
-        isinstance(m, torch.nn.MultiheadAttention) and m.dropout > 0 for m in model.modules())
+    return (
+        any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())
+        or any(isinstance(m, nn.RNNBase) and m.dropout > 0 for m in model.modules())
+        or any(isinstance(m, torch.nn.MultiheadAttention) and m.dropout > 0 for m in model.modules())
+    )

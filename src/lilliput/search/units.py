@@ -29,8 +29,10 @@ def floor(text: str | float) -> Floor:
     if isinstance(text, int | float):
         amount = float(text)
     if not 0 <= amount < 1:
-        raise ValueError(f"shrink: floor must be at least 0 and below 100%, got {text}. For one point of accuracy "
-                         "write 1%, for half a percent of the dense score 0.5r.")
+        raise ValueError(
+            f"shrink: floor must be at least 0 and below 100%, got {text}. For one point of accuracy "
+            "write 1%, for half a percent of the dense score 0.5r."
+        )
     return Floor(amount, bool(match and match[2] == "r"))
 
 

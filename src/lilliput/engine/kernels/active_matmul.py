@@ -15,18 +15,7 @@ from lilliput.engine.graph import Array, Node
 from lilliput.engine.kernel import Kernel, Want, kernel
 from lilliput.engine.kernels.dense_matmul import packed_rows
 from lilliput.engine.kernels.matvec import GHZ, L2_BYTES_A_NS
-from lilliput.engine.kernels.product import (
-    Linear,
-    Tail,
-    at,
-    inside,
-    linear,
-    tail_of,
-    times,
-    vector,
-    vector_types,
-    walk,
-)
+from lilliput.engine.kernels.product import Linear, Tail, at, inside, linear, tail_of, times, vector, vector_types, walk
 from lilliput.engine.size import fixed
 from lilliput.engine.target import Target
 
@@ -82,26 +71,35 @@ def _body(node: Node, found: Linear, tail: Tail, lanes: int, vectors: int) -> st
     unroll = max(1, 4 // vectors)
     direct = found.outs % lanes == 0 and path.feature["y0"] == 1
     made = "y" if direct else "sum"
-    text = [f"const float *const x = {place(name)};", f"float *const y = {place('y0')};",
-            "float *const value = (float *)scratch;",
-            f"uint32_t *const from = (uint32_t *)scratch + {found.ins + 8};"]
+    text = [
+        f"const float *const x = {place(name)};",
+        f"float *const y = {place('y0')};",
+        "float *const value = (float *)scratch;",
+        f"uint32_t *const from = (uint32_t *)scratch + {found.ins + 8};",
+    ]
     if not direct:
         text.append(f"float *const sum = (float *)scratch + {2 * (found.ins + 8)};")
-    text += ["int n = 0;",
-             f"for (int i = 0; i < {found.ins}; i++) {{",
-             f"    const float v = x[{times('i', step)}];",
-             "    value[n] = v;",
-             "    from[n] = (uint32_t)i;",
-             "    n += v != 0;",
-             "}"]
+    text += [
+        "int n = 0;",
+        f"for (int i = 0; i < {found.ins}; i++) {{",
+        f"    const float v = x[{times('i', step)}];",
+        "    value[n] = v;",
+        "    from[n] = (uint32_t)i;",
+        "    n += v != 0;",
+        "}",
+    ]
     if unroll > 1:
         text += [f"for (int i = 0; i < {unroll - 1}; i++) {{", "    value[n + i] = 0;", "    from[n + i] = 0;", "}"]
     wide, outs = lanes * vectors, -(-found.outs // lanes) * lanes
     full = outs // wide
     text.append("const float *w = weight;")
     if full > 1:
-        text += [f"for (int o = 0; o < {full * wide}; o += {wide}) {{",
-                 *inside(_block(found, lanes, vectors, unroll, made, "o")), f"    w += {found.ins * wide};", "}"]
+        text += [
+            f"for (int o = 0; o < {full * wide}; o += {wide}) {{",
+            *inside(_block(found, lanes, vectors, unroll, made, "o")),
+            f"    w += {found.ins * wide};",
+            "}",
+        ]
     else:
         text += ["{", *inside(_block(found, lanes, vectors, unroll, made, "0")), "}"]
     if rest := (outs - full * wide) // lanes:
@@ -119,14 +117,21 @@ def _block(found: Linear, lanes: int, vectors: int, unroll: int, made: str, o: s
     kind, wide = vector(lanes), lanes * vectors
     names = [[f"a{u}_{j}" for j in range(vectors)] for u in range(unroll)]
     zero = "0" if lanes == 1 else "{0}"
-    text = [f"{kind} {', '.join(f'{n} = {zero}' for row in names for n in row)};",
-            f"for (int k = 0; k < n; k += {unroll}) {{"]
+    text = [
+        f"{kind} {', '.join(f'{n} = {zero}' for row in names for n in row)};",
+        f"for (int k = 0; k < n; k += {unroll}) {{",
+    ]
     for u, row in enumerate(names):
         spread = f"value[k + {u}]" if lanes == 1 else f"({kind}){{0}} + value[k + {u}]"
-        text += ["    {", f"        const float *const p = w + (size_t)from[k + {u}] * {wide};",
-                 f"        const {kind} s = {spread};"]
-        text += [f"        {n} += s * " + (f"p[{j}];" if lanes == 1 else f"*(const {kind} *)(p + {j * lanes});")
-                 for j, n in enumerate(row)]
+        text += [
+            "    {",
+            f"        const float *const p = w + (size_t)from[k + {u}] * {wide};",
+            f"        const {kind} s = {spread};",
+        ]
+        text += [
+            f"        {n} += s * " + (f"p[{j}];" if lanes == 1 else f"*(const {kind} *)(p + {j * lanes});")
+            for j, n in enumerate(row)
+        ]
         text.append("    }")
     text.append("}")
     for j in range(vectors):

@@ -6,7 +6,7 @@ sum of exponentials of each query, the product with V) is a loop over vectors of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from lilliput.engine import loops
 from lilliput.engine.expr import needs, statements
@@ -66,16 +66,23 @@ def _body(node: Node, lanes: int, rows: int, vectors: int, packed: bool) -> str:
     sizes, steps = loops.collapsed(lead, strides) if lead else ([], [[] for _ in strides])
     counters = [f"b{i}" for i in range(len(sizes))]
     wide = lanes * vectors
-    text = ["float *const scores = (float *)scratch;", f"float *const top = scores + {int(keys) * wide};",
-            f"float *const total = top + {wide};"]
+    text = [
+        "float *const scores = (float *)scratch;",
+        f"float *const top = scores + {int(keys) * wide};",
+        f"float *const total = top + {wide};",
+    ]
     count = q.shape[-2]
     if packed or not fixed(count) or int(count) % lanes:
         text.append(f"float *const block = total + {wide};")
     for name, size in zip(counters, sizes, strict=True):
         text.append(f"for ({size_type(size)} {name} = 0; {name} < {c(size)}; {name}++) {{")
-    pointers = [("float *const y", "y0"), ("const float *const q", "x0"), ("const float *const k", "x1"),
-                ("const float *const v", "x2"),
-                *((f"const {node.input(i).c_type} *const e{i}", f"x{i}") for i in extras)]
+    pointers = [
+        ("float *const y", "y0"),
+        ("const float *const q", "x0"),
+        ("const float *const k", "x1"),
+        ("const float *const v", "x2"),
+        *((f"const {node.input(i).c_type} *const e{i}", f"x{i}") for i in extras),
+    ]
     for (declared, base), step in zip(pointers, steps, strict=True):
         place = loops.index(counters, step)
         text.append(f"{declared} = {base}{'' if place == '0' else ' + ' + place};")
@@ -88,8 +95,11 @@ def _body(node: Node, lanes: int, rows: int, vectors: int, packed: bool) -> str:
         count = int(count)
         full, rest = count // wide, count % wide
         if full:
-            text += [f"for ({kind} t = 0; t < {full * wide}; t += {wide}) {{",
-                     *inside(block(vectors, wide, packed)), "}"]
+            text += [
+                f"for ({kind} t = 0; t < {full * wide}; t += {wide}) {{",
+                *inside(block(vectors, wide, packed)),
+                "}",
+            ]
         start = full * wide
         if rest >= lanes:
             some = rest // lanes
@@ -98,10 +108,16 @@ def _body(node: Node, lanes: int, rows: int, vectors: int, packed: bool) -> str:
         if rest:
             text += at_value(kind, "t", start, block(1, rest, True))
     else:
-        text += [f"{kind} t = 0;", f"for (; t + {wide} <= {c(count)}; t += {wide}) {{",
-                 *inside(block(vectors, wide, packed)), "}", f"for (; t < {c(count)}; t += {lanes}) {{",
-                 f"    const int width = {c(count)} - t < {lanes} ? (int)({c(count)} - t) : {lanes};",
-                 *inside(block(1, "width", True)), "}"]
+        text += [
+            f"{kind} t = 0;",
+            f"for (; t + {wide} <= {c(count)}; t += {wide}) {{",
+            *inside(block(vectors, wide, packed)),
+            "}",
+            f"for (; t < {c(count)}; t += {lanes}) {{",
+            f"    const int width = {c(count)} - t < {lanes} ? (int)({c(count)} - t) : {lanes};",
+            *inside(block(1, "width", True)),
+            "}",
+        ]
     return "\n".join([*text, *["}"] * len(sizes)])
 
 
@@ -119,15 +135,38 @@ def _block(node: Node, lanes: int, rows: int, vectors: int, width: int | str, co
             each.reverse()
         text += [each[0], f"    {each[1]} {line}"]
         if width != wide:
-            text += [f"for ({kd} d = 0; d < {c(depth)}; d++)",
-                     f"    for (int j = {width}; j < {wide}; j++) block[d * {wide} + j] = 0;"]
+            text += [
+                f"for ({kd} d = 0; d < {c(depth)}; d++)",
+                f"    for (int j = {width}; j < {wide}; j++) block[d * {wide} + j] = 0;",
+            ]
     # Scores: keys down, queries along.
     base, step = ("block", wide) if copy else (at("q", ("t", 1)), sd)
-    text += _over(keys, rows, lambda high: _product(
-        lanes, high, vectors, base, step, at("k", ("r", k.strides[-1])), k.strides[-1], k.strides[-2], depth,
-        [f"scores + (r + {i}) * {wide}" if i else f"scores + r * {wide}" for i in range(high)], wide, ""))
-    text += [f"for (int j = 0; j < {wide}; j++) {{", "    top[j] = -INFINITY;", "    total[j] = 0;", "}",
-             f"for ({kk} r = 0; r < {c(keys)}; r++) {{", f"    float *const z = scores + r * {wide};"]
+    text += _over(
+        keys,
+        rows,
+        lambda high: _product(
+            lanes,
+            high,
+            vectors,
+            base,
+            step,
+            at("k", ("r", k.strides[-1])),
+            k.strides[-1],
+            k.strides[-2],
+            depth,
+            [f"scores + (r + {i}) * {wide}" if i else f"scores + r * {wide}" for i in range(high)],
+            wide,
+            "",
+        ),
+    )
+    text += [
+        f"for (int j = 0; j < {wide}; j++) {{",
+        "    top[j] = -INFINITY;",
+        "    total[j] = 0;",
+        "}",
+        f"for ({kk} r = 0; r < {c(keys)}; r++) {{",
+        f"    float *const z = scores + r * {wide};",
+    ]
     shape, places = (*y.shape[:-1], keys), ["z[j]"]
     for i in range(3, len(node.inputs)):
         along, down = loops.strides_of(node.input(i), shape)[-2:]
@@ -135,43 +174,94 @@ def _block(node: Node, lanes: int, rows: int, vectors: int, width: int | str, co
         places.append(f"z{i}[{times('j', along)}]")
     lines, (result,) = statements([node.attrs["expr"]], places)
     if lines or result != "z[j]":
-        text += [f"    for (int j = 0; j < {width}; j++) {{", *inside(lines, "        "), f"        z[j] = {result};",
-                 "    }"]
-    text += [f"    for (int j = 0; j < {wide}; j++) top[j] = z[j] > top[j] ? z[j] : top[j];", "}",
-             f"for ({kk} r = 0; r < {c(keys)}; r++) {{", f"    float *const z = scores + r * {wide};",
-             f"    for (int j = 0; j < {wide}; j++) {{", "        z[j] = fast_exp(z[j] - top[j]);",
-             "        total[j] += z[j];", "    }", "}",
-             f"for (int j = 0; j < {wide}; j++) total[j] = 1.0f / total[j];"]
+        text += [
+            f"    for (int j = 0; j < {width}; j++) {{",
+            *inside(lines, "        "),
+            f"        z[j] = {result};",
+            "    }",
+        ]
+    text += [
+        f"    for (int j = 0; j < {wide}; j++) top[j] = z[j] > top[j] ? z[j] : top[j];",
+        "}",
+        f"for ({kk} r = 0; r < {c(keys)}; r++) {{",
+        f"    float *const z = scores + r * {wide};",
+        f"    for (int j = 0; j < {wide}; j++) {{",
+        "        z[j] = fast_exp(z[j] - top[j]);",
+        "        total[j] += z[j];",
+        "    }",
+        "}",
+        f"for (int j = 0; j < {wide}; j++) total[j] = 1.0f / total[j];",
+    ]
     sy, su = y.strides[-2:]
-    text += _over(y.shape[-1], rows, lambda high: _product(
-        lanes, high, vectors, "scores", wide, at("v", ("r", v.strides[-1])), v.strides[-1], v.strides[-2], keys,
-        [at("y", ("t", sy), (f"r + {i}" if i else "r", su)) for i in range(high)], width, "total", sy))
+    text += _over(
+        y.shape[-1],
+        rows,
+        lambda high: _product(
+            lanes,
+            high,
+            vectors,
+            "scores",
+            wide,
+            at("v", ("r", v.strides[-1])),
+            v.strides[-1],
+            v.strides[-2],
+            keys,
+            [at("y", ("t", sy), (f"r + {i}" if i else "r", su)) for i in range(high)],
+            width,
+            "total",
+            sy,
+        ),
+    )
     return text
 
 
-def _over(count: int, rows: int, make: object) -> list[str]:
+def _over(count: int, rows: int, make: Callable[[int], list[str]]) -> list[str]:
     """Lines for `count` rows, `rows` at a time: make(how many) are those from r on."""
     kind = size_type(count)
     if fixed(count):
         count = int(count)
         rows = -(-count // -(-count // rows))
         full, rest = count // rows, count % rows
-        text = [f"for ({kind} r = 0; r < {full * rows}; r += {rows}) {{", *inside(make(rows)), "}"]  # type: ignore[operator]
-        return text + (at_value(kind, "r", full * rows, make(rest)) if rest else [])  # type: ignore[operator]
-    return ["{", f"    {kind} r = 0;", f"    for (; r + {rows} <= {c(count)}; r += {rows}) {{",
-            *inside(make(rows), "        "), "    }",  # type: ignore[operator]
-            f"    for (; r < {c(count)}; r++) {{", *inside(make(1), "        "), "    }", "}"]  # type: ignore[operator]
+        text = [f"for ({kind} r = 0; r < {full * rows}; r += {rows}) {{", *inside(make(rows)), "}"]
+        return text + (at_value(kind, "r", full * rows, make(rest)) if rest else [])
+    return [
+        "{",
+        f"    {kind} r = 0;",
+        f"    for (; r + {rows} <= {c(count)}; r += {rows}) {{",
+        *inside(make(rows), "        "),
+        "    }",
+        f"    for (; r < {c(count)}; r++) {{",
+        *inside(make(1), "        "),
+        "    }",
+        "}",
+    ]
 
 
-def _product(lanes: int, rows: int, vectors: int, base: str, step: int, scalars: str, across: int, down: int,
-             depth: int, places: list[str], width: int | str, scale: str, along: int = 1) -> list[str]:
+def _product(
+    lanes: int,
+    rows: int,
+    vectors: int,
+    base: str,
+    step: int,
+    scalars: str,
+    across: int,
+    down: int,
+    depth: int,
+    places: list[str],
+    width: int | str,
+    scale: str,
+    along: int = 1,
+) -> list[str]:
     """Sums over `depth` of vectors (at base, then every `step`) times scalars, `rows` of them `across` apart."""
     kind, unit, wide = vector(lanes), lanes == 1, lanes * vectors
     names = [[f"a{i}_{j}" for j in range(vectors)] for i in range(rows)]
     flat = [n for line in names for n in line]
-    text = [f"const float *p = {base};", f"const float *w = {scalars};",
-            f"{kind} {', '.join(f'{n} = 0' if unit else f'{n} = ({kind}){{}}' for n in flat)};",
-            f"for ({size_type(depth)} n = 0; n < {c(depth)}; n++, p += {c(step)}, w += {c(down)}) {{"]
+    text = [
+        f"const float *p = {base};",
+        f"const float *w = {scalars};",
+        f"{kind} {', '.join(f'{n} = 0' if unit else f'{n} = ({kind}){{}}' for n in flat)};",
+        f"for ({size_type(depth)} n = 0; n < {c(depth)}; n++, p += {c(step)}, w += {c(down)}) {{",
+    ]
     for j in range(vectors):
         text.append(f"    const {kind} v{j} = {f'p[{j}]' if unit else f'*(const {kind} *)(p + {j * lanes})'};")
     for i in range(rows):
@@ -179,8 +269,11 @@ def _product(lanes: int, rows: int, vectors: int, base: str, step: int, scalars:
         if unit:
             text.append("    " + " ".join(f"{n} += {number} * v{j};" for j, n in enumerate(names[i])))
         else:
-            text.append(f"    {{ const {kind} m = ({kind}){{}} + {number}; "
-                        + " ".join(f"{n} += m * v{j};" for j, n in enumerate(names[i])) + " }")
+            text.append(
+                f"    {{ const {kind} m = ({kind}){{}} + {number}; "
+                + " ".join(f"{n} += m * v{j};" for j, n in enumerate(names[i]))
+                + " }"
+            )
     text.append("}")
     if scale:
         for j in range(vectors):

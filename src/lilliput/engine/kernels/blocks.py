@@ -57,8 +57,9 @@ def _codes(found: Linear) -> tuple[Array, Array | None]:
     return codes.astype(np.int8), np.array(np.broadcast_to(narrow.scale.reshape(-1), (found.outs,)), np.float32)
 
 
-def _kernel(found: Linear, target: Target, size: int, lanes: int, held: Array, weight: Array,
-            scale: Array | None) -> Kernel:
+def _kernel(
+    found: Linear, target: Target, size: int, lanes: int, held: Array, weight: Array, scale: Array | None
+) -> Kernel:
     tail = tail_of(found.node, found.feature_y)
     want_x, want_y = found.inner(positions_inside=False)
     wants = [None, None, None, None]
@@ -104,19 +105,25 @@ def _body(node: Node, found: Linear, tail: Tail, size: int, lanes: int, narrow: 
             parts.append(f"{sum_} += s * {load};")
         return "{ " + " ".join(parts) + " }"
 
-    text = [f"const {'int8_t' if narrow else 'float'} *v = values;",
-            f"const {_c_type(found.ins)} *p = index;",
-            f"for (int b = 0, o = 0; b < {found.outs // size}; b++, o += {size}) {{",
-            f"    float *const y = {way.base['y0']} + o;", "    int n = counts[b];",
-            f"    {kind} {', '.join(n for line in names for n in line)};"]
+    text = [
+        f"const {'int8_t' if narrow else 'float'} *v = values;",
+        f"const {_c_type(found.ins)} *p = index;",
+        f"for (int b = 0, o = 0; b < {found.outs // size}; b++, o += {size}) {{",
+        f"    float *const y = {way.base['y0']} + o;",
+        "    int n = counts[b];",
+        f"    {kind} {', '.join(n for line in names for n in line)};",
+    ]
     bias = tail.bias is not None and not narrow
     for u, line in enumerate(names):
         text.append("    " + " ".join(
             f"{sum_} = {f'*(const {kind} *)(bias + o + {j * lanes})' if bias and u == 0 else f'({kind}){{}}'};"
             for j, sum_ in enumerate(line)))  # fmt: skip
     if sums > 1:
-        text += [f"    for (; n >= {sums}; n -= {sums}, v += {sums * size}, p += {sums}) {{",
-                 *(f"        {added(u, 'apart')}" for u in range(sums)), "    }"]
+        text += [
+            f"    for (; n >= {sums}; n -= {sums}, v += {sums * size}, p += {sums}) {{",
+            *(f"        {added(u, 'apart')}" for u in range(sums)),
+            "    }",
+        ]
     text += [f"    for (; n > 0; n--, v += {size}, p++)", f"        {added(0, '')}"]
     for j in range(vectors):
         first = names[0][j]
@@ -139,15 +146,32 @@ def _body(node: Node, found: Linear, tail: Tail, size: int, lanes: int, narrow: 
 
 def _widened(lanes: int) -> str:
     """C text: int8 values as a vector of float32. GCC converts vectors of bytes one by one, so x86 has its own way."""
-    kind, x86 = vector(lanes), {16: ("AVX512F", "512", "loadu_si128", "(const __m128i *)"),
-                                8: ("AVX2", "256", "loadl_epi64", "(const __m128i *)")}.get(lanes)
-    lines = [f"static inline {kind} widened_{kind}(const int8_t *p)", "{", f"    {kind} wide;",
-             f"    for (int j = 0; j < {lanes}; j++)", "        wide[j] = p[j];", "    return wide;", "}"]
+    kind, x86 = (
+        vector(lanes),
+        {
+            16: ("AVX512F", "512", "loadu_si128", "(const __m128i *)"),
+            8: ("AVX2", "256", "loadl_epi64", "(const __m128i *)"),
+        }.get(lanes),
+    )
+    lines = [
+        f"static inline {kind} widened_{kind}(const int8_t *p)",
+        "{",
+        f"    {kind} wide;",
+        f"    for (int j = 0; j < {lanes}; j++)",
+        "        wide[j] = p[j];",
+        "    return wide;",
+        "}",
+    ]
     if x86:
         feature, bits, load, cast = x86
         lines[:0] = [
-            f"#ifdef __{feature}__", "#include <immintrin.h>", *lines[:2],
-            f"    return ({kind})_mm{bits}_cvtepi32_ps(_mm{bits}_cvtepi8_epi32(_mm_{load}({cast}p)));", "}", "#else"]
+            f"#ifdef __{feature}__",
+            "#include <immintrin.h>",
+            *lines[:2],
+            f"    return ({kind})_mm{bits}_cvtepi32_ps(_mm{bits}_cvtepi8_epi32(_mm_{load}({cast}p)));",
+            "}",
+            "#else",
+        ]
         lines.append("#endif")
     return "\n".join(lines)
 

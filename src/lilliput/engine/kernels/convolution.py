@@ -33,8 +33,12 @@ class Geometry:
     @property
     def after(self) -> tuple[int, int]:
         """Rows and columns that are read behind the last ones."""
-        return tuple(max((m - 1) * s + (k - 1) * d + 1 - b - n, 0) for m, s, k, d, b, n in zip(
-            self.made, self.stride, self.kernel, self.dilation, self.before, self.size, strict=True))
+        return tuple(
+            max((m - 1) * s + (k - 1) * d + 1 - b - n, 0)
+            for m, s, k, d, b, n in zip(
+                self.made, self.stride, self.kernel, self.dilation, self.before, self.size, strict=True
+            )
+        )
 
     @property
     def channels(self) -> int:
@@ -55,8 +59,17 @@ def geometry(node: Node) -> Geometry | None:
         found = [missing] * (2 - dims) + [int(v) for v in values]
         return found[0], found[1]
 
-    return Geometry(int(a["group"]), int(w.shape[1]), int(w.shape[0]), two(x.shape[2:], 1), two(y.shape[2:], 1),
-                    two(w.shape[2:], 1), two(a["strides"], 1), two(a["dilations"], 1), two(a["pads"][:dims], 0))
+    return Geometry(
+        int(a["group"]),
+        int(w.shape[1]),
+        int(w.shape[0]),
+        two(x.shape[2:], 1),
+        two(y.shape[2:], 1),
+        two(w.shape[2:], 1),
+        two(a["strides"], 1),
+        two(a["dilations"], 1),
+        two(a["pads"][:dims], 0),
+    )
 
 
 def strides(value: Value) -> tuple[int, int, int, int]:
@@ -80,8 +93,9 @@ def lane_widths(target: Target, columns: int) -> list[int]:
         found.setdefault(-(-columns // lanes) * lanes, lanes)
         lanes //= 2
     least = min(found, default=0)
-    return [lanes for width, lanes in found.items()
-            if width == least or (lanes == target.lanes and width < 2 * columns)]
+    return [
+        lanes for width, lanes in found.items() if width == least or (lanes == target.lanes and width < 2 * columns)
+    ]
 
 
 def shuffled(a: str, b: str, start: int, lanes: int) -> str:
@@ -139,9 +153,14 @@ class Finish:
             _, _, row, column = strides(self.node.y)
             where = f"{self.out}[r * {self.out_row or row} + i * {column}]"
             inner, (result,) = statements([act], ["sum"])
-            lines += [f"for (int r = 0; r < {self.rows}; r++)", f"    for (int i = 0; i < {self.columns}; i++) {{",
-                      f"        const float sum = {where};", *(f"        {line}" for line in inner),
-                      f"        {where} = {result};", "    }"]
+            lines += [
+                f"for (int r = 0; r < {self.rows}; r++)",
+                f"    for (int i = 0; i < {self.columns}; i++) {{",
+                f"        const float sum = {where};",
+                *(f"        {line}" for line in inner),
+                f"        {where} = {result};",
+                "    }",
+            ]
         return lines
 
     def _residual(self, sums: Sequence[str]) -> list[str]:
@@ -151,16 +170,30 @@ class Finish:
         lines = []
         for i, s in enumerate(sums):
             r, v = divmod(i, self.vectors)
-            lines += added(s, self.lanes, value, _row(self.more, r, self.more_row), 0 if self.more_row else r,
-                           v * self.lanes, self.columns)
+            lines += added(
+                s,
+                self.lanes,
+                value,
+                _row(self.more, r, self.more_row),
+                0 if self.more_row else r,
+                v * self.lanes,
+                self.columns,
+            )
         return lines
 
     def _stored(self, sums: Sequence[str]) -> list[str]:
         lines = []
         for i, s in enumerate(sums):
             r, v = divmod(i, self.vectors)
-            lines += put(s, self.lanes, self.node.y, _row(self.out, r, self.out_row), 0 if self.out_row else r,
-                         v * self.lanes, self.columns)
+            lines += put(
+                s,
+                self.lanes,
+                self.node.y,
+                _row(self.out, r, self.out_row),
+                0 if self.out_row else r,
+                v * self.lanes,
+                self.columns,
+            )
         return lines
 
 
@@ -179,8 +212,17 @@ def added(name: str, lanes: int, value: Value, base: str, row: int, column: int,
     return [f"{name}[{lane}] += ({base})[{at + lane * one}];" for lane in range(left)]
 
 
-def put(name: str, lanes: int, y: Value, base: str, row: int, column: int, columns: int, first: int = 0,
-        count: int | None = None) -> list[str]:
+def put(
+    name: str,
+    lanes: int,
+    y: Value,
+    base: str,
+    row: int,
+    column: int,
+    columns: int,
+    first: int = 0,
+    count: int | None = None,
+) -> list[str]:
     """C lines that store a vector's lanes, `count` from `first` on, at (row, column) from `base` on."""
     _, _, step, one = strides(y)
     count = lanes if count is None else count

@@ -118,8 +118,9 @@ def macs_ns(target: Target, macs: float) -> float:
 def packed(weight: Array, rows: int, depth: int) -> Array:
     """(out, in) in panels of `rows` outputs, `depth` inputs at a time: depth, panel, input, output."""
     outs, ins = weight.shape
-    parts = [weight[o: o + rows, k: k + depth].T.reshape(-1) for k in range(0, ins, depth)
-             for o in range(0, outs, rows)]
+    parts = [
+        weight[o : o + rows, k : k + depth].T.reshape(-1) for k in range(0, ins, depth) for o in range(0, outs, rows)
+    ]
     return np.concatenate(parts).astype(np.float32)
 
 
@@ -165,8 +166,9 @@ def tail_helpers(tail: Tail, lanes: int) -> tuple[str, ...]:
     return (*found, *tail.helpers)
 
 
-def _columns_body(node: Node, found: Linear, tail: Tail, lanes: int, rows: int, vectors: int, depth: int,
-                  narrow: Widen | None) -> str:
+def _columns_body(
+    node: Node, found: Linear, tail: Tail, lanes: int, rows: int, vectors: int, depth: int, narrow: Widen | None
+) -> str:
     x, y = node.input(found.x), node.y
     name = f"x{found.x}"
     way = walk(y, found.feature_y, [(name, x, found.feature_x), *tail.others(node)])
@@ -178,20 +180,31 @@ def _columns_body(node: Node, found: Linear, tail: Tail, lanes: int, rows: int, 
         return "\n".join([*text, *way.close])
     # Each panel is widened once, then used for all positions.
     deep = depth < found.ins
-    blocks = f"((ks + {narrow.block - 1}) / {narrow.block})" if deep and narrow.block < found.ins else (
-        str(-(-found.ins // narrow.block)))
+    blocks = (
+        f"((ks + {narrow.block - 1}) / {narrow.block})"
+        if deep and narrow.block < found.ins
+        else (str(-(-found.ins // narrow.block)))
+    )
     text += ["float *const wide = (float *)scratch;", *narrow.starts()]
 
     def panel(high: int) -> list[str]:
         ks = "ks" if deep else str(found.ins)
-        each = _runs(way.count, lanes, vectors, lambda a, v: [
-            "const float *w = wide;", *_panel(found, tail, way, a, v, high, ks, deep, depth, name)])
+        each = _runs(
+            way.count,
+            lanes,
+            vectors,
+            lambda a, v: ["const float *w = wide;", *_panel(found, tail, way, a, v, high, ks, deep, depth, name)],
+        )
         return [*narrow.lines(high, ks, blocks, "wide"), *each]
 
     inner = _panels(found.outs, rows, panel)
     if deep:
-        inner = [f"for (int k0 = 0; k0 < {found.ins}; k0 += {depth}) {{",
-                 f"    const int ks = {found.ins} - k0 < {depth} ? {found.ins} - k0 : {depth};", *inside(inner), "}"]
+        inner = [
+            f"for (int k0 = 0; k0 < {found.ins}; k0 += {depth}) {{",
+            f"    const int ks = {found.ins} - k0 < {depth} ? {found.ins} - k0 : {depth};",
+            *inside(inner),
+            "}",
+        ]
     return "\n".join([*text, *inner, *way.close])
 
 
@@ -216,9 +229,16 @@ def _runs(count: int, lanes: int, vectors: int, block: Callable[[int, int], list
     if vectors > 1:
         text += [f"for (; t + {lanes} <= {c(count)}; t += {lanes}) {{", *inside(block(lanes, 1)), "}"]
     if lanes > 1:
-        text += [f"if (t < {c(count)} && {c(count)} >= {lanes}) {{", f"    t = {c(count)} - {lanes};",
-                 *inside(block(lanes, 1)), f"    t = {c(count)};", "}",
-                 f"for (; t < {c(count)}; t++) {{", *inside(block(1, 1)), "}"]
+        text += [
+            f"if (t < {c(count)} && {c(count)} >= {lanes}) {{",
+            f"    t = {c(count)} - {lanes};",
+            *inside(block(lanes, 1)),
+            f"    t = {c(count)};",
+            "}",
+            f"for (; t < {c(count)}; t++) {{",
+            *inside(block(1, 1)),
+            "}",
+        ]
     return ["{", *inside(text), "}"]
 
 
@@ -233,21 +253,38 @@ def _panels(outs: int, rows: int, panel: Callable[[int], list[str]]) -> list[str
     return text + (at_value("int", "o", full * rows, panel(rest)) if rest else [])
 
 
-def _columns_block(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, rows: int, depth: int,
-                   name: str) -> list[str]:
+def _columns_block(
+    found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, rows: int, depth: int, name: str
+) -> list[str]:
     """All outputs at the positions t .. t + lanes * vectors - 1."""
     ins, deep = found.ins, depth < found.ins
     ks = "ks" if deep else str(ins)
-    inner = _panels(found.outs, rows, lambda high: _panel(
-        found, tail, way, lanes, vectors, high, ks, deep, depth, name))
+    inner = _panels(
+        found.outs, rows, lambda high: _panel(found, tail, way, lanes, vectors, high, ks, deep, depth, name)
+    )
     if not deep:
         return ["const float *w = weight;", *inner]
-    return ["const float *w = weight;", f"for (int k0 = 0; k0 < {ins}; k0 += {depth}) {{",
-            f"    const int ks = {ins} - k0 < {depth} ? {ins} - k0 : {depth};", *inside(inner), "}"]
+    return [
+        "const float *w = weight;",
+        f"for (int k0 = 0; k0 < {ins}; k0 += {depth}) {{",
+        f"    const int ks = {ins} - k0 < {depth} ? {ins} - k0 : {depth};",
+        *inside(inner),
+        "}",
+    ]
 
 
-def _panel(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, rows: int, ks: str, deep: bool, depth: int,
-           name: str) -> list[str]:
+def _panel(
+    found: Linear,
+    tail: Tail,
+    way: Walk,
+    lanes: int,
+    vectors: int,
+    rows: int,
+    ks: str,
+    deep: bool,
+    depth: int,
+    name: str,
+) -> list[str]:
     kind, wide = vector(lanes), lanes * vectors
     sx, sy = way.feature[name], way.feature["y0"]
     unit = lanes == 1
@@ -257,16 +294,21 @@ def _panel(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, rows:
     def load(pointer: str) -> str:
         return f"*({pointer})" if unit else f"*(const {kind} *)({pointer})"
 
-    text = [f"const float *r = {at('x', ('k0' if deep else '0', sx), ('t', 1))};",
-            f"float *const q = {at('y', ('o', sy), ('t', 1))};", f"{kind} {', '.join(flat)};"]
+    text = [
+        f"const float *r = {at('x', ('k0' if deep else '0', sx), ('t', 1))};",
+        f"float *const q = {at('y', ('o', sy), ('t', 1))};",
+        f"{kind} {', '.join(flat)};",
+    ]
     first = []
     for i in range(rows):
         start = f"bias[o + {i}]" if tail.bias is not None else "0"
         value = start if unit else f"({kind}){{}} + {start}" if tail.bias is not None else f"({kind}){{}}"
         first.append(" ".join(f"{n} = {value};" for n in names[i]))
     if deep:
-        again = [" ".join(f"{n} = {load(at('q', (str(i), sy), (str(j * lanes), 1)))};" for j, n in enumerate(names[i]))
-                 for i in range(rows)]
+        again = [
+            " ".join(f"{n} = {load(at('q', (str(i), sy), (str(j * lanes), 1)))};" for j, n in enumerate(names[i]))
+            for i in range(rows)
+        ]
         text += ["if (k0 == 0) {", *inside(first), "} else {", *inside(again), "}"]
     else:
         text += first
@@ -276,8 +318,11 @@ def _panel(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, rows:
         if unit:
             text.append("    " + " ".join(f"{n} += w[{i}] * v{j};" for j, n in enumerate(names[i])))
         else:
-            text.append(f"    {{ const {kind} s = ({kind}){{}} + w[{i}]; "
-                        + " ".join(f"{n} += s * v{j};" for j, n in enumerate(names[i])) + " }")
+            text.append(
+                f"    {{ const {kind} s = ({kind}){{}} + w[{i}]; "
+                + " ".join(f"{n} += s * v{j};" for j, n in enumerate(names[i]))
+                + " }"
+            )
     text.append("}")
     last = []
     if tail.clamp is not None:
@@ -286,17 +331,23 @@ def _panel(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, rows:
     if last:
         text += [f"if (k0 + {depth} >= {found.ins}) {{", *inside(last), "}"] if deep else last
     for i in range(rows):
-        text.append(" ".join(
-            f"{'*(' if unit else f'*({kind} *)('}{at('q', (str(i), sy), (str(j * lanes), 1))}) = {n};"
-            for j, n in enumerate(names[i])))
+        text.append(
+            " ".join(
+                f"{'*(' if unit else f'*({kind} *)('}{at('q', (str(i), sy), (str(j * lanes), 1))}) = {n};"
+                for j, n in enumerate(names[i])
+            )
+        )
     if tail.expr is not None:
         places = [at(f"e{i}", ("o + i", way.feature[f"x{i}"]), ("t", way.step[f"x{i}"])) for i in tail.extras]
-        loop = [f"for (int i = 0; i < {rows}; i++) {{", f"    float *const z = {at('q', ('i', sy))};",
-                *(f"    const float *const z{i} = {place};"
-                  for i, place in zip(tail.extras, places, strict=True)),
-                f"    for (int j = 0; j < {wide}; j++) {{",
-                *inside(tail.text("z[j]", [f"z{i}[{times('j', way.step[f'x{i}'])}]" for i in tail.extras]), "        "),
-                "    }", "}"]
+        loop = [
+            f"for (int i = 0; i < {rows}; i++) {{",
+            f"    float *const z = {at('q', ('i', sy))};",
+            *(f"    const float *const z{i} = {place};" for i, place in zip(tail.extras, places, strict=True)),
+            f"    for (int j = 0; j < {wide}; j++) {{",
+            *inside(tail.text("z[j]", [f"z{i}[{times('j', way.step[f'x{i}'])}]" for i in tail.extras]), "        "),
+            "    }",
+            "}",
+        ]
         text += [f"if (k0 + {depth} >= {found.ins}) {{", *inside(loop), "}"] if deep else loop
     return text
 
@@ -309,7 +360,7 @@ def packed_rows(weight: Array, wide: int, lanes: int) -> Array:
     outs, ins = weight.shape
     parts = []
     for o in range(0, outs, wide):
-        part = weight[o: o + wide]
+        part = weight[o : o + wide]
         held = np.zeros((-(-len(part) // lanes) * lanes, ins), np.float32)
         held[: len(part)] = part
         parts.append(held.T.reshape(-1))
@@ -320,8 +371,11 @@ def _rows(found: Linear, target: Target, lanes: int, high: int, vectors: int, na
     tail = tail_of(found.node, found.feature_y)
     want_x, want_y = found.inner(positions_inside=False)
     wide = lanes * vectors
-    constants = {"weight": packed_rows(found.weight, wide, lanes)} if narrow is None else (
-        narrow.constants(wide, found.ins, lanes))
+    constants = (
+        {"weight": packed_rows(found.weight, wide, lanes)}
+        if narrow is None
+        else (narrow.constants(wide, found.ins, lanes))
+    )
     if tail.bias is not None:
         bias = np.zeros(-(-found.outs // lanes) * lanes, np.float32)
         bias[: found.outs] = tail.bias
@@ -342,8 +396,7 @@ def _rows(found: Linear, target: Target, lanes: int, high: int, vectors: int, na
     )  # fmt: skip
 
 
-def _rows_body(node: Node, found: Linear, tail: Tail, lanes: int, high: int, vectors: int,
-               narrow: Widen | None) -> str:
+def _rows_body(node: Node, found: Linear, tail: Tail, lanes: int, high: int, vectors: int, narrow: Widen | None) -> str:
     x, y = node.input(found.x), node.y
     name = f"x{found.x}"
     way = walk(y, found.feature_y, [(name, x, found.feature_x), *tail.others(node)])
@@ -371,8 +424,9 @@ def _rows_body(node: Node, found: Linear, tail: Tail, lanes: int, high: int, vec
     return "\n".join(text)
 
 
-def _positions(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, width: int, high: int, count: int,
-               name: str) -> list[str]:
+def _positions(
+    found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, width: int, high: int, count: int, name: str
+) -> list[str]:
     """Outputs o .. o + width - 1 at every position."""
     kind = size_type(count)
 
@@ -400,14 +454,19 @@ def _positions(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, w
     return text
 
 
-def _tile(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, width: int, high: int,
-          name: str) -> list[str]:
+def _tile(
+    found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, width: int, high: int, name: str
+) -> list[str]:
     kind, unit = vector(lanes), lanes == 1
     sx, tx, ty = way.feature[name], way.step[name], way.step["y0"]
     names = [[f"a{i}" if vectors == 1 else f"a{i}_{j}" for j in range(vectors)] for i in range(high)]
     flat = [n for line in names for n in line]
-    text = [f"const float *r = {at('x', ('t', tx))};", "const float *v = w;",
-            f"float *const q = {at('y', ('t', ty), ('o', 1))};", f"{kind} {', '.join(flat)};"]
+    text = [
+        f"const float *r = {at('x', ('t', tx))};",
+        "const float *v = w;",
+        f"float *const q = {at('y', ('t', ty), ('o', 1))};",
+        f"{kind} {', '.join(flat)};",
+    ]
     for j in range(vectors):
         start = f"bias[o + {j * lanes}]" if unit else f"*(const {kind} *)(bias + o + {j * lanes})"
         value = start if tail.bias is not None else "0" if unit else f"({kind}){{}}"
@@ -420,8 +479,11 @@ def _tile(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, width:
         if unit:
             text.append("    " + " ".join(f"{n} += {number} * v{j};" for j, n in enumerate(names[i])))
         else:
-            text.append(f"    {{ const {kind} s = ({kind}){{}} + {number}; "
-                        + " ".join(f"{n} += s * v{j};" for j, n in enumerate(names[i])) + " }")
+            text.append(
+                f"    {{ const {kind} s = ({kind}){{}} + {number}; "
+                + " ".join(f"{n} += s * v{j};" for j, n in enumerate(names[i]))
+                + " }"
+            )
     text.append("}")
     if tail.clamp is not None:
         for n in flat:
@@ -429,8 +491,15 @@ def _tile(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, width:
     whole, left = width // lanes, width % lanes
     for i in range(high):
         place = at("q", (str(i), ty))
-        text += ([" ".join(f"{'*(' if unit else f'*({kind} *)('}{place} + {j * lanes}) = {names[i][j]};"
-                           for j in range(whole))] if whole else [])
+        text += (
+            [
+                " ".join(
+                    f"{'*(' if unit else f'*({kind} *)('}{place} + {j * lanes}) = {names[i][j]};" for j in range(whole)
+                )
+            ]
+            if whole
+            else []
+        )
         if left:
             text += [f"for (int j = 0; j < {left}; j++) ({place})[{whole * lanes} + j] = {names[i][whole]}[j];"]
     if tail.expr is not None:
@@ -438,7 +507,10 @@ def _tile(found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, width:
         for i in tail.extras:
             place = at(f"e{i}", ("t + i", way.step[f"x{i}"]), ("o", way.feature[f"x{i}"]))
             text.append(f"    const float *const z{i} = {place};")
-        text += [f"    for (int j = 0; j < {width}; j++) {{",
-                 *inside(tail.text("z[j]", [f"z{i}[{times('j', way.feature[f'x{i}'])}]" for i in tail.extras]),
-                      "        "), "    }", "}"]
+        text += [
+            f"    for (int j = 0; j < {width}; j++) {{",
+            *inside(tail.text("z[j]", [f"z{i}[{times('j', way.feature[f'x{i}'])}]" for i in tail.extras]), "        "),
+            "    }",
+            "}",
+        ]
     return text

@@ -32,6 +32,7 @@ from lilliput.engine.target import Target
 
 Masks = dict[tuple[bool, ...], str]  # names by which lanes are kept
 
+
 @kernel("Conv")
 def depthwise(node: Node, target: Target) -> Iterator[Kernel]:
     """Convolutions in one or two dimensions with as many groups as input channels."""
@@ -45,10 +46,15 @@ def depthwise(node: Node, target: Target) -> Iterator[Kernel]:
     bias = what.bias if what.bias is not None else np.zeros(y.shape[1], np.float32)
     slack = reach(taps, lanes)
     whole = Want(pitch=target.lanes, slack=slack) if x.rank == 3 else Want(plane=target.lanes, slack=slack)
-    yield Kernel(f"depthwise-{rows}x{lanes}", lambda n: body(n, what, taps, lanes, rows),
-                 wants=(whole, None, None, *([whole] if what.residual else [])), skips=(1, 2),
-                 constants={"w": weight, "bias": bias}, cost_ns=estimate(taps, lanes) * int(x.shape[0]) + 100,
-                 helpers=(*heads(target.lanes), *what.helpers))
+    yield Kernel(
+        f"depthwise-{rows}x{lanes}",
+        lambda n: body(n, what, taps, lanes, rows),
+        wants=(whole, None, None, *([whole] if what.residual else [])),
+        skips=(1, 2),
+        constants={"w": weight, "bias": bias},
+        cost_ns=estimate(taps, lanes) * int(x.shape[0]) + 100,
+        helpers=(*heads(target.lanes), *what.helpers),
+    )
 
 
 def suits(node: Node) -> tuple[Window, Array, After] | None:
@@ -96,23 +102,46 @@ def body(node: Node, what: After, taps: Window, lanes: int, rows: int) -> str:
     residual = node.input(3) if what.residual is not None else None
     masks: Masks = {}
     lines = channels(x, y, residual, what, taps, lanes, rows, masks)
-    pointers = [f"const float *xn = {plus('x0', ('n', x.strides[0]))};",
-                f"float *yn = {plus('y0', ('n', y.strides[0]))};"]
+    pointers = [
+        f"const float *xn = {plus('x0', ('n', x.strides[0]))};",
+        f"float *yn = {plus('y0', ('n', y.strides[0]))};",
+    ]
     if residual is not None:
         pointers.append(f"const float *rn = {plus('x3', ('n', residual.strides[0]))};")
     kind = "int" if fixed(x.shape[0]) else "int64_t"
-    return "\n".join([*declared(masks, lanes), f"for ({kind} n = 0; n < {c(x.shape[0])}; n++) {{",
-                      *(f"    {line}" for line in (*pointers, *lines)), "}"])
+    return "\n".join(
+        [
+            *declared(masks, lanes),
+            f"for ({kind} n = 0; n < {c(x.shape[0])}; n++) {{",
+            *(f"    {line}" for line in (*pointers, *lines)),
+            "}",
+        ]
+    )
 
 
 def declared(masks: Masks, lanes: int) -> list[str]:
     """C lines that define the masks."""
-    return [f"const {vector(lanes, 'i32')} {name} = {{{', '.join('-1' if on else '0' for on in bits)}}};"
-            for bits, name in masks.items()] if lanes > 1 else []
+    return (
+        [
+            f"const {vector(lanes, 'i32')} {name} = {{{', '.join('-1' if on else '0' for on in bits)}}};"
+            for bits, name in masks.items()
+        ]
+        if lanes > 1
+        else []
+    )
 
 
-def channels(x: Value, y: Value, residual: Value | None, what: After, taps: Window, lanes: int, rows: int,
-             masks: Masks, names: tuple[str, str, str] = ("xn", "yn", "rn")) -> list[str]:
+def channels(
+    x: Value,
+    y: Value,
+    residual: Value | None,
+    what: After,
+    taps: Window,
+    lanes: int,
+    rows: int,
+    masks: Masks,
+    names: tuple[str, str, str] = ("xn", "yn", "rn"),
+) -> list[str]:
     """C lines for the channels of one image, whose pointers have these names."""
     flat = x.rank == 3
     pitch = {"x": 0 if flat else int(x.strides[2]), "y": 0 if flat else int(y.strides[2])}
@@ -120,9 +149,11 @@ def channels(x: Value, y: Value, residual: Value | None, what: After, taps: Wind
         pitch["r"] = 0 if flat else int(residual.strides[2])
     lines = _Text(x, y, what, taps, lanes, rows, pitch, masks).plane()
     channel = "c" if taps.outs == 1 else f"(c / {taps.outs})"
-    pointers = [f"const float *x = {plus(names[0], (channel, x.strides[1]))};",
-                f"float *y = {plus(names[1], ('c', y.strides[1]))};",
-                f"const float *v = {plus('w', ('c', taps.kernel[0] * taps.kernel[1]))};"]
+    pointers = [
+        f"const float *x = {plus(names[0], (channel, x.strides[1]))};",
+        f"float *y = {plus(names[1], ('c', y.strides[1]))};",
+        f"const float *v = {plus('w', ('c', taps.kernel[0] * taps.kernel[1]))};",
+    ]
     if residual is not None:
         pointers.append(f"const float *r = {plus(names[2], ('c', residual.strides[1]))};")
     if int(y.shape[1]) == 1:
@@ -131,8 +162,9 @@ def channels(x: Value, y: Value, residual: Value | None, what: After, taps: Wind
 
 
 class _Text:
-    def __init__(self, x: Value, y: Value, what: After, taps: Window, lanes: int, rows: int, pitch: dict[str, int],
-                 masks: Masks) -> None:
+    def __init__(
+        self, x: Value, y: Value, what: After, taps: Window, lanes: int, rows: int, pitch: dict[str, int], masks: Masks
+    ) -> None:
         self.what, self.taps, self.lanes, self.rows, self.pitch, self.masks = what, taps, lanes, rows, pitch, masks
         self.spill = _spills(y, taps, lanes)
         self.before = int(x.offset)  # elements before the first that may be read
@@ -153,16 +185,24 @@ class _Text:
                 row_step = row_group[1][0] - r[0] if len(row_group) > 1 else 0
                 column_step = column_group[1][0] - c_[0] if len(column_group) > 1 else 0
                 block = self._block(r, c_[0], row_step, column_step)
-                lines += around(len(row_group), "i", around(len(column_group), "j", block)) if len(row_group) > 1 else (
-                    around(len(column_group), "j", block))
+                lines += (
+                    around(len(row_group), "i", around(len(column_group), "j", block))
+                    if len(row_group) > 1
+                    else (around(len(column_group), "j", block))
+                )
         return lines
 
     def _reached(self, first: int, rows: int) -> tuple[tuple[int, ...], ...]:
         """For each output row, the taps whose input row lies inside."""
         t = self.taps
-        return tuple(tuple(k for k in range(t.kernel[0])
-                           if 0 <= (first + i) * t.stride[0] + k * t.dilation[0] - t.before[0] < t.size[0])
-                     for i in range(rows))
+        return tuple(
+            tuple(
+                k
+                for k in range(t.kernel[0])
+                if 0 <= (first + i) * t.stride[0] + k * t.dilation[0] - t.before[0] < t.size[0]
+            )
+            for i in range(rows)
+        )
 
     def _edge(self, first: int, rows: int) -> tuple[bool, bool]:
         """Whether the block reads the first input row, and writes the last output row."""
@@ -170,8 +210,10 @@ class _Text:
 
     def _columns(self, start: int) -> tuple[object, ...]:
         """What differs between blocks of columns: the masks, and whether loads begin before the row."""
-        return tuple((self._mask(start, k), self._from(start, k) < 0, start + self.lanes > self.taps.out[1])
-                     for k in range(self.taps.kernel[1]))
+        return tuple(
+            (self._mask(start, k), self._from(start, k) < 0, start + self.lanes > self.taps.out[1])
+            for k in range(self.taps.kernel[1])
+        )
 
     def _from(self, start: int, k: int) -> int:
         t = self.taps
@@ -201,8 +243,10 @@ class _Text:
             if first < 0:
                 low = 0 if at + first + self.before < 0 else first
             picks = ", ".join(str(max(0, 2 * j + first - low)) for j in range(lanes))
-            text = (f"shuffle_f32x{lanes}({load(plus(base, at + low), lanes)}, "
-                    f"{load(plus(base, at + low + lanes), lanes)}, {picks})")
+            text = (
+                f"shuffle_f32x{lanes}({load(plus(base, at + low), lanes)}, "
+                f"{load(plus(base, at + low + lanes), lanes)}, {picks})"
+            )
         if mask is None:
             return text
         name = self.masks.setdefault(mask, f"m{len(self.masks)}")
@@ -216,8 +260,9 @@ class _Text:
         moving = [*([("i", row_step)] if row_step else []), *([("j", column_step)] if column_step else [])]
 
         def base(name: str, scale: tuple[int, int]) -> str:
-            return plus(name, *((n, step * (scale[0] * self.pitch[name] if n == "i" else scale[1]))
-                                for n, step in moving))
+            return plus(
+                name, *((n, step * (scale[0] * self.pitch[name] if n == "i" else scale[1])) for n, step in moving)
+            )
 
         kind = vector(lanes)
         lines = []
@@ -291,4 +336,3 @@ def _alike(items: list[tuple[int, int]], sign: Callable[[tuple[int, int]], objec
                 continue
         found.append([item])
     return found
-

@@ -106,9 +106,12 @@ def _body(roles: Roles, tail: Tail, lanes: int, rows: int, vectors: int, packed:
     text = ["float *const buffer = (float *)scratch;"] if packed or _partial(roles, lanes) else []
     for name, size in zip(counters, sizes, strict=True):
         text.append(f"for ({size_type(size)} {name} = 0; {name} < {c(size)}; {name}++) {{")
-    pointers = [("float *const y", "y0"), ("const float *const u", f"x{roles.along}"),
-                ("const float *const s", f"x{1 - roles.along}"),
-                *((f"const float *const e{i}", f"x{i}") for i in tail.extras)]
+    pointers = [
+        ("float *const y", "y0"),
+        ("const float *const u", f"x{roles.along}"),
+        ("const float *const s", f"x{1 - roles.along}"),
+        *((f"const float *const e{i}", f"x{i}") for i in tail.extras),
+    ]
     for (declared, base), step in zip(pointers, steps, strict=True):
         place = loops.index(counters, step)
         text.append(f"{declared} = {base}{'' if place == '0' else ' + ' + place};")
@@ -130,8 +133,11 @@ def _all(roles: Roles, tail: Tail, lanes: int, rows: int, vectors: int, packed: 
         full, rest = count // wide, count % wide
         text = []
         if full:
-            text += [f"for ({kind} t = 0; t < {full * wide}; t += {wide}) {{",
-                     *inside(_columns(roles, tail, lanes, rows, vectors, wide, packed)), "}"]
+            text += [
+                f"for ({kind} t = 0; t < {full * wide}; t += {wide}) {{",
+                *inside(_columns(roles, tail, lanes, rows, vectors, wide, packed)),
+                "}",
+            ]
         start = full * wide
         if rest >= lanes:
             some = rest // lanes
@@ -140,15 +146,21 @@ def _all(roles: Roles, tail: Tail, lanes: int, rows: int, vectors: int, packed: 
         if rest:
             text += at_value(kind, "t", start, _columns(roles, tail, lanes, rows, 1, rest, True))
         return text
-    return [f"{kind} t = 0;", f"for (; t + {wide} <= {c(count)}; t += {wide}) {{",
-            *inside(_columns(roles, tail, lanes, rows, vectors, wide, packed)), "}",
-            f"for (; t < {c(count)}; t += {lanes}) {{",
-            f"    const int width = {c(count)} - t < {lanes} ? (int)({c(count)} - t) : {lanes};",
-            *inside(_columns(roles, tail, lanes, rows, 1, "width", True)), "}"]
+    return [
+        f"{kind} t = 0;",
+        f"for (; t + {wide} <= {c(count)}; t += {wide}) {{",
+        *inside(_columns(roles, tail, lanes, rows, vectors, wide, packed)),
+        "}",
+        f"for (; t < {c(count)}; t += {lanes}) {{",
+        f"    const int width = {c(count)} - t < {lanes} ? (int)({c(count)} - t) : {lanes};",
+        *inside(_columns(roles, tail, lanes, rows, 1, "width", True)),
+        "}",
+    ]
 
 
-def _columns(roles: Roles, tail: Tail, lanes: int, rows: int, vectors: int, width: int | str,
-             packed: bool) -> list[str]:
+def _columns(
+    roles: Roles, tail: Tail, lanes: int, rows: int, vectors: int, width: int | str, packed: bool
+) -> list[str]:
     """The result's `width` places along vectors, from t on."""
     u, depth, count = roles.vectors, roles.depth, roles.node.y.shape[roles.r]
     uv, uk, _, _ = roles.dims()
@@ -164,8 +176,10 @@ def _columns(roles: Roles, tail: Tail, lanes: int, rows: int, vectors: int, widt
         else:
             text += [f"for ({kind} k = 0; k < {c(depth)}; k++)", f"    for (int j = 0; j < {width}; j++) {copy}"]
         if width != wide:
-            text += [f"for ({kind} k = 0; k < {c(depth)}; k++)",
-                     f"    for (int j = {width}; j < {wide}; j++) buffer[k * {wide} + j] = 0;"]
+            text += [
+                f"for ({kind} k = 0; k < {c(depth)}; k++)",
+                f"    for (int j = {width}; j < {wide}; j++) buffer[k * {wide} + j] = 0;",
+            ]
 
     def tile(high: int) -> list[str]:
         return _tile(roles, tail, lanes, high, vectors, width, packed)
@@ -196,10 +210,12 @@ def _tile(roles: Roles, tail: Tail, lanes: int, rows: int, vectors: int, width: 
     flat = [n for line in names for n in line]
     yr = y.strides[roles.r]
     step = c(wide) if packed else c(u.strides[uk])
-    text = [f"const float *p = {'buffer' if packed else at('u', ('t', 1))};",
-            f"const float *w = {at('s', ('r', s.strides[sr]))};",
-            f"float *const q = {at('y', ('r', yr), ('t', 1))};",
-            f"{kind} {', '.join(f'{n} = 0' if unit else f'{n} = ({kind}){{}}' for n in flat)};"]
+    text = [
+        f"const float *p = {'buffer' if packed else at('u', ('t', 1))};",
+        f"const float *w = {at('s', ('r', s.strides[sr]))};",
+        f"float *const q = {at('y', ('r', yr), ('t', 1))};",
+        f"{kind} {', '.join(f'{n} = 0' if unit else f'{n} = ({kind}){{}}' for n in flat)};",
+    ]
     count = size_type(roles.depth)
     text.append(f"for ({count} k = 0; k < {c(roles.depth)}; k++, p += {step}, w += {c(s.strides[sk])}) {{")
     for j in range(vectors):
@@ -210,8 +226,11 @@ def _tile(roles: Roles, tail: Tail, lanes: int, rows: int, vectors: int, width: 
         if unit:
             text.append("    " + " ".join(f"{n} += {number} * v{j};" for j, n in enumerate(names[i])))
         else:
-            text.append(f"    {{ const {kind} m = ({kind}){{}} + {number}; "
-                        + " ".join(f"{n} += m * v{j};" for j, n in enumerate(names[i])) + " }")
+            text.append(
+                f"    {{ const {kind} m = ({kind}){{}} + {number}; "
+                + " ".join(f"{n} += m * v{j};" for j, n in enumerate(names[i]))
+                + " }"
+            )
     text.append("}")
     if tail.clamp is not None:
         text += [" ".join(clamped(n, lanes, tail.clamp)) for n in flat]
@@ -235,6 +254,10 @@ def _tile(roles: Roles, tail: Tail, lanes: int, rows: int, vectors: int, width: 
             down, stride = steps[roles.r], steps[roles.v]
             text.append(f"    const float *const z{e} = {at(f'e{e}', ('r + i', down), ('t', stride))};")
             places.append(f"z{e}[{times('j', stride)}]")
-        text += [f"    for (int j = 0; j < {width}; j++) {{", *inside(tail.text("z[j]", places), "        "), "    }",
-                 "}"]
+        text += [
+            f"    for (int j = 0; j < {width}; j++) {{",
+            *inside(tail.text("z[j]", places), "        "),
+            "    }",
+            "}",
+        ]
     return text

@@ -15,28 +15,34 @@ from lilliput.engine.target import Target
 
 def checked(name: str, read: str, size: int) -> list[str]:
     """C statements that read a position, counted from the end where negative, and `return 1` where it is outside."""
-    return [f"int64_t {name} = {read};", f"if ({name} < 0) {name} += {c(size)};",
-            f"if ({name} < 0 || {name} >= {c(size)}) return 1;"]
+    return [
+        f"int64_t {name} = {read};",
+        f"if ({name} < 0) {name} += {c(size)};",
+        f"if ({name} < 0 || {name} >= {c(size)}) return 1;",
+    ]
 
 
 @kernel("Gather")
 def gather(node: Node, target: Target) -> Iterator[Kernel]:
     """y[..., i..., ...] = x[..., indices[i...], ...]. attrs: axis."""
-    yield Kernel("rows", _gather, cost_ns=20.0 + 2.0 * int(node.input(1).size) + 0.25 * int(node.y.size),
-                 fails=OUT_OF_RANGE)
+    yield Kernel(
+        "rows", _gather, cost_ns=20.0 + 2.0 * int(node.input(1).size) + 0.25 * int(node.y.size), fails=OUT_OF_RANGE
+    )
 
 
 def _gather(node: Node) -> str:
     x, indices, y, axis = node.x, node.input(1), node.y, node.attrs["axis"]
-    inside = y.strides[axis: axis + indices.rank]
+    inside = y.strides[axis : axis + indices.rank]
     others = [d for d in range(x.rank) if d != axis]
     shape = [x.shape[d] for d in others]
     goal = [y.strides[d if d < axis else d + indices.rank - 1] for d in others]
 
     def row(names: list[str]) -> list[str]:
         lines = checked("p", f"x1[{loops.index(names, indices.strides)}]", x.shape[axis])
-        lines += [f"const {x.c_type} *from = x0 + {c(x.strides[axis])}*p;",
-                  f"{y.c_type} *to = y0 + {loops.index(names, inside)};"]
+        lines += [
+            f"const {x.c_type} *from = x0 + {c(x.strides[axis])}*p;",
+            f"{y.c_type} *to = y0 + {loops.index(names, inside)};",
+        ]
         return [*lines, *copied("to", goal, "from", [x.strides[d] for d in others], shape, "k").splitlines()]
 
     return loops.nest(indices.shape, row) + "\nreturn 0;"
@@ -51,8 +57,10 @@ def gather_elements(node: Node, target: Target) -> Iterator[Kernel]:
 
         def element(names: list[str]) -> list[str]:
             source = loops.index([("p" if d == axis else n) for d, n in enumerate(names)], x.strides)
-            return [*checked("p", f"x1[{loops.index(names, indices.strides)}]", x.shape[axis]),
-                    f"y0[{loops.index(names, y.strides)}] = x0[{source}];"]
+            return [
+                *checked("p", f"x1[{loops.index(names, indices.strides)}]", x.shape[axis]),
+                f"y0[{loops.index(names, y.strides)}] = x0[{source}];",
+            ]
 
         return loops.nest(y.shape, element) + "\nreturn 0;"
 
@@ -72,15 +80,22 @@ def gather_nd(node: Node, target: Target) -> Iterator[Kernel]:
         def row(names: list[str]) -> list[str]:
             lines = _position(names, indices, x, depth, batch)
             start = loops.index(names[:batch], x.strides[:batch])
-            lines += [f"const {x.c_type} *from = x0 + {start} + place;",
-                      f"{y.c_type} *to = y0 + {loops.index(names, y.strides[:lead])};"]
-            return [*lines, *copied("to", y.strides[lead:], "from", [x.strides[d] for d in rest],
-                                    [x.shape[d] for d in rest], "k").splitlines()]
+            lines += [
+                f"const {x.c_type} *from = x0 + {start} + place;",
+                f"{y.c_type} *to = y0 + {loops.index(names, y.strides[:lead])};",
+            ]
+            return [
+                *lines,
+                *copied(
+                    "to", y.strides[lead:], "from", [x.strides[d] for d in rest], [x.shape[d] for d in rest], "k"
+                ).splitlines(),
+            ]
 
         return loops.nest(indices.shape[:-1], row) + "\nreturn 0;"
 
-    yield Kernel("rows", body, cost_ns=20.0 + 2.0 * int(node.input(1).size) + 0.25 * int(node.y.size),
-                 fails=OUT_OF_RANGE)
+    yield Kernel(
+        "rows", body, cost_ns=20.0 + 2.0 * int(node.input(1).size) + 0.25 * int(node.y.size), fails=OUT_OF_RANGE
+    )
 
 
 def _position(names: list[str], indices: Value, x: Value, depth: int, first: int = 0) -> list[str]:
@@ -89,7 +104,7 @@ def _position(names: list[str], indices: Value, x: Value, depth: int, first: int
     for k in range(depth):
         lines += checked(f"p{k}", f"x1[{loops.index([*names, str(k)], indices.strides)}]", x.shape[first + k])
     names = [f"p{k}" for k in range(depth)]
-    return [*lines, f"const int64_t place = {loops.index(names, x.strides[first: first + depth])};"]
+    return [*lines, f"const int64_t place = {loops.index(names, x.strides[first : first + depth])};"]
 
 
 def _changed(how: str, target: str, update: str, value: Value) -> str:
@@ -115,16 +130,27 @@ def scatter_nd(node: Node, target: Target) -> Iterator[Kernel]:
 
         def row(names: list[str]) -> list[str]:
             lines = _position(names, indices, y, depth)
-            lines += [f"{y.c_type} *to = y0 + place;",
-                      f"const {updates.c_type} *from = x2 + {loops.index(names, updates.strides[:lead])};"]
+            lines += [
+                f"{y.c_type} *to = y0 + place;",
+                f"const {updates.c_type} *from = x2 + {loops.index(names, updates.strides[:lead])};",
+            ]
             sizes, (goal, source) = loops.collapsed(y.shape[depth:], [y.strides[depth:], updates.strides[lead:]])
-            return [*lines, *loops.nest(sizes, lambda k: [_changed(how, at("to", k, goal), at("from", k, source), y)],
-                                        "k").splitlines()]
+            return [
+                *lines,
+                *loops.nest(
+                    sizes, lambda k: [_changed(how, at("to", k, goal), at("from", k, source), y)], "k"
+                ).splitlines(),
+            ]
 
         return f"{_start(x, y)}{loops.nest(indices.shape[:-1], row)}\nreturn 0;"
 
-    yield Kernel("rows", body, cost_ns=20.0 + 0.2 * int(node.y.size) + 2.0 * int(node.input(2).size), reuses=(0,),
-                 fails=OUT_OF_RANGE)
+    yield Kernel(
+        "rows",
+        body,
+        cost_ns=20.0 + 0.2 * int(node.y.size) + 2.0 * int(node.input(2).size),
+        reuses=(0,),
+        fails=OUT_OF_RANGE,
+    )
 
 
 def _start(x: Value, y: Value) -> str:
@@ -141,13 +167,20 @@ def scatter_elements(node: Node, target: Target) -> Iterator[Kernel]:
 
         def element(names: list[str]) -> list[str]:
             goal = loops.index([("p" if d == axis else n) for d, n in enumerate(names)], y.strides)
-            return [*checked("p", f"x1[{loops.index(names, indices.strides)}]", x.shape[axis]),
-                    _changed(how, f"y0[{goal}]", f"x2[{loops.index(names, updates.strides)}]", y)]
+            return [
+                *checked("p", f"x1[{loops.index(names, indices.strides)}]", x.shape[axis]),
+                _changed(how, f"y0[{goal}]", f"x2[{loops.index(names, updates.strides)}]", y),
+            ]
 
         return f"{_start(x, y)}{loops.nest(indices.shape, element)}\nreturn 0;"
 
-    yield Kernel("elements", body, cost_ns=20.0 + 0.2 * int(node.y.size) + 3.0 * int(node.input(2).size), reuses=(0,),
-                 fails=OUT_OF_RANGE)
+    yield Kernel(
+        "elements",
+        body,
+        cost_ns=20.0 + 0.2 * int(node.y.size) + 3.0 * int(node.input(2).size),
+        reuses=(0,),
+        fails=OUT_OF_RANGE,
+    )
 
 
 @kernel("ReverseSequence")
@@ -160,11 +193,13 @@ def reverse_sequence(node: Node, target: Target) -> Iterator[Kernel]:
 
         def row(names: list[str]) -> list[str]:
             b, t = names
-            lines = [f"const int64_t many = x1[{loops.index([b], lengths.strides)}];",
-                     f"if (many < 0 || many > {c(x.shape[time])}) return 1;",
-                     f"const int64_t p = {t} < many ? many - 1 - {t} : {t};",
-                     f"const {x.c_type} *from = x0 + {loops.index([b, 'p'], [x.strides[batch], x.strides[time]])};",
-                     f"{y.c_type} *to = y0 + {loops.index([b, t], [y.strides[batch], y.strides[time]])};"]
+            lines = [
+                f"const int64_t many = x1[{loops.index([b], lengths.strides)}];",
+                f"if (many < 0 || many > {c(x.shape[time])}) return 1;",
+                f"const int64_t p = {t} < many ? many - 1 - {t} : {t};",
+                f"const {x.c_type} *from = x0 + {loops.index([b, 'p'], [x.strides[batch], x.strides[time]])};",
+                f"{y.c_type} *to = y0 + {loops.index([b, t], [y.strides[batch], y.strides[time]])};",
+            ]
             return [*lines, *copied("to", y.strides[2:], "from", x.strides[2:], x.shape[2:], "k").splitlines()]
 
         return loops.nest([x.shape[batch], x.shape[time]], row) + "\nreturn 0;"

@@ -48,16 +48,27 @@ static inline i32x{n} dot4_{n}(i32x{n} acc, uint32_t x, i32x{n} w)
 
 def dot4(lanes: int) -> str:
     """C text of dot4_N, for the head of the file."""
-    unsigned = (f"typedef uint32_t u32x{lanes} __attribute__((vector_size({4 * lanes}), aligned(4), may_alias));\n")
+    unsigned = f"typedef uint32_t u32x{lanes} __attribute__((vector_size({4 * lanes}), aligned(4), may_alias));\n"
     bits = 32 * lanes
     wide = f"__m{bits}i"
     half = "_mm" if bits == 128 else f"_mm{bits}"
-    has = {16: "defined(__AVX512VNNI__)", 8: "defined(__AVX512VNNI__) && defined(__AVX512VL__)",
-           4: "defined(__AVX512VNNI__) && defined(__AVX512VL__)"}[lanes]
+    has = {
+        16: "defined(__AVX512VNNI__)",
+        8: "defined(__AVX512VNNI__) && defined(__AVX512VL__)",
+        4: "defined(__AVX512VNNI__) && defined(__AVX512VL__)",
+    }[lanes]
     pairs = {16: "defined(__AVX512BW__)", 8: "defined(__AVX2__)", 4: "defined(__SSE2__)"}[lanes]
     call = f"{half}_dpbusd_epi32(({wide})acc, ({wide})((i32x{lanes}){{}} + (int32_t)x), ({wide})w)"
-    return unsigned + DOT4.format(n=lanes, has=has, pairs=pairs, call=call, wide=wide, madd=f"{half}_madd_epi16",
-                                  shift_left=f"{half}_slli_epi16", shift_right=f"{half}_srai_epi16")
+    return unsigned + DOT4.format(
+        n=lanes,
+        has=has,
+        pairs=pairs,
+        call=call,
+        wide=wide,
+        madd=f"{half}_madd_epi16",
+        shift_left=f"{half}_slli_epi16",
+        shift_right=f"{half}_srai_epi16",
+    )
 
 
 @dataclass(frozen=True)
@@ -105,12 +116,12 @@ def integer_rows(node: Node, target: Target) -> Iterator[Kernel]:
     rows = -(-ins // 4) * 4
     parts, sums, zeros = [], [], []
     for o in range(0, outs, wide):
-        part = found.codes[:, o: o + wide]
+        part = found.codes[:, o : o + wide]
         held = np.zeros((rows, -(-part.shape[1] // lanes) * lanes), np.int8)
         held[:ins, : part.shape[1]] = part
         parts.append(held.reshape(rows // 4, 4, -1).transpose(0, 2, 1).reshape(-1))
         sums.append(held.astype(np.int32).sum(0))
-        zeros.append(np.append(found.zero[o: o + wide], [0] * (held.shape[1] - part.shape[1])))
+        zeros.append(np.append(found.zero[o : o + wide], [0] * (held.shape[1] - part.shape[1])))
     constants: dict[str, Array] = {"codes": np.concatenate(parts), "sums": np.concatenate(sums).astype(np.int32)}
     if found.zero.any():
         constants["zeros"] = np.concatenate(zeros).astype(np.int32)
@@ -135,11 +146,14 @@ def _body(node: Node, found: Codes, lanes: int, high: int, vectors: int) -> str:
     others: list[tuple[str, Value, int | None]] = [("x0", a, a.rank - 1)]
     others += [(f"x{i}", node.input(i), None) for i in _extras(node)]
     way = walk(y, y.rank - 1, others)
-    text = ["int32_t *const sum = (int32_t *)scratch;",
-            f"const int32_t zero = {'(int32_t)*x2' if node.maybe(2) is not None else '0'}"
-            f"{f' + {found.shift}' if found.shift else ''};",
-            *way.open, f"const uint8_t *const x = (const uint8_t *)({way.base['x0']});",
-            f"{y.c_type} *const y = {way.base['y0']};"]
+    text = [
+        "int32_t *const sum = (int32_t *)scratch;",
+        f"const int32_t zero = {'(int32_t)*x2' if node.maybe(2) is not None else '0'}"
+        f"{f' + {found.shift}' if found.shift else ''};",
+        *way.open,
+        f"const uint8_t *const x = (const uint8_t *)({way.base['x0']});",
+        f"{y.c_type} *const y = {way.base['y0']};",
+    ]
     text += [f"const {node.input(i).c_type} *const e{i} = {way.base[f'x{i}']};" for i in _extras(node)]
     ins, outs = found.codes.shape
     wide, rows = lanes * vectors, -(-ins // 4) * 4
@@ -167,8 +181,11 @@ def _positions(node: Node, found: Codes, way: Walk, lanes: int, vectors: int, wi
         count = int(count)
         high = -(-count // -(-count // high))
         full, rest = count // high, count % high
-        text = [f"for ({kind} t = 0; t < {full * high}; t += {high}) {{", *inside(tile(high)), "}"] if full > 1 else (
-            at_value(kind, "t", 0, tile(high)))
+        text = (
+            [f"for ({kind} t = 0; t < {full * high}; t += {high}) {{", *inside(tile(high)), "}"]
+            if full > 1
+            else (at_value(kind, "t", 0, tile(high)))
+        )
         return text + (at_value(kind, "t", full * high, tile(rest)) if rest else [])
     text = [f"{kind} t = 0;", f"for (; t + {high} <= {c(count)}; t += {high}) {{", *inside(tile(high)), "}"]
     return [*text, f"for (; t < {c(count)}; t++) {{", *inside(tile(1)), "}"] if high > 1 else text
@@ -178,8 +195,11 @@ def _tile(node: Node, found: Codes, way: Walk, lanes: int, vectors: int, width: 
     kind, ins, wide, y = vector(lanes, "i32"), found.codes.shape[0], lanes * vectors, node.y
     tx, ty = way.step["x0"], way.step["y0"]
     names = [[f"a{i}_{j}" for j in range(vectors)] for i in range(high)]
-    text = [f"const uint8_t *r = {at('x', ('t', tx))};", "const int8_t *v = w;",
-            f"{kind} {', '.join(n for line in names for n in line)};"]
+    text = [
+        f"const uint8_t *r = {at('x', ('t', tx))};",
+        "const int8_t *v = w;",
+        f"{kind} {', '.join(n for line in names for n in line)};",
+    ]
     for j in range(vectors):
         text.append(f"{' = '.join(line[j] for line in names)} = *(const {kind} *)(sums + o + {j * lanes}) * -zero;")
 
@@ -188,8 +208,11 @@ def _tile(node: Node, found: Codes, way: Walk, lanes: int, vectors: int, width: 
         for i in range(high):
             place = at("r", (str(i), tx)) if i else "r"
             read = f"uint32_t s{' = 0' if size < 4 else ''}; memcpy(&s, {place}, {size});"
-            lines.append(f"{{ {read}{' s ^= 0x80808080u;' if found.shift else ''} "
-                         + " ".join(f"{n} = dot4_{lanes}({n}, s, v{j});" for j, n in enumerate(names[i])) + " }")
+            lines.append(
+                f"{{ {read}{' s ^= 0x80808080u;' if found.shift else ''} "
+                + " ".join(f"{n} = dot4_{lanes}({n}, s, v{j});" for j, n in enumerate(names[i]))
+                + " }"
+            )
         return lines
 
     if ins >= 4:
@@ -198,13 +221,15 @@ def _tile(node: Node, found: Codes, way: Walk, lanes: int, vectors: int, width: 
         text += ["{", *inside(step(ins % 4)), "}"]
     for i in range(high):
         text.append(" ".join(f"*({kind} *)(sum + {i * wide + j * lanes}) = {n};" for j, n in enumerate(names[i])))
-    text += [f"for (int i = 0; i < {high}; i++) {{",
-             f"    {y.c_type} *const z = {at('y', ('t + i', ty), ('o', 1))};"]
+    text += [f"for (int i = 0; i < {high}; i++) {{", f"    {y.c_type} *const z = {at('y', ('t + i', ty), ('o', 1))};"]
     if found.zero.any():
-        text += ["    int32_t row = 0;", f"    const uint8_t *const b = {at('x', ('t + i', tx))};",
-                 f"    for (int k = 0; k < {ins}; k++) row += b[k]{' ^ 0x80' if found.shift else ''};",
-                 f"    row -= {ins} * zero;",
-                 f"    for (int j = 0; j < {width}; j++) sum[i * {wide} + j] -= row * zeros[o + j];"]
+        text += [
+            "    int32_t row = 0;",
+            f"    const uint8_t *const b = {at('x', ('t + i', tx))};",
+            f"    for (int k = 0; k < {ins}; k++) row += b[k]{' ^ 0x80' if found.shift else ''};",
+            f"    row -= {ins} * zero;",
+            f"    for (int j = 0; j < {width}; j++) sum[i * {wide} + j] -= row * zeros[o + j];",
+        ]
     places = [f"sum[i * {wide} + j]"]
     for e in _extras(node):
         along = way.feature[f"x{e}"]
@@ -213,8 +238,14 @@ def _tile(node: Node, found: Codes, way: Walk, lanes: int, vectors: int, width: 
         places.append(f"z{e}[{times('j', along)}]")
     expr = node.attrs.get("expr")
     lines, (result,) = statements([expr or arg(0, np.int32)], places)
-    return [*text, f"    for (int j = 0; j < {width}; j++) {{", *inside(lines, "        "), f"        z[j] = {result};",
-            "    }", "}"]
+    return [
+        *text,
+        f"    for (int j = 0; j < {width}; j++) {{",
+        *inside(lines, "        "),
+        f"        z[j] = {result};",
+        "    }",
+        "}",
+    ]
 
 
 @kernel("MatMulInteger")
@@ -222,8 +253,12 @@ def plain_integer(node: Node, target: Target) -> Iterator[Kernel]:
     """Any operands."""
     del target
     expr = node.attrs.get("expr")
-    yield Kernel("plain", _plain, cost_ns=1.5 * int(node.y.size) * int(node.x.shape[-1]),
-                 helpers=texts(*needs([expr])) if expr is not None else ())
+    yield Kernel(
+        "plain",
+        _plain,
+        cost_ns=1.5 * int(node.y.size) * int(node.x.shape[-1]),
+        helpers=texts(*needs([expr])) if expr is not None else (),
+    )
 
 
 def _plain(node: Node) -> str:
@@ -234,16 +269,21 @@ def _plain(node: Node) -> str:
 
     def inner(names: list[str]) -> list[str]:
         outer, m, n = names[:lead], names[lead] if rows else "", names[-1] if columns else ""
-        sa, sb = (loops.strides_of(v, (*shapes, *v.shape[-min(v.rank, 2):])) for v in (a, b))
+        sa, sb = (loops.strides_of(v, (*shapes, *v.shape[-min(v.rank, 2) :])) for v in (a, b))
         left = loops.index([*outer, *([m] if rows else []), "k"], sa)
         right = loops.index([*outer, "k", *([n] if columns else [])], sb)
         za = " - (int32_t)*x2" if node.maybe(2) is not None else ""
         zero = node.maybe(3)
         zb = "" if zero is None else f" - (int32_t)x3[{n if zero.size != 1 and n else '0'}]"
-        lines = ["int32_t sum = 0;", f"for (int64_t k = 0; k < {c(a.shape[-1])}; k++)",
-                 f"    sum += ((int32_t)x0[{left}]{za}) * ((int32_t)x1[{right}]{zb});"]
-        places = ["sum", *(f"x{i}[{loops.index(names, loops.strides_of(node.input(i), y.shape))}]"
-                           for i in _extras(node))]
+        lines = [
+            "int32_t sum = 0;",
+            f"for (int64_t k = 0; k < {c(a.shape[-1])}; k++)",
+            f"    sum += ((int32_t)x0[{left}]{za}) * ((int32_t)x1[{right}]{zb});",
+        ]
+        places = [
+            "sum",
+            *(f"x{i}[{loops.index(names, loops.strides_of(node.input(i), y.shape))}]" for i in _extras(node)),
+        ]
         more, (result,) = statements([node.attrs.get("expr") or arg(0, np.int32)], places)
         return [*lines, *more, f"y0[{loops.index(names, y.strides)}] = {result};"]
 

@@ -31,15 +31,24 @@ def strided(node: Node, target: Target) -> Iterator[Kernel]:
     exprs = node.attrs["exprs"]
     reuses = tuple(i for i, v in enumerate(node.inputs) if v is not None and v.shape == node.y.shape)
     cost = 0.25 * int(node.y.size) * (work(exprs) + 1) / target.lanes + 20
-    yield Kernel("loops", lambda n: body(n, target), cost_ns=cost,
-                 helpers=lambda n: texts(*expr.needs(exprs)) + (turning(target) if _Operands(n).turned else ()),
-                 reuses=reuses if len(node.outputs) == 1 and node.op == "Map" else ())
+    yield Kernel(
+        "loops",
+        lambda n: body(n, target),
+        cost_ns=cost,
+        helpers=lambda n: texts(*expr.needs(exprs)) + (turning(target) if _Operands(n).turned else ()),
+        reuses=reuses if len(node.outputs) == 1 and node.op == "Map" else (),
+    )
 
 
 def _in_place(x: Value, y: Value) -> bool:
     """Whether an input is the memory that the output is written to, element by element."""
-    return (x.buffer is y.buffer and x.dtype == y.dtype and x.shape == y.shape and x.offset == y.offset
-            and x.strides == y.strides)
+    return (
+        x.buffer is y.buffer
+        and x.dtype == y.dtype
+        and x.shape == y.shape
+        and x.offset == y.offset
+        and x.strides == y.strides
+    )
 
 
 class _Operands:
@@ -48,13 +57,21 @@ class _Operands:
     def __init__(self, node: Node) -> None:
         self.outputs = [v for v in node.outputs if v is not None]
         # An input that is overwritten is read through the output's name, so that no other pointer meets it.
-        self.inputs = [("y0" if len(self.outputs) == 1 and _in_place(v, node.y) else f"x{i}", v)
-                       for i, v in enumerate(node.inputs) if v is not None]
+        self.inputs = [
+            ("y0" if len(self.outputs) == 1 and _in_place(v, node.y) else f"x{i}", v)
+            for i, v in enumerate(node.inputs)
+            if v is not None
+        ]
         values = [*self.outputs, *(v for _, v in self.inputs)]
         self.sizes, self.strides = loops.collapsed(node.y.shape, [loops.strides_of(v, node.y.shape) for v in values])
         found = turned(self.sizes, self.strides, len(self.outputs))
-        self.turned = found if found and all(values[i].dtype == "float32" for i in found[1]) and not any(
-            v.buffer is y.buffer for v in (values[i] for i in found[1]) for y in self.outputs) else None
+        self.turned = (
+            found
+            if found
+            and all(values[i].dtype == "float32" for i in found[1])
+            and not any(v.buffer is y.buffer for v in (values[i] for i in found[1]) for y in self.outputs)
+            else None
+        )
 
     def assigned(self, exprs: Sequence[expr.Expr], names: list[str], read: Mapping[int, str]) -> list[str]:
         """The statements of one element; read: what stands for some inputs."""
@@ -73,8 +90,9 @@ def body(node: Node, target: Target) -> str:
     exprs, count = node.attrs["exprs"], len(at.outputs)
     if not at.sizes:
         return "\n".join(at.assigned(exprs, [], {}))
-    steady = [count + i for i in range(len(at.inputs)) if fixed(at.strides[count + i][-1])
-              and at.strides[count + i][-1] == 0]
+    steady = [
+        count + i for i in range(len(at.inputs)) if fixed(at.strides[count + i][-1]) and at.strides[count + i][-1] == 0
+    ]
 
     def outer(names: list[str]) -> list[str]:
         held = []
@@ -84,8 +102,12 @@ def body(node: Node, target: Target) -> str:
         read = {i: f"{at.inputs[i - count][0]}_" for i in steady}
         last = f"i{len(names)}"
         kind = "int" if fixed(at.sizes[-1]) and at.sizes[-1] < 2**31 else "int64_t"
-        return [*held, f"for ({kind} {last} = 0; {last} < {c(at.sizes[-1])}; {last}++) {{",
-                *(f"    {line}" for line in at.assigned(exprs, [*names, last], read)), "}"]
+        return [
+            *held,
+            f"for ({kind} {last} = 0; {last} < {c(at.sizes[-1])}; {last}++) {{",
+            *(f"    {line}" for line in at.assigned(exprs, [*names, last], read)),
+            "}",
+        ]
 
     return loops.nest(at.sizes[:-1], outer)
 
@@ -123,7 +145,13 @@ def _tiles(node: Node, at: _Operands) -> str:
             lines += [f"float {key}_tile[{TILE * TILE}];", f"turn({key}_tile, {TILE}, {source});"]
             read[i] = f"{key}_tile[{TILE}*p + q]"
         here = counters(*(f"({s} + {k})" if s != "0" else k for s, k in ((a, "p"), (b, "q"))))
-        return [*lines, f"for (int p = 0; p < {columns}; p++) {{", f"    for (int q = 0; q < {rows}; q++) {{",
-                *(f"        {line}" for line in at.assigned(exprs, here, read)), "    }", "}"]
+        return [
+            *lines,
+            f"for (int p = 0; p < {columns}; p++) {{",
+            f"    for (int q = 0; q < {rows}; q++) {{",
+            *(f"        {line}" for line in at.assigned(exprs, here, read)),
+            "    }",
+            "}",
+        ]
 
     return loops.nest([at.sizes[d] for d in rest], outer)

@@ -13,8 +13,9 @@ from lilliput.engine.size import c
 from lilliput.engine.target import Target
 
 
-def copied(to: str, to_strides: Sequence[int], from_: str, from_strides: Sequence[int], shape: Sequence[int],
-           prefix: str = "i") -> str:
+def copied(
+    to: str, to_strides: Sequence[int], from_: str, from_strides: Sequence[int], shape: Sequence[int], prefix: str = "i"
+) -> str:
     """Loops that copy a box of elements; `to` and `from_` are C expressions of the places of its first element."""
     sizes, (out, into) = loops.collapsed(shape, [tuple(to_strides), tuple(from_strides)])
     return loops.nest(sizes, lambda names: [f"{at(to, names, out)} = {at(from_, names, into)};"], prefix)
@@ -113,14 +114,27 @@ def _take(node: Node) -> str:
         for name, d in zip(names, order, strict=True):
             if d in tables:
                 lines.append(f"const int64_t p{d} = {c(x.strides[d])} * (int64_t)map{d}[{name}];")
-        source = " + ".join(f"p{d}" if d in tables else f"{c(x.strides[d])}*{name}"
-                            for name, d in zip(names, order, strict=True)) or "0"
+        source = (
+            " + ".join(
+                f"p{d}" if d in tables else f"{c(x.strides[d])}*{name}" for name, d in zip(names, order, strict=True)
+            )
+            or "0"
+        )
         goal = loops.index(names, [y.strides[d] for d in order])
         if not tail:
             return [*lines, f"y0[{goal}] = x0[{source}];"]
         lines += [f"const {x.c_type} *from = x0 + {source};", f"{y.c_type} *to = y0 + {goal};"]
-        return [*lines, *copied("to", [y.strides[d] for d in tail], "from", [x.strides[d] for d in tail],
-                                [y.shape[d] for d in tail], "k").splitlines()]
+        return [
+            *lines,
+            *copied(
+                "to",
+                [y.strides[d] for d in tail],
+                "from",
+                [x.strides[d] for d in tail],
+                [y.shape[d] for d in tail],
+                "k",
+            ).splitlines(),
+        ]
 
     return loops.nest([y.shape[d] for d in order], inner)
 
@@ -147,9 +161,11 @@ def _mirror(node: Node) -> str:
             elif mode == "wrap":
                 lines.append(f"p{d} = ((p{d} % {size}) + {size}) % {size};")
             else:
-                lines += [f"const int64_t period{d} = {size} > 1 ? 2*({size} - 1) : 1;",
-                          f"p{d} = ((p{d} % period{d}) + period{d}) % period{d};",
-                          f"if (p{d} >= {size}) p{d} = period{d} - p{d};"]
+                lines += [
+                    f"const int64_t period{d} = {size} > 1 ? 2*({size} - 1) : 1;",
+                    f"p{d} = ((p{d} % period{d}) + period{d}) % period{d};",
+                    f"if (p{d} >= {size}) p{d} = period{d} - p{d};",
+                ]
         source = loops.index([f"p{d}" if padded[d] else n for d, n in enumerate(names)], x.strides)
         return [*lines, f"y0[{loops.index(names, y.strides)}] = x0[{source}];"]
 

@@ -24,8 +24,13 @@ def normalize(node: Node, target: Target) -> Iterator[Kernel]:
     inverse deviation; pre, an expression of the inputs' elements (x where it is None).
     """
     pre = node.attrs.get("pre")
-    yield Kernel("three passes", lambda n: _normalize(n, target), cost_ns=4.0 * int(node.x.size) / target.lanes + 50,
-                 helpers=texts(*(needs([pre]) if pre is not None else ())), follows=True)
+    yield Kernel(
+        "three passes",
+        lambda n: _normalize(n, target),
+        cost_ns=4.0 * int(node.x.size) / target.lanes + 50,
+        helpers=texts(*(needs([pre]) if pre is not None else ())),
+        follows=True,
+    )
 
 
 def _normalize(node: Node, target: Target) -> str:
@@ -62,7 +67,10 @@ def _normalize(node: Node, target: Target) -> str:
     return walk.text(
         Each(entry.first, (("sum", "sum", lambda w: "element"),)),
         Once((("mean", lambda w: f"{w.value('sum')} / {count}"),)),
-        Each(off, (("square", "sum", lambda w: "off * off"),)), inverse, Each(result))
+        Each(off, (("square", "sum", lambda w: "off * off"),)),
+        inverse,
+        Each(result),
+    )
 
 
 @kernel("LRN")
@@ -85,6 +93,7 @@ def _local_response(node: Node) -> str:
             f"for (int64_t k = first; k <= last; k++) sum += x0[{at}] * x0[{at}];",
             f"y0[{loops.index(names, node.y.strides)}] = x0[{loops.index(names, x.strides)}] / powf("
             f"{literal(a['bias'], 'float32')} + {literal(a['alpha'] / size, 'float32')} * sum, "
-            f"{literal(a['beta'], 'float32')});"]
+            f"{literal(a['beta'], 'float32')});",
+        ]
 
     return loops.nest(x.shape, inner)

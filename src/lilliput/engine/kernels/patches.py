@@ -7,6 +7,7 @@ convolution are. This suits few input channels, strides and dilations, for which
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -30,19 +31,26 @@ def patches(node: Node, target: Target) -> Iterator[Kernel]:
     w, weight = found[0], found[1].reshape(found[0].groups, found[0].outs, found[0].depth)
     bias = what.bias if what.bias is not None else np.zeros(w.groups * w.outs, np.float32)
     tall, wide = tile(w)
-    common = {"wants": (Want(), None, None, *([Want()] if what.residual else [])), "skips": (1, 2),
-              "helpers": (*heads(target.lanes), *what.helpers), "scratch": 4 * w.depth * tall * wide + 64,
-              "reuses": (3,) if what.residual else ()}
+    common: dict[str, Any] = {
+        "wants": (Want(), None, None, *([Want()] if what.residual else [])),
+        "skips": (1, 2),
+        "helpers": (*heads(target.lanes), *what.helpers),
+        "scratch": 4 * w.depth * tall * wide + 64,
+        "reuses": (3,) if what.residual else (),
+    }
     images = int(node.x.shape[0])
     count = images * w.out[0] * w.out[1]
     gather_ns = 0.25 * w.depth * w.groups * count + 20.0 * w.depth * w.groups * images * w.out[0]
     each_ns = 0.3 * count / max(min(target.lanes, 16), 4 if target.lanes > 1 else 1)
     rows = 8 if registers(target) == 32 else 4
     rows = min(rows, w.outs)
-    yield Kernel(f"patches-dense-{rows}x3", lambda n: body(n, w, what, lambda found: pixels.dense_run(
-        found, what, (w.outs, w.depth), rows, target)),
+    yield Kernel(
+        f"patches-dense-{rows}x3",
+        lambda n: body(n, w, what, lambda found: pixels.dense_run(found, what, (w.outs, w.depth), rows, target)),
         constants={"w": np.concatenate([pixels.packed(part, rows) for part in weight]), "bias": bias},
-        cost_ns=gather_ns + each_ns * weight.size + 200, **common)  # type: ignore[arg-type]
+        cost_ns=gather_ns + each_ns * weight.size + 200,
+        **common,
+    )
     kept = int(np.count_nonzero(weight))
     if w.groups > 1 or kept > pixels.WORTH * weight.size:
         return
@@ -50,12 +58,22 @@ def patches(node: Node, target: Target) -> Iterator[Kernel]:
         block = most * target.lanes
         chunk = pixels.chunked(w.depth, block)
         values, indices, counts = pixels.nonzeros(weight[0], chunk)
-        yield Kernel(f"patches-sparse-{block}", lambda n, most=most, chunk=chunk: body(  # type: ignore[misc]
-            n, w, what, lambda found: pixels.sparse_run(found, what, (w.outs, w.depth), most, chunk,
-                                                        pixels.kinds(n.kernel), target)),
+        yield Kernel(
+            f"patches-sparse-{block}",
+            lambda n, most=most, chunk=chunk: body(  # type: ignore[misc]
+                n,
+                w,
+                what,
+                lambda found: pixels.sparse_run(
+                    found, what, (w.outs, w.depth), most, chunk, pixels.kinds(n.kernel), target
+                ),
+            ),
             constants={"w": values, "indices": indices, "counts": counts, "bias": bias},
-            cost_ns=gather_ns + 1.6 * each_ns * kept + 1.5 * len(counts) * -(-count // block) + most, nonzeros=kept,
-            values=weight.size, **common)  # type: ignore[arg-type]
+            cost_ns=gather_ns + 1.6 * each_ns * kept + 1.5 * len(counts) * -(-count // block) + most,
+            nonzeros=kept,
+            values=weight.size,
+            **common,
+        )
 
 
 def tile(w: Window) -> tuple[int, int]:
@@ -87,8 +105,14 @@ def body(node: Node, w: Window, what: After, multiplied: Callable[[Runs], list[s
             i, j = ("i", tall if row_times > 1 else 0), ("j", wide if times > 1 else 0)
             row, column = plus(str(first_row), i), plus(str(first_column), j)
 
-            def moved(name: str, pitch: int, start: int = first_row, at: int = first_column,
-                      i: tuple[str, int] = i, j: tuple[str, int] = j) -> str:
+            def moved(
+                name: str,
+                pitch: int,
+                start: int = first_row,
+                at: int = first_column,
+                i: tuple[str, int] = i,
+                j: tuple[str, int] = j,
+            ) -> str:
                 return plus(name, (i[0], i[1] * pitch), j, start * pitch + at)
 
             block = gathered(w, rows, columns, pitch, row, column, x.strides[1], row_x)
@@ -100,13 +124,18 @@ def body(node: Node, w: Window, what: After, multiplied: Callable[[Runs], list[s
             else:
                 steps = [f"y += {c(row_y)}", f"x += {columns}", *([f"r += {c(row_r)}"] if residual is not None else [])]
                 line = multiplied(Runs([], [], columns, channels, lambda lanes: False))
-                block += [f"for (int line = 0; line < {rows}; line++, {', '.join(steps)}) {{",
-                          *(f"    {text}" for text in line), "}"]
+                block += [
+                    f"for (int line = 0; line < {rows}; line++, {', '.join(steps)}) {{",
+                    *(f"    {text}" for text in line),
+                    "}",
+                ]
             lines += around(row_times, "i", around(times, "j", block))
     grouped = w.groups > 1
     head = ["float *patch = (float *)scratch;"]
-    group = [f"const float *xg = {plus('x0', ('n', x.strides[0]), ('e', w.ins * x.strides[1] if grouped else 0))};",
-             f"float *yg = {plus('y0', ('n', y.strides[0]), ('e', w.outs * y.strides[1] if grouped else 0))};"]
+    group = [
+        f"const float *xg = {plus('x0', ('n', x.strides[0]), ('e', w.ins * x.strides[1] if grouped else 0))};",
+        f"float *yg = {plus('y0', ('n', y.strides[0]), ('e', w.outs * y.strides[1] if grouped else 0))};",
+    ]
     if residual is not None:
         step = w.outs * residual.strides[1] if grouped else 0
         group.append(f"const float *rg = {plus('x3', ('n', residual.strides[0]), ('e', step))};")
@@ -114,8 +143,14 @@ def body(node: Node, w: Window, what: After, multiplied: Callable[[Runs], list[s
         head += ["const float *all = w, *each = bias;"]
         group += [f"const float *w = all + e * {w.outs * w.depth};", f"const float *bias = each + e * {w.outs};"]
     kind = "int" if fixed(x.shape[0]) else "int64_t"
-    return "\n".join([*head, f"for ({kind} n = 0; n < {c(x.shape[0])}; n++) {{",
-                      *(f"    {line}" for line in around(w.groups, "e", [*group, *lines])), "}"])
+    return "\n".join(
+        [
+            *head,
+            f"for ({kind} n = 0; n < {c(x.shape[0])}; n++) {{",
+            *(f"    {line}" for line in around(w.groups, "e", [*group, *lines])),
+            "}",
+        ]
+    )
 
 
 def parts(total: int, size: int) -> list[tuple[int, int, int]]:
@@ -145,11 +180,21 @@ def gathered(w: Window, rows: int, columns: int, pitch: int, row: str, column: s
             copies.append(f"for (int q = 0; q < {columns}; q++)")
             copies.append(f"    {to} = q + first >= {low} && q + first < {high} ? {source} : 0;")
     taps = w.kernel[0] * w.kernel[1]
-    inside = [f"const int at = ({row} + h) * {w.stride[0]} + k * {w.dilation[0]} - {w.before[0]};",
-              f"float *to = patch + c * {taps * pitch} + k * {w.kernel[1] * pitch} + h * {columns};",
-              f"if (at < 0 || at >= {w.size[0]}) {{",
-              *(f"    for (int q = 0; q < {columns}; q++) to[{plus('q', t * pitch)}] = 0;" for t in range(w.kernel[1])),
-              "    continue;", "}", f"const float *from = xg + c * {c(plane)} + at * {c(line)};",
-              *([] if columns == w.out[1] else [f"const int first = {column};"]), *copies]
-    return [f"for (int c = 0; c < {w.ins}; c++)", f"    for (int k = 0; k < {w.kernel[0]}; k++)",
-            f"        for (int h = 0; h < {rows}; h++) {{", *(f"            {text}" for text in inside), "        }"]
+    inside = [
+        f"const int at = ({row} + h) * {w.stride[0]} + k * {w.dilation[0]} - {w.before[0]};",
+        f"float *to = patch + c * {taps * pitch} + k * {w.kernel[1] * pitch} + h * {columns};",
+        f"if (at < 0 || at >= {w.size[0]}) {{",
+        *(f"    for (int q = 0; q < {columns}; q++) to[{plus('q', t * pitch)}] = 0;" for t in range(w.kernel[1])),
+        "    continue;",
+        "}",
+        f"const float *from = xg + c * {c(plane)} + at * {c(line)};",
+        *([] if columns == w.out[1] else [f"const int first = {column};"]),
+        *copies,
+    ]
+    return [
+        f"for (int c = 0; c < {w.ins}; c++)",
+        f"    for (int k = 0; k < {w.kernel[0]}; k++)",
+        f"        for (int h = 0; h < {rows}; h++) {{",
+        *(f"            {text}" for text in inside),
+        "        }",
+    ]

@@ -8,6 +8,7 @@ output channels times some vectors of pixels stay in registers while the input c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -48,26 +49,38 @@ def pixels(node: Node, target: Target) -> Iterator[Kernel]:
     bias = what.bias if what.bias is not None else np.zeros(len(weight), np.float32)
     kept = int(np.count_nonzero(weight))
     pixels = int(x.size) // max(int(x.shape[1]), 1)
-    common = {"wants": (planes(x, target.lanes), None, None, *([planes(x, target.lanes)] if what.residual else [])),
-              "skips": (1, 2), "reuses": (3,) if what.residual else (),
-              "helpers": (*heads(target.lanes), *what.helpers)}
+    common: dict[str, Any] = {
+        "wants": (planes(x, target.lanes), None, None, *([planes(x, target.lanes)] if what.residual else [])),
+        "skips": (1, 2),
+        "reuses": (3,) if what.residual else (),
+        "helpers": (*heads(target.lanes), *what.helpers),
+    }
     each_ns = 0.3 * pixels / max(min(target.lanes, 16), 4 if target.lanes > 1 else 1)
     rows = 8 if registers(target) == 32 else 4
-    yield Kernel(f"pixels-dense-{rows}x3",
-                 lambda n: over(n, what, lambda found: dense_run(found, what, weight.shape, rows, target)),
-                 constants={"w": packed(weight, rows), "bias": bias}, cost_ns=each_ns * weight.size + 200,
-                 **common)  # type: ignore[arg-type]
+    yield Kernel(
+        f"pixels-dense-{rows}x3",
+        lambda n: over(n, what, lambda found: dense_run(found, what, weight.shape, rows, target)),
+        constants={"w": packed(weight, rows), "bias": bias},
+        cost_ns=each_ns * weight.size + 200,
+        **common,
+    )
     if kept > WORTH * weight.size:
         return
     for most in wide(target):
         block = most * max(target.lanes, 1)
         chunk = chunked(weight.shape[1], block)
         values, indices, counts = nonzeros(weight, chunk)
-        yield Kernel(f"pixels-sparse-{block}", lambda n, most=most, chunk=chunk: over(  # type: ignore[misc]
-            n, what, lambda found: sparse_run(found, what, weight.shape, most, chunk, kinds(n.kernel), target)),
+        yield Kernel(
+            f"pixels-sparse-{block}",
+            lambda n, most=most, chunk=chunk: over(  # type: ignore[misc]
+                n, what, lambda found: sparse_run(found, what, weight.shape, most, chunk, kinds(n.kernel), target)
+            ),
             constants={"w": values, "indices": indices, "counts": counts, "bias": bias},
-            cost_ns=1.6 * each_ns * kept + 1.5 * len(counts) * -(-pixels // block) + most, nonzeros=kept,
-            values=weight.size, **common)  # type: ignore[arg-type]
+            cost_ns=1.6 * each_ns * kept + 1.5 * len(counts) * -(-pixels // block) + most,
+            nonzeros=kept,
+            values=weight.size,
+            **common,
+        )
 
 
 def suits(node: Node) -> tuple[Array, After] | None:
@@ -97,19 +110,22 @@ def nonzeros(weight: Array, chunk: int) -> tuple[Array, Array, Array]:
     values, indices, counts = [], [], []
     kind = np.uint8 if chunk <= 256 else np.uint16 if chunk <= 65536 else np.uint32
     for start in range(0, weight.shape[1], chunk):
-        part = weight[:, start: start + chunk]
+        part = weight[:, start : start + chunk]
         row, column = np.nonzero(part)
         values.append(part[row, column])
         indices.append(column.astype(kind))
         counts.append(np.bincount(row, minlength=len(weight)))
     most = max(int(c.max(initial=0)) for c in counts)
-    return (np.concatenate(values).astype(np.float32), np.concatenate(indices),
-            np.concatenate(counts).astype(np.uint16 if most < 65536 else np.uint32))
+    return (
+        np.concatenate(values).astype(np.float32),
+        np.concatenate(indices),
+        np.concatenate(counts).astype(np.uint16 if most < 65536 else np.uint32),
+    )
 
 
 def packed(weight: Array, rows: int) -> Array:
     """The weights in the order in which the dense kernel reads them: `rows` output channels side by side, by input."""
-    parts = [weight[start: start + rows].T.reshape(-1) for start in range(0, len(weight), rows)]
+    parts = [weight[start : start + rows].T.reshape(-1) for start in range(0, len(weight), rows)]
     return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
@@ -126,11 +142,15 @@ def over(node: Node, what: After, multiplied: Callable[[Runs], list[str]]) -> st
     return "\n".join(found.inside(pointers, multiplied(found)))
 
 
-def sparse_run(found: Runs, what: After, shape: tuple[int, ...], most: int, chunk: int, types: tuple[str, str],
-               target: Target) -> list[str]:
+def sparse_run(
+    found: Runs, what: After, shape: tuple[int, ...], most: int, chunk: int, types: tuple[str, str], target: Target
+) -> list[str]:
     """C lines for one run: y, x and r point to its first pixel."""
-    return [line for block in blocks(found.count, target.lanes, most, found.gap(target.lanes))
-            for line in _sparse_block(found, block, what, shape, chunk, -(-shape[1] // chunk), types)]
+    return [
+        line
+        for block in blocks(found.count, target.lanes, most, found.gap(target.lanes))
+        for line in _sparse_block(found, block, what, shape, chunk, -(-shape[1] // chunk), types)
+    ]
 
 
 def kinds(kernel: Kernel) -> tuple[str, str]:
@@ -139,34 +159,50 @@ def kinds(kernel: Kernel) -> tuple[str, str]:
     return names[kernel.constants["indices"].dtype.name], names[kernel.constants["counts"].dtype.name]
 
 
-def _sparse_block(found: Runs, block: Block, what: After, shape: tuple[int, ...], chunk: int, parts: int,
-                  types: tuple[str, str]) -> list[str]:
+def _sparse_block(
+    found: Runs, block: Block, what: After, shape: tuple[int, ...], chunk: int, parts: int, types: tuple[str, str]
+) -> list[str]:
     pieces = list(enumerate(block.pieces))
     step_y, step_x = found.channel[0], found.channel[1]
     at = (("b", block.width if block.times > 1 else 0), block.start)
 
     def first(place: int, lanes: int) -> str:
-        return spread("bias[o]", lanes) + (f" + {load(plus('rb', ('o', found.channel[2]), place), lanes)}"
-                                            if what.residual is not None else "")
+        return spread("bias[o]", lanes) + (
+            f" + {load(plus('rb', ('o', found.channel[2]), place), lanes)}" if what.residual is not None else ""
+        )
 
     begin = [f"{vector(lanes)} a{i} = {first(place, lanes)};" for i, (place, lanes) in pieces]
     if parts > 1:
         begin += ["if (k) {", *(f"    a{i} = {load(plus('q', place), lanes)};" for i, (place, lanes) in pieces), "}"]
-    loop = ["for (int left = *n++; left; left--) {", f"    const float *p = xb + *i++ * {step_x};",
-            "    const float c = *v++;",
-            *(f"    a{i} += c * {load(plus('p', place), lanes)};" for i, (place, lanes) in pieces), "}"]
+    loop = [
+        "for (int left = *n++; left; left--) {",
+        f"    const float *p = xb + *i++ * {step_x};",
+        "    const float c = *v++;",
+        *(f"    a{i} += c * {load(plus('p', place), lanes)};" for i, (place, lanes) in pieces),
+        "}",
+    ]
     end = [line for i, (_, lanes) in pieces for line in what.finished(f"a{i}", lanes)]
     end = end if parts == 1 or not end else [f"if (k == {parts - 1}) {{", *(f"    {line}" for line in end), "}"]
     put = [store(plus("q", place), lanes, f"a{i}") for i, (place, lanes) in pieces]
     rest = what.rest("q", block.width)
     rest = rest if parts == 1 or not rest else [f"if (k == {parts - 1}) {{", *(f"    {line}" for line in rest), "}"]
-    row = [f"for (int o = 0; o < {shape[0]}; o++, q += {step_y}) {{",
-           *(f"    {line}" for line in (*begin, *loop, *end, *put, *rest)), "}"]
-    inside = [f"const float *xb = {plus('x', *at, ('k', chunk * step_x) if parts > 1 else 0)};",
-              f"float *q = {plus('y', *at)};", *row]
+    row = [
+        f"for (int o = 0; o < {shape[0]}; o++, q += {step_y}) {{",
+        *(f"    {line}" for line in (*begin, *loop, *end, *put, *rest)),
+        "}",
+    ]
+    inside = [
+        f"const float *xb = {plus('x', *at, ('k', chunk * step_x) if parts > 1 else 0)};",
+        f"float *q = {plus('y', *at)};",
+        *row,
+    ]
     chunks = around(parts, "k", inside) if parts > 1 else inside
-    start = ["const float *v = w;", f"const {types[0]} *i = indices;", f"const {types[1]} *n = counts;",
-             *([f"const float *rb = {plus('r', *at)};"] if what.residual is not None else [])]
+    start = [
+        "const float *v = w;",
+        f"const {types[0]} *i = indices;",
+        f"const {types[1]} *n = counts;",
+        *([f"const float *rb = {plus('r', *at)};"] if what.residual is not None else []),
+    ]
     return around(block.times, "b", [*start, *chunks])
 
 
@@ -182,8 +218,9 @@ def dense_run(found: Runs, what: After, shape: tuple[int, ...], rows: int, targe
     return lines
 
 
-def _dense_panel(found: Runs, block: Block, what: After, ins: int, first: int, panels: int,
-                 height: int, most_lanes: int) -> list[str]:
+def _dense_panel(
+    found: Runs, block: Block, what: After, ins: int, first: int, panels: int, height: int, most_lanes: int
+) -> list[str]:
     """Panel g of `panels`, each `height` output channels, the first at `first`, over one block of pixels."""
     step_y, step_x = found.channel[0], found.channel[1]
     at = (("b", block.width if block.times > 1 else 0), block.start)
@@ -192,10 +229,12 @@ def _dense_panel(found: Runs, block: Block, what: After, ins: int, first: int, p
     turned = height in (4, 8, 16) and height <= most_lanes
     vectors = [(i, place, lanes) for i, (place, lanes) in enumerate(block.pieces) if lanes > 1 or not turned]
     single = [(i, place) for i, (place, lanes) in enumerate(block.pieces) if lanes == 1 and turned]
-    lines = [f"const float *p = {plus('x', *at)};",
-             f"float *q = {plus('y', *at, ('g', many * height * step_y), first * step_y)};",
-             f"const float *v = {plus('w', ('g', many * height * ins), first * ins)};",
-             f"const float *s = {plus('bias', ('g', many * height), first)};"]
+    lines = [
+        f"const float *p = {plus('x', *at)};",
+        f"float *q = {plus('y', *at, ('g', many * height * step_y), first * step_y)};",
+        f"const float *v = {plus('w', ('g', many * height * ins), first * ins)};",
+        f"const float *s = {plus('bias', ('g', many * height), first)};",
+    ]
     residual = what.residual is not None
     if residual:
         step_r = found.channel[2]

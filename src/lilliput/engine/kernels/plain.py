@@ -37,8 +37,9 @@ def helpers_of(node: Node) -> tuple[str, ...]:
 def plain_conv(node: Node, target: Target) -> Iterator[Kernel]:
     """Every output is a sum over channels and taps, with bounds checked."""
     w = node.input(1)
-    yield Kernel("plain", _conv, cost_ns=3.0 * int(node.y.size) * int(w.size) / max(int(w.shape[0]), 1),
-                 helpers=helpers_of(node))
+    yield Kernel(
+        "plain", _conv, cost_ns=3.0 * int(node.y.size) * int(w.size) / max(int(w.shape[0]), 1), helpers=helpers_of(node)
+    )
 
 
 def _conv(node: Node) -> str:
@@ -53,8 +54,11 @@ def _conv(node: Node) -> str:
         where = [f"{place[d]}*{a['strides'][d]} - {a['pads'][d]} + {taps[d]}*{a['dilations'][d]}" for d in range(dims)]
         lines = ["float sum = 0;", f"for (int i = 0; i < {ins}; i++) {{"]
         for d in range(dims):
-            lines += [f"for (int {taps[d]} = 0; {taps[d]} < {w.shape[2 + d]}; {taps[d]}++) {{",
-                      f"const int64_t p{d} = {where[d]};", f"if (p{d} < 0 || p{d} >= {c(x.shape[2 + d])}) continue;"]
+            lines += [
+                f"for (int {taps[d]} = 0; {taps[d]} < {w.shape[2 + d]}; {taps[d]}++) {{",
+                f"const int64_t p{d} = {where[d]};",
+                f"if (p{d} < 0 || p{d} >= {c(x.shape[2 + d])}) continue;",
+            ]
         at = " + ".join([base, *(f"{c(x.strides[2 + d])}*p{d}" for d in range(dims))])
         lines.append(f"sum += x0[{at}] * x1[{loops.index([o, 'i', *taps], w.strides)}];")
         lines += ["}"] * (dims + 1)
@@ -79,12 +83,16 @@ def _matmul(node: Node) -> str:
 
     def inner(names: list[str]) -> list[str]:
         outer, m, n = names[:lead], names[lead] if rows else "", names[-1] if columns else ""
-        sa, sb = (loops.strides_of(v, (*y.shape[:lead], *v.shape[-min(v.rank, 2):])) for v in (a, b))
+        sa, sb = (loops.strides_of(v, (*y.shape[:lead], *v.shape[-min(v.rank, 2) :])) for v in (a, b))
         at = loops.index([*outer, *([m] if rows else []), "k"], sa)
         bt = loops.index([*outer, "k", *([n] if columns else [])], sb)
         after, result = epilogue(node, "sum", n or "0", names)
         kind = {"float32": "float"}.get(y.dtype.name, y.c_type)
-        return [f"{kind} sum = 0;", f"for (int64_t k = 0; k < {c(depth)}; k++) sum += x0[{at}] * x1[{bt}];",
-                *after, f"y0[{loops.index(names, y.strides)}] = {result};"]
+        return [
+            f"{kind} sum = 0;",
+            f"for (int64_t k = 0; k < {c(depth)}; k++) sum += x0[{at}] * x1[{bt}];",
+            *after,
+            f"y0[{loops.index(names, y.strides)}] = {result};",
+        ]
 
     return loops.nest(y.shape, inner)

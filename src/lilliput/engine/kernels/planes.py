@@ -37,36 +37,50 @@ def widths(lanes: int) -> list[int]:
 
 def heads(lanes: int) -> tuple[str, ...]:
     """The C text that vectors of at most `lanes` need."""
-    return tuple(text for width in reversed(widths(lanes)) if width > 1
-                 for text in (vector_types(width), pick(width), bounds(width), shuffle(width)))
+    return tuple(
+        text
+        for width in reversed(widths(lanes))
+        if width > 1
+        for text in (vector_types(width), pick(width), bounds(width), shuffle(width))
+    )
 
 
 def bounds(lanes: int) -> str:
     """C text of above_f32xN(a, b), the larger of each two, and below_f32xN: one instruction that GCC does not find."""
     f = vector(lanes)
-    native = {16: [("__AVX512F__", "immintrin.h", "__m512", "_mm512_max_ps", "_mm512_min_ps")],
-              8: [("__AVX__", "immintrin.h", "__m256", "_mm256_max_ps", "_mm256_min_ps")],
-              4: [("__SSE__", "immintrin.h", "__m128", "_mm_max_ps", "_mm_min_ps"),
-                  ("__ARM_NEON", "arm_neon.h", "float32x4_t", "vmaxq_f32", "vminq_f32")]}[lanes]
+    native = {
+        16: [("__AVX512F__", "immintrin.h", "__m512", "_mm512_max_ps", "_mm512_min_ps")],
+        8: [("__AVX__", "immintrin.h", "__m256", "_mm256_max_ps", "_mm256_min_ps")],
+        4: [
+            ("__SSE__", "immintrin.h", "__m128", "_mm_max_ps", "_mm_min_ps"),
+            ("__ARM_NEON", "arm_neon.h", "float32x4_t", "vmaxq_f32", "vminq_f32"),
+        ],
+    }[lanes]
     lines = []
     for number, (has, header, kind, larger, smaller) in enumerate(native):
         lines += [f"#{'elif' if number else 'if'} defined({has})", f"#include <{header}>"]
-        lines += [f"static inline {f} {name}_{f}({f} a, {f} b) {{ return ({f}){call}(({kind})a, ({kind})b); }}"
-                  for name, call in (("above", larger), ("below", smaller))]
+        lines += [
+            f"static inline {f} {name}_{f}({f} a, {f} b) {{ return ({f}){call}(({kind})a, ({kind})b); }}"
+            for name, call in (("above", larger), ("below", smaller))
+        ]
     lines.append("#else")
     i = vector(lanes, "i32")
-    lines += [f"static inline {f} {name}_{f}({f} a, {f} b)\n{{\n    const {i} mask = a {sign} b;\n"
-              f"    return ({f})((({i})a & mask) | (({i})b & ~mask));\n}}"
-              for name, sign in (("above", ">"), ("below", "<"))]
+    lines += [
+        f"static inline {f} {name}_{f}({f} a, {f} b)\n{{\n    const {i} mask = a {sign} b;\n"
+        f"    return ({f})((({i})a & mask) | (({i})b & ~mask));\n}}"
+        for name, sign in (("above", ">"), ("below", "<"))
+    ]
     return "\n".join([*lines, "#endif"])
 
 
 def shuffle(lanes: int) -> str:
     """C text of shuffle_f32xN(a, b, which lanes of both), for the head of the file."""
-    return (f"#if defined(__clang__) || __GNUC__ >= 12\n"
-            f"#define shuffle_f32x{lanes}(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)\n"
-            f"#else\n#define shuffle_f32x{lanes}(a, b, ...) __builtin_shuffle(a, b, (i32x{lanes}){{__VA_ARGS__}})\n"
-            f"#endif")
+    return (
+        f"#if defined(__clang__) || __GNUC__ >= 12\n"
+        f"#define shuffle_f32x{lanes}(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)\n"
+        f"#else\n#define shuffle_f32x{lanes}(a, b, ...) __builtin_shuffle(a, b, (i32x{lanes}){{__VA_ARGS__}})\n"
+        f"#endif"
+    )
 
 
 def spread(name: str, lanes: int) -> str:
@@ -138,8 +152,12 @@ class After:
             lines, (result,) = statements([self.act], [f"{pointer}[0]"])
             return ["{", *(f"    {line}" for line in lines), f"    {pointer}[0] = {result};", "}"]
         lines, (result,) = statements([self.act], [f"{pointer}[j]"])
-        return [f"for (int j = 0; j < {count}; j++) {{", *(f"    {line}" for line in lines),
-                f"    {pointer}[j] = {result};", "}"]
+        return [
+            f"for (int j = 0; j < {count}; j++) {{",
+            *(f"    {line}" for line in lines),
+            f"    {pointer}[j] = {result};",
+            "}",
+        ]
 
 
 def after(node: Node) -> After | None:
@@ -151,8 +169,12 @@ def after(node: Node) -> After | None:
     clamp = None if act is None else clamp_of(act)
     if act is not None and act.op == "arg":
         act = None
-    return After(None if bias is None else np.asarray(bias.data, np.float32).reshape(-1),
-                 3 if node.maybe(3) is not None else None, clamp, None if clamp else act)
+    return After(
+        None if bias is None else np.asarray(bias.data, np.float32).reshape(-1),
+        3 if node.maybe(3) is not None else None,
+        clamp,
+        None if clamp else act,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ windows
@@ -191,9 +213,17 @@ def window(node: Node) -> tuple[Window, Array] | None:
         return both[0], both[1]
 
     group = int(a["group"])
-    return Window(pair(x.shape[2:]), pair(y.shape[2:]), pair(weight.shape[2:]), pair(a["strides"]),
-                  pair(a["dilations"]), pair(a["pads"][:dims], 0), int(weight.shape[1]),
-                  int(weight.shape[0]) // group, group), np.asarray(weight, np.float32)
+    return Window(
+        pair(x.shape[2:]),
+        pair(y.shape[2:]),
+        pair(weight.shape[2:]),
+        pair(a["strides"]),
+        pair(a["dilations"]),
+        pair(a["pads"][:dims], 0),
+        int(weight.shape[1]),
+        int(weight.shape[0]) // group,
+        group,
+    ), np.asarray(weight, np.float32)
 
 
 # -------------------------------------------------------------------------------------------------------------- runs
@@ -216,8 +246,10 @@ class Runs:
     def inside(self, pointers: Sequence[tuple[str, str]], body: Sequence[str]) -> list[str]:
         """The lines in the loops around, with a pointer ("float *y", where it starts from) for each operand."""
         counters = [f"r{k}" for k in range(len(self.sizes))]
-        lines = [f"{declared} = {plus(source, *zip(counters, steps, strict=True))};"
-                 for (declared, source), steps in zip(pointers, self.steps, strict=True)]
+        lines = [
+            f"{declared} = {plus(source, *zip(counters, steps, strict=True))};"
+            for (declared, source), steps in zip(pointers, self.steps, strict=True)
+        ]
         lines += body
         for name, size in reversed(list(zip(counters, self.sizes, strict=True))):
             kind = "int" if fixed(size) else "int64_t"
@@ -309,4 +341,3 @@ def around(number: int, name: str, body: Sequence[str]) -> list[str]:
     """Lines in a loop that runs `number` times; in a block of their own, without the counter, where that is once."""
     head = "{" if number == 1 else f"for (int {name} = 0; {name} < {number}; {name}++) {{"
     return [head, *(f"    {line}" for line in body), "}"]
-

@@ -40,9 +40,10 @@ def _plain(node: Node) -> str:
         lines += ["int64_t found = 0;"] if indices is not None else []
         lines += ["int count = 0;"] if kind == "mean" else []
         for d in range(dims):
-            lines += [f"for (int {taps[d]} = 0; {taps[d]} < {a['kernel_shape'][d]}; {taps[d]}++) {{",
-                      f"const int64_t p{d} = {place[d]}*{a['strides'][d]} - {a['pads'][d]} + "
-                      f"{taps[d]}*{a['dilations'][d]};"]
+            lines += [
+                f"for (int {taps[d]} = 0; {taps[d]} < {a['kernel_shape'][d]}; {taps[d]}++) {{",
+                f"const int64_t p{d} = {place[d]}*{a['strides'][d]} - {a['pads'][d]} + {taps[d]}*{a['dilations'][d]};",
+            ]
             after = a["pads"][dims + d] if kind == "mean" and a["include"] else 0
             if kind == "mean" and a["include"]:
                 lines.append(f"if (p{d} >= {c(x.shape[2 + d] + after)}) continue;")
@@ -60,13 +61,23 @@ def _plain(node: Node) -> str:
             lines.append(f"if ({inside}) best += x0[{at}];" if a["include"] else f"best += x0[{at}];")
         else:
             size = f"fabsf(x0[{at}])"
-            lines.append("best += " + (size if a["p"] == 1 else f"x0[{at}] * x0[{at}]" if a["p"] == 2 else
-                                       f"powf({size}, {literal(a['p'], 'float32')})") + ";")
+            lines.append(
+                "best += "
+                + (
+                    size
+                    if a["p"] == 1
+                    else f"x0[{at}] * x0[{at}]"
+                    if a["p"] == 2
+                    else f"powf({size}, {literal(a['p'], 'float32')})"
+                )
+                + ";"
+            )
         lines += ["}"] * dims
         out = f"y0[{loops.index(names, y.strides)}]"
         if kind == "norm" and a["p"] != 1:
-            lines.append(f"{out} = " + ("sqrtf(best)" if a["p"] == 2 else
-                                        f"powf(best, {literal(1 / a['p'], 'float32')})") + ";")
+            lines.append(
+                f"{out} = " + ("sqrtf(best)" if a["p"] == 2 else f"powf(best, {literal(1 / a['p'], 'float32')})") + ";"
+            )
         else:
             lines.append(f"{out} = best{' / (float)(count ? count : 1)' if kind == 'mean' else ''};")
         if indices is not None:
@@ -108,8 +119,13 @@ def rows(node: Node, target: Target) -> Iterator[Kernel]:
         counts = [_counts(node, d) for d in range(dims)]
         constants["columns"] = (1 / counts[-1]).astype(np.float32)
         constants["rows"] = (1 / counts[0] if dims == 2 else np.ones(1)).astype(np.float32)
-    yield Kernel("rows", _rows, wants=(Want(),), constants=constants,
-                 cost_ns=1.5 * taps * int(y.size) / max(target.lanes, 1) + 0.5 * int(y.size) + 50)
+    yield Kernel(
+        "rows",
+        _rows,
+        wants=(Want(),),
+        constants=constants,
+        cost_ns=1.5 * taps * int(y.size) / max(target.lanes, 1) + 0.5 * int(y.size) + 50,
+    )
 
 
 def _middle(node: Node) -> tuple[int, int]:
@@ -170,20 +186,31 @@ def _rows(node: Node) -> str:
     for q in [*range(low), *range(end, wide)]:
         columns = [q * stride - before + k * dilation for k in range(a["kernel_shape"][-1])]
         inside = [k for k in columns if 0 <= k < size]
-        lines += ["{", *(f"    {line}" for line in result(inside, "")),
-                  f"    y[{q}] = best{scale.replace('[q]', f'[{q}]')};", "}"]
+        lines += [
+            "{",
+            *(f"    {line}" for line in result(inside, "")),
+            f"    y[{q}] = best{scale.replace('[q]', f'[{q}]')};",
+            "}",
+        ]
     if end > low:
         window = [k * dilation - before for k in range(a["kernel_shape"][-1])]
-        lines += [f"for (int q = {low}; q < {end}; q++) {{",
-                  *(f"    {line}" for line in result(window, f"q * {stride}" if stride > 1 else "q")),
-                  f"    y[q] = best{scale};", "}"]
+        lines += [
+            f"for (int q = {low}; q < {end}; q++) {{",
+            *(f"    {line}" for line in result(window, f"q * {stride}" if stride > 1 else "q")),
+            f"    y[q] = best{scale};",
+            "}",
+        ]
     step = 0 if flat else y.strides[2]
-    inner = [f"const float *x = {plus('x0', ('n', x.strides[0]), ('c', x.strides[1]))};",
-             f"for (int i = 0; i < {tall}; i++) {{",
-             f"    float *y = {plus('y0', ('n', y.strides[0]), ('c', y.strides[1]), ('i', step))};",
-             *(f"    {line}" for line in lines), "}"]
-    return loops.nest(y.shape[:2], lambda names: [
-        f"const int64_t n = {names[0]}, c = {names[1]};", "(void)n, (void)c;", *inner], "b")
+    inner = [
+        f"const float *x = {plus('x0', ('n', x.strides[0]), ('c', x.strides[1]))};",
+        f"for (int i = 0; i < {tall}; i++) {{",
+        f"    float *y = {plus('y0', ('n', y.strides[0]), ('c', y.strides[1]), ('i', step))};",
+        *(f"    {line}" for line in lines),
+        "}",
+    ]
+    return loops.nest(
+        y.shape[:2], lambda names: [f"const int64_t n = {names[0]}, c = {names[1]};", "(void)n, (void)c;", *inner], "b"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ whole planes
@@ -198,20 +225,30 @@ def whole(node: Node, target: Target) -> Iterator[Kernel]:
         return
     if a["kind"] not in ("sum", "mean", "max") or not axes or axes != tuple(range(x.rank - len(axes), x.rank)):
         return
-    count = product(x.shape[axes[0]:])
+    count = product(x.shape[axes[0] :])
     if target.lanes < 4 or not fixed(count) or count < target.lanes or len(node.inputs) != 1:
         return
-    lead = int(product(x.shape[:axes[0]]))
-    yield Kernel("whole", lambda n: _whole(n, target.lanes), wants=(ROWS,), helpers=heads(target.lanes),
-                 cost_ns=lead * (0.3 * int(count) / target.lanes + 3))
+    lead = int(product(x.shape[: axes[0]]))
+    yield Kernel(
+        "whole",
+        lambda n: _whole(n, target.lanes),
+        wants=(ROWS,),
+        helpers=heads(target.lanes),
+        cost_ns=lead * (0.3 * int(count) / target.lanes + 3),
+    )
     if x.rank == 4 and len(axes) == 2:
-        yield Kernel("whole planes", lambda n: _whole(n, target.lanes), wants=(Want(plane=target.lanes, exact=True),),
-                     helpers=heads(target.lanes), cost_ns=lead * (0.3 * int(count) / target.lanes + 3))
+        yield Kernel(
+            "whole planes",
+            lambda n: _whole(n, target.lanes),
+            wants=(Want(plane=target.lanes, exact=True),),
+            helpers=heads(target.lanes),
+            cost_ns=lead * (0.3 * int(count) / target.lanes + 3),
+        )
 
 
 def _whole(node: Node, lanes: int) -> str:
     x, y, axes, kind = node.x, node.y, node.attrs["axes"], node.attrs["kind"]
-    count, kept = int(product(x.shape[axes[0]:])), range(axes[0])
+    count, kept = int(product(x.shape[axes[0] :])), range(axes[0])
     number = max(1, min(4, count // lanes))
     step, name = number * lanes, vector(lanes)
 
@@ -221,15 +258,21 @@ def _whole(node: Node, lanes: int) -> str:
         return f"{a} = {a} > {b} ? {a} : {b};" if width == 1 else f"{a} = above_{name}({a}, {b});"
 
     def inner(names: list[str]) -> list[str]:
-        place = y.strides[:axes[0]]
-        lines = [f"const float *x = x0 + {loops.index(names, x.strides[:axes[0]])};"]
+        place = y.strides[: axes[0]]
+        lines = [f"const float *x = x0 + {loops.index(names, x.strides[: axes[0]])};"]
         lines += [f"{name} a{i} = {load(plus('x', i * lanes), lanes)};" for i in range(number)]
         whole = count // step * step
         if whole > step:
-            lines += [f"for (int k = {step}; k < {whole}; k += {step}) {{",
-                      *(f"    {joined(f'a{i}', load(plus('x + k', i * lanes), lanes))}" if kind != "max" else
-                        f"    {{ const {name} t = {load(plus('x + k', i * lanes), lanes)}; {joined(f'a{i}', 't')} }}"
-                        for i in range(number)), "}"]
+            lines += [
+                f"for (int k = {step}; k < {whole}; k += {step}) {{",
+                *(
+                    f"    {joined(f'a{i}', load(plus('x + k', i * lanes), lanes))}"
+                    if kind != "max"
+                    else f"    {{ const {name} t = {load(plus('x + k', i * lanes), lanes)}; {joined(f'a{i}', 't')} }}"
+                    for i in range(number)
+                ),
+                "}",
+            ]
         lines += [joined("a0", f"a{i}") for i in range(1, number)]
         while whole + lanes <= count:
             lines += [f"{{ const {name} t = {load(plus('x', whole), lanes)}; {joined('a0', 't')} }}"]
@@ -260,7 +303,17 @@ def _unpool(node: Node) -> str:
     zeros = f"for (int64_t k = 0; k < {c(y.size)}; k++) y0[k] = 0;"
     lines = ["int64_t left = x1[k], to = 0;", f"if (left < 0 || left >= {c(product(inner))}) continue;"]
     for size, wide, step in list(zip(inner, y.shape, row_major(y.shape), strict=True))[::-1]:
-        lines += [f"if (left % {c(size)} >= {c(wide)}) continue;", f"to += left % {c(size)} * {c(step)};",
-                  f"left /= {c(size)};"]
-    return "\n".join([zeros, f"for (int64_t k = 0; k < {c(x.size)}; k++) {{", *(f"    {line}" for line in lines),
-                      "    y0[to] = x0[k];", "}"])
+        lines += [
+            f"if (left % {c(size)} >= {c(wide)}) continue;",
+            f"to += left % {c(size)} * {c(step)};",
+            f"left /= {c(size)};",
+        ]
+    return "\n".join(
+        [
+            zeros,
+            f"for (int64_t k = 0; k < {c(x.size)}; k++) {{",
+            *(f"    {line}" for line in lines),
+            "    y0[to] = x0[k];",
+            "}",
+        ]
+    )

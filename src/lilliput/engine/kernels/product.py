@@ -182,8 +182,11 @@ def walk(y: Value, feature_y: int, others: Sequence[tuple[str, Value, int | None
             wide = broadcast_strides(value, y)
             strides[other], feature[other] = [wide[i] for i in dims], wide[feature_y] if y.rank else 0
         else:
-            rest = [value.strides[i] if value.shape[i] != 1 or fixed(value.shape[i]) is False else 0
-                    for i in range(value.rank) if i != at]
+            rest = [
+                value.strides[i] if value.shape[i] != 1 or fixed(value.shape[i]) is False else 0
+                for i in range(value.rank)
+                if i != at
+            ]
             strides[other] = [0] * (len(dims) - len(rest)) + rest
             feature[other] = value.strides[at]
     runs: list[tuple[int, dict[str, int]]] = []
@@ -210,8 +213,9 @@ def walk(y: Value, feature_y: int, others: Sequence[tuple[str, Value, int | None
 def broadcast_strides(value: Value, y: Value) -> list[int]:
     """The strides of a value broadcast to y's shape."""
     missing = y.rank - value.rank
-    return [0] * missing + [0 if fixed(size) and size == 1 else stride
-                            for size, stride in zip(value.shape, value.strides, strict=True)]
+    return [0] * missing + [
+        0 if fixed(size) and size == 1 else stride for size, stride in zip(value.shape, value.strides, strict=True)
+    ]
 
 
 def at(base: str, *terms: tuple[str, int]) -> str:
@@ -254,8 +258,10 @@ def vector(lanes: int, kind: str = "f32") -> str:
 def vector_types(lanes: int) -> str:
     """C text that declares them, for the head of the file."""
     size = 4 * lanes
-    return (f"typedef float f32x{lanes} __attribute__((vector_size({size}), aligned(4), may_alias));\n"
-            f"typedef int32_t i32x{lanes} __attribute__((vector_size({size}), aligned(4), may_alias));")
+    return (
+        f"typedef float f32x{lanes} __attribute__((vector_size({size}), aligned(4), may_alias));\n"
+        f"typedef int32_t i32x{lanes} __attribute__((vector_size({size}), aligned(4), may_alias));"
+    )
 
 
 def clamped(name: str, lanes: int, clamp: tuple[float, float]) -> list[str]:
@@ -279,8 +285,10 @@ def clamped(name: str, lanes: int, clamp: tuple[float, float]) -> list[str]:
 def pick(lanes: int) -> str:
     """C text of pick_f32xN(mask, yes, no), for the head of the file."""
     f, i = vector(lanes), vector(lanes, "i32")
-    return (f"static inline {f} pick_{f}({i} mask, {f} yes, {f} no) {{\n"
-            f"    return ({f})(((({i})yes) & mask) | ((({i})no) & ~mask));\n}}")
+    return (
+        f"static inline {f} pick_{f}({i} mask, {f} yes, {f} no) {{\n"
+        f"    return ({f})(((({i})yes) & mask) | ((({i})no) & ~mask));\n}}"
+    )
 
 
 def split(total: int, lanes: int, most: int) -> list[tuple[int, int]]:

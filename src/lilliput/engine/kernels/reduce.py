@@ -82,16 +82,28 @@ def _arg_max(node: Node, target: Target) -> str:
     better = less + ("=" if last else "")
 
     def taken(next_: str, place: str) -> list[str]:
-        return [f"const {x.c_type} next = {next_};", f"at[j] = best[j] {better} next ? {place} : at[j];",
-                f"best[j] = best[j] {better} next ? next : best[j];"]
+        return [
+            f"const {x.c_type} next = {next_};",
+            f"at[j] = best[j] {better} next ? {place} : at[j];",
+            f"best[j] = best[j] {better} next ? next : best[j];",
+        ]
 
     def across(w: Walk, place: Callable[..., str], count: str) -> list[str]:
         if not w.inner:
             return [f"for (int j = 0; j < {count}; j++) {place('y0')} = 0;"]
-        lines = [f"{x.c_type} best[{w.width}];", f"int32_t at[{w.width}];", f"for (int j = 0; j < {count}; j++) {{",
-                 f"    best[j] = {place('x0', '0')};", "    at[j] = 0;", "}",
-                 f"for (int32_t r = 1; r < {c(x.shape[axis])}; r++) {{", f"    for (int j = 0; j < {count}; j++) {{",
-                 *(f"        {line}" for line in taken(place("x0", "r"), "r")), "    }", "}"]
+        lines = [
+            f"{x.c_type} best[{w.width}];",
+            f"int32_t at[{w.width}];",
+            f"for (int j = 0; j < {count}; j++) {{",
+            f"    best[j] = {place('x0', '0')};",
+            "    at[j] = 0;",
+            "}",
+            f"for (int32_t r = 1; r < {c(x.shape[axis])}; r++) {{",
+            f"    for (int j = 0; j < {count}; j++) {{",
+            *(f"        {line}" for line in taken(place("x0", "r"), "r")),
+            "    }",
+            "}",
+        ]
         return [*lines, f"for (int j = 0; j < {count}; j++) {place('y0')} = at[j];"]
 
     def inside(w: Walk, place: Callable[..., str], count: str) -> list[str]:
@@ -99,17 +111,33 @@ def _arg_max(node: Node, target: Target) -> str:
         if not w.inner:
             return [f"{place('y0')} = 0;"]
         width = w.width if fixed(x.shape[axis]) else 1
-        lines = [f"{x.c_type} best[{width}];", f"int32_t at[{width}];", f"for (int j = 0; j < {width}; j++) {{",
-                 f"    best[j] = {place('x0', 'j')};", "    at[j] = j;", "}"]
+        lines = [
+            f"{x.c_type} best[{width}];",
+            f"int32_t at[{width}];",
+            f"for (int j = 0; j < {width}; j++) {{",
+            f"    best[j] = {place('x0', 'j')};",
+            "    at[j] = j;",
+            "}",
+        ]
         for head, start, many in pieces(x.shape[axis], width, "i"):
             here = "j" if start == "0" else f"({start} + j)"
-            lines += [head, f"    for (int j = 0; j < {many}; j++) {{",
-                      *(f"        {line}" for line in taken(place("x0", here), f"(int32_t){here}")), "    }", "}"]
+            lines += [
+                head,
+                f"    for (int j = 0; j < {many}; j++) {{",
+                *(f"        {line}" for line in taken(place("x0", here), f"(int32_t){here}")),
+                "    }",
+                "}",
+            ]
         if width > 1:
-            lines += [f"for (int j = 1; j < {width}; j++) {{",
-                      f"    if (best[0] {less} best[j] || (best[0] == best[j] && at[j] {'>' if last else '<'} at[0]))",
-                      "    {",
-                      "        best[0] = best[j];", "        at[0] = at[j];", "    }", "}"]
+            lines += [
+                f"for (int j = 1; j < {width}; j++) {{",
+                f"    if (best[0] {less} best[j] || (best[0] == best[j] && at[j] {'>' if last else '<'} at[0]))",
+                "    {",
+                "        best[0] = best[j];",
+                "        at[0] = at[j];",
+                "    }",
+                "}",
+            ]
         return [*lines, f"{place('y0')} = at[0];"]
 
     walk = Walk(x.shape, [axis], {"x0": x.strides, "y0": over(node.y, x.shape, [axis], node.attrs["keep"])}, target)
@@ -134,13 +162,18 @@ def _cumulative(node: Node, target: Target) -> str:
         at = ["k"] if w.inner else []
         add, give = [*extra, f"sum[j] = {total};"], f"{place('y0', *at)} = sum[j];"
         k = f"{c(x.shape[axis])} - 1 - r" if node.attrs["reverse"] else "r"
-        return [f"{x.c_type} sum[{w.width if w.across else 1}];", *([] if w.across else ["const int j = 0;"]),
-                f"{each} sum[j] = {literal(NEUTRAL[kind](dtype), dtype)}; }}",
-                f"for (int64_t r = 0; r < {c(x.shape[axis])}; r++) {{",
-                *([f"    const int64_t k = {k};"] if at else []),
-                f"    {each}", f"        const {x.c_type} next = {place('x0', *at)};",
-                *(f"        {line}" for line in ([give, *add] if node.attrs["exclusive"] else [*add, give])),
-                "    }", "}"]
+        return [
+            f"{x.c_type} sum[{w.width if w.across else 1}];",
+            *([] if w.across else ["const int j = 0;"]),
+            f"{each} sum[j] = {literal(NEUTRAL[kind](dtype), dtype)}; }}",
+            f"for (int64_t r = 0; r < {c(x.shape[axis])}; r++) {{",
+            *([f"    const int64_t k = {k};"] if at else []),
+            f"    {each}",
+            f"        const {x.c_type} next = {place('x0', *at)};",
+            *(f"        {line}" for line in ([give, *add] if node.attrs["exclusive"] else [*add, give])),
+            "    }",
+            "}",
+        ]
 
     return Walk(x.shape, [axis], {"x0": x.strides, "y0": node.y.strides}, target).text(scan)
 
@@ -172,12 +205,21 @@ def _top_k(node: Node) -> str:
             f"    if (found == {k} && !(next {better} best[{k} - 1])) continue;",
             f"    int p = found < {k} ? found++ : {k} - 1;",
             f"    for (; p > 0 && next {better} best[p - 1]; p--) {{",
-            "        best[p] = best[p - 1];", "        place[p] = place[p - 1];", "    }",
-            "    best[p] = next;", "    place[p] = r;", "}",
+            "        best[p] = best[p - 1];",
+            "        place[p] = place[p - 1];",
+            "    }",
+            "    best[p] = next;",
+            "    place[p] = r;",
+            "}",
             f"for (int p = 0; p < {k}; p++) {{",
-            *(f"    y{i}[{at(v, 'p')}] = {('best', 'place')[i]}[p];" for i, v in enumerate(outputs) if i < 2), "}"]
+            *(f"    y{i}[{at(v, 'p')}] = {('best', 'place')[i]}[p];" for i, v in enumerate(outputs) if i < 2),
+            "}",
+        ]
 
-    return "\n".join(["int64_t *place = (int64_t *)scratch;", f"{kind} *best = ({kind} *)(scratch + {8 * k});",
-                      loops.nest(shape, position)])
-
-
+    return "\n".join(
+        [
+            "int64_t *place = (int64_t *)scratch;",
+            f"{kind} *best = ({kind} *)(scratch + {8 * k});",
+            loops.nest(shape, position),
+        ]
+    )

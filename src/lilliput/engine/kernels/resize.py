@@ -16,8 +16,10 @@ from lilliput.engine.target import Target
 @kernel("Interpolate")
 def interpolate(node: Node, target: Target) -> Iterator[Kernel]:
     """y[i] = sum over k of weights[i, k] x[positions[i, k]] along one dimension. attrs: axis, positions, weights."""
-    constants = {"positions": np.asarray(node.attrs["positions"], np.int32),
-                 "weights": np.asarray(node.attrs["weights"], np.float32)}
+    constants = {
+        "positions": np.asarray(node.attrs["positions"], np.int32),
+        "weights": np.asarray(node.attrs["weights"], np.float32),
+    }
     many = constants["weights"].shape[1]
     yield Kernel("table", _body, constants=constants, cost_ns=20.0 + 0.3 * many * int(node.y.size))
 
@@ -34,22 +36,37 @@ def _body(node: Node) -> str:
         before, i = names[:-1], names[-1]
         start = loops.index(before, [x.strides[d] for d in outside])
         goal = loops.index(names, [*(y.strides[d] for d in outside), y.strides[axis]])
-        sizes, (into, out) = loops.collapsed([y.shape[d] for d in inside], [
-            tuple(y.strides[d] for d in inside), tuple(x.strides[d] for d in inside)])
+        sizes, (into, out) = loops.collapsed(
+            [y.shape[d] for d in inside], [tuple(y.strides[d] for d in inside), tuple(x.strides[d] for d in inside)]
+        )
         lines = [f"float *to = y0 + {goal};"]
         if taps is None:
+
             def sums(k: list[str]) -> list[str]:
                 at = loops.index(k, out)
-                return ["float sum = 0;", f"for (int t = 0; t < {many}; t++) "
-                        f"sum += w[t] * from[{step}*(int64_t)p[t] + {at}];", f"to[{loops.index(k, into)}] = sum;"]
-            lines += [f"const float *from = x0 + {start};", f"const float *w = weights + {many}*{i};",
-                      f"const int32_t *p = positions + {many}*{i};"]
+                return [
+                    "float sum = 0;",
+                    f"for (int t = 0; t < {many}; t++) sum += w[t] * from[{step}*(int64_t)p[t] + {at}];",
+                    f"to[{loops.index(k, into)}] = sum;",
+                ]
+
+            lines += [
+                f"const float *from = x0 + {start};",
+                f"const float *w = weights + {many}*{i};",
+                f"const int32_t *p = positions + {many}*{i};",
+            ]
             return [*lines, *loops.nest(sizes, sums, "k").splitlines()]
         for t in taps:
-            lines += [f"const float w{t} = weights[{many}*{i} + {t}];",
-                      f"const float *from{t} = x0 + {start} + {step}*(int64_t)positions[{many}*{i} + {t}];"]
+            lines += [
+                f"const float w{t} = weights[{many}*{i} + {t}];",
+                f"const float *from{t} = x0 + {start} + {step}*(int64_t)positions[{many}*{i} + {t}];",
+            ]
         total = " + ".join(f"w{t} * from{t}[{{0}}]" for t in taps)
-        return [*lines, *loops.nest(sizes, lambda k: [
-            f"to[{loops.index(k, into)}] = {total.format(loops.index(k, out))};"], "k").splitlines()]
+        return [
+            *lines,
+            *loops.nest(
+                sizes, lambda k: [f"to[{loops.index(k, into)}] = {total.format(loops.index(k, out))};"], "k"
+            ).splitlines(),
+        ]
 
     return loops.nest([*(y.shape[d] for d in outside), y.shape[axis]], row)

@@ -46,8 +46,13 @@ def softmax(node: Node, target: Target) -> Iterator[Kernel]:
     """attrs: axis; log; pre, an expression of the inputs' elements (x where it is None)."""
     names = ["exp_falling", "log"] if node.attrs.get("log") else ["exp_falling"]
     pre = node.attrs.get("pre")
-    yield Kernel("three passes", lambda n: _softmax(n, target), cost_ns=10.0 * int(node.x.size) / target.lanes + 50,
-                 helpers=texts(*names, *(needs([pre]) if pre is not None else ())), follows=True)
+    yield Kernel(
+        "three passes",
+        lambda n: _softmax(n, target),
+        cost_ns=10.0 * int(node.x.size) / target.lanes + 50,
+        helpers=texts(*names, *(needs([pre]) if pre is not None else ())),
+        follows=True,
+    )
 
 
 def _softmax(node: Node, target: Target) -> str:
@@ -55,14 +60,23 @@ def _softmax(node: Node, target: Target) -> str:
     entry = Entry(node)
 
     def grown(w: Walk) -> list[str]:
-        return [f"const float e = fast_exp_falling({entry.again(w)} - {w.value('top')});",
-                *([] if node.attrs.get("log") else [f"{w.at('y0')} = e;"])]
+        return [
+            f"const float e = fast_exp_falling({entry.again(w)} - {w.value('top')});",
+            *([] if node.attrs.get("log") else [f"{w.at('y0')} = e;"]),
+        ]
 
     top = Each(entry.first, (("top", "max", lambda w: "element"),))
     total = Each(grown, (("total", "sum", lambda w: "e"),))
     if node.attrs.get("log"):
         return walk.text(
-            top, total, Once((("shift", lambda w: f"{w.value('top')} + fast_log({w.value('total')})"),)),
-            Each(lambda w: [f"{w.at('y0')} = {entry.again(w)} - {w.value('shift')};"]))
-    return walk.text(top, total, Once((("scale", lambda w: f"1.0f / {w.value('total')}"),)),
-                     Each(lambda w: [f"{w.at('y0')} *= {w.value('scale')};"]))
+            top,
+            total,
+            Once((("shift", lambda w: f"{w.value('top')} + fast_log({w.value('total')})"),)),
+            Each(lambda w: [f"{w.at('y0')} = {entry.again(w)} - {w.value('shift')};"]),
+        )
+    return walk.text(
+        top,
+        total,
+        Once((("scale", lambda w: f"1.0f / {w.value('total')}"),)),
+        Each(lambda w: [f"{w.at('y0')} *= {w.value('scale')};"]),
+    )

@@ -161,10 +161,19 @@ class Sparse:
         if self.copied:
             ns += 0.1 * self._copy_floats() + 100
         batch = int(node.x.shape[0])
-        return Kernel(f"{name} {self.lanes}x{self.rows * self.vectors}", lambda n: self.body(n, kept, held, steps),
-                      wants, None, constants, skips=(1,), scratch=self._copy_bytes + kept.scratch, cost_ns=ns * batch,
-                      helpers=(*helpers(node, self.lanes), *kept.helpers), nonzeros=int(np.count_nonzero(w.data)),
-                      values=int(w.data.size))
+        return Kernel(
+            f"{name} {self.lanes}x{self.rows * self.vectors}",
+            lambda n: self.body(n, kept, held, steps),
+            wants,
+            None,
+            constants,
+            skips=(1,),
+            scratch=self._copy_bytes + kept.scratch,
+            cost_ns=ns * batch,
+            helpers=(*helpers(node, self.lanes), *kept.helpers),
+            nonzeros=int(np.count_nonzero(w.data)),
+            values=int(w.data.size),
+        )
 
     @property
     def _copy_bytes(self) -> int:
@@ -213,26 +222,40 @@ class Sparse:
         if len(self.starts) > 1:
             outer.append("    " * bool(outer) + f"for (int block = 0; block < {len(self.starts)}; block++) {{")
             last, wide = self.starts[-1], self.vectors * self.lanes
-            column = f"block * {wide}" if last == (len(self.starts) - 1) * wide else (
-                f"(block < {len(self.starts) - 1} ? block * {wide} : {last})")
+            column = (
+                f"block * {wide}"
+                if last == (len(self.starts) - 1) * wide
+                else (f"(block < {len(self.starts) - 1} ? block * {wide} : {last})")
+            )
             outer.append("    " * len([o for o in outer if o.endswith("{")]) + f"const int column = {column};")
         deep = len([o for o in outer if o.endswith("{")])
         shift = "" if len(self.starts) == 1 else " + column"
-        inner = [f"const float *value = value_of, *const from = {_at(base, row, step, first)}{shift};",
-                 "const uint8_t *place = places;", "int64_t at = 0;",
-                 f"const {_count_type(held.counts)} *count = counts;",
-                 f"float *out = y0{f' + {c(yn)} * {n}' if n != '0' else ''}{_times(row, 'out_row')}{shift};"]
+        inner = [
+            f"const float *value = value_of, *const from = {_at(base, row, step, first)}{shift};",
+            "const uint8_t *place = places;",
+            "int64_t at = 0;",
+            f"const {_count_type(held.counts)} *count = counts;",
+            f"float *out = y0{f' + {c(yn)} * {n}' if n != '0' else ''}{_times(row, 'out_row')}{shift};",
+        ]
         if more is not None:
-            inner.append(f"const float *more = "
-                         f"x3{f' + {c(mn)} * {n}' if n != '0' else ''}{_times(row, 'more_row')}{shift};")
+            inner.append(
+                f"const float *more = x3{f' + {c(mn)} * {n}' if n != '0' else ''}{_times(row, 'more_row')}{shift};"
+            )
         start = "from" if g.groups == 1 else f"from + o / {g.outs // g.groups} * {group}"
-        inner += [f"for (int o = 0; o < {g.outs}; o++) {{",
-                  *indented(self._output(node, kind, start, plane, tap, step, kept)), "    out += out_plane;",
-                  *(["    more += more_plane;"] if more is not None else []), "}"]
+        inner += [
+            f"for (int o = 0; o < {g.outs}; o++) {{",
+            *indented(self._output(node, kind, start, plane, tap, step, kept)),
+            "    out += out_plane;",
+            *(["    more += more_plane;"] if more is not None else []),
+            "}",
+        ]
         lines += [*outer, *indented(inner, deep), *("    " * (deep - 1 - i) + "}" for i in range(deep))]
         text = "\n".join([*opened, *indented(lines, len(opened)), *["}"] * len(opened)])
-        names = [f"{name} = steps[{i}]" for i, name in enumerate(("out_plane", "out_row", "more_plane", "more_row"))
-                 if re.search(rf"\b{name}\b", text)]
+        names = [
+            f"{name} = steps[{i}]"
+            for i, name in enumerate(("out_plane", "out_row", "more_plane", "more_row"))
+            if re.search(rf"\b{name}\b", text)
+        ]
         return "\n".join([*kept.lines, f"const int {', '.join(names)};", text])
 
     def _output(self, node: Node, kind: str, start: str, plane: int, tap: int, step: int, kept: Stored) -> list[str]:
@@ -247,13 +270,17 @@ class Sparse:
         def run(number: int, sums: str, width: int) -> list[str]:
             bits = self.row_bits
             lines = ["for (int left = *count++; left > 0; left--) {"]
-            lines += ["    const unsigned here = *place++;",
-                      f"    at += {f'(here >> {bits})' if bits else '(int64_t)here'} * {plane};",
-                      f"    const float *const x = {start} + at"
-                      f"{f' + (here & {(1 << bits) - 1}) * {tap}' if bits else ''};"]
+            lines += [
+                "    const unsigned here = *place++;",
+                f"    at += {f'(here >> {bits})' if bits else '(int64_t)here'} * {plane};",
+                f"    const float *const x = {start} + at{f' + (here & {(1 << bits) - 1}) * {tap}' if bits else ''};",
+            ]
             lines.append(f"    const {kind} w = *value++ - ({kind}){{0}};")
-            lines += [f"    {sums}{r * width + v} += w * *(const {kind} *)(x + {r * step + v * lanes});"
-                      for r in range(high) for v in range(width)]
+            lines += [
+                f"    {sums}{r * width + v} += w * *(const {kind} *)(x + {r * step + v * lanes});"
+                for r in range(high)
+                for v in range(width)
+            ]
             return [*lines, "}", f"at -= {g.ins * self.copies * plane};"]
 
         zero = f"({kind}){{0}}"
@@ -375,8 +402,10 @@ class Sparse:
             for p, letter in enumerate("eo"):
                 order = ", ".join(str(2 * i + p) for i in range(lanes))
                 phases.append([f"{letter}{v}" for v in range(self.loaded // 2)])
-                lines += [f"const {kind} {letter}{v} = __builtin_shufflevector(x{2 * v}, x{2 * v + 1}, {order});"
-                          for v in range(self.loaded // 2)]
+                lines += [
+                    f"const {kind} {letter}{v} = __builtin_shufflevector(x{2 * v}, x{2 * v + 1}, {order});"
+                    for v in range(self.loaded // 2)
+                ]
         for k, shift in enumerate(self.shifts):
             ahead, phase = divmod(shift, g.stride[1])
             held = phases[phase]

@@ -85,7 +85,7 @@ def formatted(weight: Array, rows: int, unroll: int, depth: int, scale: int, sha
     outs, ins = weight.shape
     places, index, steps, order = [], [], [], []
     for k in range(0, ins, depth):
-        part = weight[:, k: k + depth]
+        part = weight[:, k : k + depth]
         if shared:
             groups = [np.minimum(np.arange(o, o + rows), outs - 1) for o in range(0, outs, rows)]
             columns = [np.flatnonzero((part[g] != 0).any(0)) for g in groups]
@@ -105,7 +105,7 @@ def formatted(weight: Array, rows: int, unroll: int, depth: int, scale: int, sha
         ranked = np.argsort(-nonzeros, kind="stable")
         ranked = np.concatenate([ranked, np.repeat(ranked[-1:], -outs % rows)])
         for g in range(0, len(ranked), rows):
-            group = ranked[g: g + rows]
+            group = ranked[g : g + rows]
             count = -(-int(nonzeros[group].max()) // unroll) * unroll
             held, where = np.full((count, rows), -1), np.zeros((count, rows), np.uint16)
             for place, o in enumerate(group):
@@ -118,8 +118,16 @@ def formatted(weight: Array, rows: int, unroll: int, depth: int, scale: int, sha
             order.append(group)
     kind = np.uint16 if outs < 2**16 else np.uint32
     order.append(np.zeros(rows, np.int64))  # what the last group asks for beforehand
-    return Format(rows, unroll, depth, shared, np.concatenate(places), np.concatenate(index),
-                  np.array(steps, np.uint16), np.concatenate(order).astype(kind))
+    return Format(
+        rows,
+        unroll,
+        depth,
+        shared,
+        np.concatenate(places),
+        np.concatenate(index),
+        np.array(steps, np.uint16),
+        np.concatenate(order).astype(kind),
+    )
 
 
 def blocked(weight: Array, rows: int) -> bool:
@@ -219,21 +227,39 @@ def _body(node: Node, found: Linear, tail: Tail, kept: Stored, form: Format, lan
         count = int(count)
         full, rest = count // columns, count % columns
         if full:
-            text += [f"for ({kind} t = 0; t < {full * columns}; t += {columns}) {{",
-                     *inside(block(columns // lanes, columns)), "}"]
+            text += [
+                f"for ({kind} t = 0; t < {full * columns}; t += {columns}) {{",
+                *inside(block(columns // lanes, columns)),
+                "}",
+            ]
         if rest:
             text += ["{", f"    const {kind} t = {full * columns};", *inside(block(-(-rest // lanes), rest)), "}"]
     else:
-        text += [f"{kind} t = 0;", f"for (; t + {columns} <= {c(count)}; t += {columns}) {{",
-                 *inside(block(columns // lanes, columns)), "}",
-                 f"for (; t < {c(count)}; t += {lanes}) {{",
-                 f"    const int width = {c(count)} - t < {lanes} ? (int)({c(count)} - t) : {lanes};",
-                 *inside(block(1, "width")), "}"]
+        text += [
+            f"{kind} t = 0;",
+            f"for (; t + {columns} <= {c(count)}; t += {columns}) {{",
+            *inside(block(columns // lanes, columns)),
+            "}",
+            f"for (; t < {c(count)}; t += {lanes}) {{",
+            f"    const int width = {c(count)} - t < {lanes} ? (int)({c(count)} - t) : {lanes};",
+            *inside(block(1, "width")),
+            "}",
+        ]
     return "\n".join([*text, *way.close])
 
 
-def _block(found: Linear, tail: Tail, kept: Stored, form: Format, way: Walk, lanes: int, columns: int,
-           vectors: int, width: int | str, name: str) -> list[str]:
+def _block(
+    found: Linear,
+    tail: Tail,
+    kept: Stored,
+    form: Format,
+    way: Walk,
+    lanes: int,
+    columns: int,
+    vectors: int,
+    width: int | str,
+    name: str,
+) -> list[str]:
     """All outputs at positions t .. t + width - 1, in `vectors` vectors."""
     ins, depth, sx = found.ins, form.depth, way.feature[name]
     index = "uint16_t"
@@ -242,20 +268,31 @@ def _block(found: Linear, tail: Tail, kept: Stored, form: Format, way: Walk, lan
     deep = depth < ins
     rows = f"{ins} - k0 < {depth} ? {ins} - k0 : {depth}" if deep and ins % depth else str(depth)
     groups = len(form.steps) // -(-ins // depth)
-    inner = [f"const float *const from = {at('x', ('k0' if deep else '0', sx), ('t', 1))};",
-             f"for (int k = 0; k < {'ks' if deep and ins % depth else rows}; k++) {{"]
+    inner = [
+        f"const float *const from = {at('x', ('k0' if deep else '0', sx), ('t', 1))};",
+        f"for (int k = 0; k < {'ks' if deep and ins % depth else rows}; k++) {{",
+    ]
     if width == vectors * lanes:
         kind = vector(lanes)
-        inner += [f"    *({kind} *)(buffer + k * {columns} + {j * lanes}) = "
-                  f"*(const {kind} *)({at('from', ('k', sx), (str(j * lanes), 1))});" for j in range(vectors)]
+        inner += [
+            f"    *({kind} *)(buffer + k * {columns} + {j * lanes}) = "
+            f"*(const {kind} *)({at('from', ('k', sx), (str(j * lanes), 1))});"
+            for j in range(vectors)
+        ]
     else:
-        inner += [f"    float *const to = buffer + k * {columns};",
-                  f"    for (int j = 0; j < {width}; j++) to[j] = {at('from', ('k', sx))}[j];".replace(
-                      f"{at('from', ('k', sx))}[j]", f"({at('from', ('k', sx))})[j]"),
-                  f"    for (int j = {width}; j < {vectors * lanes}; j++) to[j] = 0;"]
+        inner += [
+            f"    float *const to = buffer + k * {columns};",
+            f"    for (int j = 0; j < {width}; j++) to[j] = {at('from', ('k', sx))}[j];".replace(
+                f"{at('from', ('k', sx))}[j]", f"({at('from', ('k', sx))})[j]"
+            ),
+            f"    for (int j = {width}; j < {vectors * lanes}; j++) to[j] = 0;",
+        ]
     inner.append("}")
-    inner += [f"for (int g = 0; g < {groups}; g++, o += {form.rows}) {{",
-              *inside(_group(found, tail, kept, form, way, lanes, columns, vectors, width)), "}"]
+    inner += [
+        f"for (int g = 0; g < {groups}; g++, o += {form.rows}) {{",
+        *inside(_group(found, tail, kept, form, way, lanes, columns, vectors, width)),
+        "}",
+    ]
     if not deep:
         return [*text, *inner]
     if ins % depth:
@@ -263,8 +300,17 @@ def _block(found: Linear, tail: Tail, kept: Stored, form: Format, way: Walk, lan
     return [*text, f"for (int k0 = 0; k0 < {ins}; k0 += {depth}) {{", *inside(inner), "}"]
 
 
-def _group(found: Linear, tail: Tail, kept: Stored, form: Format, way: Walk, lanes: int, columns: int,
-           vectors: int, width: int | str) -> list[str]:
+def _group(
+    found: Linear,
+    tail: Tail,
+    kept: Stored,
+    form: Format,
+    way: Walk,
+    lanes: int,
+    columns: int,
+    vectors: int,
+    width: int | str,
+) -> list[str]:
     kind, rows, sy = vector(lanes), form.rows, way.feature["y0"]
     deep = form.depth < found.ins
     whole = width == vectors * lanes
@@ -289,16 +335,22 @@ def _group(found: Linear, tail: Tail, kept: Stored, form: Format, way: Walk, lan
     if scaled:
         text += [f"{' = '.join(flat)} = {zero};"]
     else:
-        text += start([" ".join(f"{n} = {biased(i)};" for n in names[i]) for i in range(rows)],
-                      _loaded(names, full, vectors, lanes, width, kind, rows, old))
+        text += start(
+            [" ".join(f"{n} = {biased(i)};" for n in names[i]) for i in range(rows)],
+            _loaded(names, full, vectors, lanes, width, kind, rows, old),
+        )
     # The outputs come in no order that the machine foresees: what the next group touches is asked for now.
     for i in range(rows):
         o = f"o[{rows + i}]"
         others = [(f"e{e}", way.feature[f"x{e}"], way.step[f"x{e}"]) for e in tail.extras]
         for base, step, along in (("y", sy, 1), *others):
             if step != 0 and along == 1:
-                text.append(" ".join(f"FETCH({at(base, (o, step), ('t', 1))}{f' + {j}' if j else ''});"
-                                     for j in range(0, vectors * lanes, 16)))
+                text.append(
+                    " ".join(
+                        f"FETCH({at(base, (o, step), ('t', 1))}{f' + {j}' if j else ''});"
+                        for j in range(0, vectors * lanes, 16)
+                    )
+                )
     text.append("for (int s = *n++; s > 0; s--) {")
     together = rows * form.unroll
     quads = lanes == 16 and together % 4 == 0
@@ -318,19 +370,31 @@ def _group(found: Linear, tail: Tail, kept: Stored, form: Format, way: Walk, lan
             text.append(f"    {{ {place}")
             text += [f"      const {kind} u{j} = *(const {kind} *)(p + {j * lanes * 4});" for j in range(vectors)]
             for r in range(rows):
-                text.append(f"      {{ const {kind} s_ = {spread(e + r)}; "
-                            + " ".join(f"a{r}_{j} += s_ * u{j};" for j in range(vectors)) + " }")
+                text.append(
+                    f"      {{ const {kind} s_ = {spread(e + r)}; "
+                    + " ".join(f"a{r}_{j} += s_ * u{j};" for j in range(vectors))
+                    + " }"
+                )
             text.append("    }")
         else:
             text.append(f"    {{ {place} const {kind} s_ = {spread(e)};")
-            text.append("      " + " ".join(f"a{i}_{j} += s_ * *(const {kind} *)(p + {j * lanes * 4});"
-                                            for j in range(vectors)) + " }")
+            text.append(
+                "      "
+                + " ".join(f"a{i}_{j} += s_ * *(const {kind} *)(p + {j * lanes * 4});" for j in range(vectors))
+                + " }"
+            )
     text += [f"    v += {together}; at += {form.unroll if form.shared else together};", "}"]
     if scaled:
         lines_first, lines_again = [], []
         for i in range(rows):
-            lines_first.append(" ".join(f"{n} = {n} * scale[o[{i}]] + ({biased(i)});" if tail.bias is not None else
-                                        f"{n} = {n} * scale[o[{i}]];" for n in names[i]))
+            lines_first.append(
+                " ".join(
+                    f"{n} = {n} * scale[o[{i}]] + ({biased(i)});"
+                    if tail.bias is not None
+                    else f"{n} = {n} * scale[o[{i}]];"
+                    for n in names[i]
+                )
+            )
             lines_again.append(" ".join(f"{n} = {n} * scale[o[{i}]];" for n in names[i]))
         if deep:
             lines_again += _added(names, full, vectors, lanes, width, kind, rows, old)
@@ -356,21 +420,25 @@ def _group(found: Linear, tail: Tail, kept: Stored, form: Format, way: Walk, lan
     return text
 
 
-def _loaded(names: list[list[str]], full: int, vectors: int, lanes: int, width: int | str, kind: str, rows: int,
-            old: object) -> list[str]:
+def _loaded(
+    names: list[list[str]], full: int, vectors: int, lanes: int, width: int | str, kind: str, rows: int, old: object
+) -> list[str]:
     """Lines that start the accumulators with what earlier tiles left in the output."""
     lines = []
     for i in range(rows):
         lines.append(" ".join(f"{names[i][j]} = {old(i, j)};" for j in range(full)))  # type: ignore[operator]
         if full < vectors:
             left = int(width) - full * lanes if isinstance(width, int) else width
-            lines.append(f"{names[i][full]} = ({kind}){{}}; for (int j = 0; j < {left}; j++) "
-                         f"{names[i][full]}[j] = y{i}_[{full * lanes} + j];")
+            lines.append(
+                f"{names[i][full]} = ({kind}){{}}; for (int j = 0; j < {left}; j++) "
+                f"{names[i][full]}[j] = y{i}_[{full * lanes} + j];"
+            )
     return [line for line in lines if line]
 
 
-def _added(names: list[list[str]], full: int, vectors: int, lanes: int, width: int | str, kind: str, rows: int,
-           old: object) -> list[str]:
+def _added(
+    names: list[list[str]], full: int, vectors: int, lanes: int, width: int | str, kind: str, rows: int, old: object
+) -> list[str]:
     """Lines that add what earlier tiles left in the output."""
     lines = []
     for i in range(rows):

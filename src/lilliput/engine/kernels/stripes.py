@@ -68,8 +68,14 @@ def striped(graph: Graph) -> Graph:
             continue
         chain = Chain(first, node, last)
         end = chain.nodes[-1]
-        made[end] = Node("Stripes", [chain.nodes[0].x, end.maybe(3) if last else None], [end.y], {"chain": chain},
-                         end.name, end.opset)
+        made[end] = Node(
+            "Stripes",
+            [chain.nodes[0].x, end.maybe(3) if last else None],
+            [end.y],
+            {"chain": chain},
+            end.name,
+            end.opset,
+        )
         gone.update(chain.nodes)
     graph.nodes = [made.get(node, node) for node in graph.nodes if node in made or node not in gone]
     return graph
@@ -97,13 +103,20 @@ def stripes(node: Node, target: Target) -> Iterator[Kernel]:
                 continue
             plan = _Plan(chain, taps, tall, target)
             again = sum((s.high - s.low) * s.times for s in plan.stripes) / taps.size[0]
-            yield Kernel(f"stripes of {tall}, {parts.name}", partial(plan.body, parts=parts),
-                         wants=(Want(plane=target.lanes, slack=depthwise.reach(taps, target.lanes)),
-                                Want(plane=target.lanes) if parts.residual else None),
-                         constants=parts.constants, scratch=plan.scratch,
-                         cost_ns=parts.cost_ns * (1 + 0.3 * again) + tall, helpers=parts.helpers,
-                         nonzeros=parts.nonzeros if parts.sparse else None,
-                         values=parts.values if parts.sparse else None)
+            yield Kernel(
+                f"stripes of {tall}, {parts.name}",
+                partial(plan.body, parts=parts),
+                wants=(
+                    Want(plane=target.lanes, slack=depthwise.reach(taps, target.lanes)),
+                    Want(plane=target.lanes) if parts.residual else None,
+                ),
+                constants=parts.constants,
+                scratch=plan.scratch,
+                cost_ns=parts.cost_ns * (1 + 0.3 * again) + tall,
+                helpers=parts.helpers,
+                nonzeros=parts.nonzeros if parts.sparse else None,
+                values=parts.values if parts.sparse else None,
+            )
 
 
 class _Parts:
@@ -155,8 +168,10 @@ class _Parts:
         pointers = [("float *y", names[0]), ("const float *x", names[1]), ("const float *r", names[2])]
         head = [f"const float *w = w{key}, *bias = bias{key};"]
         if chunk:
-            kinds = ["uint8_t" if a.dtype == np.uint8 else "uint16_t" if a.dtype == np.uint16 else "uint32_t"
-                     for a in (self.constants[f"indices{key}"], self.constants[f"counts{key}"])]
+            kinds = [
+                "uint8_t" if a.dtype == np.uint8 else "uint16_t" if a.dtype == np.uint16 else "uint32_t"
+                for a in (self.constants[f"indices{key}"], self.constants[f"counts{key}"])
+            ]
             head += [f"const {kinds[0]} *indices = indices{key};", f"const {kinds[1]} *counts = counts{key};"]
             run = pixels.sparse_run(found, what, shape, self.most, chunk, (kinds[0], kinds[1]), self.target)
         else:
@@ -184,8 +199,9 @@ class _Plan:
         self.stripes = _stripes(taps, tall)
         rows = max(s.high - s.low for s in self.stripes)
         behind = depthwise.reach(taps, target.lanes)
-        self.pitch_in, self.pitch_out = (-(-n // target.lanes) * target.lanes for n in (
-            rows * taps.size[1], tall * taps.out[1]))
+        self.pitch_in, self.pitch_out = (
+            -(-n // target.lanes) * target.lanes for n in (rows * taps.size[1], tall * taps.out[1])
+        )
         whole = taps.groups
         self.count_in = HEAD + whole * self.pitch_in + behind if chain.first else 0
         self.count_in = -(-self.count_in // HEAD) * HEAD
@@ -205,11 +221,13 @@ class _Plan:
             head.append(f"float *u = (float *)scratch + {HEAD};")
         if chain.last is not None:
             head.append(f"float *m = {plus('(float *)scratch', self.count_in)};")
-        return "\n".join([*head, f"for (int n = 0; n < {c(x.shape[0])}; n++) {{",
-                          *(f"    {line}" for line in lines), "}"])
+        return "\n".join(
+            [*head, f"for (int n = 0; n < {c(x.shape[0])}; n++) {{", *(f"    {line}" for line in lines), "}"]
+        )
 
-    def _stripe(self, s: Stripe, x: Value, y: Value, residual: Value | None, parts: _Parts,
-                masks: depthwise.Masks) -> list[str]:
+    def _stripe(
+        self, s: Stripe, x: Value, y: Value, residual: Value | None, parts: _Parts, masks: depthwise.Masks
+    ) -> list[str]:
         chain, taps = self.chain, self.taps
         step = s.rows * taps.stride[0]
         rows = s.high - s.low
@@ -233,14 +251,25 @@ class _Plan:
             ys = replace(ys, border=ys.border or ((0, 0),) * 3 + ((0, 1),))
         u, name = _rows(x, rows, s.low), "xs"
         if chain.first is not None:
-            u = Value("u", y.dtype, (1, taps.groups, rows, wide), offset=HEAD, buffer=Buffer(y.dtype, self.count_in),
-                      strides=(taps.groups * self.pitch_in, self.pitch_in, wide, 1))
+            u = Value(
+                "u",
+                y.dtype,
+                (1, taps.groups, rows, wide),
+                offset=HEAD,
+                buffer=Buffer(y.dtype, self.count_in),
+                strides=(taps.groups * self.pitch_in, self.pitch_in, wide, 1),
+            )
             lines += parts.lines(chain.first, u, xs, None, ("u", "xs", ""))
             name = "u"
         m, to = ys, "ys"
         if chain.last is not None:
-            m = Value("m", y.dtype, (1, taps.groups, s.rows, out), buffer=Buffer(y.dtype, self.count_out),
-                      strides=(taps.groups * self.pitch_out, self.pitch_out, out, 1))
+            m = Value(
+                "m",
+                y.dtype,
+                (1, taps.groups, s.rows, out),
+                buffer=Buffer(y.dtype, self.count_out),
+                strides=(taps.groups * self.pitch_out, self.pitch_out, out, 1),
+            )
             to = "m"
         elif ends:
             m = replace(ys, border=ys.border or ((0, 0),) * 3 + ((0, 1),))
@@ -248,8 +277,9 @@ class _Plan:
         found = depthwise.suits(chain.middle)
         assert found is not None
         lanes = depthwise.narrowest(out, self.lanes)
-        middle = depthwise.channels(u, m, None, found[2], window, lanes,
-                                    depthwise.height(window, registers(self.target)), masks, (name, to, ""))
+        middle = depthwise.channels(
+            u, m, None, found[2], window, lanes, depthwise.height(window, registers(self.target)), masks, (name, to, "")
+        )
         lines += ["{", "    const float *w = w2, *bias = bias2;", *(f"    {line}" for line in middle), "}"]
         if chain.last is not None:
             rs = None if residual is None else _rows(residual, s.rows, s.start + final * s.rows)
@@ -259,12 +289,20 @@ class _Plan:
 
 def _rows(value: Value, rows: int, start: int) -> Value:
     """Some rows of every plane of one image."""
-    return Value(value.name, value.dtype, (1, value.shape[1], rows, value.shape[3]), buffer=value.buffer,
-                 offset=value.offset + start * value.strides[2], strides=value.strides, border=value.border)
+    return Value(
+        value.name,
+        value.dtype,
+        (1, value.shape[1], rows, value.shape[3]),
+        buffer=value.buffer,
+        offset=value.offset + start * value.strides[2],
+        strides=value.strides,
+        border=value.border,
+    )
 
 
 def _height(chain: Chain, taps: Window, most: int) -> int:
     """Output rows of a stripe that needs at most so many bytes, where it can be a divisor of all of them."""
+
     def needed(rows: int) -> int:
         read = min(taps.size[0], (rows - 1) * taps.stride[0] + (taps.kernel[0] - 1) * taps.dilation[0] + 1)
         between = (read * taps.size[1] if chain.first else 0) + (rows * taps.out[1] if chain.last else 0)
@@ -285,10 +323,12 @@ def _stripes(taps: Window, tall: int) -> list[Stripe]:
         low = min(max(top, 0), taps.size[0] - 1)
         stripe = Stripe(start, 1, rows, low, max(min(bottom, taps.size[0]), low + 1), low - top)
         last = found[-1] if found else None
-        if last and (last.rows, last.high - last.low, last.before) == (rows, stripe.high - low, stripe.before) and (
-                low == last.low + last.times * rows * taps.stride[0]):
+        if (
+            last
+            and (last.rows, last.high - last.low, last.before) == (rows, stripe.high - low, stripe.before)
+            and (low == last.low + last.times * rows * taps.stride[0])
+        ):
             found[-1] = replace(last, times=last.times + 1)
             continue
         found.append(stripe)
     return found
-

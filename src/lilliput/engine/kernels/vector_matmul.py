@@ -58,8 +58,10 @@ def _body(node: Node, found: Linear, tail: Tail, way: MatVec) -> str:
     given = "x"
     if way.ins != found.ins or step != 1:
         given = "in"
-        text += ["float *const in = (float *)scratch;",
-                 f"for (int i = 0; i < {found.ins}; i++) in[i] = x[{times('i', step)}];"]
+        text += [
+            "float *const in = (float *)scratch;",
+            f"for (int i = 0; i < {found.ins}; i++) in[i] = x[{times('i', step)}];",
+        ]
         if way.ins > found.ins:
             text.append(f"for (int i = {found.ins}; i < {way.ins}; i++) in[i] = 0;")
     made = "y" if direct else "sum"

@@ -19,11 +19,19 @@ from lilliput.engine.size import c, fixed
 from lilliput.engine.target import Target
 
 COMBINE: dict[str, Callable[[Expr, Expr], Expr]] = {
-    "sum": lambda a, b: a + b, "prod": lambda a, b: a * b, "max": lambda a, b: a.max(b), "min": lambda a, b: a.min(b)}
+    "sum": lambda a, b: a + b,
+    "prod": lambda a, b: a * b,
+    "max": lambda a, b: a.max(b),
+    "min": lambda a, b: a.min(b),
+}
 LEAST = {"float32": float("-inf"), "int8": -128, "uint8": 0, "int32": -(2**31), "int64": -(2**63), "bool": 0}
 MOST = {"float32": float("inf"), "int8": 127, "uint8": 255, "int32": 2**31 - 1, "int64": 2**63 - 1, "bool": 1}
 NEUTRAL: dict[str, Callable[[str], float]] = {
-    "sum": lambda kind: 0, "prod": lambda kind: 1, "max": LEAST.__getitem__, "min": MOST.__getitem__}
+    "sum": lambda kind: 0,
+    "prod": lambda kind: 1,
+    "max": LEAST.__getitem__,
+    "min": MOST.__getitem__,
+}
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,9 @@ class Walk:
         names = list(self.operands)
         parts = []
         for dims in ([d for d in range(len(self.shape)) if d not in self.axes], list(self.axes)):
-            sizes, strides = loops.collapsed([self.shape[d] for d in dims],
-                                             [tuple(self.operands[n][d] for d in dims) for n in names])
+            sizes, strides = loops.collapsed(
+                [self.shape[d] for d in dims], [tuple(self.operands[n][d] for d in dims) for n in names]
+            )
             parts.append((sizes, dict(zip(names, strides, strict=True))))
         (self.kept, self.kept_strides), (self.inner, self.inner_strides) = parts
         first = names[0]
@@ -123,6 +132,7 @@ class Walk:
             elif isinstance(step, Once):
                 lines += self._once(step, names, start, count)
             else:
+
                 def place(operand: str, *inner: str) -> str:
                     self._locate(names, start, inner)
                     return self.at(operand)
@@ -132,9 +142,10 @@ class Walk:
 
     def _locate(self, names: Sequence[str], start: str, inner: Sequence[str]) -> None:
         outer = [*names, *([f"({start} + j)" if start != "0" else "j"] if self.across else [])]
-        self._place = {n: loops.index([*outer, *inner], [*self.kept_strides[n],
-                                                         *(self.inner_strides[n] if inner else [])])
-                       for n in self.operands}
+        self._place = {
+            n: loops.index([*outer, *inner], [*self.kept_strides[n], *(self.inner_strides[n] if inner else [])])
+            for n in self.operands
+        }
 
     def _once(self, step: Once, names: list[str], start: str, count: str) -> list[str]:
         self._locate(names, start, [])
@@ -142,8 +153,10 @@ class Walk:
         lines = []
         for name, make in step.values:
             if self.across:
-                lines += [f"{kind} {name}[{self.width}];",
-                          f"for (int j = 0; j < {count}; j++) {name}[j] = {make(self)};"]
+                lines += [
+                    f"{kind} {name}[{self.width}];",
+                    f"for (int j = 0; j < {count}; j++) {name}[j] = {make(self)};",
+                ]
             else:
                 lines.append(f"const {kind} {name} = {make(self)};")
         done = list(step.lines(self))
@@ -158,8 +171,10 @@ class Walk:
         suffix = "" if self.across else "_part"
         for name, how, _ in step.results:
             first = literal(NEUTRAL[how](step.dtype), step.dtype)
-            lines += [f"{kind} {name}{suffix}[{self.width}];",
-                      f"for (int j = 0; j < {self.width if inside else count}; j++) {name}{suffix}[j] = {first};"]
+            lines += [
+                f"{kind} {name}{suffix}[{self.width}];",
+                f"for (int j = 0; j < {self.width if inside else count}; j++) {name}{suffix}[j] = {first};",
+            ]
         counters = [f"r{k}" for k in range(len(self.inner))]
 
         def element() -> list[str]:
@@ -170,16 +185,23 @@ class Walk:
             return done
 
         if inside:
+
             def runs(outer: list[str]) -> list[str]:
                 found = []
                 for head, at, many in pieces(self.inner[-1], self.width, "i"):
                     self._locate(names, start, [*outer, "j" if at == "0" else f"({at} + j)"])
-                    found += [head, f"    for (int j = 0; j < {many}; j++) {{", *_indent(_indent(element())), "    }",
-                              "}"]
+                    found += [
+                        head,
+                        f"    for (int j = 0; j < {many}; j++) {{",
+                        *_indent(_indent(element())),
+                        "    }",
+                        "}",
+                    ]
                 return found
 
             lines += loops.nest(self.inner[:-1], runs, "r").splitlines()
         elif self.across:
+
             def block(outer: list[str]) -> list[str]:
                 self._locate(names, start, outer)
                 return [f"for (int j = 0; j < {count}; j++) {{", *_indent(element()), "}"]
@@ -199,9 +221,18 @@ def pieces(size: int, width: int, counter: str) -> list[tuple[str, str, str]]:
     """(head of a loop or block, where it starts, how many elements) that cover a size in pieces of a width."""
     if not fixed(size):
         whole = f"{c(size)} / {width} * {width}"
-        return [(f"for (int64_t {counter} = 0; {counter} + {width} <= {c(size)}; {counter} += {width}) {{", counter,
-                 str(width)), (f"for (int64_t {counter} = {whole}; {counter} < {c(size)}; {counter} += {width}) {{",
-                               counter, f"({c(size)} - {counter})")]
+        return [
+            (
+                f"for (int64_t {counter} = 0; {counter} + {width} <= {c(size)}; {counter} += {width}) {{",
+                counter,
+                str(width),
+            ),
+            (
+                f"for (int64_t {counter} = {whole}; {counter} < {c(size)}; {counter} += {width}) {{",
+                counter,
+                f"({c(size)} - {counter})",
+            ),
+        ]
     full = int(size) // width * width
     kind = "int" if size < 2**31 else "int64_t"
     found = []
@@ -227,8 +258,9 @@ def fold(name: str, width: int, how: str, dtype: str) -> list[str]:
     lines = []
     while width > 1:
         half = (width + 1) // 2
-        lines.append(f"for (int j = 0; j < {width - half}; j++) "
-                     f"{updated(how, dtype, f'{name}[j]', f'{name}[j + {half}]')}")
+        lines.append(
+            f"for (int j = 0; j < {width - half}; j++) {updated(how, dtype, f'{name}[j]', f'{name}[j + {half}]')}"
+        )
         width = half
     return lines
 

@@ -40,18 +40,18 @@ class Widen:
         found: dict[str, list[Array]] = {"codes": [], "scales": [], "zeros": []}
         for k in range(0, ins, depth):
             for o in range(0, outs, rows):
-                part = _wide(self.codes[o: o + rows, k: k + depth], pad)
+                part = _wide(self.codes[o : o + rows, k : k + depth], pad)
                 part = np.pad(part, ((0, 0), (0, -part.shape[1] % self.per))).T
                 held = part[:: self.per]
                 if self.per > 1:
                     held = np.zeros(held.shape, np.uint8)
                     for i in range(self.per):
-                        held |= part[i:: self.per] << (self.bits * i)
+                        held |= part[i :: self.per] << (self.bits * i)
                 found["codes"].append(np.ascontiguousarray(held).reshape(-1))
                 for key, array in (("scales", self.scale), ("zeros", self.zero)):
                     if array is not None:
                         first, last = k // self.block, -(-min(k + depth, ins) // self.block)
-                        found[key].append(_wide(array[o: o + rows, first:last], pad).T.reshape(-1))
+                        found[key].append(_wide(array[o : o + rows, first:last], pad).T.reshape(-1))
         return {key: np.concatenate(parts) for key, parts in found.items() if parts}
 
     def lines(self, width: int, ks: str, blocks: str, to: str) -> list[str]:
@@ -86,8 +86,11 @@ class Widen:
     def starts(self) -> list[str]:
         """C lines that declare the pointers."""
         kind = {16: "uint16_t", 8: "int8_t"}.get(self.bits, "uint8_t")
-        return [f"const {kind} *c = codes;", *(["const float *s = scales;"] if self.scale is not None else []),
-                *(["const float *z = zeros;"] if self.zero is not None else [])]
+        return [
+            f"const {kind} *c = codes;",
+            *(["const float *s = scales;"] if self.scale is not None else []),
+            *(["const float *z = zeros;"] if self.zero is not None else []),
+        ]
 
     @property
     def helpers(self) -> tuple[str, ...]:
@@ -124,8 +127,13 @@ def widen(narrow: Narrow | None, weight: Array) -> Widen | None:
     codes, zero = codes - shift, zero - shift
     if codes.min() < (0 if bits < 8 else -128) or codes.max() > (127 if bits == 8 else (1 << bits) - 1):
         return None
-    return Widen(bits, block, codes.astype(np.uint8 if bits < 8 else np.int8), np.ascontiguousarray(scale[:, ::block]),
-                 np.ascontiguousarray(zero[:, ::block].astype(np.float32)) if zero.any() else None)
+    return Widen(
+        bits,
+        block,
+        codes.astype(np.uint8 if bits < 8 else np.int8),
+        np.ascontiguousarray(scale[:, ::block]),
+        np.ascontiguousarray(zero[:, ::block].astype(np.float32)) if zero.any() else None,
+    )
 
 
 def _constant(array: Array, block: int) -> bool:

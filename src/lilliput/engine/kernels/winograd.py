@@ -129,38 +129,66 @@ class Tiles:
         scratch = 4 * self.elements * (self.step(g.ins) + self.step(self.outs))
         per = 0.3 * max(self.lanes / 16, 0.25)
         ns = self.rows * per * (self.elements * g.ins * self.outs * 1.25 + 7 * self.elements * (g.ins + g.outs)) + 200
-        return Kernel(f"winograd {self.m}x{self.m}", self.body, wants, None, {"weights": self.weights(w.data)},
-                      skips=(1,), scratch=scratch, cost_ns=ns * int(node.x.shape[0]), helpers=helpers(node, self.lanes),
-                      nonzeros=int(np.count_nonzero(w.data)), values=int(w.data.size))
+        return Kernel(
+            f"winograd {self.m}x{self.m}",
+            self.body,
+            wants,
+            None,
+            {"weights": self.weights(w.data)},
+            skips=(1,),
+            scratch=scratch,
+            cost_ns=ns * int(node.x.shape[0]),
+            helpers=helpers(node, self.lanes),
+            nonzeros=int(np.count_nonzero(w.data)),
+            values=int(w.data.size),
+        )
 
     def body(self, node: Node) -> str:
         """The C statements."""
         g, kind = self.g, vector(self.lanes)
         n, opened = batches(node)
         outs = self.step(self.outs)
-        lines = ["float *const seen = (float *)scratch;",
-                 f"float *const sums = seen + {self.elements * self.step(g.ins)};", *opened]
-        inner = [f"for (int i = 0; i < {g.ins}; i++)", f"    for (int t = 0; t < {self.together}; t++) {{",
-                 *indented(self._input(node, n), 2), "    }",
-                 f"for (int e = 0; e < {self.elements}; e++) {{", *indented(self._product(kind)), "}",
-                 f"for (int o = 0; o < {g.outs}; o++)", f"    for (int t = 0; t < {self.together}; t++) {{",
-                 f"        const float *const from = sums + (o * {self.together} + t) * {self.lanes};",
-                 *indented(self._output(node, n, outs), 2), "    }"]
+        lines = [
+            "float *const seen = (float *)scratch;",
+            f"float *const sums = seen + {self.elements * self.step(g.ins)};",
+            *opened,
+        ]
+        inner = [
+            f"for (int i = 0; i < {g.ins}; i++)",
+            f"    for (int t = 0; t < {self.together}; t++) {{",
+            *indented(self._input(node, n), 2),
+            "    }",
+            f"for (int e = 0; e < {self.elements}; e++) {{",
+            *indented(self._product(kind)),
+            "}",
+            f"for (int o = 0; o < {g.outs}; o++)",
+            f"    for (int t = 0; t < {self.together}; t++) {{",
+            f"        const float *const from = sums + (o * {self.together} + t) * {self.lanes};",
+            *indented(self._output(node, n, outs), 2),
+            "    }",
+        ]
         if self.rows > self.together:
             inner = [f"for (int band = 0; band < {self.rows}; band += {self.together}) {{", *indented(inner), "}"]
         act = node.attrs.get("act")
         if act is not None and not clamp_of(act):
             yn, yc, _, _ = strides(node.y)
             image = f" + {c(yn)} * {n}" if n != "0" else ""
-            inner += [f"for (int o = 0; o < {g.outs}; o++) {{", f"    float *const out = y0{image} + {yc} * o;",
-                      *indented(Finish(node, g.made[0], g.made[1], self.lanes).lines([])), "}"]
+            inner += [
+                f"for (int o = 0; o < {g.outs}; o++) {{",
+                f"    float *const out = y0{image} + {yc} * o;",
+                *indented(Finish(node, g.made[0], g.made[1], self.lanes).lines([])),
+                "}",
+            ]
         return "\n".join([*lines, *indented(inner, len(opened)), *["}"] * len(opened)])
 
     @property
     def _band(self) -> str:
         """The number of the vector that is worked on, as C."""
-        return ("t" if self.together > 1 else "0") if self.rows == self.together else (
-            "(band + t)" if self.together > 1 else "band")
+        return (
+            ("t" if self.together > 1 else "0")
+            if self.rows == self.together
+            else ("(band + t)" if self.together > 1 else "band")
+        )
 
     def _pieces(self, j: int) -> list[tuple[int, int]]:
         """(row of tiles, first column) of the runs of columns that lie in vector j of a row of elements."""
@@ -175,19 +203,25 @@ class Tiles:
         xn, xc, xr, _ = strides(node.x)
         image = f" + {c(xn)} * {n}" if n != "0" else ""
         top = f" - {self.g.before[0] * xr}" if self.g.before[0] else ""
-        lines = [f"const float *const x = x0{image} + i * {xc} + {self._band} * {self.high * m * xr}{top};",
-                 f"float *const to = seen + (i * {self.together} + t) * {lanes};"]
+        lines = [
+            f"const float *const x = x0{image} + i * {xc} + {self._band} * {self.high * m * xr}{top};",
+            f"float *const to = seen + (i * {self.together} + t) * {lanes};",
+        ]
         for j in range(m):  # down the columns
             for r in range(side):
-                parts = [f"*(const {vector(min(lanes, self.wide))} *)(x + {(k * m + r) * xr + column})"
-                         for k, column in self._pieces(j)]
+                parts = [
+                    f"*(const {vector(min(lanes, self.wide))} *)(x + {(k * m + r) * xr + column})"
+                    for k, column in self._pieces(j)
+                ]
                 width = min(lanes, self.wide)
                 while len(parts) > 1:
                     parts = [_two(a, b, range(2 * width)) for a, b in zip(parts[::2], parts[1::2], strict=True)]
                     width *= 2
                 lines.append(f"const {kind} x{j}{r} = {parts[0]};")
-            lines += [f"const {kind} z{j}{r} = {_with(text, 'd', [f'x{j}{k}' for k in range(side)])};"
-                      for r, text in enumerate(INPUT[m])]
+            lines += [
+                f"const {kind} z{j}{r} = {_with(text, 'd', [f'x{j}{k}' for k in range(side)])};"
+                for r, text in enumerate(INPUT[m])
+            ]
         zero = f"({kind}){{0}}"
         per = self.wide // m  # tiles in a row
         for r in range(side):  # along the rows
@@ -202,8 +236,10 @@ class Tiles:
                 order = [lane + tiles if 0 <= lane % per + tiles < per else lanes for lane in range(lanes)]
                 lines.append(f"const {kind} h{r}{k} = {_two(phases[phase], zero, order)};")
                 elements.append(f"h{r}{k}")
-            lines += [f"*({kind} *)(to + {(r * side + k) * self.step(self.g.ins)}) = {_with(text, 'd', elements)};"
-                      for k, text in enumerate(INPUT[m])]
+            lines += [
+                f"*({kind} *)(to + {(r * side + k) * self.step(self.g.ins)}) = {_with(text, 'd', elements)};"
+                for k, text in enumerate(INPUT[m])
+            ]
         return lines
 
     def _product(self, kind: str) -> list[str]:
@@ -211,16 +247,21 @@ class Tiles:
         g, lanes, block, vectors = self.g, self.lanes, self.block, self.together
         names = [[f"a{o}_{v}" for v in range(vectors)] for o in range(block)]
         flat = [name for row in names for name in row]
-        return [f"for (int o = 0; o < {self.outs}; o += {block}) {{",
-                f"    const float *w = weights + (e * {self.outs} + o) * {g.ins};",
-                f"    const float *x = seen + e * {self.step(g.ins)};",
-                f"    {kind} {', '.join(f'{name} = {{0}}' for name in flat)};",
-                f"    for (int i = 0; i < {g.ins}; i++) {{",
-                *(f"        const {kind} x{v} = *(const {kind} *)(x + {v * lanes});" for v in range(vectors)),
-                *(f"        {name} += x{v} * w[{o}];" for o, row in enumerate(names) for v, name in enumerate(row)),
-                f"        x += {vectors * lanes};", f"        w += {block};", "    }",
-                f"    float *const to = sums + e * {self.step(self.outs)} + o * {vectors * lanes};",
-                *(f"    *({kind} *)(to + {i * lanes}) = {name};" for i, name in enumerate(flat)), "}"]
+        return [
+            f"for (int o = 0; o < {self.outs}; o += {block}) {{",
+            f"    const float *w = weights + (e * {self.outs} + o) * {g.ins};",
+            f"    const float *x = seen + e * {self.step(g.ins)};",
+            f"    {kind} {', '.join(f'{name} = {{0}}' for name in flat)};",
+            f"    for (int i = 0; i < {g.ins}; i++) {{",
+            *(f"        const {kind} x{v} = *(const {kind} *)(x + {v * lanes});" for v in range(vectors)),
+            *(f"        {name} += x{v} * w[{o}];" for o, row in enumerate(names) for v, name in enumerate(row)),
+            f"        x += {vectors * lanes};",
+            f"        w += {block};",
+            "    }",
+            f"    float *const to = sums + e * {self.step(self.outs)} + o * {vectors * lanes};",
+            *(f"    *({kind} *)(to + {i * lanes}) = {name};" for i, name in enumerate(flat)),
+            "}",
+        ]
 
     def _output(self, node: Node, n: str, step: int) -> list[str]:
         """C lines that transform and finish the tiles of output o that lie in vector t."""
@@ -237,15 +278,19 @@ class Tiles:
             lines.append(f"const float *const more = x3{image} + o * {rc} + {self._band} * {self.high * m * rr};")
         for r in range(side):  # along the rows
             lines += [f"const {kind} p{r}{k} = *(const {kind} *)(from + {(r * side + k) * step});" for k in range(side)]
-            lines += [f"const {kind} q{r}{k} = {_with(text, 'p', [f'p{r}{j}' for j in range(side)])};"
-                      for k, text in enumerate(OUTPUT[m])]
+            lines += [
+                f"const {kind} q{r}{k} = {_with(text, 'p', [f'p{r}{j}' for j in range(side)])};"
+                for k, text in enumerate(OUTPUT[m])
+            ]
         if node.maybe(2) is not None:
             lines.append("const float bias = x2[o];")
         act = node.attrs.get("act")
         clamp = clamp_of(act) if act is not None else None
         for r in range(m):  # down the columns
-            lines += [f"const {kind} s{r}{k} = {_with(OUTPUT[m][r], 'p', [f'q{j}{k}' for j in range(side)])};"
-                      for k in range(m)]
+            lines += [
+                f"const {kind} s{r}{k} = {_with(OUTPUT[m][r], 'p', [f'q{j}{k}' for j in range(side)])};"
+                for k in range(m)
+            ]
             made, rows = _interleaved([f"s{r}{k}" for k in range(m)], lanes, f"y{r}_", kind)
             lines += made
             for j, name in enumerate(rows):

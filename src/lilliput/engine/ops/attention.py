@@ -69,8 +69,9 @@ def attention(node: Node, build: Build) -> None:
 def _split(build: Build, x: Value, heads: int) -> Value:
     """(batch, heads, positions, features) of (batch, positions, heads * features)."""
     if heads < 1 or int(x.shape[2]) % heads:
-        raise ValueError(f"Attention: {x.name} must be whole heads, got {heads} for {int(x.shape[2])} features. The "
-                         "file is damaged.")
+        raise ValueError(
+            f"Attention: {x.name} must be whole heads, got {heads} for {int(x.shape[2])} features. The file is damaged."
+        )
     wide = build.reshape(x, [x.shape[0], x.shape[1], heads, int(x.shape[2]) // heads])
     return build.transpose(wide, (0, 2, 1, 3))
 

@@ -23,7 +23,7 @@ def einsum(node: Node, build: Build) -> None:
     terms = [_without_ones(build, term, terms, wanted) for term in terms]
     first = _summed(build, terms[0], wanted + "".join(n for _, n in terms[1:]))
     for i, term in enumerate(terms[1:], 1):
-        later = wanted + "".join(n for _, n in terms[i + 1:])
+        later = wanted + "".join(n for _, n in terms[i + 1 :])
         first = _pair(build, _summed(build, first, later + term[1]), _summed(build, term, later + first[1]), later)
     value, names = _summed(build, first, wanted)
     if value.dtype != node.y.dtype:
@@ -42,12 +42,16 @@ def parsed(equation: str, ranks: Sequence[int], node: Node) -> tuple[list[str], 
     left, arrow, right = equation.partition("->")
     parts = left.split(",")
     free = [c for c in string.ascii_uppercase + string.ascii_lowercase if c not in equation]
-    bad = ValueError(f"Einsum {node.name}: the equation must fit {len(ranks)} operands of ranks {list(ranks)}, got "
-                     f"{equation!r}. The file is damaged.")
+    bad = ValueError(
+        f"Einsum {node.name}: the equation must fit {len(ranks)} operands of ranks {list(ranks)}, got "
+        f"{equation!r}. The file is damaged."
+    )
     if len(parts) != len(ranks):
         raise bad
-    most = max((rank - len(part.replace("...", "")) for part, rank in zip(parts, ranks, strict=True) if "..." in part),
-               default=0)
+    most = max(
+        (rank - len(part.replace("...", "")) for part, rank in zip(parts, ranks, strict=True) if "..." in part),
+        default=0,
+    )
     if most < 0 or most > len(free):
         raise bad
     dots = "".join(free[:most])
@@ -56,13 +60,16 @@ def parsed(equation: str, ranks: Sequence[int], node: Node) -> tuple[list[str], 
         count = rank - len(part.replace("...", ""))
         if count < 0 or (count and "..." not in part):
             raise bad
-        found.append(part.replace("...", dots[len(dots) - count:] if count else ""))
+        found.append(part.replace("...", dots[len(dots) - count :] if count else ""))
     if not arrow:
         every = "".join(found)
         right = "..." + "".join(sorted(c for c in set(every) - set(dots) if every.count(c) == 1))
     wanted = right.replace("...", dots)
-    if any(not c.isalpha() for c in "".join(found) + wanted) or len(set(wanted)) < len(wanted) or not (
-            set(wanted) <= set("".join(found))):
+    if (
+        any(not c.isalpha() for c in "".join(found) + wanted)
+        or len(set(wanted)) < len(wanted)
+        or not (set(wanted) <= set("".join(found)))
+    ):
         raise bad
     return found, wanted
 
@@ -91,8 +98,8 @@ def _without_ones(build: Build, term: Term, terms: Sequence[Term], wanted: str) 
         if value.shape[d] != 1 or not fixed(value.shape[d]):
             continue
         if any(name in other and v.shape[other.index(name)] != 1 for v, other in terms):
-            value = _shaped(build, value, [*value.shape[:d], *value.shape[d + 1:]])
-            names = names[:d] + names[d + 1:]
+            value = _shaped(build, value, [*value.shape[:d], *value.shape[d + 1 :]])
+            names = names[:d] + names[d + 1 :]
     return value, names
 
 
@@ -125,8 +132,9 @@ def _pair(build: Build, a: Term, b: Term, later: str) -> Term:
 
     if not inner:
         left = arranged(x, names_x, stack + rows, [*(sizes[n] for n in stack + rows), *[1] * len(columns)])
-        right = arranged(y, names_y, stack + columns, [*(sizes[n] for n in stack), *[1] * len(rows),
-                                                       *(sizes[n] for n in columns)])
+        right = arranged(
+            y, names_y, stack + columns, [*(sizes[n] for n in stack), *[1] * len(rows), *(sizes[n] for n in columns)]
+        )
         return build.map([left, right], lambda p, q: p * q), "".join(order)
     lead = [sizes[n] for n in stack]
     left = arranged(x, names_x, stack + rows + inner, [*lead, sized(rows), sized(inner)])

@@ -77,8 +77,9 @@ UNARY: dict[str, Callable[[Node, Expr], Expr]] = {
     "HardSigmoid": lambda n, x: (x * _number(n, "alpha", 0.2) + _number(n, "beta", 0.5)).max(0).min(1),
     "HardSwish": lambda n, x: x * (x * (1 / 6) + 0.5).max(0).min(1),
     "Elu": lambda n, x: _elu(x, _number(n, "alpha", 1.0)),
-    "Selu": lambda n, x: _elu(x, _number(n, "alpha", 1.67326319217681884765625),
-                              _number(n, "gamma", 1.05070102214813232421875)),
+    "Selu": lambda n, x: _elu(
+        x, _number(n, "alpha", 1.67326319217681884765625), _number(n, "gamma", 1.05070102214813232421875)
+    ),
     "Celu": _celu,
     "Gelu": _gelu,
     "com.microsoft.Gelu": _gelu,
@@ -93,9 +94,34 @@ UNARY: dict[str, Callable[[Node, Expr], Expr]] = {
     "IsNaN": lambda n, x: x.of("isnan", dtype="bool"),
     "IsInf": _isinf,
     "BitwiseNot": _of("invert"),
-    **{name: _of(name.lower()) for name in (
-        "Sigmoid", "Tanh", "Exp", "Log", "Sqrt", "Erf", "Abs", "Softplus", "Sign", "Floor", "Ceil", "Round", "Sin",
-        "Cos", "Tan", "Asin", "Acos", "Atan", "Sinh", "Cosh", "Asinh", "Acosh", "Atanh")},
+    **{
+        name: _of(name.lower())
+        for name in (
+            "Sigmoid",
+            "Tanh",
+            "Exp",
+            "Log",
+            "Sqrt",
+            "Erf",
+            "Abs",
+            "Softplus",
+            "Sign",
+            "Floor",
+            "Ceil",
+            "Round",
+            "Sin",
+            "Cos",
+            "Tan",
+            "Asin",
+            "Acos",
+            "Atan",
+            "Sinh",
+            "Cosh",
+            "Asinh",
+            "Acosh",
+            "Atanh",
+        )
+    },
 }
 BINARY: dict[str, Callable[[Expr, Expr], Expr]] = {
     "Add": lambda a, b: a + b,
@@ -106,12 +132,18 @@ BINARY: dict[str, Callable[[Expr, Expr], Expr]] = {
     "LessOrEqual": lambda a, b: a <= b,
     "Greater": lambda a, b: a > b,
     "GreaterOrEqual": lambda a, b: a >= b,
-    **{name: _both(name.removeprefix("Bitwise").lower()) for name in (
-        "And", "Or", "Xor", "BitwiseAnd", "BitwiseOr", "BitwiseXor")},
+    **{
+        name: _both(name.removeprefix("Bitwise").lower())
+        for name in ("And", "Or", "Xor", "BitwiseAnd", "BitwiseOr", "BitwiseXor")
+    },
     "PRelu": lambda x, slope: where(x < 0, x * slope, x),
 }
 VARIADIC: dict[str, Callable[[Expr, Expr], Expr]] = {
-    "Max": lambda a, b: a.max(b), "Min": lambda a, b: a.min(b), "Sum": lambda a, b: a + b, "Mean": lambda a, b: a + b}
+    "Max": lambda a, b: a.max(b),
+    "Min": lambda a, b: a.min(b),
+    "Sum": lambda a, b: a + b,
+    "Mean": lambda a, b: a + b,
+}
 
 
 for _op in ("Gelu", "QuickGelu"):

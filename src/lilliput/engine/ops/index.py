@@ -31,8 +31,9 @@ def gather(node: Node, build: Build) -> None:
         return
     flat = known.reshape(-1).astype(np.int64)
     if flat.size and (flat.min() < -int(size) or flat.max() >= int(size)):
-        raise ValueError(f"compile: {node.name} (Gather): indices must be below {size}, got {flat.min()} to "
-                         f"{flat.max()}.")
+        raise ValueError(
+            f"compile: {node.name} (Gather): indices must be below {size}, got {flat.min()} to {flat.max()}."
+        )
     if not fixed(size):
         if flat.size == 1:
             at = int(flat[0]) + size if flat[0] < 0 else int(flat[0])
@@ -72,10 +73,13 @@ def gather_elements(node: Node, build: Build) -> None:
     """y[i, j, k] = x[i, indices[i, j, k], k] for axis 1."""
     x = node.x
     axis = int(node.attrs.get("axis", 0)) % max(x.rank, 1)
-    if node.input(1).rank != x.rank or any(int(a) > int(b) for d, (a, b) in enumerate(zip(
-            node.input(1).shape, x.shape, strict=True)) if d != axis):
-        raise ValueError(f"compile: {node.name} (GatherElements): indices must have no more elements than the data, "
-                         f"got shapes {list(node.input(1).shape)} and {list(x.shape)}.")
+    if node.input(1).rank != x.rank or any(
+        int(a) > int(b) for d, (a, b) in enumerate(zip(node.input(1).shape, x.shape, strict=True)) if d != axis
+    ):
+        raise ValueError(
+            f"compile: {node.name} (GatherElements): indices must have no more elements than the data, "
+            f"got shapes {list(node.input(1).shape)} and {list(x.shape)}."
+        )
     build.add("GatherElements", [x, node.input(1)], [node.y], axis=axis)
 
 
@@ -85,8 +89,10 @@ def gather_nd(node: Node, build: Build) -> None:
     x, indices, batch = node.x, node.input(1), int(node.attrs.get("batch_dims", 0))
     depth = indices.shape[-1] if indices.rank else 0
     if not indices.rank or not fixed(depth) or not 1 <= int(depth) <= x.rank - batch:
-        raise ValueError(f"compile: {node.name} (GatherND): the last dimension of indices must be 1 to "
-                         f"{x.rank - batch}, got shape {list(indices.shape)}.")
+        raise ValueError(
+            f"compile: {node.name} (GatherND): the last dimension of indices must be 1 to "
+            f"{x.rank - batch}, got shape {list(indices.shape)}."
+        )
     build.add("GatherND", [x, indices], [node.y], batch=batch, depth=int(depth))
 
 
@@ -96,11 +102,15 @@ def scatter_nd(node: Node, build: Build) -> None:
     x, indices, updates = node.x, node.input(1), node.input(2)
     depth = indices.shape[-1] if indices.rank else 0
     if not indices.rank or not fixed(depth) or not 1 <= int(depth) <= x.rank:
-        raise ValueError(f"compile: {node.name} (ScatterND): the last dimension of indices must be 1 to {x.rank}, got "
-                         f"shape {list(indices.shape)}.")
-    if tuple(updates.shape) != (*indices.shape[:-1], *x.shape[int(depth):]):
-        raise ValueError(f"compile: {node.name} (ScatterND): updates must have shape "
-                         f"{[*indices.shape[:-1], *x.shape[int(depth):]]}, got {list(updates.shape)}.")
+        raise ValueError(
+            f"compile: {node.name} (ScatterND): the last dimension of indices must be 1 to {x.rank}, got "
+            f"shape {list(indices.shape)}."
+        )
+    if tuple(updates.shape) != (*indices.shape[:-1], *x.shape[int(depth) :]):
+        raise ValueError(
+            f"compile: {node.name} (ScatterND): updates must have shape "
+            f"{[*indices.shape[:-1], *x.shape[int(depth) :]]}, got {list(updates.shape)}."
+        )
     build.add("ScatterND", [x, indices, updates], [node.y], depth=int(depth), how=_reduction(node))
 
 
@@ -109,10 +119,15 @@ def scatter_elements(node: Node, build: Build) -> None:
     """x with x[i, indices[i, j, k], k] = updates[i, j, k] for axis 1."""
     x, indices, updates = node.x, node.input(1), node.input(2)
     axis = int(node.attrs.get("axis", 0)) % max(x.rank, 1)
-    if indices.shape != updates.shape or indices.rank != x.rank or any(
-            int(a) > int(b) for d, (a, b) in enumerate(zip(indices.shape, x.shape, strict=True)) if d != axis):
-        raise ValueError(f"compile: {node.name} ({node.op}): indices and updates must have one shape, within the "
-                         f"data's, got {list(indices.shape)}, {list(updates.shape)} and {list(x.shape)}.")
+    if (
+        indices.shape != updates.shape
+        or indices.rank != x.rank
+        or any(int(a) > int(b) for d, (a, b) in enumerate(zip(indices.shape, x.shape, strict=True)) if d != axis)
+    ):
+        raise ValueError(
+            f"compile: {node.name} ({node.op}): indices and updates must have one shape, within the "
+            f"data's, got {list(indices.shape)}, {list(updates.shape)} and {list(x.shape)}."
+        )
     build.add("ScatterElements", [x, indices, updates], [node.y], axis=axis, how=_reduction(node))
 
 
@@ -130,5 +145,3 @@ def reverse_sequence(node: Node, build: Build) -> None:
     if {time, batch} != {0, 1} or node.x.rank < 2:
         raise ValueError(f"compile: {node.name} (ReverseSequence): its axes must be 0 and 1, got {time} and {batch}.")
     build.add("ReverseSequence", [node.x, node.input(1)], [node.y], time=time)
-
-

@@ -22,8 +22,7 @@ def dynamic_quantize(node: Node, build: Build) -> None:
     zero = build.map([low, step], lambda a, s: (-(a.min(0.0) / s)).max(0.0).min(255.0).of("round"))
     codes, steps, zeros = [*node.outputs, None, None][:3]
     if codes is not None:
-        build.map([x, step, zero],
-                  lambda x, s, z: ((x / s).of("round") + z).max(0.0).min(255.0).cast("uint8"), codes)
+        build.map([x, step, zero], lambda x, s, z: ((x / s).of("round") + z).max(0.0).min(255.0).cast("uint8"), codes)
     for made, out in ((step, steps), (build.map([zero], lambda z: z.cast("uint8")), zeros)):
         if out is not None:
             build.reshape(made, out.shape, out)
@@ -45,8 +44,10 @@ def matmul_integer(node: Node, build: Build) -> None:
 def _zero_points(node: Node) -> None:
     a, b = node.maybe(2), node.maybe(3)
     if (a is not None and a.size != 1) or (b is not None and b.size not in (1, node.input(1).shape[-1])):
-        raise NotSupported(f"{node.op} {node.name}: a zero point must be one for all of a, and one for all of b or for "
-                           "each column, got others.")
+        raise NotSupported(
+            f"{node.op} {node.name}: a zero point must be one for all of a, and one for all of b or for "
+            "each column, got others."
+        )
 
 
 @lower("QLinearMatMul")
@@ -66,8 +67,13 @@ def qlinear_matmul(node: Node, build: Build) -> None:
     else:
         scale = build.map(scales, lambda a, b, y: a * b / y)
     low, high = (0.0, 255.0) if out.dtype == np.uint8 else (-128.0, 127.0)
-    build.map([product, scale, _flat(build, zy)], lambda p, s, z: (
-        (p.cast("float32") * s).of("round") + z.cast("float32")).max(low).min(high).cast(out.dtype.name), out)
+    build.map(
+        [product, scale, _flat(build, zy)],
+        lambda p, s, z: (
+            ((p.cast("float32") * s).of("round") + z.cast("float32")).max(low).min(high).cast(out.dtype.name)
+        ),
+        out,
+    )
 
 
 def _flat(build: Build, value: Value) -> Value:
@@ -113,13 +119,15 @@ def matmul_nbits(node: Node, build: Build) -> None:
         wide = np.repeat(zeros, block, 1)[:, :ins]
         data = (codes.astype(np.float32) - wide) * scales
     except ValueError as error:
-        raise ValueError(f"{node.op} {node.name}: its tensors must fit K, N, bits and block_size, got "
-                         f"{error}.") from error
+        raise ValueError(
+            f"{node.op} {node.name}: its tensors must fit K, N, bits and block_size, got {error}."
+        ) from error
     weight = build.const(np.ascontiguousarray(data.T.astype(np.float32)))
     weight.name = node.input(1).name
     if wide.dtype != np.float32:
-        weight.narrow = Narrow(bits, np.ascontiguousarray(codes.T), np.ascontiguousarray(scales.T),
-                               np.ascontiguousarray(wide.T))
+        weight.narrow = Narrow(
+            bits, np.ascontiguousarray(codes.T), np.ascontiguousarray(scales.T), np.ascontiguousarray(wide.T)
+        )
     bias = node.maybe(5)
     product = node.y if bias is None else build.value(node.y.dtype, node.y.shape)
     build.add("MatMul", [node.x, weight], [product])

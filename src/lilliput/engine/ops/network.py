@@ -27,12 +27,15 @@ def settings(node: Node) -> dict[str, Any]:
     group = int(node.attrs.get("group", 1))
     sound = dims > 0 and len(kernel) == len(strides) == len(dilations) == dims and min(*strides, *dilations, group) > 0
     if not sound or w.rank != x.rank or int(min(w.shape)) < 1 or int(w.shape[0]) % group:
-        raise ValueError(f"{node.op} {node.name}: weights, strides, dilations and group must fit its input, got "
-                         f"{[int(n) for n in w.shape]}, {strides}, {dilations} and {group}. The file is damaged.")
+        raise ValueError(
+            f"{node.op} {node.name}: weights, strides, dilations and group must fit its input, got "
+            f"{[int(n) for n in w.shape]}, {strides}, {dilations} and {group}. The file is damaged."
+        )
     pads = padding(node, list(x.shape[2:]), kernel, strides, dilations)
     if len(pads) != 2 * dims or min(pads) < 0:
-        raise ValueError(f"{node.op} {node.name}: pads must be {2 * dims} numbers from 0 on, got {pads}. The file is "
-                         "damaged.")
+        raise ValueError(
+            f"{node.op} {node.name}: pads must be {2 * dims} numbers from 0 on, got {pads}. The file is damaged."
+        )
     return {"strides": strides, "dilations": dilations, "group": group, "kernel_shape": kernel, "pads": pads}
 
 
@@ -106,10 +109,16 @@ def conv_transpose(node: Node, build: Build) -> None:
     extra = [int(p) for p in node.attrs.get("output_padding", [0] * dims)]
     group, how = int(node.attrs.get("group", 1)), node.attrs.get("auto_pad", "NOTSET") or "NOTSET"
     sound = dims > 0 and w.rank == x.rank and len(strides) == len(dilations) == len(extra) == dims
-    if not sound or min(*strides, *dilations, group) < 1 or int(w.shape[0]) != int(x.shape[1]) or int(
-            x.shape[1]) % group:
-        raise ValueError(f"ConvTranspose {node.name}: weights, strides, dilations and group must fit its input, got "
-                         f"{[int(n) for n in w.shape]}, {strides}, {dilations} and {group}. The file is damaged.")
+    if (
+        not sound
+        or min(*strides, *dilations, group) < 1
+        or int(w.shape[0]) != int(x.shape[1])
+        or int(x.shape[1]) % group
+    ):
+        raise ValueError(
+            f"ConvTranspose {node.name}: weights, strides, dilations and group must fit its input, got "
+            f"{[int(n) for n in w.shape]}, {strides}, {dilations} and {group}. The file is damaged."
+        )
     pads = [int(p) for p in node.attrs.get("pads", [0] * 2 * dims)][:dims]
     if "output_shape" in node.attrs or how.startswith("SAME"):
         pads = []

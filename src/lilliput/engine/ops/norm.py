@@ -59,15 +59,31 @@ def hardmax(node: Node, build: Build) -> None:
     build.reshape(made, node.y.shape, node.y)
 
 
-def normalize(build: Build, x: Value, axes: Sequence[int], scale: Value | None, bias: Value | None, epsilon: float,
-              outputs: Sequence[Value | None], center: bool = True) -> None:
+def normalize(
+    build: Build,
+    x: Value,
+    axes: Sequence[int],
+    scale: Value | None,
+    bias: Value | None,
+    epsilon: float,
+    outputs: Sequence[Value | None],
+    center: bool = True,
+) -> None:
     """(x - mean) / sqrt(variance + epsilon) * scale + bias over axes; outputs: y and, where wanted, mean and inverse
     deviation."""
     wanted = [*outputs, None, None][:3]
     while wanted[-1] is None:
         wanted.pop()
-    build.add("Normalize", [x, scale, bias], wanted, axes=tuple(axes), epsilon=epsilon, center=center,
-              stats=len(wanted) > 1, pre=None)
+    build.add(
+        "Normalize",
+        [x, scale, bias],
+        wanted,
+        axes=tuple(axes),
+        epsilon=epsilon,
+        center=center,
+        stats=len(wanted) > 1,
+        pre=None,
+    )
 
 
 def shaped(build: Build, value: Value, shape: Sequence[int]) -> Value:
@@ -83,16 +99,31 @@ def shaped(build: Build, value: Value, shape: Sequence[int]) -> Value:
 def layer_normalization(node: Node, build: Build) -> None:
     """Over the last dimensions from axis on; its outputs 1 and 2 are the mean and the inverse deviation."""
     axis = int(node.attrs.get("axis", -1)) % node.x.rank
-    normalize(build, node.x, range(axis, node.x.rank), node.input(1), node.maybe(2),
-              float(node.attrs.get("epsilon", 1e-5)), node.outputs)
+    normalize(
+        build,
+        node.x,
+        range(axis, node.x.rank),
+        node.input(1),
+        node.maybe(2),
+        float(node.attrs.get("epsilon", 1e-5)),
+        node.outputs,
+    )
 
 
 @lower("RMSNormalization")
 def rms_normalization(node: Node, build: Build) -> None:
     """x / sqrt(mean of squares + epsilon) * scale."""
     axis = int(node.attrs.get("axis", -1)) % node.x.rank
-    normalize(build, node.x, range(axis, node.x.rank), node.input(1), None, float(node.attrs.get("epsilon", 1e-5)),
-              [node.y], center=False)
+    normalize(
+        build,
+        node.x,
+        range(axis, node.x.rank),
+        node.input(1),
+        None,
+        float(node.attrs.get("epsilon", 1e-5)),
+        [node.y],
+        center=False,
+    )
 
 
 @lower("InstanceNormalization")
@@ -100,8 +131,15 @@ def instance_normalization(node: Node, build: Build) -> None:
     """Every channel of every example by itself."""
     x = node.x
     wide = [x.shape[1], *[1] * (x.rank - 2)]
-    normalize(build, x, range(2, x.rank), shaped(build, node.input(1), wide), shaped(build, node.input(2), wide),
-              float(node.attrs.get("epsilon", 1e-5)), [node.y])
+    normalize(
+        build,
+        x,
+        range(2, x.rank),
+        shaped(build, node.input(1), wide),
+        shaped(build, node.input(2), wide),
+        float(node.attrs.get("epsilon", 1e-5)),
+        [node.y],
+    )
 
 
 INFER["GroupNormalization"] = lambda node, shapes: [("float32", shapes[0])]
@@ -115,8 +153,15 @@ def group_normalization(node: Node, build: Build) -> None:
     split = build.reshape(x, [x.shape[0], groups, per, *x.shape[2:]])
     wide = [groups, 1 if int(node.input(1).size) == groups and per != 1 else per, *[1] * (x.rank - 2)]
     made = build.value(x.dtype, split.shape)
-    normalize(build, split, range(2, split.rank), shaped(build, node.input(1), wide),
-              shaped(build, node.input(2), wide), float(node.attrs.get("epsilon", 1e-5)), [made])
+    normalize(
+        build,
+        split,
+        range(2, split.rank),
+        shaped(build, node.input(1), wide),
+        shaped(build, node.input(2), wide),
+        float(node.attrs.get("epsilon", 1e-5)),
+        [made],
+    )
     build.reshape(made, node.y.shape, node.y)
 
 
@@ -133,15 +178,16 @@ def batch_normalization(node: Node, build: Build) -> None:
     if all(v.data is not None for v in (scale, bias, mean, variance)):
         a = np.asarray(scale.data) / np.sqrt(np.asarray(variance.data, np.float64) + epsilon)
         b = np.asarray(bias.data) - np.asarray(mean.data) * a
-        build.map([x, build.const(a.astype(np.float32)), build.const(b.astype(np.float32))],
-                  lambda x, a, b: x * a + b, node.y)
+        build.map(
+            [x, build.const(a.astype(np.float32)), build.const(b.astype(np.float32))], lambda x, a, b: x * a + b, node.y
+        )
         return
-    build.map([x, scale, bias, mean, variance], lambda x, s, b, m, v: (x - m) / (v + epsilon).of("sqrt") * s + b,
-              node.y)
+    build.map(
+        [x, scale, bias, mean, variance], lambda x, s, b, m, v: (x - m) / (v + epsilon).of("sqrt") * s + b, node.y
+    )
 
 
-def _trained(node: Node, build: Build, scale: Value, bias: Value, mean: Value, variance: Value,
-             epsilon: float) -> None:
+def _trained(node: Node, build: Build, scale: Value, bias: Value, mean: Value, variance: Value, epsilon: float) -> None:
     x = node.x
     axes = tuple(d for d in range(x.rank) if d != 1)
     held = [1, x.shape[1], *[1] * (x.rank - 2)]
@@ -149,8 +195,7 @@ def _trained(node: Node, build: Build, scale: Value, bias: Value, mean: Value, v
     build.add("Reduce", [x], [found], axes=axes, kind="mean", keep=True, pre=None, post=None)
     off = arg(0, "float32") - arg(1, "float32")
     build.add("Reduce", [x, found], [spread], axes=axes, kind="mean", keep=True, pre=off * off, post=None)
-    build.map([x, scale, bias, found, spread], lambda x, s, b, m, v: (x - m) / (v + epsilon).of("sqrt") * s + b,
-              node.y)
+    build.map([x, scale, bias, found, spread], lambda x, s, b, m, v: (x - m) / (v + epsilon).of("sqrt") * s + b, node.y)
     momentum = float(node.attrs.get("momentum", 0.9))
     for i, (old, new) in enumerate(((mean, found), (variance, spread)), 1):
         out = node.outputs[i] if i < len(node.outputs) else None
@@ -180,5 +225,10 @@ def lp_normalization(node: Node, build: Build) -> None:
 @lower("LRN")
 def local_response(node: Node, build: Build) -> None:
     """Attrs size, alpha, beta and bias, all explicit."""
-    build.keep(node, size=int(node.attrs["size"]), alpha=float(node.attrs.get("alpha", 1e-4)),
-               beta=float(node.attrs.get("beta", 0.75)), bias=float(node.attrs.get("bias", 1.0)))
+    build.keep(
+        node,
+        size=int(node.attrs["size"]),
+        alpha=float(node.attrs.get("alpha", 1e-4)),
+        beta=float(node.attrs.get("beta", 0.75)),
+        bias=float(node.attrs.get("bias", 1.0)),
+    )

@@ -54,8 +54,10 @@ def recurrent(node: Node, build: Build) -> None:
     directions, hidden = int(r.shape[0]), int(r.shape[2])
     wanted = {"forward": (False,), "reverse": (True,), "bidirectional": (False, True)}
     reverse = wanted.get(node.attrs.get("direction", "forward"))
-    if reverse is None or len(reverse) != directions or not (
-        w.shape[:2] == r.shape[:2] == (directions, gates * hidden) and int(node.x.shape[2]) == w.shape[2]
+    if (
+        reverse is None
+        or len(reverse) != directions
+        or not (w.shape[:2] == r.shape[:2] == (directions, gates * hidden) and int(node.x.shape[2]) == w.shape[2])
     ):
         raise ValueError(
             f"{node.op} {node.name}: weights must fit its direction, got {w.shape} and {r.shape}. The file is damaged."

@@ -38,8 +38,16 @@ def reduction(node: Node, build: Build) -> None:
     x = node.x
     pre = None if before is None else before(arg(0, x.dtype))
     post = None if after is None else after(arg(0, x.dtype))
-    build.add("Reduce", [x], [node.y], axes=reduced_axes(node), kind=kind, keep=int(node.attrs.get("keepdims", 1)) == 1,
-              pre=pre, post=post)
+    build.add(
+        "Reduce",
+        [x],
+        [node.y],
+        axes=reduced_axes(node),
+        kind=kind,
+        keep=int(node.attrs.get("keepdims", 1)) == 1,
+        pre=pre,
+        post=post,
+    )
 
 
 @lower("ReduceLogSumExp")
@@ -53,8 +61,16 @@ def log_sum_exp(node: Node, build: Build) -> None:
     build.add("Reduce", [x], [top], axes=axes, kind="max", keep=True, pre=None, post=None)
     shift = build.map([top], lambda m: where(m.of("isinf", dtype="bool"), const(0, "float32"), m))
     summed = build.value(x.dtype, held)
-    build.add("Reduce", [x, shift], [summed], axes=axes, kind="sum", keep=True,
-              pre=(arg(0, x.dtype) - arg(1, x.dtype)).of("exp"), post=arg(0, x.dtype).of("log"))
+    build.add(
+        "Reduce",
+        [x, shift],
+        [summed],
+        axes=axes,
+        kind="sum",
+        keep=True,
+        pre=(arg(0, x.dtype) - arg(1, x.dtype)).of("exp"),
+        post=arg(0, x.dtype).of("log"),
+    )
     total = build.map([summed, shift], lambda s, m: s + m)
     build.reshape(total, node.y.shape, node.y)
 
@@ -62,8 +78,14 @@ def log_sum_exp(node: Node, build: Build) -> None:
 @lower("ArgMax", "ArgMin")
 def arg_max(node: Node, build: Build) -> None:
     """The place of the largest or smallest element: attrs axis, largest, last (of equal ones), keep."""
-    build.keep(node, "ArgMax", axis=int(node.attrs.get("axis", 0)) % max(node.x.rank, 1), largest=node.op == "ArgMax",
-               last=bool(node.attrs.get("select_last_index", 0)), keep=int(node.attrs.get("keepdims", 1)) == 1)
+    build.keep(
+        node,
+        "ArgMax",
+        axis=int(node.attrs.get("axis", 0)) % max(node.x.rank, 1),
+        largest=node.op == "ArgMax",
+        last=bool(node.attrs.get("select_last_index", 0)),
+        keep=int(node.attrs.get("keepdims", 1)) == 1,
+    )
 
 
 @lower("TopK")
@@ -82,5 +104,12 @@ def cumulative(node: Node, build: Build) -> None:
     """The sums or products of the elements up to each: attrs axis, kind, exclusive, reverse."""
     known = node.known(1)
     axis = 0 if known is None else int(known.reshape(-1)[0])
-    build.add("Cumulative", [node.x], [node.y], axis=axis % node.x.rank, kind="sum" if node.op == "CumSum" else "prod",
-              exclusive=bool(node.attrs.get("exclusive", 0)), reverse=bool(node.attrs.get("reverse", 0)))
+    build.add(
+        "Cumulative",
+        [node.x],
+        [node.y],
+        axis=axis % node.x.rank,
+        kind="sum" if node.op == "CumSum" else "prod",
+        exclusive=bool(node.attrs.get("exclusive", 0)),
+        reverse=bool(node.attrs.get("reverse", 0)),
+    )

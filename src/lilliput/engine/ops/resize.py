@@ -40,13 +40,16 @@ def resize(node: Node, build: Build) -> None:
         if size == new and math.isclose(scales[axis], 1.0) and roi[axis] == (0.0, 1.0):
             continue
         if not fixed(size, new):
-            raise NotSupported(f"compile: {node.name} ({node.op}) must have fixed sizes, or be nearest by a whole "
-                               "factor.")
+            raise NotSupported(
+                f"compile: {node.name} ({node.op}) must have fixed sizes, or be nearest by a whole factor."
+            )
         if int(new) == 0 or int(size) == 0:
             continue
         if int(new) > MOST_POSITIONS:
-            raise ValueError(f"compile: {node.name} ({node.op}) must make at most {MOST_POSITIONS} elements of a "
-                             f"dimension, got {new}.")
+            raise ValueError(
+                f"compile: {node.name} ({node.op}) must make at most {MOST_POSITIONS} elements of a "
+                f"dimension, got {new}."
+            )
         place = coordinates(node, int(size), int(new), scales[axis], roi[axis])
         if _mode(node) == "tf_crop_and_resize":
             inside = np.flatnonzero((place >= 0) & (place <= int(size) - 1))
@@ -54,8 +57,9 @@ def resize(node: Node, build: Build) -> None:
             cut[axis] = (first, int(new) - last)
             place = place[first:last]
         if mode == "nearest":
-            maps[axis] = np.clip(rounded(place, str(node.attrs.get("nearest_mode", "round_prefer_floor")), node), 0,
-                                 int(size) - 1).astype(np.int32)
+            maps[axis] = np.clip(
+                rounded(place, str(node.attrs.get("nearest_mode", "round_prefer_floor")), node), 0, int(size) - 1
+            ).astype(np.int32)
             continue
         positions, weights = taps(node, mode, place, int(size), scales[axis])
         made = build.value(x.dtype, [len(place) if d == axis else s for d, s in enumerate(held.shape)])
@@ -101,8 +105,9 @@ def _scales(node: Node) -> list[float]:
         given = node.known(place) if value is not None and value.shape != (0,) else None
     if given is not None and given.size:
         if given.size != len(axes) or not np.all(given > 0):
-            raise ValueError(f"compile: {node.name} ({node.op}) must have a positive scale for each of {len(axes)} "
-                             "dimensions.")
+            raise ValueError(
+                f"compile: {node.name} ({node.op}) must have a positive scale for each of {len(axes)} dimensions."
+            )
         for axis, scale in zip(axes, given.reshape(-1), strict=True):
             found[axis] = float(scale)
         return found
@@ -149,9 +154,13 @@ def _repeats(node: Node, mode: str, scales: list[float]) -> bool:
     if any(new != size * int(scale) for size, new, scale in zip(node.x.shape, node.y.shape, scales, strict=True)):
         return False
     return (how == "asymmetric" and rounding == "floor") or (
-        how in ("half_pixel", "half_pixel_symmetric", "pytorch_half_pixel") and rounding.startswith("round") and all(
+        how in ("half_pixel", "half_pixel_symmetric", "pytorch_half_pixel")
+        and rounding.startswith("round")
+        and all(
             scale == 1 or how != "pytorch_half_pixel" or not fixed(new) or new > 1
-            for scale, new in zip(scales, node.y.shape, strict=True)))
+            for scale, new in zip(scales, node.y.shape, strict=True)
+        )
+    )
 
 
 def coordinates(node: Node, size: int, new: int, scale: float, roi: tuple[float, float]) -> Floats:
@@ -175,8 +184,9 @@ def coordinates(node: Node, size: int, new: int, scale: float, roi: tuple[float,
         if width == 1:
             return place * 0 + 0.5 * (start + end) * (size - 1)
         return start * (size - 1) + place * (end - start) * (size - 1) / (width - 1)
-    raise NotSupported(f"compile: {node.name} ({node.op}): coordinate_transformation_mode must be one of ONNX's, got "
-                       f"{how!r}.")
+    raise NotSupported(
+        f"compile: {node.name} ({node.op}): coordinate_transformation_mode must be one of ONNX's, got {how!r}."
+    )
 
 
 def rounded(place: Floats, how: str, node: Node) -> Floats:
@@ -198,8 +208,9 @@ def taps(node: Node, mode: str, place: Floats, size: int, scale: float) -> tuple
     reach = (1 if mode == "linear" else 2) / narrow
     count = 2 * math.ceil(reach)
     if count * len(place) > MOST_TAPS:
-        raise ValueError(f"compile: {node.name} ({node.op}) must take fewer elements together, got {count} for each of "
-                         f"{len(place)}.")
+        raise ValueError(
+            f"compile: {node.name} ({node.op}) must take fewer elements together, got {count} for each of {len(place)}."
+        )
     a = float(node.attrs.get("cubic_coeff_a", -0.75))
     positions = np.floor(place)[:, None] + np.arange(count) - (count // 2 - 1)
     far = np.abs(positions - place[:, None]) * narrow
@@ -215,5 +226,5 @@ def taps(node: Node, mode: str, place: Floats, size: int, scale: float) -> tuple
         weights = weights / np.where(total == 0, 1.0, total)
     kept = np.flatnonzero(np.any(weights != 0, 0))
     if len(kept):
-        positions, weights = positions[:, kept[0]: kept[-1] + 1], weights[:, kept[0]: kept[-1] + 1]
+        positions, weights = positions[:, kept[0] : kept[-1] + 1], weights[:, kept[0] : kept[-1] + 1]
     return np.clip(positions, 0, size - 1).astype(np.int32), weights.astype(np.float32)

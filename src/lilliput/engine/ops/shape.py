@@ -26,10 +26,15 @@ def reshape(node: Node, build: Build) -> None:
 def dropout(node: Node, build: Build) -> None:
     """The identity, since nothing is dropped in inference; the mask is true everywhere."""
     training, ratio = node.maybe(2), node.maybe(1)
-    if training is not None and (training.data is None or np.any(training.data)) and (
-            ratio is None or ratio.data is None or np.any(ratio.data)):
-        raise NotSupported(f"compile: Dropout {node.name} must not train, got training_mode true: what it drops is "
-                           "random. Export the model for inference.")
+    if (
+        training is not None
+        and (training.data is None or np.any(training.data))
+        and (ratio is None or ratio.data is None or np.any(ratio.data))
+    ):
+        raise NotSupported(
+            f"compile: Dropout {node.name} must not train, got training_mode true: what it drops is "
+            "random. Export the model for inference."
+        )
     if node.outputs[0] is not None:
         build.reshape(node.x, node.y.shape, node.y)
     mask = node.outputs[1] if len(node.outputs) > 1 else None
@@ -169,8 +174,9 @@ def depth_to_space(node: Node, build: Build) -> None:
     b = _block(node)
     kept, rest = divmod(int(channels), b * b)
     if rest or not fixed(channels):
-        raise ValueError(f"compile: {node.name} (DepthToSpace): channels must be a multiple of {b * b}, got "
-                         f"{channels}.")
+        raise ValueError(
+            f"compile: {node.name} (DepthToSpace): channels must be a multiple of {b * b}, got {channels}."
+        )
     if node.attrs.get("mode", "DCR") == "CRD":
         x = build.transpose(build.reshape(node.x, [n, kept, b, b, h, w]), (0, 1, 4, 2, 5, 3))
     else:
@@ -219,15 +225,23 @@ def pad(node: Node, build: Build) -> None:
     padded(x, before, after, build, node.y, mode, value)
 
 
-def padded(x: Value, before: Sequence[int], after: Sequence[int], build: Build, out: Value, mode: str = "constant",
-           value: Value | None = None) -> None:
+def padded(
+    x: Value,
+    before: Sequence[int],
+    after: Sequence[int],
+    build: Build,
+    out: Value,
+    mode: str = "constant",
+    value: Value | None = None,
+) -> None:
     """x with elements before and after each dimension (fewer where negative)."""
     if value is None:
         value = build.const(np.array(0, x.dtype))
     # What a negative pad takes away is taken away first.
     cut = [-p if int(p) < 0 else 0 for p in before]
-    shape = [s + (b if int(b) < 0 else 0) + (a if int(a) < 0 else 0)
-             for s, b, a in zip(x.shape, before, after, strict=True)]
+    shape = [
+        s + (b if int(b) < 0 else 0) + (a if int(a) < 0 else 0) for s, b, a in zip(x.shape, before, after, strict=True)
+    ]
     for size, start in zip(shape, cut, strict=True):
         build.need(size)
         build.need(start)
@@ -245,8 +259,10 @@ def padded(x: Value, before: Sequence[int], after: Sequence[int], build: Build, 
     if int(x.size) == 0:
         raise ValueError(f"compile: {out.name} (Pad): what is {mode}ed must have elements, got {list(x.shape)}.")
     if fixed(*x.shape, *before, *after):
-        maps = [None if b == a == 0 else table(size, b, a, mode)
-                for size, b, a in zip(map(int, x.shape), map(int, before), map(int, after), strict=True)]
+        maps = [
+            None if b == a == 0 else table(size, b, a, mode)
+            for size, b, a in zip(map(int, x.shape), map(int, before), map(int, after), strict=True)
+        ]
         build.add("Take", [x], [out], maps=tuple(maps))
     else:
         build.add("Mirror", [x], [out], before=tuple(before), after=tuple(after), mode=mode)
@@ -284,8 +300,9 @@ def center_crop_pad(node: Node, build: Build) -> None:
 def positions(build: Build, size: int, dtype: Any = np.int64) -> Value:
     """The numbers 0, 1, ... size - 1, where size may be free."""
     if int(size) > MOST_POSITIONS:
-        raise ValueError(f"compile: a dimension that is numbered must have at most {MOST_POSITIONS} elements, got "
-                         f"{size}.")
+        raise ValueError(
+            f"compile: a dimension that is numbered must have at most {MOST_POSITIONS} elements, got {size}."
+        )
     whole = build.const(np.arange(int(size)).astype(dtype))
     return build.slice(whole, [0], [size]) if isinstance(size, Size) else whole
 
@@ -325,8 +342,9 @@ def trilu(node: Node, build: Build) -> None:
     shift = k if k is not None else build.const(np.array(0, np.int64))
     if shift.rank:
         shift = build.reshape(shift, [])
-    build.map([x, down, along, shift], lambda v, i, j, s: where((j - i) >= s if upper else (j - i) <= s, v, zero),
-              node.y)
+    build.map(
+        [x, down, along, shift], lambda v, i, j, s: where((j - i) >= s if upper else (j - i) <= s, v, zero), node.y
+    )
 
 
 @lower("OneHot")
@@ -337,7 +355,7 @@ def one_hot(node: Node, build: Build) -> None:
     depth = y.shape[axis]
     kind = "float32" if indices.dtype == np.float32 else "int64"
     place = build.reshape(positions(build, depth, kind), [depth if d == axis else 1 for d in range(y.rank)])
-    spread = build.reshape(indices, [*y.shape[:axis], 1, *y.shape[axis + 1:]])
+    spread = build.reshape(indices, [*y.shape[:axis], 1, *y.shape[axis + 1 :]])
     off, on = (build.reshape(build.slice(values, [i], [1]), []) for i in (0, 1))
     many = build.reshape(_number(build, depth, kind), [])
 
