@@ -11,13 +11,14 @@ from torch.nn import functional as F
 from lilliput.code.base import attach, build, codes, copy_model, find, pack, realize
 from lilliput.code.low_rank import LowRank
 from lilliput.code.masked import Masked
-from lilliput.code.output import Activation, QuantizeActivations
-from lilliput.code.uniform import Half, Uniform
 from lilliput.errors import NotSupported
 from lilliput.export.onnx import Session, trace
 from lilliput.factor.svd import Factorize
 from lilliput.prune.prune import Prune
+from lilliput.quant.activations import Activation, QuantizeActivations
+from lilliput.quant.half import Half
 from lilliput.quant.quantize import Quantize
+from lilliput.quant.uniform import Uniform
 from lilliput.task import Task
 
 

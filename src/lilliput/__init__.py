@@ -33,8 +33,8 @@ _NAMES = {
     "codes": "lilliput.code.base",
     "storage": "lilliput.code.base",
     "Masked": "lilliput.code.masked",
-    "Uniform": "lilliput.code.uniform",
-    "Half": "lilliput.code.uniform",
+    "Uniform": "lilliput.quant.uniform",
+    "Half": "lilliput.quant.half",
     "LowRank": "lilliput.code.low_rank",
     # methods
     "Prune": "lilliput.prune.prune",
@@ -60,7 +60,7 @@ _NAMES = {
     "Seam": "lilliput.prune.seam",
     "Noise": "lilliput.prune.noise",
     "Quantize": "lilliput.quant.quantize",
-    "QuantizeActivations": "lilliput.code.output",
+    "QuantizeActivations": "lilliput.quant.activations",
     "Factorize": "lilliput.factor.svd",
     "Distill": "lilliput.distill.logits",
     "Features": "lilliput.distill.features",
@@ -104,9 +104,6 @@ if TYPE_CHECKING:
     from lilliput.code.base import storage as storage
     from lilliput.code.low_rank import LowRank as LowRank
     from lilliput.code.masked import Masked as Masked
-    from lilliput.code.output import QuantizeActivations as QuantizeActivations
-    from lilliput.code.uniform import Half as Half
-    from lilliput.code.uniform import Uniform as Uniform
     from lilliput.distill.features import Features as Features
     from lilliput.distill.logits import Distill as Distill
     from lilliput.engine.compile import compile as compile
@@ -141,7 +138,10 @@ if TYPE_CHECKING:
     from lilliput.prune.ste import STE as STE
     from lilliput.prune.topkast import TopKAST as TopKAST
     from lilliput.prune.woodfisher import WoodFisher as WoodFisher
+    from lilliput.quant.activations import QuantizeActivations as QuantizeActivations
+    from lilliput.quant.half import Half as Half
     from lilliput.quant.quantize import Quantize as Quantize
+    from lilliput.quant.uniform import Uniform as Uniform
     from lilliput.recipe import Recipe as Recipe
     from lilliput.rule import Rule as Rule
     from lilliput.schedule import Cosine as Cosine

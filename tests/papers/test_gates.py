@@ -6,14 +6,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from lilliput.code.base import attach, codes, realize, theta
-from lilliput.code.hard_concrete import BETA, GAMMA, ZETA, HardConcrete
 from lilliput.code.masked import Masked
-from lilliput.code.soft_threshold import SoftThreshold
 from lilliput.errors import NotSupported
+from lilliput.prune.hard_concrete import BETA, GAMMA, ZETA, HardConcrete
 from lilliput.prune.l0 import L0
 from lilliput.prune.masks import masks
 from lilliput.prune.prune import Prune
 from lilliput.prune.soft_threshold import STR
+from lilliput.prune.threshold import SoftThreshold
 from lilliput.schedule import Once
 from lilliput.stage import Reference
 from lilliput.task import Task

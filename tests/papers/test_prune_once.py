@@ -10,11 +10,11 @@ from torch.nn import functional as F
 import lilliput
 from lilliput.code.base import codes, copy_model, realize
 from lilliput.code.masked import Masked
-from lilliput.code.uniform import Uniform
 from lilliput.distill.logits import Distill
 from lilliput.nets.bert import Classifier, SentenceBert, States
 from lilliput.prune.masks import masks
 from lilliput.prune.prune_once import PatternLock, transfer
+from lilliput.quant.uniform import Uniform
 from lilliput.stage import Reference
 from lilliput.train import Train
 

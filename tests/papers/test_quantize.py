@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from lilliput.code.output import Activation
-from lilliput.code.uniform import Uniform
+from lilliput.quant.activations import Activation
 from lilliput.quant.allocate import allocate_bits
 from lilliput.quant.quantize import Quantize
 from lilliput.quant.ranges import RANGES, fit
+from lilliput.quant.uniform import Uniform
 
 
 def rounded(weight: torch.Tensor, bits: int = 4, rule: str = "mse", symmetric: bool = True) -> torch.Tensor:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.code.base import attach, codes
-from lilliput.code.uniform import Uniform
 from lilliput.data.mnist1d import mnist1d_mlp
 from lilliput.errors import NotSupported
 from lilliput.nets.bert import SentenceBert
@@ -19,6 +18,7 @@ from lilliput.prune.patterns import parse
 from lilliput.prune.prune import Prune
 from lilliput.prune.reconstruct import Reconstruct
 from lilliput.prune.sparsegpt import SparseGPT, sparsegpt
+from lilliput.quant.uniform import Uniform
 from lilliput.task import Task, predict
 
 

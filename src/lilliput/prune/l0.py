@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.code.base import codes, copy_model, theta
-from lilliput.code.hard_concrete import HardConcrete
 from lilliput.prune import patterns
 from lilliput.prune._masking import attach_gates, harden_, second
+from lilliput.prune.hard_concrete import HardConcrete
 from lilliput.prune.masks import Allocation, check_allocation, check_sparsity, select
 from lilliput.rule import Rule, State
 from lilliput.schedule import Cubic, Schedule, at

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.code.base import codes, copy_model, holders, theta
-from lilliput.code.soft_threshold import SoftThreshold
 from lilliput.prune import patterns
 from lilliput.prune._masking import attach_gates, harden_, second
 from lilliput.prune.masks import Allocation, check_allocation, check_sparsity, select
+from lilliput.prune.threshold import SoftThreshold
 from lilliput.rule import Rule, State
 from lilliput.schedule import Cubic, Schedule, at
 from lilliput.stage import Reference, Stage

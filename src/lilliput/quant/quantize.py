@@ -8,9 +8,10 @@ from torch import nn
 
 from lilliput.code.base import attach, codes, copy_model, find, parameter_names, reason
 from lilliput.code.masked import Masked
-from lilliput.code.uniform import Half, Uniform
 from lilliput.errors import NotSupported, near
+from lilliput.quant.half import Half
 from lilliput.quant.ranges import RANGES
+from lilliput.quant.uniform import Uniform
 from lilliput.stage import Reference, Stage
 from lilliput.task import Task
 

@@ -8,10 +8,10 @@ import torch
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from lilliput.code.stored import Array, Grid, Plain, Stored
-from lilliput.code.uniform import Uniform
 from lilliput.errors import ExportError
 from lilliput.export.onnx import Session, Structure
 from lilliput.quant.allocate import allocate_bits
+from lilliput.quant.uniform import Uniform
 from lilliput.search import post
 from lilliput.search.onnx_target import OnnxModel
 from lilliput.search.points import Point

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.code.base import copy_model, find
-from lilliput.code.uniform import Uniform
+from lilliput.quant.uniform import Uniform
 from lilliput.task import Task, predict
 
 Table = dict[str, dict[str, float]]

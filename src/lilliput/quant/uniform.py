@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lilliput.code.base import Code
-from lilliput.code.stored import Grid, Plain, Stored
+from lilliput.code.stored import Grid, Stored
 from lilliput.quant.ranges import fit
 
 
@@ -127,30 +127,3 @@ class _Grid(torch.autograd.Function):
         through = torch.ops.aten.hardtanh_backward(grad, x, *ctx.limits)
         moved = torch.linalg.vecdot(through, x if zero is None else x - zero)[:, None] * scale
         return through, (torch.linalg.vecdot(grad, values)[:, None] - moved) * math.log(2), None, None, None
-
-
-class _Half(torch.autograd.Function):
-    """float16 and back, the gradient passed straight through."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:
-        return weight.half().to(weight.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
-class Half(Code):
-    """Sixteen-bit floats: W = float16(w), the gradient passed straight through. For biases and step sizes.
-
-    >>> Half().decode(torch.tensor([1.0001]))
-    tensor([1.])
-    """
-
-    def decode(self, *theta: Tensor) -> Tensor:
-        weight: Tensor = _Half.apply(theta[0])  # type: ignore[no-untyped-call]
-        return weight
-
-    def pack(self, *theta: Stored) -> Stored:
-        return Plain(theta[0].decode().astype(np.float16))

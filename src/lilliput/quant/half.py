@@ -1,0 +1,37 @@
+"""Half: sixteen-bit floats, the gradient passed straight through."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lilliput.code.base import Code
+from lilliput.code.stored import Plain, Stored
+
+
+class _Half(torch.autograd.Function):
+    """float16 and back, the gradient passed straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.half().to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class Half(Code):
+    """Sixteen-bit floats: W = float16(w), the gradient passed straight through. For biases and step sizes.
+
+    >>> Half().decode(torch.tensor([1.0001]))
+    tensor([1.])
+    """
+
+    def decode(self, *theta: Tensor) -> Tensor:
+        weight: Tensor = _Half.apply(theta[0])  # type: ignore[no-untyped-call]
+        return weight
+
+    def pack(self, *theta: Stored) -> Stored:
+        return Plain(theta[0].decode().astype(np.float16))
