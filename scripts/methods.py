@@ -20,9 +20,9 @@ MARKER = "<!-- {}: made by scripts/methods.py -->"
 
 
 def tables(entries: Iterable[Entry]) -> str:
-    """One table a family."""
+    """One table for each room of lilliput, such as prune."""
     blocks = []
-    for family, found in groupby(entries, key=lambda entry: entry.family):
+    for family, found in groupby(entries, key=lambda entry: entry.room):
         rows = "\n".join(f"| `{entry.name}` | {', '.join(entry.kinds)} | {loop(entry)} | {escaped(entry.summary)} |"
                          for entry in found)  # fmt: skip
         blocks.append(f"## {family}\n\n| method | is a | in your own loop | what it does |\n|---|---|---|---|\n{rows}")

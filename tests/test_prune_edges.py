@@ -34,7 +34,7 @@ def methods() -> list[Any]:
     """Every way of using every pruning method in its first settings: as a stage and as a rule."""
     found = []
     for entry in registry.methods():
-        for settings in _contracts.MADE.get(entry.name, [{}])[:1] if entry.family == "prune" else []:
+        for settings in _contracts.MADE.get(entry.name, [{}])[:1] if entry.room == "prune" else []:
             found += [
                 pytest.param(entry.name, settings, kind, id=f"{entry.name}-{kind}")
                 for kind in ("Stage", "Rule")
@@ -187,7 +187,8 @@ def test_a_layer_with_one_channel(name: str, settings: dict[str, Any], kind: str
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "kind"), [p for p in METHODS if hasattr(registry.lookup(p.values[0]), "sparsity")]
+    ("name", "settings", "kind"),
+    [p for p in METHODS if hasattr(registry.lookup(("stage", "rule"), p.values[0]), "sparsity")],
 )
 @pytest.mark.parametrize("sparsity", [1.0, -0.1, 90.0, float("nan")])
 def test_sparsity_out_of_range(name: str, settings: dict[str, Any], kind: str, sparsity: float) -> None:

@@ -320,7 +320,7 @@ def methods() -> None:
     for column in ("family", "name", "is", "what it does"):
         table.add_column(column)
     for entry in listed():
-        table.add_row(entry.family, entry.name, ", ".join(entry.kinds), entry.summary)
+        table.add_row(entry.room, entry.name, ", ".join(entry.kinds), entry.summary)
     console.print(table)
 
 

@@ -94,7 +94,7 @@ def _object(value: Any) -> Any:
         settings = dict(value)
         if "stage" not in settings:
             raise ValueError(f'Recipe: each table must name its stage, got {sorted(settings)}. Add stage = "...".')
-        kind = registry.lookup(settings.pop("stage"))
+        kind = registry.lookup(tuple(registry.NOUNS.values()), settings.pop("stage"))
         known = {field.name for field in dataclasses.fields(kind)}
         if unknown := set(settings) - known:
             raise ValueError(f"Recipe: {kind.__name__} takes {sorted(known)}, got {sorted(unknown)}.")

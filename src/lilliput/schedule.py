@@ -2,10 +2,31 @@
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
+
+
+class Schedule(Protocol):
+    """A setting that changes while training: a frozen dataclass of plain values, called as (step, steps) -> float.
+
+    A class with this base is in the registry, so recipes hold it by its name.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Halving(Schedule):
+        ...     first: float
+        ...     def __call__(self, step: int, steps: int) -> float:
+        ...         return self.first / 2 ** (step // 100)
+        >>> Halving(0.1)(200, 1000)
+        0.025
+    """
+
+    def __call__(self, step: int, steps: int) -> float:
+        """The value at `step` (from 0) of `steps`."""
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(Schedule):
     """Linear warm-up to `peak`, then half a cosine down to `final`.
 
     v(t) = final + (peak - final) (1 + cos(pi u)) / 2, u = (t - w) / (T - w), with w = warmup * T steps of warm-up.
@@ -29,7 +50,7 @@ class Cosine:
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Schedule):
     """A straight line from `first` to `last` over the whole training.
 
     >>> Linear(0.0, 1.0)(50, 100)
@@ -49,7 +70,7 @@ def between(part: float, begin: float, end: float) -> float:
 
 
 @dataclass(frozen=True)
-class Cubic:
+class Cubic(Schedule):
     """The gradual sparsity schedule: s(t) = last + (first - last) (1 - u)^3 between the fractions `begin` and `end`.
 
     Source: Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878, equation 1.
@@ -69,7 +90,7 @@ class Cubic:
 
 
 @dataclass(frozen=True)
-class Once:
+class Once(Schedule):
     """A jump from `first` to `last` at the fraction `when` of the training.
 
     >>> [Once(0.9, when=0.5)(step, 100) for step in (0, 49, 50)]
@@ -85,7 +106,7 @@ class Once:
 
 
 @dataclass(frozen=True)
-class Steps:
+class Steps(Schedule):
     """Iterative pruning: `rounds` jumps, each of which drops the same share of what is left.
 
     After round k of n it is 1 - (1 - first) ((1 - last) / (1 - first))^(k / n); the first round is at the fraction
@@ -114,7 +135,7 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Cyclic:
+class Cyclic(Schedule):
     """Cyclical pruning: the gradual schedule `rounds` times over, each from `first` anew; `Prune` lets weights return.
 
     s(t) = last + (first - last) (1 - v)^3, v the fraction of its round between the fractions `begin` and `end` of the
@@ -139,9 +160,6 @@ class Cyclic:
         return self.last + (self.first - self.last) * (1 - v) ** 3
 
 
-Schedule = Cosine | Linear | Cubic | Once | Steps | Cyclic
-
-
-def at(value: "float | Schedule", step: int, steps: int) -> float:
+def at(value: float | Schedule, step: int, steps: int) -> float:
     """The value of a number or schedule at `step` of `steps`."""
     return value if isinstance(value, int | float) else value(step, steps)

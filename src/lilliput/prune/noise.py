@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lilliput.errors import near
 from lilliput.rule import Rule, State
-from lilliput.schedule import Cosine, Schedule, at
+from lilliput.schedule import Schedule, at
 from lilliput.stage import Reference
 from lilliput.task import Task
 
@@ -52,14 +52,8 @@ class Noise(Rule):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        std = self.std
-        ends = (
-            (std,)
-            if isinstance(std, int | float)
-            else ((std.peak, std.final) if isinstance(std, Cosine) else (std.first, std.last))
-        )
-        if any(not value >= 0 for value in ends):
-            raise ValueError(f"Noise: std must be at least 0, got {std}. It is a standard deviation.")
+        if any(not at(self.std, step, 100) >= 0 for step in range(101)):
+            raise ValueError(f"Noise: std must be at least 0, got {self.std}. It is a standard deviation.")
 
     def begin(self, model: nn.Module, task: Task | None, reference: Reference | None, steps: int) -> State:
         for name in self._places(model):
