@@ -51,7 +51,10 @@ def stepper(model: nn.Module, x: torch.Tensor, y: torch.Tensor, rule: Rule | Non
             optimizer.zero_grad()
             output = model(x)
             loss = F.cross_entropy(output, y)
-            if rule is not None and (added := rule.penalty(states, model, batch, output, None)) is not None:
+            if (
+                rule is not None
+                and (added := rule.loss(states, model, done, TRAINING, batch, output, None)) is not None
+            ):
                 loss = loss + added
             loss.backward()
             if rule is not None:

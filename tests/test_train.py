@@ -10,7 +10,7 @@ from lilliput.code.base import codes
 from lilliput.distill.logits import Distill
 from lilliput.prune.prune import Prune
 from lilliput.quant.quantize import Quantize
-from lilliput.schedule import Cosine
+from lilliput.schedule import Cosine, Linear
 from lilliput.stage import Reference
 from lilliput.task import Task
 from lilliput.train import Diverged, Train, fit
@@ -67,6 +67,14 @@ def test_stopping_at_a_rung_and_going_on_changes_nothing(model: nn.Module, task:
     assert kept[-1]["step"] == 10 and len(codes(rung)) == 2
     rest = fit(stage, model, task, reference, load=lambda: kept[-1])
     assert equal(whole, rest)
+
+
+def test_a_weight_of_zero_adds_exactly_nothing(model: nn.Module, task: Task) -> None:
+    asked = []
+    reference = Reference(model, task, load=lambda draw: asked.append(draw))
+    alone = replace(STAGE, rules=())(model, task, reference)
+    weighed = replace(STAGE, rules=(Distill(Linear(0, 0)), Distill(0.0)))(model, task, reference)
+    assert equal(alone, weighed) and not asked
 
 
 def test_coded_weights_train_through_the_rounding(model: nn.Module, task: Task) -> None:

@@ -375,7 +375,7 @@ class _Class:
         self.nouns = {base.rpartition(".")[2] for base in bases if base.startswith("lilliput.")} & set(NOUNS)
         self.bases = [base.rpartition(".")[::2] for base in bases]
         functions = [item for item in node.body if isinstance(item, ast.FunctionDef)]
-        self.has_loss = any(item.name in ("loss", "penalty") for item in functions)
+        self.has_loss = any(item.name == "loss" for item in functions)
         self.abstract = bool({"abc.ABC", "typing.Protocol"} & set(bases)) or any(
             module.dotted(mark) == "abc.abstractmethod" for item in functions for mark in item.decorator_list
         )

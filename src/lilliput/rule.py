@@ -18,24 +18,35 @@ class Rule:
     """One thing done while training: gradual pruning, distillation, a growing penalty.
 
     A frozen dataclass with five moments. Each takes the state (tensors only) and may return a new one; the loop owns
-    and checkpoints it. `steps` is how many optimizer steps the whole training has. A rule with `has_loss` adds to the
-    loss; in a loop that is not ours its user writes `loss = loss + rule.loss(model, batch, output)`.
+    and checkpoints it. `steps` is how many optimizer steps the whole training has. A rule that has a `loss` adds to the
+    loss; in a loop that is not ours its user writes `loss = loss + rule.loss(batch, output)`.
 
     A key "fresh NAME" that `on_step` puts into the state holds a mask of the entries of tensor NAME that start anew:
     the loop zeroes the optimizer's momenta there and takes the key out.
     """
 
     version: ClassVar[int] = 1
-    has_loss: ClassVar[bool] = False
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether this rule adds to the loss: whether it has a `loss` of its own."""
+        return type(self).loss is not Rule.loss
 
     def begin(self, model: nn.Module, task: Task | None, reference: Reference | None, steps: int) -> State:
         """Prepare the model (attach codes) before the optimizer exists, and return the first state."""
         return {}
 
-    def penalty(
-        self, state: State, model: nn.Module, batch: Batch, output: Tensor, reference: Reference | None
+    def loss(
+        self,
+        state: State,
+        model: nn.Module,
+        step: int,
+        steps: int,
+        batch: Batch,
+        output: Any,
+        reference: Reference | None,
     ) -> Tensor | None:
-        """What this rule adds to the loss of a batch."""
+        """What this rule adds to the loss of a batch at step number `step`; None adds nothing."""
         return None
 
     def on_grad(self, state: State, model: nn.Module, step: int, steps: int) -> State:
@@ -99,7 +110,7 @@ class Attached:
 
     def loss(self, batch: Batch, output: Tensor) -> Tensor:
         """What to add to the loss of this batch."""
-        added = self.rule.penalty(self.state, self.model, batch, output, self.reference)
+        added = self.rule.loss(self.state, self.model, self.step, self.steps, batch, output, self.reference)
         return output.sum() * 0 if added is None else added
 
     def before(self, optimizer: torch.optim.Optimizer, *unused: Any) -> None:

@@ -115,7 +115,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = lr
         output = call(model, batch.inputs)
-        loss = _loss(stage, states, model, task, batch, output, reference)
+        loss = _loss(stage, states, model, task, step, batch, output, reference)
         optimizer.zero_grad()
         loss.backward()
         for i, rule in enumerate(stage.rules):
@@ -146,11 +146,18 @@ def fit(
 
 
 def _loss(
-    stage: Train, states: list[State], model: nn.Module, task: Task, batch: Any, output: Tensor, reference: Reference
+    stage: Train,
+    states: list[State],
+    model: nn.Module,
+    task: Task,
+    step: int,
+    batch: Batch,
+    output: Any,
+    reference: Reference,
 ) -> Tensor:
     loss = task.supervised(output, batch) * stage.supervised if stage.supervised else output.sum() * 0
     for rule, state in zip(stage.rules, states, strict=True):
-        added = rule.penalty(state, model, batch, output, reference)
+        added = rule.loss(state, model, step, stage.steps, batch, output, reference)
         if added is not None:
             loss = loss + added
     return loss

@@ -1,9 +1,13 @@
 """What holds for every rule: it does the same in our loop and attached to an optimizer that is not ours."""
 
+from dataclasses import dataclass, replace
+from typing import get_args, get_type_hints
+
 import torch
 
+from lilliput import registry
 from lilliput.code.base import copy_model
-from lilliput.rule import Rule
+from lilliput.schedule import Schedule
 from lilliput.stage import Reference
 from lilliput.train import Train, _optimizer, fit
 
@@ -46,7 +50,7 @@ def test_state_is_tensors_and_moments_return_it(rule, model, task):
     state = rule.begin(model, task, reference, STEPS)
     batch = next(iter(task.batches(1, 0)))
     output = model(batch.inputs)
-    added = rule.penalty(state, model, batch, output, reference)
+    added = rule.loss(state, model, 0, STEPS, batch, output, reference)
     assert (added is not None) == rule.has_loss
     if added is not None:
         assert added.dim() == 0 and added.isfinite() and added.requires_grad
@@ -75,5 +79,70 @@ def test_a_copied_state_drives_on_the_same_way(rule, model, task):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
 
 
-def test_says_whether_it_has_a_loss(rule):
-    assert rule.has_loss == (type(rule).penalty is not Rule.penalty)
+def test_the_registry_knows_whether_it_has_a_loss(rule):
+    (entry,) = (entry for entry in registry.methods() if entry.name == type(rule).__name__)
+    assert entry.has_loss == rule.has_loss
+
+
+# ------------------------------------------------------------------------------------------------------------ schedules
+
+
+@dataclass(frozen=True)
+class Table:
+    """A schedule by a list of values; the last of them is where it ends, whatever the number of steps."""
+
+    values: tuple[float, ...]
+
+    def __call__(self, step, steps):
+        return self.values[step] if steps == len(self.values) - 1 else self.values[-1]
+
+
+LONG = 8
+RISING = (*(0.1 + 0.04 * step for step in range(LONG)), 0.5)
+# Settings with which every step may show the value of its schedule.
+PACE = {"every": 1}
+START = {"Growing": {"start": 0.0}}
+
+
+def scheduled(rule):
+    """The fields of a rule that take a number or a schedule."""
+    kinds = get_args(Schedule) or (Schedule,)
+    return [name for name, hint in get_type_hints(type(rule)).items() if set(kinds) & set(get_args(hint))]
+
+
+def events(rule, model, task):
+    """What a training shows: at each step the loss that is added and the gradients, then the weights and the state."""
+    reference = Reference(copy_model(model).eval(), task)
+    model = copy_model(model).train()
+    state, shown = rule.begin(model, task, reference, LONG), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for step, batch in enumerate(task.batches(LONG, 0)):
+        output = model(batch.inputs)
+        added = rule.loss(state, model, step, LONG, batch, output, reference)
+        optimizer.zero_grad()
+        (task.supervised(output, batch) + (0 if added is None else added)).backward()
+        state = rule.on_grad(state, model, step, LONG)
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        shown.append([output.detach(), torch.zeros(()) if added is None else added.detach(), *gradients])
+        optimizer.step()
+        state = rule.on_step(state, model, step, LONG)
+        kept = [*model.state_dict().values(), *(state[key] for key in sorted(state))]
+        shown.append([value.clone() for value in kept if isinstance(value, torch.Tensor)])
+    rule.end(state, model)
+    return shown
+
+
+def same(first, second):
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+def test_every_scheduled_setting_follows_its_schedule(rule, model, task):
+    """Where two schedules part at step k, the trainings do: not before the update that leads to k, nor after step k."""
+    pace = {key: value for key, value in PACE.items() if hasattr(rule, key)} | START.get(type(rule).__name__, {})
+    for field in scheduled(rule):
+        whole = events(replace(rule, **pace, **{field: Table(RISING)}), model, task)
+        for k in range(1, LONG // 2):
+            other = tuple(value + 0.05 * (k <= step < LONG) for step, value in enumerate(RISING))
+            shown = events(replace(rule, **pace, **{field: Table(other)}), model, task)
+            agree = [same(a, b) for a, b in zip(whole, shown, strict=True)]
+            assert all(agree[: 2 * k - 1]) and not all(agree[2 * k - 1 : 2 * k + 2]), (field, k, agree)

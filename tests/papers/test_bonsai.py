@@ -125,10 +125,9 @@ def test_the_penalty_is_added_for_each_tensor_and_follows_a_schedule():
     rule = Saturating(Linear(0.0, 1.0), 0.1, 5.0, 0.0)
     state = rule.begin(net, None, None, 4)
     output = net(torch.ones(1, 3))
-    assert rule.penalty(state, net, None, output, None) == 0
-    state = rule.on_step(state, net, 1, 4)
+    assert rule.loss(state, net, 0, 4, None, output, None) == 0
     wanted = sum(rule.cost(layer.weight, 0.5) for layer in net)
-    torch.testing.assert_close(rule.penalty(state, net, None, output, None), wanted)
+    torch.testing.assert_close(rule.loss(state, net, 2, 4, None, output, None), wanted)
 
 
 @pytest.mark.parametrize(

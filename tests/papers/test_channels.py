@@ -216,7 +216,7 @@ def test_slimming_adds_the_sum_of_the_scales() -> None:
     net[1].weight.data = torch.tensor([2.0, -1.0, 0.0])
     rule = Slimming(0.25)
     state = rule.begin(net, None, None, 10)
-    added = rule.penalty(state, net, None, torch.zeros(1), None)
+    added = rule.loss(state, net, 0, 10, None, torch.zeros(1), None)
     added.backward()
     assert added.item() == 0.75 and net[1].weight.grad.tolist() == [0.25, -0.25, 0.0]
     assert net[0].weight.grad is None and net[1].bias.grad is None

@@ -60,7 +60,7 @@ def test_fitnets_equation_3_vanishes_where_the_features_agree() -> None:
     losses = {}
     for name, student in (("same", copy.deepcopy(net)), ("other", other), ("narrow", narrow)):
         state = rule.begin(student, task, reference, 1)
-        losses[name] = rule.penalty(state, student, batch, student(x), reference)
+        losses[name] = rule.loss(state, student, 0, 1, batch, student(x), reference)
         rule.end(state, student)
     assert float(losses["same"].detach()) == 0 < float(losses["other"].detach())
     losses["narrow"].backward()
@@ -70,7 +70,7 @@ def test_fitnets_equation_3_vanishes_where_the_features_agree() -> None:
 
 def test_a_reference_is_asked_for() -> None:
     with pytest.raises(ValueError, match="Distill: a reference must be given"):
-        Distill().penalty({}, nn.Identity(), None, STUDENT, None)
+        Distill().loss({}, nn.Identity(), 0, 1, None, STUDENT, None)
     with pytest.raises(ValueError, match="every path must name a module of the model, got '9'"):
         net = nn.Sequential(nn.Linear(2, 2))
         Features(("9",)).begin(net, None, Reference(net, Task("t", (STUDENT, None), (STUDENT, None))), 1)

@@ -147,7 +147,7 @@ def test_l0_charges_the_expected_share_and_raises_its_price_while_there_are_too_
     assert float(rule.expected(net).detach()) == pytest.approx(0.9, abs=1e-5) and float(state["price"]) == 0
     state = rule.on_step(state, net, 0, 20)
     assert float(state["price"]) == pytest.approx(0.5 * (0.9 - 0.25), abs=1e-5)
-    charge = rule.penalty(state, net, None, torch.zeros(()), None)  # type: ignore[arg-type]
+    charge = rule.loss(state, net, 1, 20, None, torch.zeros(()), None)  # type: ignore[arg-type]
     assert float(charge.detach()) == pytest.approx(float(state["price"]) * 0.9, abs=1e-5)
     charge.backward()  # type: ignore[union-attr]
     for _, scaled in rule.gates(net).values():

@@ -1,13 +1,14 @@
 """Distillation of features: the student's hidden activations follow the dense network's, path by path."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lilliput.rule import Rule, State
+from lilliput.schedule import Schedule, at
 from lilliput.stage import Reference
 from lilliput.task import Batch, Task, call
 
@@ -25,9 +26,7 @@ class Features(Rule):
     """
 
     paths: tuple[str, ...]
-    weight: float = 1.0
-
-    has_loss: ClassVar[bool] = True
+    weight: float | Schedule = 1.0
 
     def begin(self, model: nn.Module, task: Task | None, reference: Reference | None, steps: int) -> State:
         if reference is None:
@@ -50,8 +49,15 @@ class Features(Rule):
             if not any(isinstance(hook, _Keep) for hook in module._forward_hooks.values()):
                 module.register_forward_hook(_Keep())
 
-    def penalty(
-        self, state: State, model: nn.Module, batch: Batch, output: Tensor, reference: Reference | None
+    def loss(
+        self,
+        state: State,
+        model: nn.Module,
+        step: int,
+        steps: int,
+        batch: Batch,
+        output: Any,
+        reference: Reference | None,
     ) -> Tensor | None:
         assert reference is not None
         self._listen(reference.model)
@@ -59,14 +65,14 @@ class Features(Rule):
             call(reference.model, batch.inputs)
         dense = {path: _kept(reference.model, path) for path in self.paths}
         self._stop(reference.model)
-        total = output.sum() * 0
+        total: Tensor = output.sum() * 0
         for path in self.paths:
             mine, theirs = _kept(model, path), dense[path]
             total = total + F.mse_loss(
                 F.normalize(_pooled(mine), dim=-1),
                 F.normalize(_project(_pooled(theirs), _pooled(mine).shape[-1]), dim=-1),
             )
-        return self.weight * total / len(self.paths)
+        return total * (at(self.weight, step, steps) / len(self.paths))
 
     def end(self, state: State, model: nn.Module) -> State:
         self._stop(model)

@@ -1,13 +1,13 @@
 """Distillation of outputs: the student imitates what the dense network says."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lilliput.rule import Rule, State
-from lilliput.schedule import Schedule
+from lilliput.schedule import Schedule, at
 from lilliput.stage import Reference
 from lilliput.task import Batch, cosine
 
@@ -25,17 +25,24 @@ class Distill(Rule):
     weight: float | Schedule = 1.0
     temperature: float = 4.0
 
-    has_loss: ClassVar[bool] = True
-
-    def penalty(
-        self, state: State, model: nn.Module, batch: Batch, output: Tensor, reference: Reference | None
+    def loss(
+        self,
+        state: State,
+        model: nn.Module,
+        step: int,
+        steps: int,
+        batch: Batch,
+        output: Any,
+        reference: Reference | None,
     ) -> Tensor | None:
         if reference is None:
             raise ValueError(
                 "Distill: a reference must be given (the dense model with its outputs), got None. "
                 "Pass reference=lilliput.Reference(dense, task)."
             )
-        weight = self.weight if isinstance(self.weight, int | float) else 1.0
+        weight = at(self.weight, step, steps)
+        if weight == 0:
+            return None
         return weight * distance(
             output, reference.outputs(batch.index, batch.draw), self.temperature, reference.task.loss_name
         )

@@ -90,6 +90,14 @@ class Masking(Rule):
         return state
 
 
+def check_number(sparsity: object, who: str) -> None:
+    """Raise ValueError where a sparsity that stays the same for the whole training is given as a schedule."""
+    if not isinstance(sparsity, int | float):
+        raise ValueError(
+            f"{who}: sparsity must be a number, for it does not change, got {sparsity}. Prune and STE take a schedule."
+        )
+
+
 def attach_gates(
     model: nn.Module, where: str, allocation: Allocation, who: str, make: Callable[[str], Code]
 ) -> list[str]:

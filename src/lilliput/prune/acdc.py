@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from lilliput.code.base import theta
-from lilliput.prune._masking import Masking
+from lilliput.prune._masking import Masking, check_number
 from lilliput.rule import Rule, State
-from lilliput.schedule import at
 from lilliput.stage import Reference
 from lilliput.task import Task
 
@@ -22,8 +21,8 @@ class ACDC(Masking, Rule):
         the weights that leave or come back.
 
     phases: how many compressed ones. warmup, until: the fractions of the training at which the first and the last
-    compressed phase begin; in between, compressed and decompressed phases are equally long. sparsity, pattern,
-    allocation, where: as in `Prune`.
+    compressed phase begin; in between, compressed and decompressed phases are equally long. sparsity: the
+    fraction that is zero in compressed phases, a number in [0, 1). pattern, allocation, where: as in `Prune`.
 
     Raises ValueError for settings out of range.
 
@@ -37,11 +36,13 @@ class ACDC(Masking, Rule):
     networks, NeurIPS 2021, arXiv:2106.12379, algorithm 1.
     """
 
+    sparsity: float = 0.9
     phases: int = 5
     warmup: float = 0.1
     until: float = 0.75
 
     def __post_init__(self) -> None:
+        check_number(self.sparsity, "ACDC")
         super().__post_init__()
         if self.phases < 1 or not 0 <= self.warmup <= self.until < 1:
             raise ValueError(
@@ -67,7 +68,7 @@ class ACDC(Masking, Rule):
     @torch.no_grad()
     def _switch_(self, state: State, model: nn.Module, compress: bool = True) -> State:
         before = {name: ~code.mask for name, code in self.masked(model).items()}
-        self.keep_(self.rated(state, model), model, at(self.sparsity, 1, 1) if compress else 0.0)
+        self.keep_(self.rated(state, model), model, self.sparsity if compress else 0.0)
         fresh = {}
         for name, code in self.masked(model).items():
             theta(model, name).mul_(code.mask)

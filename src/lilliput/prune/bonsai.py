@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,6 @@ class Saturating(Rule):
     l1: float = 0.001
     where: str = "*"
 
-    has_loss: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         amounts = (at(self.intensity, 0, 1), at(self.intensity, 1, 1), self.threshold, self.l1)
         if not (all(value >= 0 for value in amounts) and self.steepness > 0):
@@ -58,25 +56,28 @@ class Saturating(Rule):
 
     def begin(self, model: nn.Module, task: Task | None, reference: Reference | None, steps: int) -> State:
         find(model, self.where, who="Saturating")
-        return {"intensity": torch.tensor(at(self.intensity, 0, steps))}
+        return {}
 
-    def penalty(
-        self, state: State, model: nn.Module, batch: Batch, output: Tensor, reference: Reference | None
+    def loss(
+        self,
+        state: State,
+        model: nn.Module,
+        step: int,
+        steps: int,
+        batch: Batch,
+        output: Any,
+        reference: Reference | None,
     ) -> Tensor:
-        total = output.new_zeros(())
-        for name in find(model, self.where, who="Saturating"):
-            module, attribute = holders(model, name)[0]
-            total = total + self.cost(getattr(module, attribute), state["intensity"])
-        return total
+        intensity = at(self.intensity, step, steps)
+        held = [holders(model, name)[0] for name in find(model, self.where, who="Saturating")]
+        first, *others = [self.cost(getattr(module, attribute), intensity) for module, attribute in held]
+        return sum(others, first)
 
-    def cost(self, x: Tensor, intensity: float | Tensor) -> Tensor:
+    def cost(self, x: Tensor, intensity: float) -> Tensor:
         """R of one tensor."""
         a, t, s = x.abs(), self.threshold, self.steepness
         cost: Tensor = (intensity * (((a - t) * s).tanh() + torch.tensor(t * s).tanh()) + self.l1 * a).mean()
         return cost
-
-    def on_step(self, state: State, model: nn.Module, step: int, steps: int) -> State:
-        return {**state, "intensity": torch.tensor(at(self.intensity, step + 1, steps))}
 
 
 @dataclass(frozen=True)

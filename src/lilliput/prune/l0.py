@@ -1,7 +1,7 @@
 """L0: the number of weights that are not zero as a penalty, made differentiable by gates that are drawn."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +53,6 @@ class L0(Stage, Rule):
     where: str = "*"
     seed: int = 0
 
-    has_loss: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         check_allocation(self.allocation, "L0")
         pairs = () if isinstance(self.allocation, str) else self.allocation
@@ -91,10 +89,19 @@ class L0(Stage, Rule):
         opened = [code.opened(scaled) for code, scaled in self.gates(model).values()]
         return torch.stack([part.sum() for part in opened]).sum() / sum(part.numel() for part in opened)
 
-    def penalty(
-        self, state: State, model: nn.Module, batch: Batch, output: Tensor, reference: Reference | None
+    def loss(
+        self,
+        state: State,
+        model: nn.Module,
+        step: int,
+        steps: int,
+        batch: Batch,
+        output: Any,
+        reference: Reference | None,
     ) -> Tensor | None:
-        return state["price"].to(output.device) * self.expected(model)
+        opened = self.expected(model)
+        charge: Tensor = state["price"].to(opened.device) * opened
+        return charge
 
     @torch.no_grad()
     def on_step(self, state: State, model: nn.Module, step: int, steps: int) -> State:

@@ -1,7 +1,7 @@
 """Network slimming: a penalty on the scales of batch norms, after which the channels to remove show themselves."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,6 @@ class Slimming(Rule):
     strength: float | Schedule = 1e-4
     where: str = "*"
 
-    has_loss: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if isinstance(self.strength, int | float) and self.strength < 0:
             raise ValueError(f"Slimming: strength must be at least 0, got {self.strength:g}. The paper uses 1e-4.")
@@ -54,7 +52,7 @@ class Slimming(Rule):
                 "Slimming: the model must have batch norms with scales, got none that match "
                 f"{self.where!r}. Without them use PruneChannels(score='l2')."
             )
-        return {"strength": torch.tensor(float(at(self.strength, 0, steps)))}
+        return {}
 
     def scales(self, model: nn.Module) -> list[Tensor]:
         """The scales gamma that are penalised."""
@@ -66,10 +64,14 @@ class Slimming(Rule):
             if name in named and name in tensors
         ]
 
-    def penalty(
-        self, state: State, model: nn.Module, batch: Batch, output: Tensor, reference: Reference | None
+    def loss(
+        self,
+        state: State,
+        model: nn.Module,
+        step: int,
+        steps: int,
+        batch: Batch,
+        output: Any,
+        reference: Reference | None,
     ) -> Tensor:
-        return state["strength"] * torch.stack([gamma.abs().sum() for gamma in self.scales(model)]).sum()
-
-    def on_step(self, state: State, model: nn.Module, step: int, steps: int) -> State:
-        return {"strength": torch.full_like(state["strength"], float(at(self.strength, step + 1, steps)))}
+        return at(self.strength, step, steps) * torch.stack([gamma.abs().sum() for gamma in self.scales(model)]).sum()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lilliput.code.base import theta
 from lilliput.prune import patterns
-from lilliput.prune._masking import Masking
+from lilliput.prune._masking import Masking, check_number
 from lilliput.prune.masks import Allocation, regrow_
 from lilliput.rule import Rule, State
 from lilliput.stage import Reference
@@ -45,11 +45,7 @@ class StaticSparse(Masking, Rule):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sparsity, int | float):
-            raise ValueError(
-                f"{type(self).__name__}: sparsity must be a number, for it does not change, got "
-                f"{self.sparsity}. Prune and STE take a schedule."
-            )
+        check_number(self.sparsity, type(self).__name__)
         super().__post_init__()
 
     @torch.no_grad()
