@@ -80,7 +80,7 @@ def test_a_copied_state_drives_on_the_same_way(rule, model, task):
 
 
 def test_the_registry_knows_whether_it_has_a_loss(rule):
-    (entry,) = (entry for entry in registry.methods() if entry.name == type(rule).__name__)
+    (entry,) = (entry for entry in registry.entries("rule") if entry.name == type(rule).__name__)
     assert entry.has_loss == rule.has_loss
 
 
@@ -106,8 +106,7 @@ START = {"Growing": {"start": 0.0}}
 
 def scheduled(rule):
     """The fields of a rule that take a number or a schedule."""
-    kinds = get_args(Schedule) or (Schedule,)
-    return [name for name, hint in get_type_hints(type(rule)).items() if set(kinds) & set(get_args(hint))]
+    return [name for name, hint in get_type_hints(type(rule)).items() if Schedule in get_args(hint)]
 
 
 def events(rule, model, task):
