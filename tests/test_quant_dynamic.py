@@ -8,7 +8,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from lilliput.errors import NotSupported
 from lilliput.export.onnx import Session
-from lilliput.quant.dynamic import channel_codes, chosen, dynamic, error, groups, pair_codes, row_balance
+from lilliput.quant.dynamic import chosen, dynamic, error
+from lilliput.quant.int8 import channel_codes, pair_codes, row_balance
+from lilliput.quant.products import groups
 
 WIDTH, HIDDEN, WORDS = 32, 64, 50
 

@@ -25,232 +25,18 @@ SmoothQuant. ICML 2023. arXiv:2211.10438, equation 4 (equalisation). The pair ru
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal
 
 import numpy as np
-import onnx
-from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from lilliput.cost.measure import latency
 from lilliput.errors import NotSupported, near
 from lilliput.export.onnx import Session
-
-Array = NDArray[Any]
-Floats = NDArray[np.float32]
-Arithmetic = Literal["tensor", "row", "narrow", "float"]
-"""tensor: int8, one step for the whole input. row: int8, a step for each row. narrow: float32 arithmetic, the weights
-stored in 8 bits and widened once when the runtime loads the file. float: left alone."""
-ARITHMETICS: tuple[Arithmetic, ...] = ("tensor", "row", "narrow", "float")
-PURE = {"Cast", "Concat", "Constant", "Div", "Gather", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Sub",
-        "Transpose", "Unsqueeze"}  # fmt: skip
-ROWS = 64  # of each run, enough to predict noise from
-SMALLEST = 1024  # values; below, a tensor's codes and nodes are not worth their bytes
-
-
-def pair_codes(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """8-bit codes C and steps t with weight ~ C * t that no u8 x s8 product saturates, however it is computed.
-
-    The largest sum of two neighbouring weights of one sign fits 128 = floor(32767 / 255): t_j is the smallest step with
-    max(C_2k,j, 0) + max(C_2k+1,j, 0) <= 128 for all k, likewise for negative codes, and |C| <= 127.
-
-    Args:
-        weight: (in, out).
-
-    Returns:
-        codes int8 (in, out) and steps float32 (out,).
-
-    >>> codes, step = pair_codes(np.array([[1.0, 1.0], [-0.5, 1.0]], np.float32))
-    >>> codes.tolist()
-    [[127, 64], [-64, 64]]
-    """
-    step = _pair_step(weight)
-    return np.rint(weight / step).astype(np.int8), step
-
-
-def _pair_step(weight: Floats) -> Floats:
-    even, odd = weight[0::2], weight[1::2]
-    if len(even) > len(odd):
-        odd = np.concatenate([odd, np.zeros_like(even[:1])])
-    # A sum of one sign: |a| + |b| where the signs agree, else the larger of the two.
-    sums = np.maximum(np.abs(even + odd), np.maximum(np.abs(even), np.abs(odd))).max(0)
-    # Rounding two halves up can add one to a sum: 127 instead of 128 leaves room for it.
-    step: Floats = np.where(sums > 0, sums / np.float32(127), np.float32(1))
-    return step
-
-
-def channel_codes(weight: Floats, axis: int = 0) -> tuple[NDArray[np.int8], Floats]:
-    """8-bit codes with steps max|weight| / 127 over `axis`: the storage of a table or of a product in float32."""
-    step = np.abs(weight).max(axis, keepdims=True) / np.float32(127)
-    step[step == 0] = 1
-    return np.rint(weight / step).astype(np.int8), step.squeeze(axis)
-
-
-@dataclass(frozen=True)
-class Group:
-    """The products that multiply the same activations; they share the codes of their input, so also the arithmetic.
-
-    Args:
-        input: name of the activations.
-        nodes: names of the nodes that are products.
-        weights: for each, its weights (in, out).
-        norm: name of the layer normalisation that makes `input` if its scale and shift are nobody else's, or "".
-    """
-
-    input: str
-    nodes: tuple[str, ...]
-    weights: tuple[Floats, ...] = field(repr=False)
-    norm: str = ""
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """(in, out) of each product."""
-        return tuple(weight.shape for weight in self.weights)
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What calibration saw of one group's input, a row being the values that meet one weight column.
-
-    Args:
-        sample: (n, in), at most 64 rows of each run.
-        starts: where each run begins in `sample`.
-        rows: of one run.
-    """
-
-    sample: Floats = field(repr=False)
-    starts: tuple[int, ...]
-    rows: int
-
-    def range(self, e: Floats) -> Floats:
-        """max - min of each run, zero included, once channel j is divided by e_j."""
-        x = self.sample / e
-        span: Floats = np.maximum(np.maximum.reduceat(x.max(1), self.starts), 0) - np.minimum(
-            np.minimum.reduceat(x.min(1), self.starts), 0
-        )
-        return span
-
-
-def groups(proto: ModelProto) -> list[Group]:
-    """Every product with stored weights (MatMul, Gemm), by input, in the order of the graph.
-
-    Names of nodes must be unique (`dynamic` makes them so).
-    """
-    graph = proto.graph
-    stored = {tensor.name: tensor for tensor in graph.initializer}
-    weights = {name: t for name, t in stored.items() if t.data_type == TensorProto.FLOAT and len(t.dims) == 2}
-    readers = Counter(name for node in graph.node for name in node.input)
-    hidden = {value.name for value in graph.output} | _inner(graph)
-    norms = {
-        node.output[0]: node.name
-        for node in graph.node
-        if node.op_type == "LayerNormalization"
-        and len(node.output) == 1
-        and all(a.i == -1 for a in node.attribute if a.name == "axis")
-        and all(name in stored and readers[name] == 1 and name not in hidden for name in node.input[1:] if name)
-        and not {*node.output} & hidden
-    }
-    found: dict[str, list[tuple[str, Floats]]] = {}
-    for node in graph.node:
-        settings = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        plain = node.op_type == "MatMul" or (
-            node.op_type == "Gemm"
-            and settings.get("alpha", 1.0) == settings.get("beta", 1.0) == 1.0
-            and not settings.get("transA")
-        )
-        if plain and node.domain == "" and node.input[1] in weights and node.input[0] not in stored:
-            weight = numpy_helper.to_array(weights[node.input[1]])
-            weight = np.ascontiguousarray(weight.T if settings.get("transB") else weight)
-            found.setdefault(node.input[0], []).append((node.name, weight))
-    return [
-        Group(name, tuple(n for n, _ in parts), tuple(w for _, w in parts), norms.get(name, ""))
-        for name, parts in found.items()
-    ]
-
-
-def _inner(graph: Any) -> set[str]:
-    """Every name that a graph inside a node (If, Loop, Scan) reads."""
-    names: set[str] = set()
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inside in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-                names |= _inner(inside) | {v.name for v in inside.output}
-                names |= {name for one in inside.node for name in one.input}
-    return names
-
-
-def observe(
-    proto: ModelProto, found: Sequence[Group], calibration: Sequence[Mapping[str, Array]]
-) -> tuple[dict[str, Statistics], list[list[Array]]]:
-    """One run for each element of `calibration`: statistics of every group's input, and the network's outputs."""
-    outputs = [value.name for value in proto.graph.output]
-    inside = [g.input for g in found if g.input not in {*outputs, *(value.name for value in proto.graph.input)}]
-    wide = ModelProto()
-    wide.CopyFrom(proto)
-    wide.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inside)
-    session = Session(wide)
-    kept: dict[str, list[Floats]] = {group.input: [] for group in found}
-    rows, dense = dict.fromkeys(kept, 1), []
-    for inputs in calibration:
-        values = session.all(dict(inputs))
-        dense.append(values[: len(outputs)])
-        value_of = dict(inputs) | dict(zip(outputs + inside, values, strict=True))
-        for name, parts in kept.items():
-            flat = value_of[name].reshape(-1, value_of[name].shape[-1])
-            rows[name] = len(flat)
-            parts.append(flat[:: math.ceil(len(flat) / ROWS)].copy())
-    starts = {name: np.cumsum([0, *map(len, parts[:-1])]).tolist() for name, parts in kept.items()}
-    return {n: Statistics(np.concatenate(parts), tuple(starts[n]), rows[n]) for n, parts in kept.items()}, dense
-
-
-def equaliser(group: Group, seen: Statistics) -> Floats:
-    """The e (in,) that predicts the least noise in int8 arithmetic with one step: SmoothQuant's, equation 4, for the
-    best strength a of 0, 1/4, 1/2, 3/4 and 1. All ones where the group has no normalisation of its own."""
-    ones: Floats = np.ones(len(group.weights[0]), np.float32)
-    if not group.norm:
-        return ones
-    x = np.maximum(np.abs(seen.sample).max(0), 1e-6)
-    w = np.maximum(np.abs(np.concatenate(group.weights, axis=1)).max(1), 1e-6)
-    tried = [ones]
-    for a in (0.25, 0.5, 0.75, 1.0):
-        e = np.asarray(x**a / w ** (1 - a), np.float32)
-        tried.append(e / np.exp(np.log(e).mean()))
-    return min(tried, key=lambda e: predicted(group, seen, e)["tensor"])
-
-
-def predicted(group: Group, seen: Statistics, e: Floats) -> dict[Arithmetic, float]:
-    """Noise power that each arithmetic adds to the group's outputs, summed over them, for one row.
-
-    A step s adds s^2 / 12 to every value that is rounded: s_x^2 / 12 * sum W^2 from the input, and
-    t_j^2 / 12 * mean |x|^2 from the weights of output j.
-    """
-    x, weight = seen.sample / e, np.concatenate(group.weights, axis=1) * e[:, None]
-    power, gain = float(np.square(x).sum(1).mean()) / 12, float(np.square(weight).sum()) / 12
-    stored = power * float(np.square(_pair_step(weight)).sum())
-    c = row_balance(x)
-    row = np.maximum(x.max(1), -c * x.min(1)) * (1 + 1 / c) / 255
-    return {
-        "tensor": stored + gain * float(np.square(seen.range(e) / 255).mean()),
-        "row": stored + gain * float(np.square(row).mean()),
-        "narrow": power * float(np.square(np.abs(weight).max(0) / 127).sum()),
-        "float": 0.0,
-    }
-
-
-def row_balance(x: Floats) -> float:
-    """The c for which ranges max(max x, -c min x) of rows, quantized together, have the smallest mean squared step.
-
-    Rows divided by that range lie in [-1 / c, 1], so a c above one spends fewer codes on negative numbers: about 15 for
-    the outputs of a GELU, 1 for values that are as often negative.
-    """
-    high, low = x.max(1), -x.min(1)
-    tried = [float(c) for c in np.geomspace(1 / 32, 32, 21)]
-    return min(tried, key=lambda c: float(np.square(np.maximum(high, c * low)).mean()) * (1 + 1 / c) ** 2)
+from lilliput.quant.int8 import ARITHMETICS, Arithmetic, equaliser, predicted
+from lilliput.quant.products import Array, Floats, Group, Observed, groups, observe
+from lilliput.quant.rewrite import folded, with_narrow_tables, write
 
 
 def dynamic(
@@ -300,21 +86,21 @@ def dynamic(
     unknown = {*named.values(), *allowed, *([arithmetic] if isinstance(arithmetic, str) else [])} - {*ARITHMETICS}
     if unknown:
         raise ValueError(f"dynamic: arithmetic must be one of {ARITHMETICS}, got {', '.join(map(repr, unknown))}.")
-    folded = _folded(proto)
-    found = groups(folded)
+    known = folded(proto)
+    found = groups(known)
     if not found:
         raise NotSupported("dynamic: the network must have a MatMul or Gemm with stored float32 weights, and has none.")
     for name in named:
         if name not in {group.input for group in found}:
             raise KeyError(f"dynamic: {name} is the input of no product. {near(name, [g.input for g in found])}")
-    seen, dense = observe(folded, found, calibration)
+    seen, dense = observe(known, found, calibration)
     ones = {g.input: np.ones(len(g.weights[0]), np.float32) for g in found}
     scales = {g.input: equaliser(g, seen[g.input]) for g in found} if equalise else ones
 
-    base = _with_narrow_tables(folded) if tables else folded
+    base = with_narrow_tables(known) if tables else known
 
     def build(choice: Mapping[str, Arithmetic]) -> ModelProto:
-        return _write(base, found, seen, scales, choice)
+        return write(base, found, seen, scales, choice)
 
     if arithmetic is not None:
         default = arithmetic if isinstance(arithmetic, str) else "narrow"
@@ -324,7 +110,7 @@ def dynamic(
 
 def _choose(
     found: Sequence[Group],
-    seen: Mapping[str, Statistics],
+    seen: Mapping[str, Observed],
     scales: Mapping[str, Floats],
     build: Callable[[Mapping[str, Arithmetic]], ModelProto],
     runs: Sequence[Mapping[str, Array]],
@@ -401,209 +187,8 @@ def times(
     found, one = groups(proto), {"x": np.ones(shapes[0][0], np.float32)}
     # Narrow weights are widened when the file is loaded: float32 arithmetic.
     distinct: list[Arithmetic] = [a for a in ("float", "tensor", "row") if a == "float" or a in allowed]
-    seen = {"x": Statistics(x, (0,), rows)}
-    sessions = {str(a): Session(_write(proto, found, seen, one, {"x": a})) for a in distinct}
+    seen = {"x": Observed(x, (0,), rows)}
+    sessions = {str(a): Session(write(proto, found, seen, one, {"x": a})) for a in distinct}
     measured = latency(sessions, {"x": x}, seconds=0.02 * len(sessions), batch=rows)
     base = measured["float"].median_ms  # ratios hold on a busy machine
     return {a: base / measured["float" if a == "narrow" else a].ratio for a in allowed}
-
-
-class _Writer:
-    """Nodes and initialisers as they come."""
-
-    def __init__(self, opset: int) -> None:
-        self.opset = opset
-        self.nodes: list[NodeProto] = []
-        self.tensors: dict[str, TensorProto] = {}
-
-    def constant(self, name: str, value: Array) -> str:
-        """The initialiser `name`: the one that is there if it is equal (a weight that is read twice)."""
-        tensor = numpy_helper.from_array(np.array(value, order="C"), name)
-        while self.tensors.setdefault(tensor.name, tensor) != tensor:
-            tensor.name += "'"
-        return str(tensor.name)
-
-    def node(self, op_type: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(op_type, list(inputs), [output], name=output, **attributes))
-        return output
-
-    def model(self, proto: ModelProto) -> ModelProto:
-        """`proto` with these nodes instead of its own, and the initialisers that they need."""
-        small = ModelProto()
-        small.CopyFrom(proto)
-        arrays = {tensor.name: tensor for tensor in proto.graph.initializer} | self.tensors
-        del small.graph.node[:], small.graph.initializer[:], small.graph.value_info[:]
-        small.graph.node.extend(self.nodes)
-        small.graph.initializer.extend(_used(small.graph, arrays))
-        return small
-
-    def extreme(self, op_type: str, x: str, output: str) -> str:
-        """ReduceMax or ReduceMin over the last axis, which became an input in opset 18."""
-        if self.opset < 18:
-            return self.node(op_type, [x], output, axes=[-1], keepdims=1)
-        return self.node(op_type, [x, self.constant("/last_axis", np.array([-1], np.int64))], output, keepdims=1)
-
-
-def _write(
-    proto: ModelProto,
-    found: Sequence[Group],
-    seen: Mapping[str, Statistics],
-    scales: Mapping[str, Floats],
-    choice: Mapping[str, Arithmetic],
-) -> ModelProto:
-    """The graph rewritten: each group's input quantized once, before the first of its products."""
-    graph, writer = proto.graph, _Writer(_opset(proto))
-    arrays = {tensor.name: tensor for tensor in graph.initializer}
-    product = {node: (g, weight) for g in found for node, weight in zip(g.nodes, g.weights, strict=True)}
-    equalised = {
-        g.norm: g for g in found if choice[g.input] in ("tensor", "row") and g.norm and (scales[g.input] != 1).any()
-    }
-    codes: dict[str, _Codes] = {}
-    plain: dict[str, str] = {}  # what was equalised, as it was
-    for node in graph.node:
-        group, weight = product.get(node.name, (None, None))
-        if group is not None and weight is not None:
-            how, e = choice[group.input], scales[group.input]
-            if group.norm in equalised:
-                weight = weight * e[:, None]
-            else:
-                e = np.ones_like(e)
-            if how in ("tensor", "row"):
-                if group.input not in codes:
-                    codes[group.input] = _quantize(writer, group.input, how, seen[group.input].sample / e)
-                _integer_product(writer, node, weight, codes[group.input])
-            elif how == "narrow" and weight.size >= SMALLEST:
-                _narrow_product(writer, node, weight)
-            else:
-                writer.nodes.append(node)
-            continue
-        copy = NodeProto()
-        copy.CopyFrom(node)
-        copy.input[:] = [plain.get(name, name) for name in node.input]
-        writer.nodes.append(copy)
-        if node.name in equalised:
-            (out,), e = node.output, scales[node.output[0]]
-            for i, name in enumerate(node.input[1:], 1):
-                copy.input[i] = name and writer.constant(name + "/equalised", numpy_helper.to_array(arrays[name]) / e)
-            if any(out in other.input for other in graph.node if other.name not in equalised[node.name].nodes):
-                plain[out] = writer.node("Mul", [out, writer.constant(out + "/equaliser", e)], out + "/plain")
-    return writer.model(proto)
-
-
-def _used(graph: Any, tensors: Mapping[str, TensorProto]) -> list[TensorProto]:
-    names = {name for node in graph.node for name in node.input} | {v.name for v in graph.output} | _inner(graph)
-    return [tensor for name, tensor in tensors.items() if name in names]
-
-
-@dataclass(frozen=True)
-class _Codes:
-    """Names of a quantized input's codes, step, zero point and rows' range ("" where there is one step)."""
-
-    codes: str
-    step: str
-    zero: str
-    span: str
-
-
-def _quantize(writer: _Writer, x: str, how: Arithmetic, sample: Floats) -> _Codes:
-    """Nodes that quantize the activations x, of which `sample` holds rows."""
-    span, source = "", x
-    if how == "row":
-        balance = writer.constant(x + "/balance", np.array(-row_balance(sample), np.float32))
-        tiny = writer.constant("/tiny", np.array(1e-20, np.float32))  # a row of zeros stays one
-        depth = writer.node("Mul", [writer.extreme("ReduceMin", x, x + "/low"), balance], x + "/depth")
-        span = writer.node("Max", [writer.extreme("ReduceMax", x, x + "/high"), depth, tiny], x + "/span")
-        source = writer.node("Div", [x, span], x + "/unit")
-    names = _Codes(x + "/codes", x + "/step", x + "/zero", span)
-    quantize = helper.make_node(
-        "DynamicQuantizeLinear", [source], [names.codes, names.step, names.zero], name=names.codes
-    )
-    writer.nodes.append(quantize)
-    return names
-
-
-def _integer_product(writer: _Writer, node: NodeProto, weight: Floats, x: _Codes) -> None:
-    (_, name, *rest), (out,) = node.input, node.output
-    bias = rest[0] if rest else ""
-    codes, step = pair_codes(weight)
-    stored = writer.constant(name + "/codes", codes)
-    value = writer.node("MatMulInteger", [x.codes, stored, x.zero], out + "/sum")
-    value = writer.node("Cast", [value], out + "/float", to=TensorProto.FLOAT)
-    both = writer.node("Mul", [x.step, writer.constant(name + "/step", step)], out + "/scale")
-    value = writer.node("Mul", [value, both], out + "/scaled" if x.span or bias else out)
-    if x.span:
-        value = writer.node("Mul", [value, x.span], out + "/spanned" if bias else out)
-    if bias:
-        writer.node("Add", [value, bias], out)
-
-
-def _narrow_product(writer: _Writer, node: NodeProto, weight: Floats) -> None:
-    (_, name, *rest), (out,) = node.input, node.output
-    codes, step = channel_codes(weight)
-    wide = writer.node("Cast", [writer.constant(name + "/codes", codes)], out + "/wide", to=TensorProto.FLOAT)
-    wide = writer.node("Mul", [wide, writer.constant(name + "/step", step)], out + "/widened")
-    bias = rest[0] if rest else ""
-    value = writer.node("MatMul", [node.input[0], wide], out + "/unbiased" if bias else out)
-    if bias:
-        writer.node("Add", [value, bias], out)
-
-
-def _with_narrow_tables(proto: ModelProto) -> ModelProto:
-    """Looked-up rows come as codes and are widened then, so that the whole table never is."""
-    arrays, writer = {tensor.name: tensor for tensor in proto.graph.initializer}, _Writer(_opset(proto))
-    for node in proto.graph.node:
-        tensor = arrays.get(node.input[0]) if node.op_type == "Gather" else None
-        by_row = all(a.i == 0 for a in node.attribute if a.name == "axis")
-        large = tensor is not None and len(tensor.dims) == 2 and math.prod(tensor.dims) >= SMALLEST
-        if tensor is None or not large or not by_row or tensor.data_type != TensorProto.FLOAT:
-            writer.nodes.append(node)
-            continue
-        (name, index), (out,), table = node.input, node.output, numpy_helper.to_array(tensor)
-        step = channel_codes(table, axis=1)[1].astype(np.float16)[:, None]
-        step[step == 0] = 1
-        codes = np.clip(np.rint(table / step.astype(np.float32)), -127, 127).astype(np.int8)
-        rows = writer.node("Gather", [writer.constant(name + "/rows", codes), index], out + "/rows")
-        rows = writer.node("Cast", [rows], out + "/wide", to=TensorProto.FLOAT)
-        steps = writer.node("Gather", [writer.constant(name + "/row_step", step), index], out + "/half")
-        steps = writer.node("Cast", [steps], out + "/row_step", to=TensorProto.FLOAT)
-        writer.node("Mul", [rows, steps], out)
-    return writer.model(proto)
-
-
-def _opset(proto: ModelProto) -> int:
-    return next(int(o.version) for o in proto.opset_import if o.domain in ("", "ai.onnx"))
-
-
-def _folded(proto: ModelProto) -> ModelProto:
-    """A copy whose nodes have unique names, with what depends on constants alone computed (unless it would grow)."""
-    from onnx.reference import ReferenceEvaluator
-
-    if _opset(proto) < 13:
-        raise NotSupported(f"dynamic: the opset must be at least 13, got {_opset(proto)}. Export the network again.")
-    copy = ModelProto()
-    copy.CopyFrom(proto)
-    arrays = {t.name: t for t in copy.graph.initializer}
-    nodes = []
-    for i, node in enumerate(copy.graph.node):
-        inputs = [name for name in node.input if name]
-        if node.domain == "" and len(node.output) == 1 and all(name in arrays for name in inputs) and _pure(node):
-            known = {name: numpy_helper.to_array(arrays[name]) for name in inputs}
-            graph = helper.make_graph(
-                [node], "one", [], [onnx.ValueInfoProto(name=node.output[0])], [arrays[n] for n in inputs]
-            )
-            one = helper.make_model(graph, opset_imports=proto.opset_import)
-            value = np.asarray(ReferenceEvaluator(one).run(None, {})[0])
-            if value.nbytes <= max(4096, sum(a.nbytes for a in known.values()) * 4):
-                arrays[node.output[0]] = numpy_helper.from_array(value, node.output[0])
-                continue
-        node.name = f"{i}_{node.op_type}"
-        nodes.append(node)
-    del copy.graph.node[:], copy.graph.initializer[:]
-    copy.graph.node.extend(nodes)
-    copy.graph.initializer.extend(_used(copy.graph, arrays))
-    return copy
-
-
-def _pure(node: NodeProto) -> bool:
-    """Whether the node is one of those that exporters leave between stored tensors and their readers."""
-    return node.op_type in PURE
