@@ -35,7 +35,20 @@ NOUNS = {
 }
 FAMILIES = (
     *NOUNS.values(),
-    *("score", "pattern", "allocation", "range", "grid", "rounding", "loss", "metric", "statistic", "net", "runtime"),
+    *(
+        "score",
+        "pattern",
+        "allocation",
+        "range",
+        "grid",
+        "rounding",
+        "loss",
+        "metric",
+        "statistic",
+        "running",
+        "net",
+        "runtime",
+    ),
 )
 METHODS = ("Stage", "Rule", "Code", "Finding")
 GROUP = "lilliput.methods"

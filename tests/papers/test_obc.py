@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lilliput.prune.layers import damped
 from lilliput.prune.masks import masks
 from lilliput.prune.obc import OBC, obc, traces
 from lilliput.prune.patterns import parse
@@ -14,6 +13,7 @@ from lilliput.prune.prune import Prune
 from lilliput.prune.reconstruct import Reconstruct, reconstruct
 from lilliput.prune.sparsegpt import sparsegpt
 from lilliput.stage import Reference
+from lilliput.statistics.hessian import damped
 from lilliput.task import Task
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lilliput.calibrate import statistics
 from lilliput.prune import allocations, patterns, scores
 from lilliput.prune.prune import Prune
 from lilliput.schedule import Cubic
+from lilliput.statistics.calibrate import statistics
 from lilliput.task import Task
 
 

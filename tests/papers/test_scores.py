@@ -11,12 +11,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lilliput.calibrate import FROM_DATA, KNOWN, RUNNING, statistics
 from lilliput.code.base import codes
-from lilliput.prune import curvature, scores
+from lilliput.prune import scores
 from lilliput.prune.prune import Prune
 from lilliput.prune.rounds import Rounds
+from lilliput.registry import entries
+from lilliput.statistics import inverse_fisher
+from lilliput.statistics.calibrate import running, statistics, taken_from
+from lilliput.statistics.sources import Labelled
 from lilliput.task import Task
+
+KNOWN = [entry.name for entry in entries("statistic")]
+FROM_DATA = [name for name in KNOWN if taken_from(name) != "none"]
+RUNNING = running()
 
 
 def small() -> tuple[nn.Module, Tensor, Tensor, Task, list[str]]:
@@ -248,14 +255,14 @@ def test_woodfisher_equation_3_against_the_dense_inverse_and_the_recursion() -> 
     g, damp = per_example(net, x, y, ["2.weight"]), 1e-3
     plain = copy.deepcopy(net).requires_grad_(False)
     parameters = {"2.weight": plain.get_parameter("2.weight").requires_grad_(True)}
-    blocks = curvature.fisher_blocks(curvature.Examples.of(plain, task, 48, 0), parameters, 18)["2.weight"]
+    blocks = inverse_fisher.fisher_blocks(Labelled.of(plain, task, 48, 0), parameters, 18)["2.weight"]
     exact = torch.linalg.inv(g.T @ g / 48 + damp * torch.eye(18).double())
-    torch.testing.assert_close(curvature.inverse(blocks, damp)[0], exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(inverse_fisher.inverse(blocks, damp)[0], exact, rtol=1e-4, atol=1e-4)
     step = torch.eye(18).double() / damp
     for row in g:
         u = step @ row
         step = step - torch.outer(u, u) / (48 + row @ u)
-    torch.testing.assert_close(curvature.inverse(blocks, damp)[0], step, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(inverse_fisher.inverse(blocks, damp)[0], step, rtol=1e-4, atol=1e-4)
 
 
 def test_woodfisher_is_what_the_loss_gains_after_the_others_of_the_block_adapt() -> None:
@@ -270,8 +277,8 @@ def test_woodfisher_is_what_the_loss_gains_after_the_others_of_the_block_adapt()
         adapted = fisher[q, q] - fisher[q, rest] @ torch.linalg.solve(fisher[rest][:, rest], fisher[rest, q])
         assert float(score[q]) == pytest.approx(float(adapted) * float(weight.flatten()[q]) ** 2 / 2, rel=1e-2)
     plain = copy.deepcopy(net)
-    data = curvature.Examples.of(plain, task, 48, 0)
-    small_blocks = curvature.fisher_blocks(data, {"0.weight": plain.get_parameter("0.weight")}, 8)["0.weight"]
+    data = Labelled.of(plain, task, 48, 0)
+    small_blocks = inverse_fisher.fisher_blocks(data, {"0.weight": plain.get_parameter("0.weight")}, 8)["0.weight"]
     assert small_blocks.shape == (4, 8, 8)
     torch.testing.assert_close(small_blocks[1], fisher[8:16, 8:16] - 1e-5 * torch.eye(8).double(), rtol=1e-4, atol=1e-7)
 
@@ -279,7 +286,7 @@ def test_woodfisher_is_what_the_loss_gains_after_the_others_of_the_block_adapt()
 def test_inverse_fisher_in_passes_equals_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     net, _, _, task, names = small()
     whole = statistics(net, task, names, ["inverse_fisher"])
-    monkeypatch.setattr(curvature, "HELD_BYTES", 1)
+    monkeypatch.setattr(inverse_fisher, "HELD_BYTES", 1)
     parts = statistics(net, task, names, ["inverse_fisher"])
     assert all(torch.equal(whole[n]["inverse_fisher"], parts[n]["inverse_fisher"]) for n in names)
 
@@ -407,7 +414,7 @@ def test_statistics_of_other_precisions_are_taken_in_float32(dtype: torch.dtype)
     for name in names:
         assert set(found[name]) == set(KNOWN)
         for need, value in found[name].items():
-            assert value.dtype == torch.float32, need
+            assert value.dtype == (torch.float64 if need == "hessian" else torch.float32), need
             torch.testing.assert_close(value, same[name][need])
     assert net[0].weight.dtype == dtype
 
@@ -466,5 +473,5 @@ def test_the_page_lists_every_score_with_the_data_it_needs() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (\w+) \|[^|]*\|$", table, re.MULTILINE))
     assert rows == {name: scores.data_needed(name) for name in scores.SCORES}
     code = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
-    exec(code, {})
+    exec(code, {"__name__": "page"})
     assert all(f"`{name}`" in page for name in KNOWN)

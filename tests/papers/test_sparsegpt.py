@@ -11,7 +11,6 @@ from lilliput.data.mnist1d import mnist1d_mlp
 from lilliput.errors import NotSupported
 from lilliput.nets.bert import SentenceBert
 from lilliput.prune import layers
-from lilliput.prune.layers import damped, hessian, unfold
 from lilliput.prune.masks import masks
 from lilliput.prune.obc import OBC
 from lilliput.prune.patterns import parse
@@ -19,6 +18,7 @@ from lilliput.prune.prune import Prune
 from lilliput.prune.reconstruct import Reconstruct
 from lilliput.prune.sparsegpt import SparseGPT, sparsegpt
 from lilliput.quant.uniform import Uniform
+from lilliput.statistics.hessian import damped, products, unfold
 from lilliput.task import Task, predict
 
 
@@ -109,7 +109,7 @@ def test_a_convolution_is_a_product_with_its_unfolded_inputs(conv: nn.Module, sh
     y = conv.weight.view(conv.groups, -1, rows.shape[1]) @ rows  # (groups, out / groups, samples)
     expected = conv(x) - conv.bias.view(1, -1, *(1,) * (len(shape) - 2))
     torch.testing.assert_close(y.flatten(0, 1), expected.transpose(0, 1).flatten(1))
-    torch.testing.assert_close(hessian(conv, x), (rows.double() @ rows.double().transpose(1, 2)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(products(conv, x), (rows.double() @ rows.double().transpose(1, 2)), rtol=1e-4, atol=1e-4)
 
 
 def test_a_layer_sees_what_the_pruned_ones_before_it_give(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ def test_a_layer_sees_what_the_pruned_ones_before_it_give(monkeypatch: pytest.Mo
     net, x = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8)), torch.randn(150, 12)
     result = SparseGPT(0.5)(net, task_of(x), None)
     seen = torch.relu(result[0](x)).detach()
-    new, mask = sparsegpt(net[2].weight.detach(), hessian(net[2], seen), 0.5, parse("elements"))
+    new, mask = sparsegpt(net[2].weight.detach(), products(net[2], seen), 0.5, parse("elements"))
     assert torch.equal(masks(result)["2.weight"].mask, mask)
     torch.testing.assert_close(result[2].weight, new, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(layers, "HELD_BYTES", 0)  # as many passes as layers, in batches
@@ -137,7 +137,7 @@ def test_a_layer_that_is_called_twice_is_matched_on_both() -> None:
     torch.manual_seed(0)
     net, x = Twice(), torch.randn(90, 8)
     result = SparseGPT(0.5)(net, task_of(x), None)
-    both = hessian(net.inner, x) + hessian(net.inner, torch.relu(net.inner(x)))
+    both = products(net.inner, x) + products(net.inner, torch.relu(net.inner(x)))
     new, _ = sparsegpt(net.inner.weight.detach(), both, 0.5, parse("elements"))
     torch.testing.assert_close(result.inner.weight, new, rtol=1e-4, atol=1e-5)
     assert set(masks(result)) == {"inner.weight"}  # what is never called has no inputs

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lilliput.prune import curvature
 from lilliput.prune.masks import masks
 from lilliput.prune.patterns import parse
 from lilliput.prune.prune import Prune
 from lilliput.prune.woodfisher import WoodFisher, surgery
+from lilliput.statistics import inverse_fisher as fisher
+from lilliput.statistics.sources import Labelled
 from lilliput.task import Task, predict
 
 
@@ -79,8 +80,8 @@ def test_masks_are_exact_and_what_is_gone_stays_gone(pattern: str, rounds: int) 
 def test_first_round_is_surgery_on_the_fisher_information() -> None:
     net, task = small()
     result = WoodFisher(0.5, rounds=1, size=8)(net, task, None)
-    examples = curvature.Examples.of(net, task, 256, 0)
-    F = curvature.fisher_blocks(examples, {"2.weight": net[2].weight}, 8)["2.weight"]
+    examples = Labelled.of(net, task, 256, 0)
+    F = fisher.fisher_blocks(examples, {"2.weight": net[2].weight}, 8)["2.weight"]
     new, mask = surgery(net[2].weight.detach(), F, 0.5, parse("elements"))
     assert torch.equal(masks(result)["2.weight"].mask, mask)
     torch.testing.assert_close(result[2].weight.detach(), new)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lilliput.calibrate import statistics
 from lilliput.code.base import find, pack, parameter_names, realize, storage
 from lilliput.code.stored import Plain, Sparse
 from lilliput.cost.measure import latency
@@ -19,6 +18,7 @@ from lilliput.graph.fold import fold_batchnorm
 from lilliput.prune import patterns, scores
 from lilliput.prune.prune import Prune
 from lilliput.stage import Reference, Stage, calibration
+from lilliput.statistics.calibrate import statistics
 from lilliput.task import Task, call, predict
 
 Pairs = tuple[tuple[str, float], ...]

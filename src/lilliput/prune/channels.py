@@ -13,8 +13,8 @@ from lilliput.errors import near
 from lilliput.graph import slicing
 from lilliput.graph.channels import Group, groups, remove_channels
 from lilliput.graph.widths import kept, rounded, taylor
-from lilliput.prune.curvature import Examples
 from lilliput.stage import Reference, Stage
+from lilliput.statistics.sources import Labelled
 from lilliput.task import Task
 
 SCORES = ("l1", "l2", "geometric_median", "batchnorm_scale", "taylor", "random")
@@ -207,7 +207,7 @@ RATED = {"l1": l1, "l2": l2, "geometric_median": geometric_median, "batchnorm_sc
 
 def _taylor(model: nn.Module, task: Task, found: list[Group], seed: int) -> dict[str, Tensor]:
     def losses(net: nn.Module) -> Iterator[Tensor]:
-        data = Examples.of(net.float(), task, 256, seed)
-        return (loss for loss, _ in data.losses(64))
+        data = Labelled.of(net.float(), task, 256, seed)
+        return (loss for loss, _ in data.losses())
 
     return taylor(model, found, losses)

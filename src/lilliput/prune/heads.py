@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lilliput.errors import near
 from lilliput.graph.heads import Heads, heads, opened, remove_heads
-from lilliput.prune.curvature import Examples
 from lilliput.stage import Reference, Stage
+from lilliput.statistics.sources import Labelled
 from lilliput.task import Task
 
 SCORES = ("importance", "taylor", "l2", "random")
@@ -130,9 +130,9 @@ def gate_scores(
     found = list(found)
     work = opened(model, found).eval().float().requires_grad_(False)
     scores = {h.name: torch.zeros(h.count) for h in found}
-    data = Examples.of(work, task, 256, seed)
+    data = Labelled.of(work, task, 256, seed)
     with torch.enable_grad(), _gates(work, found) as gates:
-        for loss, share in data.losses(64):
+        for loss, share in data.losses():
             loss.backward()
             for name, passed in gates.items():
                 slopes = torch.stack([g.grad for g in passed if g.grad is not None]).sum(0).cpu()

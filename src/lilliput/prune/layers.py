@@ -9,19 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lilliput.calibrate import sees_inputs
 from lilliput.code.base import copy_model, realize, theta
 from lilliput.errors import near
-from lilliput.prune.curvature import single
 from lilliput.prune.masks import Allocation, amounts, attach_masks, check_sparsity, prunable, put_
 from lilliput.prune.patterns import NM, Blocks, Channels, Pattern, parse
 from lilliput.stage import calibration, on
+from lilliput.statistics.hessian import products
+from lilliput.statistics.sources import sees_inputs, single
 from lilliput.task import Task, call, leaves, length, take
 
 HELD_BYTES = 2**30  # of activations at once; beyond, every layer costs a pass over the examples
-CHUNK_BYTES = 2**27
 Solve = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
@@ -73,54 +71,6 @@ def sort(
     return kept, left
 
 
-def hessian(module: nn.Module, x: Tensor) -> Tensor:
-    """X X^T of a layer's inputs x, (groups, d, d) in float64; X: what each output of a group is a weighted sum of.
-
-    A linear layer has one group. A convolution's inputs are unfolded: d = (in / groups) * kernel size, in C order.
-
-    >>> hessian(nn.Linear(2, 1), torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
-    tensor([[[1., 2.],
-             [2., 5.]]], dtype=torch.float64)
-    """
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    groups: int = getattr(module, "groups", 1)
-    d = weight[0].numel()
-    total = torch.zeros(groups, d, d, dtype=torch.float64, device=weight.device)
-    if weight.dim() == 2:
-        for rows in x.detach().reshape(1, -1, d).split(max(1, CHUNK_BYTES // (4 * d)), 1):
-            total += rows.transpose(1, 2) @ rows
-        return total
-    x = x.detach() if x.dim() == weight.dim() else x.detach()[None]
-    for part in x.split(max(1, CHUNK_BYTES // (4 * d * groups * max(1, x[0, 0].numel())))):
-        rows = unfold(module, part)
-        total += rows @ rows.transpose(1, 2)
-    return total
-
-
-def unfold(module: nn.Module, x: Tensor) -> Tensor:
-    """The inputs of a convolution as a matrix for each group: (groups, d, samples)."""
-    conv: Any = module
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    x = F.pad(x, conv._reversed_padding_repeated_twice, mode)
-    dims = len(conv.kernel_size)
-    for i, (size, step, apart) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)):
-        x = x.unfold(2 + i, apart * (size - 1) + 1, step)[..., ::apart]
-    x = x.unflatten(1, (conv.groups, -1))  # (n, groups, in / groups, places, kernel)
-    places, kernel = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
-    x = x.permute(1, 2, *kernel, 0, *places)
-    return x.reshape(conv.groups, conv.weight[0].numel(), -1)
-
-
-def damped(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
-    """H + lambda I with lambda = damp times the mean of H's diagonal, and which inputs are dead: (groups, d), never
-    other than zero. A dead input's row of H is replaced by that of the unit matrix.
-    """
-    diagonal = hessian.diagonal(dim1=1, dim2=2)
-    dead = diagonal == 0
-    shift = damp * diagonal.mean(1, keepdim=True) + dead
-    return hessian + torch.diag_embed(shift), dead
-
-
 @torch.no_grad()
 def sequentially(
     plain: nn.Module, inputs: Any, names: list[str], solve: Callable[[str, Tensor], None], batch_size: int = 64
@@ -135,7 +85,7 @@ def sequentially(
     if len(set(map(id, modules.values()))) == len(modules) and _at_once(plain, inputs, modules):
         for name, module in modules.items():
             module.register_forward_pre_hook(
-                lambda module, given, name=name: solve(name, hessian(module, leaves(given)[0]))
+                lambda module, given, name=name: solve(name, products(module, leaves(given)[0]))
             )
         call(plain, inputs)
         return
@@ -143,7 +93,7 @@ def sequentially(
         parts: list[Tensor] = []
 
         def listen(module: nn.Module, given: tuple[Any, ...], parts: list[Tensor] = parts) -> None:
-            found = hessian(module, leaves(given)[0])
+            found = products(module, leaves(given)[0])
             parts[:] = [parts[0] + found if parts else found]
 
         hook = modules[name].register_forward_pre_hook(listen)

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lilliput.prune.layers import CHUNK_BYTES, bundle, check, damped, group, pruned, sort
+from lilliput.prune.layers import bundle, check, group, pruned, sort
 from lilliput.prune.masks import Allocation
 from lilliput.prune.patterns import NM, Pattern, parse
 from lilliput.prune.reconstruct import reconstruct
 from lilliput.stage import Reference, Stage
+from lilliput.statistics.hessian import CHUNK_BYTES, damped
 from lilliput.task import Task
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lilliput.calibrate import FROM_DATA, RUNNING, Statistics, sees_inputs, statistics
 from lilliput.code.base import copy_model, holders, theta
 from lilliput.code.masked import Masked
 from lilliput.prune import patterns, scores
@@ -13,6 +12,8 @@ from lilliput.prune.masks import attach_masks, check_allocation, check_sparsity,
 from lilliput.rule import Rule, State
 from lilliput.schedule import Cubic, Schedule, at
 from lilliput.stage import Reference, Stage
+from lilliput.statistics.calibrate import Statistics, of_layer_inputs, running, statistics, taken_from
+from lilliput.statistics.sources import sees_inputs
 from lilliput.task import Task
 
 
@@ -79,25 +80,26 @@ class Prune(Stage, Rule):
         needs = set(scores.needs(scores.lookup(self.score)))
         state: State = {"sparsity": torch.zeros((), dtype=torch.float64)}
         # What the training itself can gather is read from it; the rest is measured once, before it.
-        if once := needs - set(RUNNING):
-            if task is None and needs & set(FROM_DATA):
+        if once := needs - set(running()):
+            if task is None and any(taken_from(need) != "none" for need in once):
                 raise ValueError(f"Prune: a task must be given for the score {self.score!r}, got None. Pass task=.")
             for name, known in statistics(model, task, names, once, seed=self.seed).items():
                 state |= {f"{need} {name}": value for need, value in known.items()}
         return state
 
     def on_grad(self, state: State, model: nn.Module, step: int, steps: int) -> State:
-        gathered = set(scores.needs(scores.lookup(self.score))) & set(RUNNING)
+        wanted = scores.needs(scores.lookup(self.score))
+        gathered = {need: update for need, update in running().items() if need in wanted}
         if not gathered:
             return state
         state = dict(state)
         for name in self._masked(model):
             weight = theta(model, name)
             if weight.grad is not None:
-                for need in gathered:
+                for need, update in gathered.items():
                     key = f"{need} {name}"
                     held = state[key] if key in state else torch.zeros_like(weight)
-                    state[key] = RUNNING[need](held, weight.detach(), weight.grad)
+                    state[key] = update(held, weight.detach(), weight.grad)
         return state
 
     def on_step(self, state: State, model: nn.Module, step: int, steps: int) -> State:
@@ -122,7 +124,7 @@ class Prune(Stage, Rule):
 
     def _sort(self, model: nn.Module) -> tuple[list[str], dict[str, str]]:
         kept, left = prunable(model, self.where, patterns.parse(self.pattern), "Prune", self.allocation)
-        if set(scores.needs(scores.lookup(self.score))) & {"input_norm", "input_second_moment"}:
+        if any(map(of_layer_inputs, scores.needs(scores.lookup(self.score)))):
             for name in [name for name in kept if not sees_inputs(model, name)]:
                 kept.remove(name)
                 left[name] = f"the score {self.score!r} needs its inputs, which no module shows"

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.code.base import copy_model, find, realize, theta
-from lilliput.prune.layers import damped, finite, prepared, sequentially, sort
+from lilliput.prune.layers import finite, prepared, sequentially, sort
 from lilliput.prune.masks import masks
 from lilliput.stage import Reference, Stage
+from lilliput.statistics.hessian import damped
 from lilliput.task import Task
 
 CHUNK_BYTES = 2**22  # of matrices at once: what fits into a processor's cache is solved twice as fast
@@ -21,7 +22,7 @@ def reconstruct(weight: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:
     The same as w - H^-1_:p (H^-1_pp)^-1 w_p with p what the mask drops: optimal brain surgery on all of p at once.
 
     weight, mask: (out, ...); hessian: H = X X^T, (groups, d, d) with d the values of an output, positive definite: see
-    `lilliput.prune.layers.damped`. Returns a tensor like weight.
+    `lilliput.statistics.hessian.damped`. Returns a tensor like weight.
 
     >>> H = torch.tensor([[[1.0, 0.5], [0.5, 1.0]]])
     >>> reconstruct(torch.tensor([[2.0, 2.0]]), torch.tensor([[True, False]]), H)

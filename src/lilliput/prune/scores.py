@@ -1,7 +1,7 @@
 """Scores: how much each weight matters. One plain function a paper, from a weight to a score >= 0 of its shape.
 
-Keyword-only arguments name the statistics that a score needs; `lilliput.calibrate.statistics` supplies them, each
-broadcastable to the weight. `data_needed` says whether that takes labels, inputs alone, or no data.
+Keyword-only arguments name the statistics that a score needs; `lilliput.statistics.calibrate.statistics` supplies them,
+each broadcastable to the weight. `data_needed` says whether that takes labels, inputs alone, or no data.
 
 Notation: w a weight, g the gradient of the mean loss in it, H the Hessian of that loss.
 """
@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lilliput.calibrate import TAKEN_FROM
 from lilliput.errors import near
+from lilliput.statistics.calibrate import taken_from
 
 Score = Callable[..., Tensor]
 
@@ -209,7 +209,7 @@ def data_needed(score: str | Score) -> str:
     ('none', 'inputs', 'labels')
     """
     function = lookup(score) if isinstance(score, str) else score
-    return max((TAKEN_FROM[need] for need in needs(function)), key=("none", "inputs", "labels").index, default="none")
+    return max((taken_from(need) for need in needs(function)), key=("none", "inputs", "labels").index, default="none")
 
 
 def lookup(name: str) -> Score:

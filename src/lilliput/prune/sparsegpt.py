@@ -6,10 +6,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from lilliput.prune.layers import bundle, check, damped, group, pruned, sort
+from lilliput.prune.layers import bundle, check, group, pruned, sort
 from lilliput.prune.masks import Allocation
 from lilliput.prune.patterns import NM, Even, Pattern, parse
 from lilliput.stage import Reference, Stage
+from lilliput.statistics.hessian import damped
 from lilliput.task import Task
 
 

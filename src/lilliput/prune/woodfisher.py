@@ -7,13 +7,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lilliput.code.base import copy_model, realize
-from lilliput.prune import curvature
 from lilliput.prune.layers import check, store_
 from lilliput.prune.masks import Allocation, amounts, prunable
 from lilliput.prune.patterns import Pattern, parse
 from lilliput.prune.reconstruct import reconstruct
 from lilliput.prune.scores import woodfisher
 from lilliput.stage import Reference, Stage
+from lilliput.statistics import inverse_fisher as fisher
+from lilliput.statistics.sources import Labelled
 from lilliput.task import Task
 
 
@@ -26,7 +27,7 @@ def surgery(
     dw = -F^-1 E_Q ([F^-1]_QQ)^-1 w_Q; no sum of single steps, which would count twice what two have in common.
 
     weight: any shape; blocks: (blocks, size, size), the Fisher information along the flattened weight, padded with
-    zeros, as `lilliput.prune.curvature.fisher_blocks` gives it.
+    zeros, as `lilliput.statistics.inverse_fisher.fisher_blocks` gives it.
 
     >>> F = torch.tensor([[[1.0, 0.5], [0.5, 1.0]]])
     >>> surgery(torch.tensor([[1.0, 2.0]]), F, 0.5, parse("elements"), damp=0.0)
@@ -95,7 +96,7 @@ class WoodFisher(Stage):
             why = next(iter(left.values()), "the allocation is empty").rstrip(".")
             raise ValueError(f"WoodFisher: some tensor must be left to prune, got none of {list(left)[:3]}: {why}.")
         plain = realize(model).eval().float().requires_grad_(False)
-        examples = curvature.Examples.of(plain, task, self.examples, self.seed)
+        examples = Labelled.of(plain, task, self.examples, self.seed)
         parameters: dict[str, Tensor] = {name: plain.get_parameter(name) for name in names}
         share = amounts(parameters, 1.0 if self.sparsity is None else self.sparsity, self.allocation, pattern)
         kept: dict[str, Tensor] = {}
@@ -112,14 +113,14 @@ class WoodFisher(Stage):
         groups: list[dict[str, Tensor]] = [{}]
         for name, parameter in parameters.items():
             held = sum(p.numel() for p in groups[-1].values()) + parameter.numel()
-            if groups[-1] and held * self.size * 8 > curvature.HELD_BYTES:
+            if groups[-1] and held * self.size * 8 > fisher.HELD_BYTES:
                 groups.append({})
             groups[-1][name] = parameter
         return groups
 
     def _round(
         self,
-        examples: curvature.Examples,
+        examples: Labelled,
         parameters: dict[str, Tensor],
         share: dict[str, float],
         pattern: Pattern,
@@ -130,7 +131,7 @@ class WoodFisher(Stage):
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         with torch.enable_grad():
-            blocks = curvature.fisher_blocks(examples, parameters, self.size)
+            blocks = fisher.fisher_blocks(examples, parameters, self.size)
         found = {}
         for name, parameter in parameters.items():
             w, gone = parameter.requires_grad_(False), ~kept.get(name, torch.ones_like(parameter, dtype=torch.bool))

@@ -1,0 +1,47 @@
+"""Gradients of the task's loss: their root mean square over batches, and their mean."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lilliput.registry import register
+from lilliput.statistics.sources import Labelled, Parameters, gradients
+from lilliput.task import length
+
+
+@register("statistic")
+def gradient(examples: Labelled, parameters: Parameters) -> Parameters:
+    """The root of the mean, over batches, of the squared gradient of the task's loss.
+
+    A task without labels is given ones drawn from the model's own outputs (the gradient of the Fisher information): the
+    divergence from the outputs themselves has none.
+    """
+    squares = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    batches = math.ceil(length(examples.inputs) / examples.batch_size)
+    for loss, _ in examples.losses():
+        for square, g in zip(squares.values(), gradients(loss, parameters), strict=True):
+            square += g.square() / batches
+    return {name: square.sqrt() for name, square in squares.items()}
+
+
+@register("running", name="gradient")
+def running_gradient(held: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
+    """The root of a moving average, over ten steps or so, of the squared gradient."""
+    return (0.9 * held * held).addcmul_(gradient, gradient, value=0.1).sqrt_()
+
+
+@register("statistic")
+def mean_gradient(examples: Labelled, parameters: Parameters) -> Parameters:
+    """The gradient g of the mean loss of all examples, with its sign; of drawn labels it is mere noise around zero."""
+    mean = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for loss, share in examples.losses():
+        for held, g in zip(mean.values(), gradients(loss, parameters), strict=True):
+            held += g * share
+    return mean
+
+
+@register("running", name="mean_gradient")
+def running_mean_gradient(held: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
+    """A moving average of the gradient, over ten steps or so."""
+    return held.lerp(gradient, 0.1)

@@ -1,0 +1,51 @@
+"""Second moments of the input features of each layer: the diagonal of the layer-wise Hessian."""
+
+import torch
+from torch import Tensor, nn
+
+from lilliput.registry import register
+from lilliput.statistics.sources import Layers, Parameters
+
+
+@register("statistic")
+def input_norm(layers: Layers, parameters: Parameters) -> Parameters:
+    """The L2 norm of each input feature over all examples and places, for linear and convolutional weights.
+
+    Source: Sun, Liu, Bair and Kolter, A simple and effective pruning approach for large language models, ICLR 2024,
+        arXiv:2306.11695, equation 1.
+    """
+    return {name: energy.sqrt() for name, (energy, _) in _energies(layers, parameters).items()}
+
+
+@register("statistic")
+def input_second_moment(layers: Layers, parameters: Parameters) -> Parameters:
+    """The mean square of each input feature over all examples and places, for linear and convolutional weights."""
+    return {name: energy / count for name, (energy, count) in _energies(layers, parameters).items()}
+
+
+def _energies(layers: Layers, parameters: Parameters) -> dict[str, tuple[Tensor, int]]:
+    """The summed squares of each weight's inputs, broadcastable to it, and how many were summed."""
+    found: dict[str, tuple[Tensor, int]] = {}
+
+    def add(name: str, module: nn.Module, x: Tensor) -> None:
+        dims = parameters[name].dim()
+        if dims > 2:
+            channels = x if x.dim() == dims else x[None]
+            rows = channels.transpose(0, 1).flatten(1).T
+        else:
+            rows = x.reshape(-1, x.shape[-1])
+        energy, count = found.get(name, (torch.zeros(()), 0))
+        found[name] = energy + _shaped(module, parameters[name], rows.square().sum(0)), count + len(rows)
+
+    layers.watch(parameters, add)
+    return found
+
+
+def _shaped(module: nn.Module, weight: Tensor, energy: Tensor) -> Tensor:
+    """One number for each input channel, as it meets the weight."""
+    if weight.dim() > 2:
+        groups: int = module.groups  # type: ignore[assignment]
+        outputs, inputs = weight.shape[:2]
+        spread = energy.reshape(groups, 1, inputs).expand(groups, outputs // groups, inputs)
+        return spread.reshape(outputs, inputs, *(1,) * (weight.dim() - 2))
+    return energy[:, None] if type(module).__name__ == "Conv1D" else energy[None]

@@ -1,0 +1,24 @@
+"""Uniform noise: what the random score ranks by and stochastic rounding rounds by."""
+
+import zlib
+
+import torch
+
+from lilliput.registry import register
+from lilliput.statistics.sources import Parameters, Weights
+
+
+@register("statistic")
+def noise(source: Weights, parameters: Parameters) -> Parameters:
+    """Uniform numbers in [0, 1), a function of the seed and the tensor's name alone.
+
+    Example:
+        >>> parameters = {"weight": torch.zeros(2, 2)}
+        >>> noise(Weights(torch.nn.Linear(2, 2)), parameters)["weight"].shape
+        torch.Size([2, 2])
+    """
+    found = {}
+    for name, parameter in parameters.items():
+        generator = torch.Generator().manual_seed(source.seed * 1000003 + zlib.crc32(name.encode()))
+        found[name] = torch.rand(parameter.shape, generator=generator)
+    return found
