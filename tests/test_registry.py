@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 
 from lilliput import registry
-from lilliput.registry import NOUNS, entries, find, lookup, methods, register
+from lilliput.registry import NOUNS, entries, entry, find, lookup, methods, register
 
-SRC = Path(registry.__file__).parent
+SRC = Path(registry.__file__).parents[1]
 
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A registry that reads anew, and afterwards forgets what the test has registered."""
-    monkeypatch.setattr(registry, "_live", dict(registry._live))
+    monkeypatch.setattr(registry, "live", live := dict(registry.live))
+    monkeypatch.setattr(entry, "live", live)
     registry._declared.cache_clear()
     registry._table.cache_clear()
     yield
@@ -40,7 +41,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, files: dic
 
 
 def kinds(name: str) -> tuple[str, ...]:
-    return next(entry.kinds for entry in methods() if entry.name == name)
+    return next(method.kinds for method in methods() if method.name == name)
 
 
 def test_bases_are_followed_through_files() -> None:
@@ -55,9 +56,9 @@ def test_what_is_listed_is_what_the_classes_are() -> None:
     import lilliput
 
     nouns = {name: getattr(lilliput, name) for name in ("Stage", "Rule", "Code")}
-    for entry in methods():
-        found = tuple(name for name, noun in nouns.items() if issubclass(entry.load(), noun))
-        assert found == tuple(kind for kind in entry.kinds if kind in nouns), entry.name
+    for method in methods():
+        found = tuple(name for name, noun in nouns.items() if issubclass(method.load(), noun))
+        assert found == tuple(kind for kind in method.kinds if kind in nouns), method.name
 
 
 def test_private_and_abstract_classes_are_left_out() -> None:

@@ -1,245 +1,23 @@
-"""The registry: every method there is, by family and name, in lilliput and in the packages that join it.
-
-Classes whose bases lead to a noun (Stage, Rule, Code, Stored, Task, Finding, Schedule) belong to its family by that
-alone. Everything else, a function or a class, joins under `@register(family)`. Listing reads the source and imports
-nothing: the command line, the documentation and recipes know all methods before torch is loaded.
-
-A package from elsewhere joins by an entry point in its pyproject.toml, whose value is a package or a module:
-
-    [project.entry-points."lilliput.methods"]
-    mine = "my_package"
-"""
+"""What source declares, read without importing it: classes that are nouns by their bases, and `@register`."""
 
 import ast
-import importlib
 import re
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
 
-from lilliput.errors import near
+from lilliput.registry.entry import FAMILIES, NOUNS, Entry, Key, first
 
-NOUNS = {
-    "Stage": "stage",
-    "Rule": "rule",
-    "Code": "code",
-    "Finding": "finding",
-    "Stored": "kind",
-    "Task": "task",
-    "Schedule": "schedule",
-}
-FAMILIES = (
-    *NOUNS.values(),
-    *(
-        "score",
-        "pattern",
-        "allocation",
-        "range",
-        "grid",
-        "rounding",
-        "loss",
-        "metric",
-        "statistic",
-        "running",
-        "net",
-        "runtime",
-    ),
-)
-METHODS = ("Stage", "Rule", "Code", "Finding")
 GROUP = "lilliput.methods"
-
-T = TypeVar("T")
-Key = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One registered object, known without importing it.
-
-    Attributes:
-        family: what it is, one of `FAMILIES`.
-        name: its name in that family.
-        module: the module that defines it.
-        attribute: its name in that module.
-        summary: the first sentence of its docstring.
-        file: the file that defines it.
-        kinds: every noun that the class is, such as ("Stage", "Rule").
-        has_loss: whether it is a rule that adds to the loss.
-    """
-
-    family: str
-    name: str
-    module: str
-    attribute: str
-    summary: str
-    file: str
-    kinds: tuple[str, ...] = ()
-    has_loss: bool = False
-
-    @property
-    def package(self) -> str:
-        """The top package that defines it: "lilliput", or one that joined."""
-        return self.module.partition(".")[0]
-
-    @property
-    def room(self) -> str:
-        """The folder of lilliput that holds it, or the package that brought it."""
-        return self.module.split(".")[1] if self.package == "lilliput" else self.package
-
-    def load(self) -> Any:
-        """Import the object."""
-        key = self.family, self.name
-        return _live[key] if key in _live else getattr(importlib.import_module(self.module), self.attribute)
+CLASS = re.compile(r"^class\s+(\w+)\s*\(([^)]*)\)", re.MULTILINE)
+ALIAS = re.compile(r" as (\w+)")
+REGISTER = re.compile(r"^@(?:\w+\.)*register\(", re.MULTILINE)
 
 
-_live: dict[Key, Any] = {}
-"""What decorators have seen in this process: imported modules, and objects defined in a notebook or a script."""
-
-
-def register(family: str, name: str | None = None) -> Callable[[T], T]:
-    """Add the decorated function or class to a family; it is returned unchanged.
-
-    Write the family, and the name where there is one, as literals: listing reads them from the source.
-
-    Args:
-        family: one of `FAMILIES`.
-        name: its name there; the object's own without one. An object may have several names: decorate it again.
-
-    Raises:
-        KeyError: for an unknown family.
-        ValueError: where another object has the name already.
-
-    Example:
-        >>> @register("score", name="cubed (example)")
-        ... def cubed(weight):
-        ...     return weight.abs() ** 3
-        >>> lookup("score", "cubed (example)") is cubed
-        True
-    """
-    if family not in FAMILIES:
-        raise KeyError(f"register: family must be a known family, got {family!r}. {near(family, FAMILIES)}")
-
-    def keep(thing: T) -> T:
-        key = family, name or thing.__name__  # type: ignore[attr-defined]
-        # A cell that is run again, or a module that is reloaded, defines the same thing anew.
-        if key in _live and _place(_live[key]) != _place(thing):
-            raise _collision(key, _file(_live[key]), _file(thing))
-        _live[key] = thing
-        _table.cache_clear()
-        return thing
-
-    return keep
-
-
-def entries(family: str) -> tuple[Entry, ...]:
-    """Every entry of a family, in order of package and file.
-
-    Raises:
-        KeyError: for an unknown family.
-        ValueError: where two objects have the same name.
-
-    Example:
-        >>> "Cosine" in [entry.name for entry in entries("schedule")]
-        True
-    """
-    if family not in FAMILIES:
-        raise KeyError(f"registry: family must be a known family, got {family!r}. {near(family, FAMILIES)}")
-    return tuple(entry for entry in _table().values() if entry.family == family)
-
-
-def methods() -> tuple[Entry, ...]:
-    """Every Code, Stage, Rule and Finding, once each, in order of package and file."""
-    return tuple(
-        entry
-        for entry in _table().values()
-        if entry.family == next((NOUNS[kind] for kind in METHODS if kind in entry.kinds), None)
-    )
-
-
-def lookup(families: str | tuple[str, ...], name: str) -> Any:
-    """The object of that name, imported.
-
-    Args:
-        families: the family to look in, or several.
-        name: its name there.
-
-    Raises:
-        KeyError: for an unknown name, with near misses.
-        ValueError: where objects of several of these families have the name.
-
-    Example:
-        >>> lookup("schedule", "Linear")(0.0, 1.0)(50, 100)
-        0.5
-    """
-    return find(families, name).load()
-
-
-def find(families: str | tuple[str, ...], name: str) -> Entry:
-    """The entry of that name: `lookup` without the import."""
-    wanted = (families,) if isinstance(families, str) else families
-    table = _table()
-    matches = [table[family, name] for family in wanted if (family, name) in table]
-    if not matches:
-        what = " or ".join(wanted) if len(wanted) < 4 else "method"
-        known = [entry.name for entry in table.values() if entry.family in wanted]
-        raise KeyError(f"registry: {what} must be a known name, got {name!r}. {near(name, known)}")
-    if len({(entry.module, entry.attribute) for entry in matches}) > 1:
-        places = " and ".join(f"a {entry.family} in {entry.file}" for entry in matches)
-        raise ValueError(
-            f"registry: {name!r} must name one object, but is {places}. "
-            f'Write "module:Name", as in "{matches[0].module}:{matches[0].attribute}".'
-        )
-    return matches[0]
-
-
-def _place(thing: Any) -> tuple[str, str]:
-    return thing.__module__, thing.__qualname__
-
-
-def _file(thing: Any) -> str:
-    return str(getattr(sys.modules.get(thing.__module__), "__file__", None) or thing.__module__)
-
-
-def _collision(key: Key, first: str, second: str) -> ValueError:
-    return ValueError(
-        f"registry: a {key[0]} must have a name of its own, but {key[1]!r} is in {first} and in {second}. "
-        "Rename one of them."
-    )
-
-
-@cache
-def _table() -> dict[Key, Entry]:
-    """What source declares, and what was registered in this process beside it."""
-    table = dict(_declared())
-    for (family, name), thing in _live.items():
-        known, file = table.get((family, name)), _file(thing)
-        if known is None:
-            summary = _first(getattr(thing, "__doc__", None))
-            table[family, name] = Entry(family, name, thing.__module__, thing.__qualname__, summary, file)
-        elif known.module != thing.__module__ and known.file != file:  # `python -m` runs a listed file as __main__
-            raise _collision((family, name), known.file, file)
-    return table
-
-
-@cache
-def _declared() -> dict[Key, Entry]:
-    table: dict[Key, Entry] = {}
-    for entry in _read(_sources()):
-        key = entry.family, entry.name
-        if key in table:
-            raise _collision(key, table[key].file, entry.file)
-        table[key] = entry
-    return table
-
-
-def _sources() -> dict[str, Path]:
+def sources() -> dict[str, Path]:
     """Every module of lilliput and of the packages that join, by its dotted name."""
-    found = dict(_modules("lilliput", Path(__file__).parent))
+    found = dict(_modules("lilliput", Path(__file__).parents[1]))
     for point in sorted(metadata.entry_points(group=GROUP), key=lambda point: (point.module, point.name)):
         top, *rest = point.module.split(".")
         spec = find_spec(top)  # of the top package only: finding a module inside one would import the package
@@ -268,12 +46,7 @@ def _modules(name: str, place: Path) -> Iterator[tuple[str, Path]]:
         yield ".".join((name, *(parts[:-1] if parts[-1] == "__init__" else parts))), file
 
 
-CLASS = re.compile(r"^class\s+(\w+)\s*\(([^)]*)\)", re.MULTILINE)
-ALIAS = re.compile(r" as (\w+)")
-REGISTER = re.compile(r"^@(?:\w+\.)*register\(", re.MULTILINE)
-
-
-def _read(sources: dict[str, Path]) -> Iterator[Entry]:
+def read(sources: dict[str, Path]) -> Iterator[Entry]:
     """Every entry that these modules declare.
 
     Parsing all of the source would take most of a second. Words are compared first, and only files that define
@@ -356,7 +129,7 @@ class _Module:
             if not self._hidden(node.name):
                 keys |= {(NOUNS[kind], node.name) for kind in kinds}
             for family, name in sorted(keys):
-                summary = _first(ast.get_docstring(node))
+                summary = first(ast.get_docstring(node))
                 yield Entry(family, name, self.name, node.name, summary, self.file, kinds, has_loss)
 
     def _hidden(self, name: str) -> bool:
@@ -405,7 +178,3 @@ class _Class:
             base = classes.get((module, name)) or (same[0] if len(same) == 1 else None)
             if base:
                 yield from base.chain(classes)
-
-
-def _first(docstring: str | None) -> str:
-    return " ".join((docstring or "").split("\n\n")[0].split())
