@@ -24,6 +24,7 @@ from lilliput.task import Task
 KNOWN = [entry.name for entry in entries("statistic")]
 FROM_DATA = [name for name in KNOWN if taken_from(name) != "none"]
 RUNNING = running()
+SCORES = [entry.name for entry in entries("score")]
 
 
 def small() -> tuple[nn.Module, Tensor, Tensor, Task, list[str]]:
@@ -349,17 +350,18 @@ def test_ria_equation_is_relative_importance_times_the_root_of_the_input_norm() 
 
 
 def test_data_needed_says_what_a_score_takes() -> None:
-    found = {name: scores.data_needed(name) for name in scores.SCORES}
+    found = {name: scores.data_needed(name) for name in SCORES}
     assert {name for name, data in found.items() if data == "none"} == {"magnitude", "random", "lamp"}
     assert {name for name, data in found.items() if data == "inputs"} == {"synflow", "obd", "wanda", "ria"}
-    for name, score in scores.SCORES.items():
+    for name in SCORES:
         said = {"none": "Needs no data", "inputs": "input", "labels": "labels"}[found[name]]
-        assert said in str(score.__doc__) and ("Source:" in str(score.__doc__) or name == "random")
-    with pytest.raises(ValueError, match="known score, got 'snipp'"):
+        text = str(scores.lookup(name).__doc__)
+        assert said in text and ("Source:" in text or name == "random")
+    with pytest.raises(KeyError, match=r"known score, got 'snipp'\. Did you mean 'snip'"):
         scores.data_needed("snipp")
 
 
-MEASURED = [name for name in scores.SCORES if name != "movement"]
+MEASURED = [name for name in SCORES if name != "movement"]
 
 
 @pytest.mark.parametrize("labels", [True, False])
@@ -471,7 +473,7 @@ def test_the_page_lists_every_score_with_the_data_it_needs() -> None:
     page = (Path(__file__).parents[2] / "docs" / "prune" / "scores.md").read_text(encoding="utf-8")
     table = page[page.index("## All of them") : page.index("## In rounds")]
     rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (\w+) \|[^|]*\|$", table, re.MULTILINE))
-    assert rows == {name: scores.data_needed(name) for name in scores.SCORES}
+    assert rows == {name: scores.data_needed(name) for name in SCORES}
     code = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
     exec(code, {"__name__": "page"})
     assert all(f"`{name}`" in page for name in KNOWN)

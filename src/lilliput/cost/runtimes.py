@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from onnx import ModelProto
 
-from lilliput.errors import near
 from lilliput.export.onnx import Inputs, Session, arrays
+from lilliput.registry import lookup, register
 
 Shapes = Mapping[str, Sequence[int]]
 
 
+@register("runtime", name="engine")
 class EngineSession:
     """A network in lilliput's engine, compiled from ONNX for this machine.
 
@@ -65,6 +66,7 @@ class EngineSession:
         return int(first) if isinstance(first, int) else int(self.engine.manifest["sizes"][first])
 
 
+@register("runtime", name="openvino")
 class OpenVinoSession:
     """A network in OpenVINO on the CPU, one thread, latency mode, float32.
 
@@ -106,24 +108,22 @@ class OpenVinoSession:
         return [found[i] for i in range(len(found))]
 
 
-def _onnxruntime(model: Any, shapes: Shapes | None = None) -> Session:
+@register("runtime")
+def onnxruntime(model: Any, shapes: Shapes | None = None) -> Session:
+    """A network in ONNX Runtime on the CPU, one thread."""
     return Session(model)
-
-
-RUNTIMES: dict[str, Callable[..., Any]] = {
-    "engine": EngineSession,
-    "onnxruntime": _onnxruntime,
-    "openvino": OpenVinoSession,
-}
 
 
 def open_session(runtime: str, model: Any, shapes: Shapes | None = None) -> Any:
     """A session of a runtime by its name.
 
-    Raises KeyError for an unknown runtime.
+    Args:
+        runtime: a name of the family "runtime": a function or class (model, shapes) -> session, which has `runtime`,
+            `threads`, `input_names`, `feed(inputs)` and `run(feed)`.
+        model: a file, its bytes or a ModelProto.
+        shapes: the sizes of inputs with free ones.
+
+    Raises:
+        KeyError: for an unknown runtime.
     """
-    if runtime not in RUNTIMES:
-        raise KeyError(
-            f"bench: a runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}. {near(runtime, RUNTIMES)}"
-        )
-    return RUNTIMES[runtime](model, shapes)
+    return lookup("runtime", runtime, "bench")(model, shapes)

@@ -2,7 +2,10 @@
 
 from torch import Tensor, nn
 
+from lilliput.registry import register
 
+
+@register("net")
 class Bag(nn.Module):
     """Linear classification of a sum of embeddings: (n, length) bucket ids, int64 -> (n, classes).
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lilliput.registry import register
+
 
 class Attention(nn.Module):
     """Self-attention over the tokens that `bias` leaves in, (n, length, width) -> the same.
@@ -45,6 +47,7 @@ class Layer(nn.Module):
         return y
 
 
+@register("net")
 class SentenceBert(nn.Module):
     """Unit vectors for texts: (n, length) token ids and their mask, int64 -> (n, width).
 
@@ -89,6 +92,7 @@ class SentenceBert(nn.Module):
         return F.normalize(mean, dim=1)
 
 
+@register("net")
 class States(nn.Module):
     """What chosen layers of an encoder say of every token: (n, length) ids and mask -> (n, len(layers), length, width).
 
@@ -116,6 +120,7 @@ class States(nn.Module):
         return torch.stack([found[i - 1] for i in self.chosen], 1)
 
 
+@register("net")
 class Classifier(nn.Module):
     """Classes of texts: a linear head on sqrt(width) times an encoder's unit vector, (n, length) -> (n, classes).
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lilliput.registry import register
+
 
 class Gate(nn.Module):
     """A neuron of this activation computes any logic function of two or three inputs in {-1, 1}: x -> A(x), any shape.
@@ -87,6 +89,7 @@ class Cell(nn.Module):
         return y
 
 
+@register("net")
 class Bonsai(nn.Module):
     """Cells one behind the other, the last one's outputs as they are: (n, T, inputs) -> (n, T, outputs).
 

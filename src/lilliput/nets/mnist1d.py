@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lilliput.registry import register
 
+
+@register("net")
 class MLP(nn.Module):
     """Two hidden layers with a shortcut, (n, 40) -> (n, 10); 78,858 values.
 
@@ -32,6 +35,7 @@ class MLP(nn.Module):
         return y
 
 
+@register("net")
 class CNN(nn.Module):
     """Three strided convolutions and a linear layer, (n, 40) -> (n, 10); 5,210 values.
 
@@ -55,6 +59,7 @@ class CNN(nn.Module):
         return y
 
 
+@register("net")
 class GRU(nn.Module):
     """One recurrent layer read one value at a time, its last state classified; (n, 40) -> (n, 10); 51,594 values.
 

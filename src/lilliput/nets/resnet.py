@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from lilliput.registry import register
+
 
 class Block(nn.Module):
     """Two 3x3 convolutions around a shortcut: relu(F(x) + S(x)).
@@ -31,6 +33,7 @@ class Block(nn.Module):
         return y
 
 
+@register("net")
 class ResNet(nn.Module):
     """A residual network for small images, (n, channels_in, height, width) -> (n, classes).
 

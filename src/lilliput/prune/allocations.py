@@ -1,20 +1,23 @@
 """Allocations: how sparse each tensor becomes. Functions (scores by name, sparsity) -> sparsity by name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from lilliput.prune.patterns import drop
+from lilliput.registry import register
 
 Scores = Mapping[str, Tensor]
 
 
+@register("allocation")
 def uniform(scores: Scores, sparsity: float) -> dict[str, float]:
     """The same sparsity everywhere."""
     return {name: sparsity for name in scores}
 
 
+@register("allocation")
 def erk(scores: Scores, sparsity: float) -> dict[str, float]:
     """Erdos-Renyi-Kernel: the density of (out, in, kh, kw) is e (out + in + kh + kw) / (out in kh kw), at most 1, with
     e such that the whole has the sparsity asked for.
@@ -37,6 +40,7 @@ def erk(scores: Scores, sparsity: float) -> dict[str, float]:
         dense |= over
 
 
+@register("allocation", name="global")
 def global_(scores: Scores, sparsity: float) -> dict[str, float]:
     """One threshold over all scores: what matters least anywhere goes first, but never all of a tensor. The total is
     exact.
@@ -52,6 +56,7 @@ def global_(scores: Scores, sparsity: float) -> dict[str, float]:
     return {name: 1 - float(part.double().mean()) for name, part in zip(scores, parts, strict=True)}
 
 
+@register("allocation")
 def normalized(scores: Scores, sparsity: float) -> dict[str, float]:
     """`global_` after each tensor's scores are divided by their L2 norm, so that a small tensor, whose weights matter
     more each, is not emptied because its weights are no larger.
@@ -63,11 +68,3 @@ def normalized(scores: Scores, sparsity: float) -> dict[str, float]:
     """
     norms = {name: torch.linalg.vector_norm(score[score.isfinite()].double()) for name, score in scores.items()}
     return global_({name: score.double() / norms[name].clamp_min(1e-30) for name, score in scores.items()}, sparsity)
-
-
-ALLOCATIONS: dict[str, Callable[[Scores, float], dict[str, float]]] = {
-    "uniform": uniform,
-    "erk": erk,
-    "global": global_,
-    "normalized": normalized,
-}

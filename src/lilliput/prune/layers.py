@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lilliput.code.base import copy_model, realize, theta
 from lilliput.errors import near
 from lilliput.prune.masks import Allocation, amounts, attach_masks, check_sparsity, prunable, put_
-from lilliput.prune.patterns import NM, Blocks, Channels, Pattern, parse
+from lilliput.prune.patterns import NM, Blocks, Channels, Pattern, Units, parse
 from lilliput.stage import calibration, on
 from lilliput.statistics.hessian import products
 from lilliput.statistics.sources import sees_inputs, single
@@ -60,7 +60,7 @@ def sort(
             left[name] = "its inputs cannot be seen: no linear or convolutional module is called with them"
         elif isinstance(kind, NM) and kind.out:
             left[name] = "its rows are solved one by one, which groups along the outputs would tie: use '2:4'"
-        elif isinstance(kind, Blocks):
+        elif isinstance(kind, Units):
             rows, columns, *others = kind.block(tuple(weight.shape))
             if max(others, default=1) > 1 or (columns > 1 and weight[0, 0].numel() > 1):
                 left[name] = "its blocks must lie along the outputs, or along the inputs of a linear layer"

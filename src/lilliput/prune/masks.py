@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lilliput.code.base import attach, codes, find, holders, parameter_names, reason, theta
 from lilliput.code.masked import Masked
 from lilliput.errors import NotSupported, near
-from lilliput.prune.allocations import ALLOCATIONS
 from lilliput.prune.patterns import Pattern
+from lilliput.registry import lookup
 
 Allocation = str | tuple[tuple[str, float], ...]
 
@@ -25,12 +25,9 @@ def check_sparsity(sparsity: float, pattern: Pattern, who: str, name: str = "") 
 
 
 def check_allocation(allocation: Allocation, who: str) -> None:
-    """Raise ValueError unless an allocation is pairs or a known name."""
-    if isinstance(allocation, str) and allocation not in ALLOCATIONS:
-        raise ValueError(
-            f"{who}: allocation must be pairs (name, sparsity) or a known name, got {allocation!r}. "
-            f"{near(allocation, ALLOCATIONS)}"
-        )
+    """Raise KeyError unless an allocation is pairs (name, sparsity) or a known name."""
+    if isinstance(allocation, str):
+        lookup("allocation", allocation, who)
 
 
 def prunable(
@@ -119,7 +116,8 @@ def amounts(
     """How sparse each tensor becomes: with pairs, `sparsity` of `last` of the way to their amounts."""
     if isinstance(allocation, str):
         pooled = {name: pattern.of(name).pooled(score) for name, score in rated.items()}
-        return ALLOCATIONS[allocation](pooled, sparsity)
+        share: dict[str, float] = lookup("allocation", allocation)(pooled, sparsity)
+        return share
     return {name: amount * sparsity / last for name, amount in allocation if name in rated}
 
 

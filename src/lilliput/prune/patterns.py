@@ -8,11 +8,14 @@ allocation can compare tensors. A shape that a pattern does not divide raises Va
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lilliput.registry import lookup, register
 
 
 def drop(score: Tensor, count: int) -> Tensor:
@@ -43,9 +46,21 @@ def _count(sparsity: float, units: int) -> int:
     return min(round(sparsity * units), units - 1)
 
 
+@register("pattern", name="elements")
 @dataclass(frozen=True)
 class Pattern:
-    """Units of one entry each: any weight may go."""
+    """Units of one entry each: any weight may go.
+
+    A pattern of your own is a class with this base under `@register("pattern")`, or, where every shape will do and
+    units are single entries, a function (score, sparsity) -> mask.
+    """
+
+    @classmethod
+    def read(cls, *words: str) -> "Pattern":
+        """The pattern from the words after its name, such as "4x1" in "block 4x1"."""
+        if words:
+            raise ValueError(f"{cls.__name__}: this pattern must be one word, got {' '.join(words)!r} after it.")
+        return cls()
 
     def of(self, name: str) -> "Pattern":
         """The pattern of the tensor of that name: the same one, unless the pattern depends on the kind of layer."""
@@ -71,6 +86,7 @@ class Pattern:
         return drop(score, _count(sparsity, score.numel()))
 
 
+@register("pattern", name="even")
 @dataclass(frozen=True)
 class Even(Pattern):
     """Equally many entries of every output (first axis), as Wanda prunes, and as an even load for kernels."""
@@ -81,6 +97,7 @@ class Even(Pattern):
         return torch.ones_like(rows, dtype=torch.bool).scatter_(1, order, False).view_as(score)
 
 
+@register("pattern", name="N:M")
 @dataclass(frozen=True)
 class NM(Pattern):
     """At most n of every m consecutive entries of an output stay; with `out`, of every m consecutive outputs of an
@@ -92,6 +109,15 @@ class NM(Pattern):
     n: int
     m: int
     out: bool = False
+
+    @classmethod
+    def read(cls, *words: str) -> "NM":
+        match = re.fullmatch(r"(\d+):(\d+)( out)?", " ".join(words))
+        if not match:
+            raise ValueError(f"N:M: must be as in '2:4' or '2:4 out', got {' '.join(words)!r}.")
+        pattern = cls(int(match[1]), int(match[2]), bool(match[3]))
+        pattern.check((pattern.m, pattern.m))
+        return pattern
 
     def check(self, shape: tuple[int, ...]) -> None:
         values = shape[0] if self.out else math.prod(shape[1:])
@@ -135,25 +161,11 @@ class NM(Pattern):
 
 
 @dataclass(frozen=True)
-class Blocks(Pattern):
-    """Blocks of `size` along the leading axes stay or go as one, by the mean of their scores.
-
-    Source: Narang, Undersander and Diamos, Block-sparse recurrent neural networks, 2017, arXiv:1711.02782.
-    """
-
-    size: tuple[int, ...] = (1,)
+class Units(Pattern):
+    """Blocks of entries that stay or go as one, by the mean of their scores; `block` gives their shape."""
 
     def block(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (*self.size, *(1,) * (len(shape) - len(self.size)))
-
-    def check(self, shape: tuple[int, ...]) -> None:
-        block = self.block(shape)
-        if len(block) > len(shape) or any(n % b for n, b in zip(shape, block, strict=True)):
-            name = "x".join(map(str, self.size))
-            raise ValueError(
-                f"block {name}: a block must divide the shape, got {tuple(shape)}. Leave this tensor out "
-                "with where=, or choose a block that divides it."
-            )
+        return (1,) * len(shape)
 
     def _means(self, score: Tensor) -> Tensor:
         """(n_0, n_1, ...): the mean score of every block, added up in float64, so that equal blocks tie."""
@@ -177,8 +189,42 @@ class Blocks(Pattern):
         return self._spread(drop(means, _count(sparsity, means.numel())), score.shape)
 
 
+@register("pattern", name="block")
 @dataclass(frozen=True)
-class Channels(Blocks):
+class Blocks(Units):
+    """Blocks of `size` along the leading axes stay or go as one, by the mean of their scores.
+
+    Source: Narang, Undersander and Diamos, Block-sparse recurrent neural networks, 2017, arXiv:1711.02782.
+    """
+
+    size: tuple[int, ...] = (1,)
+
+    @classmethod
+    def read(cls, *words: str) -> "Pattern":
+        text = " ".join(words)
+        if not re.fullmatch(r"\d+(x\d+)*", text) or not all(map(int, text.split("x"))):
+            raise ValueError(f"block: the size must be as in 'block 4x1', got 'block {text}'.")
+        return cls(tuple(map(int, text.split("x"))))
+
+    def block(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (*self.size, *(1,) * (len(shape) - len(self.size)))
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        block = self.block(shape)
+        if len(block) > len(shape) or any(n % b for n, b in zip(shape, block, strict=True)):
+            name = "x".join(map(str, self.size))
+            raise ValueError(
+                f"block {name}: a block must divide the shape, got {tuple(shape)}. Leave this tensor out "
+                "with where=, or choose a block that divides it."
+            )
+
+
+@register("pattern", name="channel")
+@register("pattern", name="row")
+@register("pattern", name="filter")
+@register("pattern", name="neuron")
+@dataclass(frozen=True)
+class Channels(Units):
     """Whole outputs (first axis): rows, filters, neurons. A mask saves no arithmetic: see lilliput.graph.
 
     Source: Li, Kadav, Durdanovic, Samet and Graf, Pruning filters for efficient ConvNets, ICLR 2017, arXiv:1608.08710.
@@ -187,12 +233,10 @@ class Channels(Blocks):
     def block(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (1, *shape[1:])
 
-    def check(self, shape: tuple[int, ...]) -> None:
-        pass
 
-
+@register("pattern", name="column")
 @dataclass(frozen=True)
-class Columns(Blocks):
+class Columns(Units):
     """Whole inputs (second axis): all that an input neuron or channel is multiplied by.
 
     Source: Wen, Wu, Wang, Chen and Li, Learning structured sparsity in deep neural networks, NIPS 2016,
@@ -210,8 +254,9 @@ class Columns(Blocks):
             )
 
 
+@register("pattern", name="kernel")
 @dataclass(frozen=True)
-class Kernels(Blocks):
+class Kernels(Units):
     """The kernel of each (out, in) pair of a convolution, such as all 3 x 3 of its entries.
 
     Source: Mao, Han, Pool, Li, Liu, Wang and Dally, Exploring the regularity of sparse structure in convolutional
@@ -229,8 +274,9 @@ class Kernels(Blocks):
             )
 
 
+@register("pattern", name="head")
 @dataclass(frozen=True)
-class Heads(Blocks):
+class HeadRows(Units):
     """The rows of one of `heads` equal groups: what makes the queries, keys or values of one attention head. In a
     weight that stacks queries, keys and values, "head 3H" for H heads.
 
@@ -238,6 +284,12 @@ class Heads(Blocks):
     """
 
     heads: int = 1
+
+    @classmethod
+    def read(cls, *words: str) -> "Pattern":
+        if len(words) != 1 or not words[0].isdecimal() or not int(words[0]):
+            raise ValueError(f"head: the number of heads must be as in 'head 4', got 'head {' '.join(words)}'.")
+        return cls(heads=int(words[0]))
 
     def block(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (shape[0] // self.heads, *shape[1:])
@@ -250,115 +302,47 @@ class Heads(Blocks):
             )
 
 
-FINEST_FIRST = ("elements", "block 4x1", "block 8x1", "kernel", "block 16x1", "block 4x4", "block 1x16")
-FAST: dict[str, tuple[str, ...]] = {
-    "recurrent": ("block 4x1", "elements"),
-    "linear": ("block 8x1", "block 4x1", "elements"),
-    "convolution": ("elements",),
-    "pointwise": ("elements",),
-}
-"""By kind of layer: the finest pattern whose time in the engine is within a fifth of the fastest one's, as measured
-(results/engine/patterns.json), then what is taken where it does not divide a shape. Finer patterns cost less accuracy.
-"""
-
-
-def kind(name: str, shape: tuple[int, ...]) -> str:
-    """The kind of layer that a tensor belongs to, by its name and shape: a key of `FAST`.
-
-    >>> kind("gru.weight_hh_l0", (96, 32)), kind("fc.weight", (10, 64)), kind("conv.weight", (8, 4, 1, 1))
-    ('recurrent', 'linear', 'pointwise')
-    """
-    if len(shape) > 2:
-        return "pointwise" if math.prod(shape[2:]) == 1 else "convolution"
-    return "recurrent" if name.rpartition(".")[2].startswith(("weight_ih", "weight_hh")) else "linear"
-
-
-def fast(shape: tuple[int, ...], kind: str) -> str:
-    """The pattern that the engine runs fastest in a layer of this kind, of those that divide the shape.
-
-    Raises ValueError for an unknown kind.
-
-    >>> fast((6, 64), "linear")
-    'elements'
-    """
-    if kind not in FAST:
-        raise ValueError(f"fast: kind must be one of {', '.join(FAST)}, got {kind!r}.")
-    for text in FAST[kind]:
-        try:
-            parse(text).check(shape)
-        except ValueError:
-            continue
-        return text
-    return "elements"
-
-
 @dataclass(frozen=True)
-class Engine(Pattern):
-    """What `lilliput.compile` runs fastest, for each tensor by its kind of layer and its shape: see `FAST`."""
+class Function(Pattern):
+    """A pattern that is a plain function (score, sparsity) -> mask."""
 
-    name: str = ""
-
-    def of(self, name: str) -> Pattern:
-        return Engine(name)
-
-    def _chosen(self, shape: tuple[int, ...]) -> Pattern:
-        return parse(fast(shape, kind(self.name, shape)))
-
-    def block(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        return self._chosen(tuple(shape)).block(tuple(shape))
-
-    def pooled(self, score: Tensor) -> Tensor:
-        return self._chosen(tuple(score.shape)).pooled(score)
+    function: Callable[[Tensor, float], Tensor]
 
     def __call__(self, score: Tensor, sparsity: float) -> Tensor:
-        return self._chosen(tuple(score.shape))(score, sparsity)
+        return self.function(score, sparsity)
 
 
 def parse(text: str) -> Pattern:
-    """A pattern from plain text.
+    """A pattern from plain text: its name in the registry, then its settings.
 
     "elements": any weight. "even": equally many of every output. "2:4" (any N:M): along the inputs; "2:4 out": along
     the outputs. "block 4x1" (any size). "channel", with the other names "row", "filter" and "neuron": whole outputs.
     "column": whole inputs. "kernel": the kernels of a convolution. "head 4" (any number): the rows of attention heads.
     "engine": what the engine runs fastest, tensor by tensor.
 
-    Raises ValueError for any other text.
+    Raises:
+        KeyError: for an unknown name.
+        ValueError: for settings that the pattern does not take.
 
-    >>> parse("2:4")(torch.tensor([[4.0, 1.0, 3.0, 2.0]]), 0.5)
-    tensor([[ True, False,  True, False]])
-    >>> parse("column")(torch.tensor([[4.0, 1.0], [3.0, 2.0]]), 0.5)
-    tensor([[ True, False],
-            [ True, False]])
+    Example:
+        >>> parse("2:4")(torch.tensor([[4.0, 1.0, 3.0, 2.0]]), 0.5)
+        tensor([[ True, False,  True, False]])
+        >>> parse("column")(torch.tensor([[4.0, 1.0], [3.0, 2.0]]), 0.5)
+        tensor([[ True, False],
+                [ True, False]])
     """
-    outputs = Channels()
-    simple = {
-        "elements": Pattern(),
-        "even": Even(),
-        "channel": outputs,
-        "row": outputs,
-        "filter": outputs,
-        "neuron": outputs,
-        "column": Columns(),
-        "kernel": Kernels(),
-        "engine": Engine(),
-    }
-    if text in simple:
-        return simple[text]
-    if match := re.fullmatch(r"(\d+):(\d+)( out)?", text):
-        pattern = NM(int(match[1]), int(match[2]), bool(match[3]))
-        pattern.check((pattern.m, pattern.m))
-        return pattern
-    if (match := re.fullmatch(r"block (\d+(?:x\d+)*)", text)) and all(map(int, match[1].split("x"))):
-        return Blocks(tuple(map(int, match[1].split("x"))))
-    if (match := re.fullmatch(r"head (\d+)", text)) and int(match[1]):
-        return Heads(heads=int(match[1]))
+    name, *words = text.split(" ")
+    if ":" in name:
+        name, words = "N:M", [name, *words]
     if text == "layer":
         raise ValueError(
             "Prune: pattern must say what is zero within a tensor, got 'layer'. A whole layer is not "
             "zeroed but taken out of the network: see lilliput.graph.blocks.remove_blocks."
         )
-    raise ValueError(
-        "Prune: pattern must be 'elements', 'even', 'channel' ('row', 'filter', 'neuron'), 'column', "
-        "'kernel', 'head 4', 'engine', 'N:M' such as '2:4' or '2:4 out', or a block such as 'block 4x1', "
-        f"got {text!r}."
-    )
+    made = lookup("pattern", name, "Prune")
+    if isinstance(made, type):
+        pattern: Pattern = made.read(*words)  # type: ignore[attr-defined]
+        return pattern
+    if words:
+        raise ValueError(f"Prune: pattern {name!r} must be one word, got {text!r}.")
+    return Function(made)

@@ -12,12 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lilliput.errors import near
+from lilliput import registry
+from lilliput.registry import register
 from lilliput.statistics.calibrate import taken_from
 
 Score = Callable[..., Tensor]
 
 
+@register("score")
 def magnitude(weight: Tensor) -> Tensor:
     """|w|. Needs no data.
 
@@ -27,6 +29,7 @@ def magnitude(weight: Tensor) -> Tensor:
     return weight.abs()
 
 
+@register("score")
 def lamp(weight: Tensor) -> Tensor:
     """w_u^2 / sum of w_v^2 over the weights of the same tensor that are not smaller, u itself included: a tensor's
     largest weight scores 1, so one threshold over all tensors (allocation="global") prunes each as far as it can bear.
@@ -44,11 +47,13 @@ def lamp(weight: Tensor) -> Tensor:
     return torch.empty_like(ranked).scatter_(0, order, ranked).view_as(weight).to(weight.dtype)
 
 
+@register("score")
 def random(weight: Tensor, *, noise: Tensor) -> Tensor:
     """Uniform noise: the baseline that every other score has to beat. Needs no data."""
     return noise.expand_as(weight)
 
 
+@register("score")
 def taylor(weight: Tensor, *, gradient: Tensor) -> Tensor:
     """|g w|: the change of the loss, to first order, when w becomes zero; g is its root mean square over batches. Needs
     labels; without them, some drawn from the model's outputs.
@@ -59,6 +64,7 @@ def taylor(weight: Tensor, *, gradient: Tensor) -> Tensor:
     return (gradient * weight).abs()
 
 
+@register("score")
 def taylor2(weight: Tensor, *, mean_gradient: Tensor, curvature: Tensor) -> Tensor:
     """|g w - h w^2 / 2|: the change of the loss, to second order, when w becomes zero; h is the diagonal of H in its
     Gauss-Newton approximation. The paper writes the whole row of H times all weights; setting one weight to zero moves
@@ -70,6 +76,7 @@ def taylor2(weight: Tensor, *, mean_gradient: Tensor, curvature: Tensor) -> Tens
     return (mean_gradient * weight - curvature * weight.square() / 2).abs()
 
 
+@register("score")
 def saliency(weight: Tensor, *, mean_gradient: Tensor) -> Tensor:
     """|w g|: as `taylor`, but gradients of unlike examples cancel, as they do in the step that training would take.
     Needs labels.
@@ -79,6 +86,7 @@ def saliency(weight: Tensor, *, mean_gradient: Tensor) -> Tensor:
     return (weight * mean_gradient).abs()
 
 
+@register("score")
 def snip(weight: Tensor, *, mean_gradient: Tensor) -> Tensor:
     """|dL/dc| at c = 1, with c w in the place of w: how much the loss feels the connection. That is |w g|, the formula
     of `saliency`; the paper takes it once, before any training, and divides by the sum over all weights, which changes
@@ -90,6 +98,7 @@ def snip(weight: Tensor, *, mean_gradient: Tensor) -> Tensor:
     return (weight * mean_gradient).abs()
 
 
+@register("score")
 def grasp(weight: Tensor, *, hessian_gradient: Tensor) -> Tensor:
     """Keeps the weights whose removal would reduce the gradient's norm most: w (H g) is half of what ||g||^2 loses, to
     first order, when w becomes zero. The paper's score is S = -w (H g), of which the highest are removed; here the
@@ -101,6 +110,7 @@ def grasp(weight: Tensor, *, hessian_gradient: Tensor) -> Tensor:
     return rising(weight * hessian_gradient)
 
 
+@register("score")
 def synflow(weight: Tensor, *, flow: Tensor) -> Tensor:
     """|w| dR/d|w|: the share of the whole flow R that passes through w when every input is one and every weight counts
     by its magnitude. Layers conserve it: it sums to the same in each. Meant for many rounds, each on what the last one
@@ -112,6 +122,7 @@ def synflow(weight: Tensor, *, flow: Tensor) -> Tensor:
     return weight.abs() * flow
 
 
+@register("score")
 def obd(weight: Tensor, *, curvature: Tensor) -> Tensor:
     """Optimal brain damage, h w^2 / 2: what the loss gains when w becomes zero at a minimum, other weights held. h is
     the diagonal of H in the Gauss-Newton approximation, as in the paper: the Fisher information of labels drawn from
@@ -122,6 +133,7 @@ def obd(weight: Tensor, *, curvature: Tensor) -> Tensor:
     return curvature * weight.square() / 2
 
 
+@register("score")
 def woodfisher(weight: Tensor, *, inverse_fisher: Tensor) -> Tensor:
     """Optimal brain surgeon, w^2 / (2 [F^-1]_ww): what the loss gains when w becomes zero at a minimum and the other
     weights of its block make up for it as well as they can. F is the damped empirical Fisher information, in blocks of
@@ -133,6 +145,7 @@ def woodfisher(weight: Tensor, *, inverse_fisher: Tensor) -> Tensor:
     return weight.square() / (2 * inverse_fisher)
 
 
+@register("score")
 def movement(weight: Tensor, *, movement: Tensor) -> Tensor:
     """-sum of w g over the steps of a training: high where weights move away from zero, whatever their size. Signed,
     and made positive by `rising`. Gathered while training, as the rule `lilliput.prune.movement.Movement` does;
@@ -144,6 +157,7 @@ def movement(weight: Tensor, *, movement: Tensor) -> Tensor:
     return rising(movement).expand_as(weight)
 
 
+@register("score")
 def wanda(weight: Tensor, *, input_norm: Tensor) -> Tensor:
     """|w| ||x||_2, with ||x||_2 the norm of the input feature that w multiplies. The paper compares within each output:
     pattern="even". Needs inputs.
@@ -154,6 +168,7 @@ def wanda(weight: Tensor, *, input_norm: Tensor) -> Tensor:
     return weight.abs() * input_norm
 
 
+@register("score")
 def ria(weight: Tensor, *, input_norm: Tensor) -> Tensor:
     """(|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|) ||x_j||_2^(1/2): relative importance and activations. Each weight
     is seen beside those of its input and those of its output, so that no row or column goes as a whole. Needs inputs.
@@ -179,31 +194,10 @@ def rising(signed: Tensor, least: float = 1e-40) -> Tensor:
     return torch.where(s > 0, (s + root) / 2, 2 * least / (root - s))
 
 
-SCORES: dict[str, Score] = {
-    score.__name__: score
-    for score in (
-        magnitude,
-        random,
-        lamp,
-        taylor,
-        taylor2,
-        saliency,
-        snip,
-        grasp,
-        synflow,
-        obd,
-        woodfisher,
-        movement,
-        wanda,
-        ria,
-    )
-}
-
-
 def data_needed(score: str | Score) -> str:
     """What a score's statistics are taken from: "none", "inputs", or "labels" (which imply inputs).
 
-    Raises ValueError for an unknown name.
+    Raises KeyError for an unknown name.
 
     >>> data_needed("magnitude"), data_needed("wanda"), data_needed(snip)
     ('none', 'inputs', 'labels')
@@ -212,11 +206,10 @@ def data_needed(score: str | Score) -> str:
     return max((taken_from(need) for need in needs(function)), key=("none", "inputs", "labels").index, default="none")
 
 
-def lookup(name: str) -> Score:
-    """The score of that name; raises ValueError with near misses."""
-    if name not in SCORES:
-        raise ValueError(f"Prune: score must be a known score, got {name!r}. {near(name, SCORES)}")
-    return SCORES[name]
+def lookup(name: str, who: str = "Prune") -> Score:
+    """The score of that name; raises KeyError with near misses."""
+    function: Score = registry.lookup("score", name, who)
+    return function
 
 
 def needs(score: Score) -> tuple[str, ...]:

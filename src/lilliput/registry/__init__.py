@@ -84,12 +84,13 @@ def methods() -> tuple[Entry, ...]:
     )
 
 
-def lookup(families: str | tuple[str, ...], name: str) -> Any:
+def lookup(families: str | tuple[str, ...], name: str, who: str = "registry") -> Any:
     """The object of that name, imported.
 
     Args:
         families: the family to look in, or several.
         name: its name there.
+        who: what an error message begins with, such as the method whose setting the name is.
 
     Raises:
         KeyError: for an unknown name, with near misses.
@@ -99,10 +100,10 @@ def lookup(families: str | tuple[str, ...], name: str) -> Any:
         >>> lookup("schedule", "Linear")(0.0, 1.0)(50, 100)
         0.5
     """
-    return find(families, name).load()
+    return find(families, name, who).load()
 
 
-def find(families: str | tuple[str, ...], name: str) -> Entry:
+def find(families: str | tuple[str, ...], name: str, who: str = "registry") -> Entry:
     """The entry of that name: `lookup` without the import."""
     wanted = (families,) if isinstance(families, str) else families
     table = _table()
@@ -110,11 +111,11 @@ def find(families: str | tuple[str, ...], name: str) -> Entry:
     if not matches:
         what = " or ".join(wanted) if len(wanted) < 4 else "method"
         known = [entry.name for entry in table.values() if entry.family in wanted]
-        raise KeyError(f"registry: {what} must be a known name, got {name!r}. {near(name, known)}")
+        raise KeyError(f"{who}: {what} must be a known {what}, got {name!r}. {near(name, known)}")
     if len({(entry.module, entry.attribute) for entry in matches}) > 1:
         places = " and ".join(f"a {entry.family} in {entry.file}" for entry in matches)
         raise ValueError(
-            f"registry: {name!r} must name one object, but is {places}. "
+            f"{who}: {name!r} must name one object, but is {places}. "
             f'Write "module:Name", as in "{matches[0].module}:{matches[0].attribute}".'
         )
     return matches[0]
