@@ -25,8 +25,8 @@ class Prune(Stage, Rule):
     Cubic(s)), taking new masks every `every` steps; what was dropped stays dropped, unless the schedule falls
     (Cyclic): then what matters most by the score comes back with the values it had.
 
-    sparsity: the fraction that becomes zero, in [0, 1), or a schedule of the step. score: a name in
-    `lilliput.prune.scores.SCORES`. pattern: "elements", "even", "channel", "2:4" (any N:M) or "block 4x1" (any size).
+    sparsity: the fraction that becomes zero, in [0, 1), or a schedule of the step. score: a name in the
+    family "score" of the registry. pattern: "elements", "even", "channel", "2:4" (any N:M) or "block 4x1" (any size).
     allocation: "global" (one threshold), "erk", "uniform", or pairs (tensor, final sparsity), which need no `sparsity`.
     where: which tensors; those that are tied, or that the pattern does not divide, are left alone (see `left`).
     seed: of the random score.
