@@ -1,5 +1,6 @@
 """The documentation: its code runs, its links lead somewhere, the site is built without a network."""
 
+import json
 import re
 import subprocess
 import sys
@@ -89,3 +90,24 @@ def test_site_is_built_and_fetches_nothing(tmp_path: Path) -> None:
         assert not fetched, f"{page.name}: {fetched}"
     methods = (tmp_path / "methods.html").read_text(encoding="utf-8")
     assert "<code>Prune</code>" in methods
+    check_reference(tmp_path)
+
+
+def check_reference(site: Path) -> None:
+    """Every public name, method and noun has an entry, a link to its line in the source, and is found by the search."""
+    from lilliput.registry import methods
+
+    searched = {entry["location"] for entry in json.loads((site / "search/search_index.json").read_text())["docs"]}
+    named = {
+        (value.__module__, name) for name in lilliput.__all__ if hasattr(value := getattr(lilliput, name), "__name__")
+    }
+    assert len(named) >= len(lilliput.__all__) - 1, "all but the version"
+    for module, entry in named | {(method.module, method.name) for method in methods()}:
+        page = site / "reference" / f"{module.removeprefix('lilliput.').replace('.', '/')}.html"
+        heading = re.search(
+            rf'<h\d id="{module}.{entry}" class="doc.*?</h\d>', page.read_text(encoding="utf-8"), re.DOTALL
+        )
+        assert heading, f"{module}.{entry} has no entry"
+        source, line = re.search(r'href="([^"]+)#(line-\d+)"', heading[0]).groups()  # type: ignore[union-attr]
+        assert f'id="{line}"' in (page.parent / source).read_text(encoding="utf-8")
+        assert f"{page.relative_to(site).as_posix()}#{module}.{entry}" in searched
