@@ -30,9 +30,13 @@ from lilliput.task import Task
 
 @dataclass(frozen=True)
 class Masking(Rule):
-    """A mask on each chosen tensor, which keeps everything until the rule moves it.
+    """Hold a mask on each chosen tensor, which keeps everything until the rule moves it.
 
-    sparsity: the fraction that is zero, in [0, 1), or a schedule of the step. The rest as in `Prune`.
+    Args:
+        sparsity: The fraction that is zero, in [0, 1), or a schedule of the step.
+        pattern: As in `Prune`.
+        allocation: As in `Prune`.
+        where: As in `Prune`.
     """
 
     sparsity: float | Schedule = 0.9

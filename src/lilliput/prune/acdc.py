@@ -1,4 +1,4 @@
-"""AC/DC: sparse and dense training in turn, one network that is good at both."""
+"""AC/DC: alternate sparse and dense training, which gives one network that is good at both."""
 
 from dataclasses import dataclass
 
@@ -14,26 +14,37 @@ from lilliput.task import Task
 
 @dataclass(frozen=True)
 class ACDC(Masking, Rule):
-    """Phases alternate: compressed (the largest weights alone, under a fixed mask) and decompressed (all of them, the
-    dropped ones from zero). The training begins dense and ends compressed: iterative hard thresholding, slowly.
+    """Alternate phases of sparse training, under a fixed mask of the largest weights, and of dense training.
 
-        w <- T_k(w) when a compressed phase begins, T_k keeping the k largest |w|; momenta start anew at each switch for
-        the weights that leave or come back.
+    In a compressed phase the largest weights alone train; in a decompressed one all of them do, the dropped ones from
+    zero. The training begins dense and ends compressed: iterative hard thresholding, slowly.
 
-    phases: how many compressed ones. warmup, until: the fractions of the training at which the first and the last
-    compressed phase begin; in between, compressed and decompressed phases are equally long. sparsity: the
-    fraction that is zero in compressed phases, a number in [0, 1). pattern, allocation, where: as in `Prune`.
+        w <- T_k(w) when a compressed phase begins, T_k keeping the k largest |w|
 
-    Raises ValueError for settings out of range.
+    Momenta start anew at each switch for the weights that leave or come back.
 
-    >>> net = nn.Linear(8, 8); sgd = torch.optim.SGD(net.parameters(), 0.1)
-    >>> with ACDC(0.5, phases=2).attached(net, sgd, steps=8):
-    ...     for _ in range(8): net(torch.randn(4, 8)).square().sum().backward(); sgd.step()
-    >>> int((net.weight == 0).sum())
-    32
+    Args:
+        sparsity: The fraction that is zero in compressed phases, a number in [0, 1).
+        pattern: As in `Prune`.
+        allocation: As in `Prune`.
+        where: As in `Prune`.
+        phases: How many compressed phases there are.
+        warmup: The fraction of the training at which the first compressed phase begins.
+        until: The fraction at which the last one begins; in between, phases of both kinds are equally long.
 
-    Source: Peste, Iofinova, Vladu and Alistarh, AC/DC: Alternating compressed/decompressed training of deep neural
-    networks, NeurIPS 2021, arXiv:2106.12379, algorithm 1.
+    Raises:
+        ValueError: For settings out of range.
+
+    Example:
+        >>> net = nn.Linear(8, 8); sgd = torch.optim.SGD(net.parameters(), 0.1)
+        >>> with ACDC(0.5, phases=2).attached(net, sgd, steps=8):
+        ...     for _ in range(8): net(torch.randn(4, 8)).square().sum().backward(); sgd.step()
+        >>> int((net.weight == 0).sum())
+        32
+
+    Source:
+        Peste, Iofinova, Vladu and Alistarh, AC/DC: Alternating compressed/decompressed training of deep neural
+        networks, NeurIPS 2021, arXiv:2106.12379, algorithm 1.
     """
 
     sparsity: float = 0.9
@@ -51,7 +62,7 @@ class ACDC(Masking, Rule):
             )
 
     def compressed(self, step: int, steps: int) -> bool:
-        """Whether step number `step` trains the kept weights alone."""
+        """Tell whether step number `step` trains the kept weights alone."""
         start, last = round(self.warmup * steps), min(round(self.until * steps), steps - 1)
         if step >= last or step < start or self.phases == 1:
             return step >= last

@@ -13,19 +13,45 @@ Scores = Mapping[str, Tensor]
 
 @register("allocation")
 def uniform(scores: Scores, sparsity: float) -> dict[str, float]:
-    """The same sparsity everywhere."""
+    """Give every tensor the same sparsity.
+
+    Args:
+        scores: The scores of each tensor, by its name.
+        sparsity: The fraction that becomes zero, in [0, 1).
+
+    Returns:
+        The sparsity of each tensor, by its name.
+
+    Example:
+        >>> uniform({"a": torch.zeros(8, 2), "b": torch.zeros(8, 8)}, 0.25)
+        {'a': 0.25, 'b': 0.25}
+
+    Source:
+        No paper: a baseline.
+    """
     return {name: sparsity for name in scores}
 
 
 @register("allocation")
 def erk(scores: Scores, sparsity: float) -> dict[str, float]:
-    """Erdos-Renyi-Kernel: the density of (out, in, kh, kw) is e (out + in + kh + kw) / (out in kh kw), at most 1, with
-    e such that the whole has the sparsity asked for.
+    """Give each tensor a density in proportion to the sum of its dimensions over their product (Erdos-Renyi-Kernel).
 
-    Source: Evci, Gale, Menick, Castro and Elsen, Rigging the lottery, ICML 2020, arXiv:1911.11134, section 3, (1).
+    The density of (out, in, kh, kw) is e (out + in + kh + kw) / (out in kh kw), at most 1, with e such that the whole
+    has the sparsity asked for.
 
-    >>> erk({"a": torch.zeros(8, 2), "b": torch.zeros(8, 8)}, 0.25)
-    {'a': 0.0, 'b': 0.3125}
+    Args:
+        scores: The scores of each tensor, by its name.
+        sparsity: The fraction of all weights that becomes zero, in [0, 1).
+
+    Returns:
+        The sparsity of each tensor, by its name.
+
+    Example:
+        >>> erk({"a": torch.zeros(8, 2), "b": torch.zeros(8, 8)}, 0.25)
+        {'a': 0.0, 'b': 0.3125}
+
+    Source:
+        Evci, Gale, Menick, Castro and Elsen, Rigging the lottery, ICML 2020, arXiv:1911.11134, section 3, (1).
     """
     size = {name: score.numel() for name, score in scores.items()}
     raw = {name: sum(score.shape) / score.numel() for name, score in scores.items()}
@@ -42,13 +68,21 @@ def erk(scores: Scores, sparsity: float) -> dict[str, float]:
 
 @register("allocation", name="global")
 def global_(scores: Scores, sparsity: float) -> dict[str, float]:
-    """One threshold over all scores: what matters least anywhere goes first, but never all of a tensor. The total is
-    exact.
+    """Compare the scores of all tensors: the lowest anywhere go first, but never all of a tensor. The total is exact.
 
-    Source: Frankle and Carbin, The lottery ticket hypothesis, ICLR 2019, arXiv:1803.03635, section 3 (global pruning).
+    Args:
+        scores: The scores of each tensor, by its name.
+        sparsity: The fraction of all weights that becomes zero, in [0, 1).
 
-    >>> global_({"a": torch.tensor([1.0, 2.0, 3.0, 9.0]), "b": torch.tensor([4.0, 5.0, 6.0, 7.0])}, 0.25)
-    {'a': 0.5, 'b': 0.0}
+    Returns:
+        The sparsity of each tensor, by its name.
+
+    Example:
+        >>> global_({"a": torch.tensor([1.0, 2.0, 3.0, 9.0]), "b": torch.tensor([4.0, 5.0, 6.0, 7.0])}, 0.25)
+        {'a': 0.5, 'b': 0.0}
+
+    Source:
+        Frankle and Carbin, The lottery ticket hypothesis, ICLR 2019, arXiv:1803.03635, section 3 (global pruning).
     """
     flat = torch.cat([torch.where(score == score.max(), torch.inf, score).flatten() for score in scores.values()])
     kept = drop(flat, round(sparsity * len(flat)))
@@ -58,13 +92,24 @@ def global_(scores: Scores, sparsity: float) -> dict[str, float]:
 
 @register("allocation")
 def normalized(scores: Scores, sparsity: float) -> dict[str, float]:
-    """`global_` after each tensor's scores are divided by their L2 norm, so that a small tensor, whose weights matter
-    more each, is not emptied because its weights are no larger.
+    """Compare the scores of all tensors after each tensor's scores are divided by their L2 norm.
 
-    Source: Lee, Park, Mitchell et al., JaxPruner, 2023, arXiv:2304.14082 (its global pruners).
+    Otherwise as `global_`. A small tensor, whose weights matter more each, is then not emptied because its weights are
+    no larger.
 
-    >>> normalized({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([10.0, 11.0, 12.0, 13.0])}, 0.5)
-    {'a': 0.5, 'b': 0.5}
+    Args:
+        scores: The scores of each tensor, by its name.
+        sparsity: The fraction of all weights that becomes zero, in [0, 1).
+
+    Returns:
+        The sparsity of each tensor, by its name.
+
+    Example:
+        >>> normalized({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([10.0, 11.0, 12.0, 13.0])}, 0.5)
+        {'a': 0.5, 'b': 0.5}
+
+    Source:
+        Lee, Park, Mitchell et al., JaxPruner, 2023, arXiv:2304.14082 (its global pruners).
     """
     norms = {name: torch.linalg.vector_norm(score[score.isfinite()].double()) for name, score in scores.items()}
     return global_({name: score.double() / norms[name].clamp_min(1e-30) for name, score in scores.items()}, sparsity)

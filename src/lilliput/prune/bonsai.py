@@ -1,4 +1,4 @@
-"""Bonsai: a penalty that is the same for every weight that is not zero, and cutting as far as nothing is lost."""
+"""Bonsai: penalize every weight that is not zero about equally, and cut as far as the score does not fall."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,26 +19,33 @@ from lilliput.task import Batch, Task
 
 @dataclass(frozen=True)
 class Saturating(Rule):
-    """A penalty that grows steeply near zero and then hardly any more, so that a large weight costs what a small does.
+    """Penalize weights by a function that rises steeply near zero and then hardly any more.
 
-    The loss gains, for each tensor x of n entries,
+    A large weight then costs about what a small one does. The loss gains, for each tensor x of n entries,
 
         R(x) = 1/n sum_j (i T(x_j) + l |x_j|),   T(x) = tanh((|x| - t) s) - tanh(-t s).
 
     A logic gate needs large weights, which a plain L1 penalty would charge most; the little L1 that is left keeps a
     slope where the tanh is flat.
 
-    intensity: i, a number or a schedule of the step. threshold: t, in the units of a weight. steepness: s, one over
-    that unit. l1: l. where: which tensors.
+    Args:
+        intensity: i, a number or a schedule of the step.
+        threshold: t, in the units of a weight.
+        steepness: s, one over that unit.
+        l1: l.
+        where: Which tensors, as in `Prune`.
 
-    Raises ValueError for a negative intensity, threshold or l1, and for a steepness that is not positive.
+    Raises:
+        ValueError: For a negative intensity, threshold or l1, and for a steepness that is not positive.
 
-    >>> net = nn.Linear(8, 8); adam = torch.optim.Adam(net.parameters())
-    >>> with Saturating(0.2).attached(net, adam, steps=1) as rule:
-    ...     y = net(torch.ones(1, 8)); (y.sum() + rule.loss(None, y)).backward(); adam.step()
+    Example:
+        >>> net = nn.Linear(8, 8); adam = torch.optim.Adam(net.parameters())
+        >>> with Saturating(0.2).attached(net, adam, steps=1) as rule:
+        ...     y = net(torch.ones(1, 8)); (y.sum() + rule.loss(None, y)).backward(); adam.step()
 
-    Source: Casey Primozic, Growing bonsai networks with RNNs, 2023, "Sparsity-promoting regularizer" (R and T; the
-    defaults are those of its listing; cprimozic.net/blog/growing-sparse-computational-graphs-with-rnns).
+    Source:
+        Casey Primozic, Growing bonsai networks with RNNs, 2023, "Sparsity-promoting regularizer" (R and T; the defaults
+        are those of its listing; cprimozic.net/blog/growing-sparse-computational-graphs-with-rnns).
     """
 
     intensity: float | Schedule = 0.1
@@ -74,7 +81,7 @@ class Saturating(Rule):
         return sum(others, first)
 
     def cost(self, x: Tensor, intensity: float) -> Tensor:
-        """R of one tensor."""
+        """Compute R of one tensor."""
         a, t, s = x.abs(), self.threshold, self.steepness
         cost: Tensor = (intensity * (((a - t) * s).tanh() + torch.tensor(t * s).tanh()) + self.l1 * a).mean()
         return cost
@@ -82,23 +89,29 @@ class Saturating(Rule):
 
 @dataclass(frozen=True)
 class Clip(Stage):
-    """Cut the weights nearest zero, then round what is left: each as far as the task's score on `val` does not fall.
+    """Cut the weights nearest zero, then round the rest, each as far as the task's score on `val` does not fall.
 
     The highest threshold on |w| is taken at which the score holds, for the weights and then for the tensors of one
     dimension (biases, first states); then the coarsest grid, of multiples of 2, 1, 1/2, ... 2^-`bits`, on which both
-    may lie. Where none will do, values stay as they are.
+    may lie. Where none will do, values stay as they are. What was cut stays cut in a training that follows.
 
-    tries: how many thresholds, at even ranks of |w|. loss: how many points of the metric may go. where: which tensors.
-    What was cut stays cut in a training that follows.
+    Args:
+        where: Which tensors, as in `Prune`.
+        tries: How many thresholds are tried, at even ranks of |w|.
+        bits: The negative exponent of the finest grid.
+        loss: How many points of the metric may be lost.
 
-    Raises ValueError when there is no task to score by, and for tries below 1.
+    Raises:
+        ValueError: When there is no task to score by, and for tries below 1.
 
-    >>> x = torch.tensor([[1.0, 0.5], [-1.0, 0.5]]); y = torch.tensor([1, 0])
-    >>> net = nn.Linear(2, 1, bias=False); net.weight.data = torch.tensor([[0.9, 0.01]])
-    >>> Clip()(net, Task("sign", train=(x, y), val=(x, y)), None).weight.tolist()
-    [[1.0, 0.0]]
+    Example:
+        >>> x = torch.tensor([[1.0, 0.5], [-1.0, 0.5]]); y = torch.tensor([1, 0])
+        >>> net = nn.Linear(2, 1, bias=False); net.weight.data = torch.tensor([[0.9, 0.01]])
+        >>> Clip()(net, Task("sign", train=(x, y), val=(x, y)), None).weight.tolist()
+        [[1.0, 0.0]]
 
-    Source: Primozic, Growing bonsai networks with RNNs, 2023, "Pruning" (a threshold and a grid by trying them out).
+    Source:
+        Primozic, Growing bonsai networks with RNNs, 2023, "Pruning" (a threshold and a grid by trying them out).
     """
 
     where: str = "*"

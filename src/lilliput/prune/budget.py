@@ -1,5 +1,4 @@
-"""Sensitivity under a budget: how sparse each tensor becomes, so that the whole takes so many bytes,
-multiply-accumulates or milliseconds and its outputs change least."""
+"""Pruning under a budget: choose each tensor's sparsity by its sensitivity, for so many bytes, MACs or milliseconds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,28 +40,44 @@ def allocate(
     levels: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Pairs:
-    """The sparsity of each tensor, for `Prune(allocation=...)`, under one budget.
+    """Choose the sparsity of each tensor, for `Prune(allocation=...)`, under one budget.
 
     Each tensor i alone is pruned to each level s: d_i(s) is the mean divergence of the outputs from the model's own on
     256 training inputs (`Task.divergence`, no labels), c_i(s) what it then costs. Chosen is the s_i that minimise
     sum d_i(s_i) with sum c_i(s_i) within the budget: a multiple-choice knapsack, solved by dynamic programming.
 
-    bytes: of all the model's tensors as `model.lil` stores them (`lilliput.code.base.storage`). macs: of one example,
-    with the weights that stay, products of two activations not counted. latency_ms: of one example in the engine on
-    this machine, one thread; a network is compiled for each tensor and level, which takes minutes. where, score,
-    pattern, seed: as in `Prune`. levels: the sparsities to choose from, in [0, 1).
+    Args:
+        model: The model to prune.
+        task: What must be preserved.
+        bytes: A budget for all the model's tensors as `model.lil` stores them (`lilliput.code.base.storage`).
+        macs: A budget of multiply-accumulates of one example with the weights that stay; products of two activations
+            are not counted.
+        latency_ms: A budget for one example in the engine on this machine, one thread. A network is compiled for each
+            tensor and level, which takes minutes.
+        where: As in `Prune`.
+        score: As in `Prune`.
+        pattern: As in `Prune`.
+        levels: The sparsities to choose from, in [0, 1).
+        seed: As in `Prune`.
 
-    Raises ValueError unless one budget is given, for levels out of range, and for a budget below what the highest
-    levels take.
+    Returns:
+        Pairs (tensor, sparsity).
 
-    >>> net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(32, 8)
-    >>> task = Task("tiny", train=(x, torch.arange(32) % 4), val=(x, torch.arange(32) % 4))
-    >>> sum(round((1 - s) * net.get_parameter(n).numel()) for n, s in allocate(net, task, macs=60)) <= 60
-    True
+    Raises:
+        ValueError: Unless one budget is given, for levels out of range, and for a budget below what the highest levels
+            take.
 
-    Source: the divergence of one tensor at a time: Li, Kadav, Durdanovic, Samet and Graf, Pruning filters for efficient
-    ConvNets, ICLR 2017, arXiv:1608.08710, section 3.2 (sensitivity); the choice under a budget: Frantar and Alistarh,
-    SPDY: accurate pruning with speedup guarantees, ICML 2022, arXiv:2201.13096, section 3.2 (dynamic programming).
+    Example:
+        >>> net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(32, 8)
+        >>> task = Task("tiny", train=(x, torch.arange(32) % 4), val=(x, torch.arange(32) % 4))
+        >>> sum(round((1 - s) * net.get_parameter(n).numel()) for n, s in allocate(net, task, macs=60)) <= 60
+        True
+
+    Source:
+        The divergence of one tensor at a time: Li, Kadav, Durdanovic, Samet and Graf, Pruning filters for efficient
+        ConvNets, ICLR 2017, arXiv:1608.08710, section 3.2 (sensitivity). The choice under a budget: Frantar and
+        Alistarh, SPDY: accurate pruning with speedup guarantees, ICML 2022, arXiv:2201.13096, section 3.2 (dynamic
+        programming).
     """
     given = {
         key: value for key, value in (("bytes", bytes), ("macs", macs), ("latency_ms", latency_ms)) if value is not None
@@ -106,13 +121,31 @@ def _timed(timer: "_Timer", lost: Mapping[str, Mapping[float, float]], masks: Ma
 
 @dataclass(frozen=True)
 class PruneToBudget(Stage):
-    """`Prune` with an allocation by sensitivity, so that the result keeps a budget: see `allocate`.
+    """Prune with an allocation by sensitivity, so that the result keeps a budget: see `allocate`.
 
-    Give one of bytes, macs and latency_ms. The rest as in `Prune`.
+    Give one of bytes, macs and latency_ms.
 
-    Raises ValueError as `allocate` does.
+    Args:
+        bytes: A budget for all the model's tensors as `model.lil` stores them.
+        macs: A budget of multiply-accumulates of one example.
+        latency_ms: A budget for one example in the engine on this machine, one thread.
+        score: As in `Prune`.
+        pattern: As in `Prune`.
+        where: As in `Prune`.
+        seed: As in `Prune`.
 
-    Source: Frantar and Alistarh, SPDY: accurate pruning with speedup guarantees, ICML 2022, arXiv:2201.13096.
+    Raises:
+        ValueError: As `allocate` does.
+
+    Example:
+        >>> net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(32, 8)
+        >>> task = Task("tiny", train=(x, torch.arange(32) % 4), val=(x, torch.arange(32) % 4))
+        >>> small = PruneToBudget(macs=60)(net, task, None)
+        >>> int(sum((layer.weight != 0).sum() for layer in small[::2])) <= 60
+        True
+
+    Source:
+        Frantar and Alistarh, SPDY: accurate pruning with speedup guarantees, ICML 2022, arXiv:2201.13096.
     """
 
     bytes: int | None = None

@@ -1,4 +1,4 @@
-"""Channels that matter least go, with everything that belongs to them, and the network is really smaller."""
+"""Pruning of channels: remove whole channels with everything coupled to them, which gives smaller plain layers."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -23,31 +23,41 @@ COMPARABLE = ("batchnorm_scale", "taylor", "random")  # between groups as they a
 
 @dataclass(frozen=True)
 class PruneChannels(Stage):
-    """Removes the channels that matter least, through whatever joins them: additions, concatenations, grouped and
-    depthwise convolutions, norms, recurrent layers. What is left is a plain module of smaller layers.
+    """Remove the channels of the lowest scores, through whatever couples them to other layers.
 
-    sparsity: the fraction of channels that goes, in [0, 1). score of channel c with filter W_c, everything that makes
-    it, summed over the layers that make it together: "l1", "l2" the norm of W_c; "geometric_median" the sum of its
-    distances ||W_c - W_j|| to all filters j of the layer, small where others can stand in for it; "batchnorm_scale"
-    |gamma_c| of the batch norms (train with `Slimming` first); "taylor" (sum of g w over the channel)^2, on 256
-    training examples; "random". allocation: "uniform" (the same fraction of every group) or "global" (the lowest
-    anywhere; norms and distances are divided by their mean in the group, and at least one channel of each stays).
-    multiple: widths are multiples of this, where a group is that wide. where: patterns on the layers that make the
-    channels, separated by commas. Groups that cannot lose channels are left alone (see `left`): the outputs, layers
-    with one channel, tied and frozen layers, and what an operation mixes.
+    Coupled are layers joined by additions, concatenations, grouped and depthwise convolutions, norms and recurrent
+    layers. What is left is a plain module of smaller layers. Groups that cannot lose channels are left alone (see
+    `left`): the outputs, layers with one channel, tied and frozen layers, and what an operation mixes.
 
-    Raises ValueError for settings out of range, for weights that are NaN, and where nothing matches or may go.
+    The score of channel c is taken over its filter W_c, everything that makes it, and summed over the layers that make
+    it together. "l1", "l2": the norm of W_c. "geometric_median": the sum of its distances ||W_c - W_j|| to all filters
+    j of the layer, small where others can stand in for it. "batchnorm_scale": |gamma_c| of the batch norms (train with
+    `Slimming` first). "taylor": (sum of g w over the channel)^2, on 256 training examples. "random".
 
-    >>> net = nn.Sequential(nn.Conv1d(1, 8, 3), nn.ReLU(), nn.Conv1d(8, 2, 3)); x = torch.randn(4, 1, 9)
-    >>> task = Task("signals", train=x, val=x)
-    >>> PruneChannels(0.75)(net, task, None)[2]
-    Conv1d(2, 2, kernel_size=(3,), stride=(1,))
+    Args:
+        sparsity: The fraction of channels that goes, in [0, 1).
+        score: One of the names above.
+        allocation: "uniform" (the same fraction of every group) or "global" (the lowest anywhere; norms and distances
+            are divided by their mean in the group, and at least one channel of each stays).
+        multiple: Widths are multiples of this, where a group is that wide.
+        where: Glob patterns on the layers that make the channels, separated by commas.
+        seed: The seed of the random score and of drawn labels.
 
-    Sources: Li et al., Pruning filters for efficient ConvNets, ICLR 2017, arXiv:1608.08710, section 3.1 (l1); He et
-    al., Filter pruning via geometric median, CVPR 2019, arXiv:1811.00250, equation 4; Liu et al., Learning efficient
-    convolutional networks through network slimming, ICCV 2017, arXiv:1708.06519, section 3; Molchanov et al.,
-    Importance estimation for neural network pruning, CVPR 2019, arXiv:1906.10771, equation 8; Fang et al., DepGraph,
-    CVPR 2023, arXiv:2301.12900 (what goes together).
+    Raises:
+        ValueError: For settings out of range, for weights that are NaN, and where nothing matches or may go.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv1d(1, 8, 3), nn.ReLU(), nn.Conv1d(8, 2, 3)); x = torch.randn(4, 1, 9)
+        >>> task = Task("signals", train=x, val=x)
+        >>> PruneChannels(0.75)(net, task, None)[2]
+        Conv1d(2, 2, kernel_size=(3,), stride=(1,))
+
+    Source:
+        Li et al., Pruning filters for efficient ConvNets, ICLR 2017, arXiv:1608.08710, section 3.1 (l1); He et al.,
+        Filter pruning via geometric median, CVPR 2019, arXiv:1811.00250, equation 4; Liu et al., Learning efficient
+        convolutional networks through network slimming, ICCV 2017, arXiv:1708.06519, section 3; Molchanov et al.,
+        Importance estimation for neural network pruning, CVPR 2019, arXiv:1906.10771, equation 8; Fang et al.,
+        DepGraph, CVPR 2023, arXiv:2301.12900 (what goes together).
     """
 
     sparsity: float
@@ -74,7 +84,7 @@ class PruneChannels(Stage):
             raise ValueError(f"PruneChannels: multiple must be at least 1, got {self.multiple}.")
 
     def left(self, model: nn.Module, task: Task) -> dict[str, str]:
-        """The groups that `where` takes in but that keep all their channels, each with the reason."""
+        """List the groups that `where` takes in but that keep all their channels, each with the reason."""
         return {g.name: g.reason for g in self._chosen(model, groups(model, task.example)) if g.reason}
 
     def __call__(self, model: nn.Module, task: Task, reference: Reference | None) -> nn.Module:
@@ -93,7 +103,7 @@ class PruneChannels(Stage):
         return remove_channels(model, task.example, kept(free, scores, self._counts(free, scores)), found)
 
     def rated(self, model: nn.Module, task: Task, found: Iterable[Group]) -> dict[str, Tensor]:
-        """One score a channel, (size,) for each group."""
+        """Compute one score a channel, (size,) for each group."""
         found = list(found)
         if self.score == "taylor":
             scores = _taylor(model, task, found, self.seed)
@@ -135,10 +145,20 @@ class PruneChannels(Stage):
 
 
 def filters(layer: nn.Module) -> Tensor:
-    """(channels, numbers): everything that makes each of a layer's channels, without the biases.
+    """Stack everything that makes each of a layer's channels, without the biases.
 
-    >>> filters(nn.Conv2d(3, 8, 5)).shape, filters(nn.GRU(4, 6)).shape
-    (torch.Size([8, 75]), torch.Size([6, 30]))
+    Args:
+        layer: A linear, convolutional or recurrent layer.
+
+    Returns:
+        A matrix (channels, numbers).
+
+    Raises:
+        ValueError: For a grouped transposed convolution.
+
+    Example:
+        >>> filters(nn.Conv2d(3, 8, 5)).shape, filters(nn.GRU(4, 6)).shape
+        (torch.Size([8, 75]), torch.Size([6, 30]))
     """
     if isinstance(layer, nn.RNNBase):  # the gates lie one after the other; so do layers and directions
         of = [p.detach() for name, p in layer.named_parameters() if name.startswith("weight")]
@@ -159,7 +179,7 @@ def _makers(model: nn.Module, group: Group) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def l1(model: nn.Module, group: Group) -> Tensor:
-    """||W_c||_1, added up over the layers that make channel c: (size,)."""
+    """Add up ||W_c||_1 over the layers that make channel c: (size,)."""
     total = torch.zeros(group.size)
     for w, channel in _makers(model, group):
         total.index_add_(0, channel, w.abs().sum(1))
@@ -167,7 +187,7 @@ def l1(model: nn.Module, group: Group) -> Tensor:
 
 
 def l2(model: nn.Module, group: Group) -> Tensor:
-    """||W_c||_2, added up over the layers that make channel c: (size,)."""
+    """Add up ||W_c||_2 over the layers that make channel c: (size,)."""
     total = torch.zeros(group.size)
     for w, channel in _makers(model, group):
         total.index_add_(0, channel, w.norm(dim=1))
@@ -175,7 +195,7 @@ def l2(model: nn.Module, group: Group) -> Tensor:
 
 
 def geometric_median(model: nn.Module, group: Group) -> Tensor:
-    """sum_j ||W_c - W_j||_2 over the filters j of a layer, added up over the layers that make channel c: (size,).
+    """Add up sum_j ||W_c - W_j||_2 over the filters j of a layer and the layers that make channel c: (size,).
 
     It is the function whose minimum is the geometric median of the filters, at W_c.
     """
@@ -186,7 +206,7 @@ def geometric_median(model: nn.Module, group: Group) -> Tensor:
 
 
 def batchnorm_scale(model: nn.Module, group: Group) -> Tensor:
-    """|gamma_c|, added up over the batch norms of channel c: (size,)."""
+    """Add up |gamma_c| over the batch norms of channel c: (size,)."""
     total = torch.zeros(group.size)
     for gamma, index, channel in _scales(model, group):
         total.index_add_(0, channel, gamma.detach().abs().float().cpu()[index])

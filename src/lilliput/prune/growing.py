@@ -1,4 +1,4 @@
-"""Growing regularisation: what is to go is pulled to zero, ever harder, before it is cut."""
+"""Growing regularization: pull the weights to be pruned to zero, ever harder, before they are cut."""
 
 from dataclasses import dataclass
 
@@ -17,27 +17,36 @@ from lilliput.task import Task
 
 @dataclass(frozen=True)
 class Growing(Masking, Rule):
-    """The weights to be pruned are chosen once, by magnitude; an L2 penalty on them alone grows until they are small:
+    """Choose the weights to prune by magnitude, and let an L2 penalty on them alone grow until they are small.
 
-        w <- w - lr (dL/dW + lambda_t (1 - m) w),  lambda_t from 0 to `most` in equal rises,
+        w <- w - lr (dL/dW + lambda_t (1 - m) w),  lambda_t from 0 to `most` in equal rises
 
-    so the network moves what they did into the others before they are cut and the rest trains on (GReg-1).
+    So the network moves what they did into the others before they are cut and the rest trains on (GReg-1).
 
-    sparsity: a number is chosen all at once, as in the paper; with a schedule it is more and more of them, which suits
-    a training from random weights. start: the fraction of the training at which they are chosen, 0 for a trained
-    network. until: the one at which they are cut. most: the last lambda. every: steps between rises. pattern,
-    allocation, where: as in `Prune`.
+    Args:
+        sparsity: A number is chosen all at once, as in the paper. With a schedule of the step more and more weights are
+            chosen, which suits a training from random weights.
+        pattern: As in `Prune`.
+        allocation: As in `Prune`.
+        where: As in `Prune`.
+        most: The last lambda.
+        start: The fraction of the training at which they are chosen, 0 for a trained network.
+        until: The fraction of the training at which they are cut.
+        every: Steps between rises.
 
-    Raises ValueError for settings out of range.
+    Raises:
+        ValueError: For settings out of range.
 
-    >>> net = nn.Linear(8, 8); sgd = torch.optim.SGD(net.parameters(), 0.1)
-    >>> with Growing(0.5).attached(net, sgd, steps=4):
-    ...     for _ in range(4): net(torch.randn(4, 8)).square().sum().backward(); sgd.step()
-    >>> int((net.weight == 0).sum())
-    32
+    Example:
+        >>> net = nn.Linear(8, 8); sgd = torch.optim.SGD(net.parameters(), 0.1)
+        >>> with Growing(0.5).attached(net, sgd, steps=4):
+        ...     for _ in range(4): net(torch.randn(4, 8)).square().sum().backward(); sgd.step()
+        >>> int((net.weight == 0).sum())
+        32
 
-    Source: Wang, Qin, Zhang and Fu, Neural pruning via growing regularization, ICLR 2021, arXiv:2012.09243, section 3.1
-    and algorithm 1 (GReg-1).
+    Source:
+        Wang, Qin, Zhang and Fu, Neural pruning via growing regularization, ICLR 2021, arXiv:2012.09243, section 3.1 and
+        algorithm 1 (GReg-1).
     """
 
     most: float = 1.0
@@ -54,7 +63,7 @@ class Growing(Masking, Rule):
             )
 
     def factor(self, step: int, steps: int) -> float:
-        """lambda_t at a step."""
+        """Return lambda_t at a step."""
         first, last = self.start * steps, self.until * steps
         return self.most * min(1.0, ((step - first) // self.every + 1) * self.every / max(1.0, last - first))
 

@@ -1,4 +1,4 @@
-"""HardConcrete: every entry has a gate that is drawn while training, and is exactly zero or one much of the time."""
+"""HardConcrete: a random gate on every entry while training, exactly zero or one much of the time."""
 
 import math
 
@@ -13,22 +13,32 @@ BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 
 
 class HardConcrete(Code):
-    """W = w z, with a gate z in [0, 1] for each entry. In training mode, with u uniform on (0, 1) anew at each step,
+    """Multiply every entry by a random gate z in [0, 1]: W = w z.
+
+    In training mode, with u uniform on (0, 1) anew at each step,
 
         s = sigmoid((log u - log(1 - u) + log alpha) / beta),  z = min(1, max(0, s (zeta - gamma) + gamma)),
 
     in eval mode z = min(1, max(0, sigmoid(log alpha) (zeta - gamma) + gamma)); beta = 2/3, gamma = -0.1, zeta = 1.1.
 
     theta = (w, log alpha / speed): an optimizer with one learning rate for all moves gates `speed` times as far. u is a
-    function of (name, seed, step) alone; a rule counts the steps in the buffer `step`, and where that is negative the
-    gates are no longer drawn, but are those of the buffer `mask`. start: the first probability to be open.
+    function of (name, seed, step) alone. A rule counts the steps in the buffer `step`; where that is negative the gates
+    are no longer drawn, but are those of the buffer `mask`.
 
-    Source: Louizos, Welling and Kingma, Learning sparse neural networks through L0 regularization, ICLR 2018,
-    arXiv:1712.01312, equations 10 to 13.
+    Args:
+        name: The tensor's name, which the gates depend on.
+        seed: The seed of the gates.
+        start: The first probability of a gate to be open, in (0, 1).
+        speed: How many times as far as a weight a gate moves in a step.
 
-    >>> code = HardConcrete().eval()
-    >>> code.decode(torch.tensor([3.0, 3.0, 3.0]), torch.tensor([-1.0, 0.0, 1.0]))
-    tensor([0.0000, 1.5000, 3.0000])
+    Example:
+        >>> code = HardConcrete().eval()
+        >>> code.decode(torch.tensor([3.0, 3.0, 3.0]), torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([0.0000, 1.5000, 3.0000])
+
+    Source:
+        Louizos, Welling and Kingma, Learning sparse neural networks through L0 regularization, ICLR 2018,
+        arXiv:1712.01312, equations 10 to 13.
     """
 
     mask: Tensor
@@ -49,7 +59,7 @@ class HardConcrete(Code):
         return theta[0] * self.gates(theta[1])
 
     def gates(self, scaled: Tensor) -> Tensor:
-        """z of every entry, from log alpha / speed."""
+        """Compute z of every entry from log alpha / speed."""
         if int(self.step) < 0:
             return self.mask.to(scaled.dtype)
         log_alpha = self.speed * scaled
@@ -61,7 +71,7 @@ class HardConcrete(Code):
         return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
     def opened(self, scaled: Tensor) -> Tensor:
-        """The probability that each gate is not zero: sigmoid(log alpha - beta log(-gamma / zeta))."""
+        """Compute the probability that each gate is not zero: sigmoid(log alpha - beta log(-gamma / zeta))."""
         return torch.sigmoid(self.speed * scaled - BETA * math.log(-GAMMA / ZETA))
 
     def pack(self, *theta: Stored) -> Stored:

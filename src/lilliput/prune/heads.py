@@ -1,4 +1,4 @@
-"""Attention heads that matter least go, and the network is really smaller."""
+"""Pruning of attention heads: remove whole heads, which gives smaller plain layers."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,29 +21,37 @@ SCORES = ("importance", "taylor", "l2", "random")
 
 @dataclass(frozen=True)
 class PruneHeads(Stage):
-    """Removes the attention heads that matter least: their rows of query, key and value, their columns of the output.
+    """Remove the attention heads of the lowest scores: their rows of query, key and value, their columns of the output.
 
-    sparsity: the fraction of heads that goes, in [0, 1). score: "importance" is |dL/d xi_h| on average over examples,
-    xi_h = 1 a gate on head h (Michel et al.); "taylor" the square of the batches' own gradient in the gate (Molchanov
-    et al.), both on 256 training examples; "l2" the norm of all the head's weights, for which no labels are needed;
-    "random". Scores are divided by their norm in the layer. allocation: "global" (the lowest of all layers) or
-    "uniform" (as many in every layer). Every layer keeps at least one head; one that has only one, or shares or hides
-    its tensors, is left alone (see `left`). where: patterns on the attention modules' names, separated by commas.
+    Scores are divided by their norm in the layer. "importance" is |dL/d xi_h| on average over examples, xi_h = 1 a gate
+    on head h (Michel et al.); "taylor" the square of the batches' own gradient in the gate (Molchanov et al.), both on
+    256 training examples; "l2" the norm of all the head's weights, for which no labels are needed; "random". Every
+    layer keeps at least one head; one that has only one, or shares or hides its tensors, is left alone (see `left`).
 
     An `nn.MultiheadAttention` becomes a `lilliput.graph.heads.HeadAttention`, since it cannot have fewer heads of the
     same size. The hidden units between the two linear layers of a block are channels: see `PruneChannels`.
 
-    Raises ValueError for settings out of range, where no attention module matches or can lose a head, and where every
-    layer's last head would have to go.
+    Args:
+        sparsity: The fraction of heads that goes, in [0, 1).
+        score: One of the names above.
+        allocation: "global" (the lowest of all layers) or "uniform" (as many in every layer).
+        where: Glob patterns on the names of attention modules, separated by commas.
+        seed: The seed of the random score and of drawn labels.
 
-    >>> net = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True); x = torch.randn(8, 3, 8)
-    >>> task = Task("tokens", train=(x, x), val=(x, x), loss="mse", metric="mse")
-    >>> PruneHeads(0.5)(net, task, None).self_attn.num_heads
-    2
+    Raises:
+        ValueError: For settings out of range, where no attention module matches or can lose a head, and where every
+            layer's last head would have to go.
 
-    Sources: Michel, Levy and Neubig, Are sixteen heads really better than one?, NeurIPS 2019, arXiv:1905.10650,
-    section 4.1 (the score); Molchanov et al., Importance estimation for neural network pruning, CVPR 2019,
-    arXiv:1906.10771, section 3.2 (gates).
+    Example:
+        >>> net = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True); x = torch.randn(8, 3, 8)
+        >>> task = Task("tokens", train=(x, x), val=(x, x), loss="mse", metric="mse")
+        >>> PruneHeads(0.5)(net, task, None).self_attn.num_heads
+        2
+
+    Source:
+        Michel, Levy and Neubig, Are sixteen heads really better than one?, NeurIPS 2019, arXiv:1905.10650, section 4.1
+        (the score); Molchanov et al., Importance estimation for neural network pruning, CVPR 2019, arXiv:1906.10771,
+        section 3.2 (gates).
     """
 
     sparsity: float
@@ -65,7 +73,7 @@ class PruneHeads(Stage):
             raise ValueError(f"PruneHeads: allocation must be 'global' or 'uniform', got {self.allocation!r}.")
 
     def left(self, model: nn.Module, task: Task) -> dict[str, str]:
-        """The attention modules that `where` takes in but that keep all their heads, each with the reason."""
+        """List the attention modules that `where` takes in but that keep all their heads, each with the reason."""
         return {h.name: h.reason for h in self._chosen(heads(model, task.example)) if h.reason}
 
     def _chosen(self, found: Iterable[Heads]) -> list[Heads]:
@@ -87,7 +95,7 @@ class PruneHeads(Stage):
         return remove_heads(model, task.example, self._kept(free, scores), found)
 
     def rated(self, model: nn.Module, task: Task, found: Iterable[Heads]) -> dict[str, Tensor]:
-        """One score a head, (heads,) for each attention module."""
+        """Compute one score a head, (heads,) for each attention module."""
         found = list(found)
         if self.score in ("importance", "taylor"):
             return gate_scores(model, task, found, self.score, self.seed)
@@ -120,12 +128,21 @@ class PruneHeads(Stage):
 def gate_scores(
     model: nn.Module, task: Task, found: Iterable[Heads], score: str = "importance", seed: int = 0
 ) -> dict[str, Tensor]:
-    """How much the loss L depends on gates xi_h = 1 that multiply what each head h found, (heads,) a module.
+    """Measure how much the loss L depends on gates xi_h = 1 that multiply the output of each head h.
 
     importance: I_h = E_x |dL(x) / d xi_h| = E_x |Att_h(x)^T dL(x) / d Att_h(x)|. taylor: the sum over batches of
-    (dL / d xi_h)^2, L the batch's mean loss, which lets examples that pull in opposite directions cancel.
+    (dL / d xi_h)^2, L the batch's mean loss, which lets examples that pull in opposite directions cancel. Measured on a
+    plain copy in eval mode; a task without labels is given ones drawn from the model's own outputs.
 
-    On a plain copy in eval mode; a task without labels is given ones drawn from the model's own outputs.
+    Args:
+        model: The model.
+        task: Gives the examples and the loss.
+        found: The attention modules.
+        score: "importance" or "taylor".
+        seed: The seed of the choice of examples and of drawn labels.
+
+    Returns:
+        Scores (heads,) by the name of the module.
     """
     found = list(found)
     work = opened(model, found).eval().float().requires_grad_(False)
@@ -162,7 +179,7 @@ def _gates(model: nn.Module, found: Iterable[Heads]) -> Iterator[dict[str, list[
 
 
 def norms(model: nn.Module, h: Heads) -> Tensor:
-    """The L2 norm of each head's rows of query, key and value and columns of the output."""
+    """Compute the L2 norm of each head's rows of query, key and value and columns of the output."""
     layers = {path: cast(nn.Linear, model.get_submodule(path)) for path in (*h.projections, h.output)}
     total = torch.zeros(h.count)
     for path, layer in layers.items():

@@ -1,4 +1,4 @@
-"""L0: the number of weights that are not zero as a penalty, made differentiable by gates that are drawn."""
+"""L0: penalize the number of weights that are not zero, through random gates that make it differentiable."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,30 +19,40 @@ from lilliput.task import Batch, Task
 
 @dataclass(frozen=True)
 class L0(Stage, Rule):
-    """Hard concrete gates on every weight (`HardConcrete`), charged for the share of them that is expected open:
+    """Put a hard concrete gate (`HardConcrete`) on every weight, and penalize the share of gates that is expected open.
 
         loss + lambda E,  E = mean of sigmoid(log alpha - beta log(-gamma / zeta)),
-        lambda <- max(0, lambda + rate (E - (1 - sparsity_t))) after each step,
+        lambda <- max(0, lambda + rate (E - (1 - sparsity_t))) after each step
 
-    which raises the price of a weight for as long as there are too many. At `until` of the training the gates become
-    masks, by the highest alpha, and the kept weights train on; the sparsity is exact.
+    The price of a weight rises for as long as there are too many. At `until` of the training the gates become masks, by
+    the highest alpha, and the kept weights train on; the sparsity is exact. In a loop that is not ours apply it as a
+    stage first, then make the optimizer, which must hold log alpha too.
 
-    sparsity: a number s means Cubic(s, begin=0.1). rate: of the dual ascent; 0 holds lambda at `price`, the paper's
-    way. seed: of the gates. allocation, where: as in `Prune`. In a loop that
-    is not ours apply it as a stage first, then make the optimizer, which must hold log alpha too.
+    Args:
+        sparsity: A number s means Cubic(s, begin=0.1); or a schedule of the step.
+        rate: The step size of the dual ascent; 0 holds lambda at `price`, the paper's way.
+        price: The first lambda.
+        until: The fraction of the training at which gates become masks.
+        allocation: As in `Prune`.
+        where: As in `Prune`.
+        seed: The seed of the gates.
 
-    Raises ValueError for settings out of range, NotSupported for tensors that have a code already.
+    Raises:
+        ValueError: For settings out of range.
+        NotSupported: For tensors that have a code already.
 
-    >>> net = L0(0.5)(nn.Linear(8, 8), None, None); sgd = torch.optim.SGD(net.parameters(), 0.1)
-    >>> with L0(0.5).attached(net, sgd, steps=4) as rule:
-    ...     for _ in range(4):
-    ...         y = net(torch.randn(4, 8)); (y.square().sum() + rule.loss(None, y)).backward(); sgd.step()
-    >>> int((net.weight == 0).sum())
-    32
+    Example:
+        >>> net = L0(0.5)(nn.Linear(8, 8), None, None); sgd = torch.optim.SGD(net.parameters(), 0.1)
+        >>> with L0(0.5).attached(net, sgd, steps=4) as rule:
+        ...     for _ in range(4):
+        ...         y = net(torch.randn(4, 8)); (y.square().sum() + rule.loss(None, y)).backward(); sgd.step()
+        >>> int((net.weight == 0).sum())
+        32
 
-    Source: Louizos, Welling and Kingma, Learning sparse neural networks through L0 regularization, ICLR 2018,
-    arXiv:1712.01312, equations 10 to 13; lambda by dual ascent: Gallego-Posada et al., Controlled sparsity via
-    constrained optimization, NeurIPS 2022, arXiv:2208.04425.
+    Source:
+        Louizos, Welling and Kingma, Learning sparse neural networks through L0 regularization, ICLR 2018,
+        arXiv:1712.01312, equations 10 to 13. Lambda by dual ascent: Gallego-Posada et al., Controlled sparsity via
+        constrained optimization, NeurIPS 2022, arXiv:2208.04425.
     """
 
     sparsity: float | Schedule = 0.9
@@ -80,12 +90,12 @@ class L0(Stage, Rule):
         return {"price": torch.tensor(self.price)}
 
     def gates(self, model: nn.Module) -> dict[str, tuple[HardConcrete, Tensor]]:
-        """The code and log alpha / speed of each tensor."""
+        """Return the code and log alpha / speed of each tensor, by its name."""
         found = {name: chain[0] for name, chain in codes(model).items() if isinstance(chain[0], HardConcrete)}
         return {name: (code, second(model, name)) for name, code in found.items()}
 
     def expected(self, model: nn.Module) -> Tensor:
-        """E: the share of gates that is expected open."""
+        """Return E, the share of gates that is expected open."""
         opened = [code.opened(scaled) for code, scaled in self.gates(model).values()]
         return torch.stack([part.sum() for part in opened]).sum() / sum(part.numel() for part in opened)
 

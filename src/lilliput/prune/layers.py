@@ -1,4 +1,5 @@
-"""Layers one by one: the second moment of each layer's inputs, and weights that change before the next layer sees them.
+"""Layer-wise pruning: the second moment of each layer's inputs, and weights that change before the next layer sees
+them.
 
 Layer-wise pruning asks for W' with few entries and little squared error on the layer's own inputs X, (d, samples):
 ||W X - W' X||^2 = sum over rows w of (w - w') H (w - w')^T, H = X X^T. H is all that it needs to know of the data.
@@ -50,7 +51,9 @@ def check(who: str, sparsity: float | None, pattern: str, allocation: Allocation
 def sort(
     model: nn.Module, where: str, pattern: str, who: str, allocation: Allocation = ""
 ) -> tuple[list[str], dict[str, str]]:
-    """The weights that can be pruned layer by layer, and those that are left alone, each with the reason."""
+    """Split the weights into those that can be pruned layer by layer and those that are left alone, each with the
+    reason.
+    """
     kind = parse(pattern)
     kept, left = prunable(model, where, kind, who, allocation)
     for name in list(kept):
@@ -75,11 +78,12 @@ def sort(
 def sequentially(
     plain: nn.Module, inputs: Any, names: list[str], solve: Callable[[str, Tensor], None], batch_size: int = 64
 ) -> None:
-    """Call solve(name, H) for each weight in the order in which the model calls their layers, H the second moment of
-    what the layer is given by those before it as they are by then. solve changes the weight in place.
+    """Call solve(name, H) for each weight, in the order in which the model calls their layers.
 
-    All examples go together in one pass, a layer solved just before it computes, where they fit into HELD_BYTES and no
-    layer is called twice. Otherwise each layer costs a pass, in batches. `names` must be called by the model.
+    H is the second moment of what the layer is given by those before it as they are by then. solve changes the weight
+    in place. All examples go together in one pass, a layer solved just before it computes, where they fit into
+    HELD_BYTES and no layer is called twice. Otherwise each layer costs a pass, in batches. `names` must be called by
+    the model.
     """
     modules = {name: plain.get_submodule(name.rpartition(".")[0]) for name in names}
     if len(set(map(id, modules.values()))) == len(modules) and _at_once(plain, inputs, modules):
@@ -122,7 +126,7 @@ def _at_once(plain: nn.Module, inputs: Any, modules: dict[str, nn.Module]) -> bo
 
 @torch.no_grad()
 def called(plain: nn.Module, inputs: Any, names: list[str]) -> list[str]:
-    """Those weights whose layers the model calls, in the order of the first call."""
+    """List those weights whose layers the model calls, in the order of the first call."""
     found: dict[str, None] = {}
     hooks = [
         plain.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(
@@ -139,9 +143,10 @@ def called(plain: nn.Module, inputs: Any, names: list[str]) -> list[str]:
 def prepared(
     model: nn.Module, task: Task | None, names: list[str], left: dict[str, str], examples: int, who: str
 ) -> tuple[nn.Module, Any, list[str]]:
-    """A plain copy in float32, calibration inputs, and the weights whose layers are called, in order.
+    """Return a plain copy in float32, calibration inputs, and the weights whose layers are called, in order.
 
-    Raises ValueError without a task, and where there is none left to prune.
+    Raises:
+        ValueError: Without a task, and where there is none left to prune.
     """
     if task is None:
         raise ValueError(f"{who}: a task must be given, whose inputs the layers are matched on, got None. Pass task=.")
@@ -156,9 +161,17 @@ def prepared(
 
 
 def pruned(model: nn.Module, task: Task | None, who: str, settings: Any, solve: Solve) -> nn.Module:
-    """A copy of the model in which solve(weight, H, sparsity) -> (new weight, mask) was done layer by layer.
+    """Return a copy of the model in which solve(weight, H, sparsity) -> (new weight, mask) was done layer by layer.
 
-    settings: sparsity, pattern, allocation, where and examples.
+    Args:
+        model: The model.
+        task: Gives the inputs.
+        who: The method's name, for errors.
+        settings: An object with sparsity, pattern, allocation, where and examples.
+        solve: The method for one layer.
+
+    Returns:
+        The masked copy.
     """
     pattern = parse(settings.pattern)
     names, left = sort(model, settings.where, settings.pattern, who, settings.allocation)
@@ -182,7 +195,7 @@ def pruned(model: nn.Module, task: Task | None, who: str, settings: Any, solve: 
 
 
 def finite(moment: Tensor, name: str, who: str) -> Tensor:
-    """The same second moment; ValueError where it is not finite."""
+    """Return the second moment unchanged, or raise ValueError where it is not finite."""
     if not bool(moment.isfinite().all()):
         raise ValueError(
             f"{who}: the inputs of {name} must be finite, got NaN or infinity. Check the calibration "
@@ -202,10 +215,10 @@ def store_(model: nn.Module, found: dict[str, tuple[Tensor, Tensor]], pattern: P
 
 
 def bundle(pattern: Pattern) -> tuple[int, int]:
-    """How many outputs and how many consecutive inputs share one entry of the mask."""
+    """Return how many outputs and how many consecutive inputs share one entry of the mask."""
     return (*pattern.size, 1)[:2] if isinstance(pattern, Blocks) else (1, 1)  # type: ignore[return-value]
 
 
 def group(pattern: Pattern) -> tuple[int, int]:
-    """(dropped, m): how many of m consecutive inputs go at most; (1, 1) where there is no such limit."""
+    """Return (dropped, m): how many of m consecutive inputs go at most; (1, 1) where there is no such limit."""
     return (pattern.m - pattern.n, pattern.m) if isinstance(pattern, NM) else (1, 1)

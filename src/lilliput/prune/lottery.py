@@ -1,4 +1,4 @@
-"""Lottery tickets: train, prune, go back to the start, and again."""
+"""Lottery tickets: train, prune, return to the early weights, and repeat."""
 
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -17,30 +17,40 @@ from lilliput.train import Train, fit
 
 @dataclass(frozen=True)
 class Lottery(Stage):
-    """A winning ticket: masks found by training, on the weights from before it. Round k of n trains the ticket so far,
-    drops the smallest of its trained weights until a share
+    """Find a winning ticket: masks found by training and pruning in rounds, on the weights from before the training.
+
+    Round k of n trains the ticket so far, drops the smallest of its trained weights until a share
 
         1 - (1 - sparsity)^(k / n)
 
     is zero, and puts those that are left back to what they were at the start or a little after it. What comes out has
     the last masks and the early weights: train it to see what it is worth, `(Lottery(0.9), Train(1000))`.
 
-    training: each round's. rewind: the fraction of it after which the weights are kept to go back to: 0 is the
-    beginning, the paper's; deep networks need a little more (linear mode connectivity). pattern, allocation, where: as
-    in `Prune`.
+    Args:
+        sparsity: The fraction that is zero in the end, in [0, 1).
+        rounds: n.
+        training: The training of each round.
+        rewind: The fraction of a training after which the weights are kept to return to. 0 is the beginning, the
+            paper's; deep networks need a little more (linear mode connectivity).
+        pattern: As in `Prune`.
+        allocation: As in `Prune`.
+        where: As in `Prune`.
 
-    Raises ValueError as `Prune` does, for less than one round, for a rewind outside [0, 1).
+    Raises:
+        ValueError: As `Prune` does, for less than one round, and for a rewind outside [0, 1).
 
-    >>> x = torch.randn(8, 4); task = Task("lot", (x, x.argmax(1)), (x, x.argmax(1)))
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
-    >>> ticket = Lottery(0.75, rounds=2, training=Train(3))(net, task, Reference(net, task))
-    >>> kept = ticket[0].weight != 0
-    >>> bool((ticket[0].weight[kept] == net[0].weight[kept]).all()), int(kept.sum() + (ticket[2].weight != 0).sum())
-    (True, 16)
+    Example:
+        >>> x = torch.randn(8, 4); task = Task("lot", (x, x.argmax(1)), (x, x.argmax(1)))
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> ticket = Lottery(0.75, rounds=2, training=Train(3))(net, task, Reference(net, task))
+        >>> kept = ticket[0].weight != 0
+        >>> bool((ticket[0].weight[kept] == net[0].weight[kept]).all()), int(kept.sum() + (ticket[2].weight != 0).sum())
+        (True, 16)
 
-    Sources: Frankle and Carbin, The lottery ticket hypothesis, ICLR 2019, arXiv:1803.03635, section 1 (iterative
-    pruning); Frankle, Dziugaite, Roy and Carbin, Linear mode connectivity and the lottery ticket hypothesis, ICML 2020,
-    arXiv:1912.05671, algorithm 2 (rewinding).
+    Source:
+        Frankle and Carbin, The lottery ticket hypothesis, ICLR 2019, arXiv:1803.03635, section 1 (iterative pruning);
+        Frankle, Dziugaite, Roy and Carbin, Linear mode connectivity and the lottery ticket hypothesis, ICML 2020,
+        arXiv:1912.05671, algorithm 2 (rewinding).
     """
 
     sparsity: float

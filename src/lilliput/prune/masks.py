@@ -1,4 +1,4 @@
-"""Masks: the tensors that can be pruned, the masks on them, and new masks from scores."""
+"""Masks: find the tensors that can be pruned, put masks on them, and choose new masks from scores."""
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -33,11 +33,22 @@ def check_allocation(allocation: Allocation, who: str) -> None:
 def prunable(
     model: nn.Module, where: str, pattern: Pattern, who: str, allocation: Allocation = ""
 ) -> tuple[list[str], dict[str, str]]:
-    """The tensors that a mask of this pattern can be put on, and those that are left alone, each with the reason.
+    """Split tensors into those that a mask of this pattern can be put on and those that are left alone, each with the
+    reason.
 
-    where: chooses them; allocation: where it is pairs, their names are taken instead.
+    Args:
+        model: The model.
+        where: Chooses the tensors.
+        pattern: The pattern of the masks.
+        who: The method's name, for errors.
+        allocation: Where it is pairs, their names are taken instead of `where`.
 
-    Raises ValueError for a name that the model does not have, NotSupported for a tensor in another code.
+    Returns:
+        The names of those that can be pruned, and the reasons of the others by name.
+
+    Raises:
+        ValueError: For a name that the model does not have.
+        NotSupported: For a tensor in another code.
     """
     tensors, kept, left = parameter_names(model), [], {}
     names = find(model, where, who=who) if isinstance(allocation, str) else [name for name, _ in allocation]
@@ -71,9 +82,16 @@ def prunable(
 
 
 def attach_masks(model: nn.Module, names: Iterable[str], pattern: Pattern, straight: bool = False) -> dict[str, Masked]:
-    """A mask that keeps everything on every tensor that has none yet, in place; all their masks by name.
+    """Put a mask that keeps everything on every tensor that has none yet, in place; return all their masks by name.
 
-    straight: whether gradients reach the entries that a mask drops.
+    Args:
+        model: The model.
+        names: The tensors.
+        pattern: The pattern of the masks.
+        straight: Whether gradients reach the entries that a mask drops.
+
+    Returns:
+        The masks by name.
     """
     coded = codes(model)
     for name in names:
@@ -89,7 +107,7 @@ def attach_masks(model: nn.Module, names: Iterable[str], pattern: Pattern, strai
 
 
 def masks(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Masked]:
-    """The mask of each masked tensor, or of those among `names`."""
+    """Return the mask of each masked tensor, or of those among `names`."""
     wanted = None if names is None else set(names)
     return {
         name: chain[0]
@@ -99,7 +117,7 @@ def masks(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Mas
 
 
 def chosen(model: nn.Module, where: str, allocation: Allocation = "") -> dict[str, Masked]:
-    """The masks that a rule moves while it trains."""
+    """Return the masks that a rule moves while it trains."""
     if not isinstance(allocation, str):
         return masks(model, [name for name, _ in allocation])
     globs = [glob.strip() for glob in where.split(",")]
@@ -113,7 +131,7 @@ def chosen(model: nn.Module, where: str, allocation: Allocation = "") -> dict[st
 def amounts(
     rated: Mapping[str, Tensor], sparsity: float, allocation: Allocation, pattern: Pattern, last: float = 1.0
 ) -> dict[str, float]:
-    """How sparse each tensor becomes: with pairs, `sparsity` of `last` of the way to their amounts."""
+    """Compute how sparse each tensor becomes: with pairs, `sparsity` of `last` of the way to their amounts."""
     if isinstance(allocation, str):
         pooled = {name: pattern.of(name).pooled(score) for name, score in rated.items()}
         share: dict[str, float] = lookup("allocation", allocation)(pooled, sparsity)
@@ -124,7 +142,7 @@ def amounts(
 def select(
     rated: Mapping[str, Tensor], sparsity: float, allocation: Allocation, pattern: Pattern, last: float = 1.0
 ) -> dict[str, Tensor]:
-    """New masks from scores by name: the lowest go, as many as the allocation says."""
+    """Choose new masks from scores by name: the lowest go, as many as the allocation says."""
     share = amounts(rated, sparsity, allocation, pattern, last)
     return {name: pattern.of(name)(score, share[name]) for name, score in rated.items()}
 
@@ -152,7 +170,8 @@ def regrow_(
 ) -> dict[str, Tensor]:
     """Give tensors new masks, in place, and let what comes back start at zero.
 
-    Returns state keys "fresh NAME": where a mask changed, the optimizer's momenta start anew.
+    Returns:
+        State keys "fresh NAME": where a mask changed, the optimizer's momenta start anew.
     """
     before = {name: masked[name].mask.clone() for name in new}
     put_(masked, new, pattern)

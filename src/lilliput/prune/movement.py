@@ -16,26 +16,34 @@ from lilliput.task import Task
 
 @dataclass(frozen=True)
 class Movement(Masking, Rule):
-    """Scores are trained beside the weights, straight through the mask of those that score highest:
+    """Train scores beside the weights, straight through the mask of those that score highest.
 
-        W = m * w, m = the top of S,  S <- S - dL/dW * w  (the gradient of dL/dm = dL/dW * w),
+        W = m * w, m = the top of S,  S <- S - dL/dW * w  (the gradient of dL/dm = dL/dW * w)
 
-    so a weight scores high where steps move it away from zero, whatever its size. The gradient of S is dense: a dropped
-    weight, which keeps its value, comes back once its score has risen. Made for fine-tuning a trained network.
+    A weight scores high where steps move it away from zero, whatever its size. The gradient of S is dense: a dropped
+    weight, which keeps its value, comes back once its score has risen. The step size of S scales all scores alike and
+    changes no mask, so it is 1. Made for fine-tuning a trained network.
 
-    sparsity: a number s means Cubic(s, begin=0.1). every: steps between masks. pattern, allocation, where: as in
-    `Prune`. The step size of S scales all scores alike and changes no mask, so it is 1.
+    Args:
+        sparsity: A number s means Cubic(s, begin=0.1); or a schedule of the step.
+        pattern: As in `Prune`.
+        allocation: As in `Prune`.
+        where: As in `Prune`.
+        every: Steps between masks.
 
-    Raises ValueError for settings out of range.
+    Raises:
+        ValueError: For settings out of range.
 
-    >>> net = nn.Linear(8, 8); sgd = torch.optim.SGD(net.parameters(), 0.1)
-    >>> with Movement(0.5).attached(net, sgd, steps=4):
-    ...     for _ in range(4): net(torch.randn(4, 8)).square().sum().backward(); sgd.step()
-    >>> int((net.weight == 0).sum())
-    32
+    Example:
+        >>> net = nn.Linear(8, 8); sgd = torch.optim.SGD(net.parameters(), 0.1)
+        >>> with Movement(0.5).attached(net, sgd, steps=4):
+        ...     for _ in range(4): net(torch.randn(4, 8)).square().sum().backward(); sgd.step()
+        >>> int((net.weight == 0).sum())
+        32
 
-    Source: Sanh, Wolf and Rush, Movement pruning: adaptive sparsity by fine-tuning, NeurIPS 2020, arXiv:2005.07683,
-    equations 2 and 3 and section 4 (hard movement pruning).
+    Source:
+        Sanh, Wolf and Rush, Movement pruning: adaptive sparsity by fine-tuning, NeurIPS 2020, arXiv:2005.07683,
+        equations 2 and 3 and section 4 (hard movement pruning).
     """
 
     every: int = 5

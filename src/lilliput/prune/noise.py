@@ -1,4 +1,4 @@
-"""Noise while training, after which few units of a ReLU network are active at a time."""
+"""Noise while training, which leaves few units of a ReLU network active at a time."""
 
 import zlib
 from dataclasses import dataclass
@@ -19,32 +19,40 @@ STEP = "noise_step"
 
 @dataclass(frozen=True)
 class Noise(Rule):
-    """Train on x + sigma eps, eps ~ N(0, 1): ReLU units come to be active for few inputs, and stay so without noise.
+    """Train on x + sigma eps, eps ~ N(0, 1), so that ReLU units come to be active for few inputs and stay so without
+    noise.
 
     Why: to second order in sigma a hidden layer y = V relu(W x + b) is charged for each unit that is active,
 
         E ||y(x + sigma eps) - t||^2 = ||y(x) - t||^2 + sigma^2 ||V D(x) W||_F^2,  D(x) = diag(W x + b > 0),
 
     and a unit that noise would switch on and off near its threshold is cheaper with a lower bias b. Targets stay clean.
+    The noise is a function of (seed, place, step) alone, so that a training that is resumed sees the same; forward
+    passes between two steps of the optimizer share it. Nothing is added in eval mode.
 
-    std: sigma, in the units of what it is added to; a number or a schedule of the step (at most the training's scale;
-    0 adds nothing). where: "input" for every floating-point input of the model, else glob patterns on module names,
-    separated by commas, to whose output it is added: "*" takes each module without children; one with children must
-    be named outright. seed: of the noise, which is a function of (seed, place, step) alone, so that a training that is
-    resumed sees the same; forward passes between two steps of the optimizer share it. Nothing is added in eval mode.
+    Args:
+        std: sigma, in the units of what it is added to; a number or a schedule of the step (at most the training's
+            scale; 0 adds nothing).
+        where: "input" for every floating-point input of the model, else glob patterns on module names, separated by
+            commas, to whose output noise is added. "*" takes each module without children; one with children must be
+            named outright.
+        seed: The seed of the noise.
 
-    Raises ValueError for a std that is negative and for a `where` that matches nothing.
+    Raises:
+        ValueError: For a std that is negative and for a `where` that matches nothing.
 
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)); adam = torch.optim.AdamW(net.parameters())
-    >>> x = torch.rand(16, 4)
-    >>> with Noise(0.5).attached(net, adam, steps=2):
-    ...     for _ in range(2): (net(x) - x).square().mean().backward(); adam.step()
-    >>> len(net._forward_pre_hooks), list(net.buffers())
-    (0, [])
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)); adam = torch.optim.AdamW(net.parameters())
+        >>> x = torch.rand(16, 4)
+        >>> with Noise(0.5).attached(net, adam, steps=2):
+        ...     for _ in range(2): (net(x) - x).square().mean().backward(); adam.step()
+        >>> len(net._forward_pre_hooks), list(net.buffers())
+        (0, [])
 
-    Sources: Bricken, Schaeffer, Olshausen and Kreiman, Emergence of sparse representations from noise, ICML 2023, PMLR
-    202:3148-3191 (first: Noise transforms feed-forward networks into sparse coding networks, 2022); the expansion:
-    Bishop, Training with noise is equivalent to Tikhonov regularization, Neural Computation 7, 1995.
+    Source:
+        Bricken, Schaeffer, Olshausen and Kreiman, Emergence of sparse representations from noise, ICML 2023, PMLR
+        202:3148-3191 (first: Noise transforms feed-forward networks into sparse coding networks, 2022). The expansion:
+        Bishop, Training with noise is equivalent to Tikhonov regularization, Neural Computation 7, 1995.
     """
 
     std: float | Schedule = 0.5

@@ -1,4 +1,4 @@
-"""OBC: optimal brain surgery on every output of a layer, exactly, one weight after another."""
+"""OBC: exact optimal brain surgery on every output of a layer, one weight after another."""
 
 from dataclasses import dataclass
 
@@ -15,15 +15,20 @@ from lilliput.task import Task
 
 
 def traces(weight: Tensor, hessian: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """(order, loss): the inputs of every output in the order in which greedy removal drops them, and by how much each
-    removal raises the squared error on the layer's inputs.
+    """Return the inputs of every output in the order in which greedy removal drops them, and what each removal costs.
 
     For each row w, with H^-1 that of what is left: drop p with the least w_p^2 / [H^-1]_pp, then
     w -= w_p / [H^-1]_pp H^-1_:p and H^-1 -= H^-1_:p H^-1_p: / [H^-1]_pp. A block P goes as one, at the cost of
-    w_P^T ([H^-1]_PP)^-1 w_P. Rows of a block share their H^-1, and their loss is the sum.
+    w_P^T ([H^-1]_PP)^-1 w_P. Rows of a block share their H^-1, and their loss is the sum. O(d^3 / 3) a row.
 
-    weight: (groups, rows, d); hessian: (groups, d, d), positive definite. order, loss: (bundles of rows, steps), order
-    counting blocks of inputs. N:M drops at most m - n of m. O(d^3 / 3) a row.
+    Args:
+        weight: (groups, rows, d).
+        hessian: (groups, d, d), positive definite.
+        pattern: What goes together; N:M drops at most m - n of m.
+
+    Returns:
+        order and loss, both (bundles of rows, steps): order counts blocks of inputs, loss is by how much the removal
+        raises the squared error on the layer's inputs.
     """
     _, total, d = weight.shape
     down, c = bundle(pattern)
@@ -74,20 +79,29 @@ def traces(weight: Tensor, hessian: Tensor, pattern: Pattern) -> tuple[Tensor, T
 def obc(
     weight: Tensor, hessian: Tensor, sparsity: float, pattern: Pattern, damp: float = 0.01
 ) -> tuple[Tensor, Tensor]:
-    """New weights and their mask: of all rows the cheapest next removal first, by their traces; then the best weights
-    under that mask.
+    """Prune one layer: of all rows the cheapest next removal first, by their traces; then the best weights under that
+    mask.
 
-    weight: (out, ...); hessian: H = X X^T, (groups, d, d), d the values of an output. damp: lambda as a share of the
-    mean of H's diagonal.
+    Args:
+        weight: (out, ...).
+        hessian: H = X X^T, (groups, d, d), d the values of an output.
+        sparsity: The fraction that becomes zero, in [0, 1).
+        pattern: What goes together.
+        damp: lambda as a share of the mean of H's diagonal.
 
-    >>> W, H = torch.tensor([[1.0, 3.0], [2.0, 2.0]]), torch.tensor([[[1.0, 0.5], [0.5, 1.0]]])
-    >>> obc(W, H, 0.5, parse("elements"), damp=0.0)
-    (tensor([[0.0000, 3.5000],
-            [0.0000, 3.0000]]), tensor([[False,  True],
-            [False,  True]]))
+    Returns:
+        New weights and their mask.
 
-    Source: Frantar, Singh and Alistarh, Optimal brain compression, NeurIPS 2022, arXiv:2208.11580, section 4
-    (algorithm 1 for a row, and the global step behind it).
+    Example:
+        >>> W, H = torch.tensor([[1.0, 3.0], [2.0, 2.0]]), torch.tensor([[[1.0, 0.5], [0.5, 1.0]]])
+        >>> obc(W, H, 0.5, parse("elements"), damp=0.0)
+        (tensor([[0.0000, 3.5000],
+                [0.0000, 3.0000]]), tensor([[False,  True],
+                [False,  True]]))
+
+    Source:
+        Frantar, Singh and Alistarh, Optimal brain compression, NeurIPS 2022, arXiv:2208.11580, section 4 (algorithm 1
+        for a row, and the global step behind it).
     """
     groups, d = hessian.shape[:2]
     H, dead = damped(hessian, damp)
@@ -109,25 +123,32 @@ def obc(
 
 @dataclass(frozen=True)
 class OBC(Stage):
-    """Prunes layer after layer, each output's weights one by one; the others make up for every one that goes.
+    """Prune layer after layer, each output's weights one by one; after each removal the others make up for it.
 
     Each layer is matched on the inputs that the layers before it, pruned by then, give it: few ||W X - W' X||^2.
     Greedy and exact: the time grows with outputs times inputs^3, so for layers of some hundred inputs. See `traces`.
 
-    sparsity: the fraction that becomes zero, in [0, 1). pattern: "elements", "even", "2:4" (any N:M) or "block 4x1"
-    (along the outputs, or also along the inputs of a linear layer). allocation: "uniform", "erk" or pairs (tensor,
-    sparsity). where: which tensors; those of layers whose inputs cannot be seen are left alone (see `left`).
-    damp: of H, as a share of the mean of its diagonal. examples: how many inputs H is taken from; no labels are needed.
+    Args:
+        sparsity: The fraction that becomes zero, in [0, 1).
+        pattern: "elements", "even", "2:4" (any N:M) or "block 4x1" (along the outputs, or also along the inputs of a
+            linear layer).
+        allocation: "uniform", "erk" or pairs (tensor, sparsity).
+        where: Which tensors, as in `Prune`; those of layers whose inputs cannot be seen are left alone (see `left`).
+        damp: The damping of H, as a share of the mean of its diagonal.
+        examples: How many inputs H is taken from; no labels are needed.
 
-    Raises ValueError for settings out of range, without a task, and when there is no tensor left to prune.
+    Raises:
+        ValueError: For settings out of range, without a task, and when there is no tensor left to prune.
 
-    >>> net, x = nn.Linear(8, 4), torch.randn(64, 8)
-    >>> task = Task("some", train=(x, None), val=(x, None), loss="mse", metric="mse")
-    >>> int((OBC(0.5)(net, task, None).weight == 0).sum())
-    16
+    Example:
+        >>> net, x = nn.Linear(8, 4), torch.randn(64, 8)
+        >>> task = Task("some", train=(x, None), val=(x, None), loss="mse", metric="mse")
+        >>> int((OBC(0.5)(net, task, None).weight == 0).sum())
+        16
 
-    Source: Frantar, Singh and Alistarh, Optimal brain compression: a framework for accurate post-training quantization
-    and pruning, NeurIPS 2022, arXiv:2208.11580, section 4.
+    Source:
+        Frantar, Singh and Alistarh, Optimal brain compression: a framework for accurate post-training quantization and
+        pruning, NeurIPS 2022, arXiv:2208.11580, section 4.
     """
 
     sparsity: float | None = None
@@ -141,7 +162,7 @@ class OBC(Stage):
         check("OBC", self.sparsity, self.pattern, self.allocation, self.examples, self.damp)
 
     def left(self, model: nn.Module) -> dict[str, str]:
-        """The tensors that `where` takes in but that are left alone, each with the reason."""
+        """List the tensors that `where` takes in but that are left alone, each with the reason."""
         return sort(model, self.where, self.pattern, "OBC", self.allocation)[1]
 
     def __call__(self, model: nn.Module, task: Task | None, reference: Reference | None) -> nn.Module:

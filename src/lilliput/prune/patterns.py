@@ -19,10 +19,21 @@ from lilliput.registry import lookup, register
 
 
 def drop(score: Tensor, count: int) -> Tensor:
-    """A mask like `score` that is False at its `count` lowest entries, the first ones of equal scores.
+    """Make a mask that is False at the `count` lowest scores, the first ones of equal scores.
 
-    >>> drop(torch.tensor([2.0, 1.0, 1.0, 3.0]), 1)
-    tensor([ True, False,  True,  True])
+    Args:
+        score: Scores of any shape.
+        count: How many entries to drop.
+
+    Returns:
+        A Boolean mask of the shape of the scores.
+
+    Raises:
+        ValueError: For a score that is NaN.
+
+    Example:
+        >>> drop(torch.tensor([2.0, 1.0, 1.0, 3.0]), 1)
+        tensor([ True, False,  True,  True])
     """
     flat = score.flatten()
     if count <= 0:
@@ -49,10 +60,15 @@ def _count(sparsity: float, units: int) -> int:
 @register("pattern", name="elements")
 @dataclass(frozen=True)
 class Pattern:
-    """Units of one entry each: any weight may go.
+    """Drop single entries: any weight may become zero.
 
-    A pattern of your own is a class with this base under `@register("pattern")`, or, where every shape will do and
-    units are single entries, a function (score, sparsity) -> mask.
+    Example:
+        >>> Pattern()(torch.tensor([[4.0, 1.0], [3.0, 2.0]]), 0.5)
+        tensor([[ True, False],
+                [ True, False]])
+
+    Source:
+        No paper: the plain case.
     """
 
     @classmethod
@@ -89,7 +105,18 @@ class Pattern:
 @register("pattern", name="even")
 @dataclass(frozen=True)
 class Even(Pattern):
-    """Equally many entries of every output (first axis), as Wanda prunes, and as an even load for kernels."""
+    """Drop equally many entries of every output (first axis), as Wanda prunes; it also spreads the load evenly in
+    kernels.
+
+    Example:
+        >>> Even()(torch.tensor([[4.0, 1.0], [3.0, 2.0]]), 0.5)
+        tensor([[ True, False],
+                [ True, False]])
+
+    Source:
+        Sun, Liu, Bair and Kolter, A simple and effective pruning approach for large language models, ICLR 2024,
+        arXiv:2306.11695, section 3 (comparison within each output).
+    """
 
     def __call__(self, score: Tensor, sparsity: float) -> Tensor:
         rows = score.reshape(len(score), -1)
@@ -100,10 +127,24 @@ class Even(Pattern):
 @register("pattern", name="N:M")
 @dataclass(frozen=True)
 class NM(Pattern):
-    """At most n of every m consecutive entries of an output stay; with `out`, of every m consecutive outputs of an
-    input. Below its full sparsity 1 - n/m the groups that lose least go first, so that a schedule can approach it.
+    """Keep at most n of every m consecutive entries of an output, or with `out` of m consecutive outputs of an input.
 
-    Source: Mishra et al., Accelerating sparse deep neural networks, 2021, arXiv:2104.08378, section 3.
+    Below its full sparsity 1 - n/m the groups that lose least go first, so that a schedule can approach it.
+
+    Args:
+        n: How many entries of a group stay.
+        m: The size of a group, which must divide the axis.
+        out: Whether groups lie along the outputs.
+
+    Raises:
+        ValueError: For a shape that m does not divide, and unless 0 < n < m.
+
+    Example:
+        >>> NM(2, 4)(torch.tensor([[4.0, 1.0, 3.0, 2.0]]), 0.5)
+        tensor([[ True, False,  True, False]])
+
+    Source:
+        Mishra et al., Accelerating sparse deep neural networks, 2021, arXiv:2104.08378, section 3.
     """
 
     n: int
@@ -192,9 +233,21 @@ class Units(Pattern):
 @register("pattern", name="block")
 @dataclass(frozen=True)
 class Blocks(Units):
-    """Blocks of `size` along the leading axes stay or go as one, by the mean of their scores.
+    """Drop blocks of `size` along the leading axes as one, by the mean of their scores.
 
-    Source: Narang, Undersander and Diamos, Block-sparse recurrent neural networks, 2017, arXiv:1711.02782.
+    Args:
+        size: The shape of a block; axes that it does not name have blocks of one.
+
+    Raises:
+        ValueError: For a shape that the block does not divide.
+
+    Example:
+        >>> Blocks((2, 1))(torch.tensor([[4.0, 1.0], [3.0, 2.0]]), 0.5)
+        tensor([[ True, False],
+                [ True, False]])
+
+    Source:
+        Narang, Undersander and Diamos, Block-sparse recurrent neural networks, 2017, arXiv:1711.02782.
     """
 
     size: tuple[int, ...] = (1,)
@@ -225,9 +278,17 @@ class Blocks(Units):
 @register("pattern", name="neuron")
 @dataclass(frozen=True)
 class Channels(Units):
-    """Whole outputs (first axis): rows, filters, neurons. A mask saves no arithmetic: see lilliput.graph.
+    """Drop whole outputs (first axis): rows, filters, neurons.
 
-    Source: Li, Kadav, Durdanovic, Samet and Graf, Pruning filters for efficient ConvNets, ICLR 2017, arXiv:1608.08710.
+    A mask of whole outputs saves no arithmetic: lilliput.graph removes them.
+
+    Example:
+        >>> Channels()(torch.tensor([[4.0, 1.0], [3.0, 1.0]]), 0.5)
+        tensor([[ True,  True],
+                [False, False]])
+
+    Source:
+        Li, Kadav, Durdanovic, Samet and Graf, Pruning filters for efficient ConvNets, ICLR 2017, arXiv:1608.08710.
     """
 
     def block(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -237,10 +298,19 @@ class Channels(Units):
 @register("pattern", name="column")
 @dataclass(frozen=True)
 class Columns(Units):
-    """Whole inputs (second axis): all that an input neuron or channel is multiplied by.
+    """Drop whole inputs (second axis): all that an input neuron or channel is multiplied by.
 
-    Source: Wen, Wu, Wang, Chen and Li, Learning structured sparsity in deep neural networks, NIPS 2016,
-    arXiv:1608.03665, section 3.2 (channels; columns of the lowered matrix are finer).
+    Raises:
+        ValueError: For a tensor of fewer than two axes.
+
+    Example:
+        >>> Columns()(torch.tensor([[4.0, 1.0], [3.0, 2.0]]), 0.5)
+        tensor([[ True, False],
+                [ True, False]])
+
+    Source:
+        Wen, Wu, Wang, Chen and Li, Learning structured sparsity in deep neural networks, NIPS 2016, arXiv:1608.03665,
+        section 3.2 (channels; columns of the lowered matrix are finer).
     """
 
     def block(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -257,10 +327,19 @@ class Columns(Units):
 @register("pattern", name="kernel")
 @dataclass(frozen=True)
 class Kernels(Units):
-    """The kernel of each (out, in) pair of a convolution, such as all 3 x 3 of its entries.
+    """Drop the kernel of an (out, in) pair of a convolution as one, such as all 3 x 3 of its entries.
 
-    Source: Mao, Han, Pool, Li, Liu, Wang and Dally, Exploring the regularity of sparse structure in convolutional
-    neural networks, 2017, arXiv:1705.08922, section 3 (two-dimensional granularity).
+    Raises:
+        ValueError: For a tensor that is no convolution's weight.
+
+    Example:
+        >>> Kernels()(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), 0.5)
+        tensor([[[False, False],
+                 [ True,  True]]])
+
+    Source:
+        Mao, Han, Pool, Li, Liu, Wang and Dally, Exploring the regularity of sparse structure in convolutional neural
+        networks, 2017, arXiv:1705.08922, section 3 (two-dimensional granularity).
     """
 
     def block(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -313,16 +392,21 @@ class Function(Pattern):
 
 
 def parse(text: str) -> Pattern:
-    """A pattern from plain text: its name in the registry, then its settings.
+    """Make a pattern from plain text.
 
     "elements": any weight. "even": equally many of every output. "2:4" (any N:M): along the inputs; "2:4 out": along
     the outputs. "block 4x1" (any size). "channel", with the other names "row", "filter" and "neuron": whole outputs.
     "column": whole inputs. "kernel": the kernels of a convolution. "head 4" (any number): the rows of attention heads.
     "engine": what the engine runs fastest, tensor by tensor.
 
+    Args:
+        text: The name of a pattern, with its numbers.
+
+    Returns:
+        The pattern: a function (score, sparsity) -> mask.
+
     Raises:
-        KeyError: for an unknown name.
-        ValueError: for settings that the pattern does not take.
+        ValueError: For any other text.
 
     Example:
         >>> parse("2:4")(torch.tensor([[4.0, 1.0, 3.0, 2.0]]), 0.5)

@@ -19,26 +19,34 @@ from lilliput.task import Task
 
 @dataclass(frozen=True)
 class Prune(Stage, Rule):
-    """Zeros where a score is lowest: W = m * theta, m keeping a fraction 1 - sparsity of the entries.
+    """Set the weights of the lowest score to zero: W = m * theta, m keeping a fraction 1 - sparsity of the entries.
 
     As a stage it prunes once. As a rule it starts dense and raises the sparsity by a schedule (a number s means
-    Cubic(s)), taking new masks every `every` steps; what was dropped stays dropped, unless the schedule falls
-    (Cyclic): then what matters most by the score comes back with the values it had.
+    Cubic(s)), taking new masks every `every` steps. What was dropped stays dropped, unless the schedule falls (Cyclic):
+    then what matters most by the score comes back with the values it had.
 
-    sparsity: the fraction that becomes zero, in [0, 1), or a schedule of the step. score: a name in the
-    family "score" of the registry. pattern: "elements", "even", "channel", "2:4" (any N:M) or "block 4x1" (any size).
-    allocation: "global" (one threshold), "erk", "uniform", or pairs (tensor, final sparsity), which need no `sparsity`.
-    where: which tensors; those that are tied, or that the pattern does not divide, are left alone (see `left`).
-    seed: of the random score.
+    Args:
+        sparsity: The fraction that becomes zero, in [0, 1), or a schedule of the step.
+        score: A registered score, such as "magnitude", "taylor" or "wanda".
+        pattern: "elements", "even", "channel", "2:4" (any N:M) or "block 4x1" (any size).
+        allocation: "global" (one threshold), "erk", "uniform", or pairs (tensor, final sparsity), which need no
+            `sparsity`.
+        where: Glob patterns on the names of tensors or modules, separated by commas. Tensors that are tied, or that the
+            pattern does not divide, are left alone (see `left`).
+        every: Steps between masks while training.
+        seed: The seed of the random score and of drawn labels.
 
-    Raises ValueError for settings out of range, or when there is no tensor left to prune; NotSupported for a tensor
-    that is already quantized or factorised.
+    Raises:
+        ValueError: For settings out of range, or when there is no tensor left to prune.
+        NotSupported: For a tensor that is already quantized or factorised.
 
-    >>> net = Prune(0.75)(nn.Linear(4, 4), None, None)
-    >>> int((net.weight == 0).sum())
-    12
+    Example:
+        >>> net = Prune(0.75)(nn.Linear(4, 4), None, None)
+        >>> int((net.weight == 0).sum())
+        12
 
-    Source: Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878, equation 1.
+    Source:
+        Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878, equation 1.
     """
 
     sparsity: float | Schedule | None = None
@@ -64,7 +72,7 @@ class Prune(Stage, Rule):
             raise ValueError(f"Prune: every must be at least 1 step, got {self.every}.")
 
     def left(self, model: nn.Module) -> dict[str, str]:
-        """The tensors that `where` takes in but that are left alone, each with the reason."""
+        """List the tensors that `where` takes in but that are left alone, each with the reason."""
         return self._sort(model)[1]
 
     def __call__(self, model: nn.Module, task: Task | None, reference: Reference | None) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Prune once for all: an encoder that was pruned once learns many tasks, and its zeros stay where they are."""
+"""Prune once for all: fine-tune one pruned encoder on many tasks, with its zeros held in place."""
 
 from dataclasses import dataclass
 
@@ -17,22 +17,29 @@ from lilliput.train import Train
 
 @dataclass(frozen=True)
 class PatternLock(Rule):
-    """What is zero stays zero while the rest trains: W = m * theta with the mask m = (W != 0) of the first step.
+    """Keep what is zero at zero while the rest trains: W = m * theta with the mask m = (W != 0) of the first step.
 
-    Masks that a model brings along are kept; a plain tensor (a sparse checkpoint) gets one where at least the fraction
-    `least` of it is zero. where: which tensors.
+    Masks that a model brings along are kept. A plain tensor (a sparse checkpoint) gets one where at least the fraction
+    `least` of it is zero.
 
-    Raises ValueError when no tensor of `where` has zeros to keep.
+    Args:
+        where: Which tensors, as in `Prune`.
+        least: The fraction of zeros from which a plain tensor is locked.
 
-    >>> import torch
-    >>> net = nn.Linear(2, 1)
-    >>> net.weight.data = torch.tensor([[0.0, 3.0]])
-    >>> state = PatternLock().begin(net, None, None, 10)
-    >>> codes(net)["weight"][0].mask
-    tensor([[False,  True]])
+    Raises:
+        ValueError: When no tensor of `where` has zeros to keep.
 
-    Source: Zafrir, Larey, Boudoukh, Shen and Wasserblat, Prune once for all: sparse pre-trained language models, ENLSP
-    workshop at NeurIPS 2021, arXiv:2111.05754 (pattern-lock, in the fine-tuning of the sparse model).
+    Example:
+        >>> import torch
+        >>> net = nn.Linear(2, 1)
+        >>> net.weight.data = torch.tensor([[0.0, 3.0]])
+        >>> state = PatternLock().begin(net, None, None, 10)
+        >>> codes(net)["weight"][0].mask
+        tensor([[False,  True]])
+
+    Source:
+        Zafrir, Larey, Boudoukh, Shen and Wasserblat, Prune once for all: sparse pre-trained language models, ENLSP
+        workshop at NeurIPS 2021, arXiv:2111.05754 (pattern-lock, in the fine-tuning of the sparse model).
     """
 
     where: str = "*"
@@ -67,15 +74,31 @@ def transfer(
     batch_size: int | None = None,
     seed: int = 0,
 ) -> tuple[Stage, ...]:
-    """The stages that teach a sparse model a task: `steps` with its zeros locked, then `quantized` on a grid of `bits`.
+    """Make the stages that teach a sparse model a task: `steps` with its zeros locked, then `quantized` on a grid of
+    `bits`.
 
-    where: what is quantized. lock=False: the same for a dense model. distill: from the dense model of that task.
+    Args:
+        steps: Steps of fine-tuning with float weights.
+        quantized: Steps of quantization-aware training after them; 0 for none.
+        lr: The peak learning rate.
+        bits: The bits of the grid.
+        where: Which tensors are quantized.
+        lock: Whether zeros stay; False gives the same stages for a dense model.
+        distill: Distillation from the dense model of that task.
+        supervised: The weight of the task's own loss.
+        batch_size: Examples a step; the task's by default.
+        seed: The seed of the batches.
 
-    >>> [type(stage).__name__ for stage in transfer(100, 20)]
-    ['Train', 'Quantize', 'Train']
+    Returns:
+        The stages, in order.
 
-    Source: Zafrir et al., 2021, arXiv:2111.05754: fine-tuning with pattern-lock and distillation, then the same with
-    quantization-aware training.
+    Example:
+        >>> [type(stage).__name__ for stage in transfer(100, 20)]
+        ['Train', 'Quantize', 'Train']
+
+    Source:
+        Zafrir et al., 2021, arXiv:2111.05754: fine-tuning with pattern-lock and distillation, then the same with
+        quantization-aware training.
     """
     rules: tuple[Rule, ...] = (*((PatternLock(),) if lock else ()), *((distill,) if distill else ()))
     train = Train(steps, Cosine(lr, warmup=0.1), rules, supervised, batch_size, clip=1.0, seed=seed)

@@ -1,4 +1,4 @@
-"""Reconstruct: the best values for the weights that a mask keeps, on the layer's own inputs."""
+"""Post-training reconstruction: the best values for the weights that a mask keeps, on the layer's own inputs."""
 
 from dataclasses import dataclass
 
@@ -16,19 +16,27 @@ CHUNK_BYTES = 2**22  # of matrices at once: what fits into a processor's cache i
 
 
 def reconstruct(weight: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:
-    """W' that is zero where the mask is and has the least ||W X - W' X||^2: for each row, with m what its mask keeps,
-    w'_m = (H_mm)^-1 H_m: w.
+    """Find W' that is zero where the mask is and has the least ||W X - W' X||^2.
 
-    The same as w - H^-1_:p (H^-1_pp)^-1 w_p with p what the mask drops: optimal brain surgery on all of p at once.
+    For each row, with m what its mask keeps, w'_m = (H_mm)^-1 H_m: w. The same as w - H^-1_:p (H^-1_pp)^-1 w_p with p
+    what the mask drops: optimal brain surgery on all of p at once.
 
-    weight, mask: (out, ...); hessian: H = X X^T, (groups, d, d) with d the values of an output, positive definite: see
-    `lilliput.statistics.hessian.damped`. Returns a tensor like weight.
+    Args:
+        weight: (out, ...).
+        mask: Of the weight's shape.
+        hessian: H = X X^T, (groups, d, d) with d the values of an output, positive definite: see
+            `lilliput.statistics.hessian.damped`.
 
-    >>> H = torch.tensor([[[1.0, 0.5], [0.5, 1.0]]])
-    >>> reconstruct(torch.tensor([[2.0, 2.0]]), torch.tensor([[True, False]]), H)
-    tensor([[3., 0.]])
+    Returns:
+        A tensor like weight.
 
-    Source: Frantar, Singh and Alistarh, Optimal brain compression, NeurIPS 2022, arXiv:2208.11580, section 4.
+    Example:
+        >>> H = torch.tensor([[[1.0, 0.5], [0.5, 1.0]]])
+        >>> reconstruct(torch.tensor([[2.0, 2.0]]), torch.tensor([[True, False]]), H)
+        tensor([[3., 0.]])
+
+    Source:
+        Frantar, Singh and Alistarh, Optimal brain compression, NeurIPS 2022, arXiv:2208.11580, section 4.
     """
     groups, d = hessian.shape[:2]
     w = weight.to(hessian).reshape(groups, -1, d)
@@ -52,26 +60,33 @@ def reconstruct(weight: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Reconstruct(Stage):
-    """The kept weights take over what the dropped ones did: for each masked layer, the least squared error of its
-    outputs under its mask, on the inputs that the layers before it give it by then.
+    """Recompute the kept weights of each masked layer for the least squared error of its outputs.
 
-    W' = argmin ||W X - W' X||^2 + lambda ||W - W'||^2 with W' zero where the mask is. W: the reference's weights, or
-    without a reference the values behind the mask. To be used after any pruning and before training.
+        W' = argmin ||W X - W' X||^2 + lambda ||W - W'||^2 with W' zero where the mask is
 
-    damp: lambda as a share of the mean of the squared inputs. examples: how many X is taken from. where: which masked
-    tensors; those of layers whose inputs cannot be seen are left alone (see `left`).
+    X are the inputs that the layers before it give it by then. W: the reference's weights, or without a reference the
+    values behind the mask. To be used after any pruning and before training. A model without masks is returned as it
+    is, a copy.
 
-    Raises ValueError without a task, when there are masks but none that can be reached, and for inputs that are not
-    finite. A model without masks is returned as it is, a copy.
+    Args:
+        where: Which masked tensors; those of layers whose inputs cannot be seen are left alone (see `left`).
+        examples: How many inputs X is taken from.
+        damp: lambda as a share of the mean of the squared inputs.
 
-    >>> net, x = nn.Linear(2, 1, bias=False), torch.ones(8, 2)
-    >>> task = Task("twins", train=(x, None), val=(x, None), loss="mse", metric="mse")
-    >>> from lilliput.prune.prune import Prune
-    >>> net.weight.data = torch.tensor([[1.0, 2.0]])
-    >>> Reconstruct(damp=0.0001)(Prune(0.5)(net, task, None), task, None).weight.detach().round(decimals=2)
-    tensor([[0., 3.]])
+    Raises:
+        ValueError: Without a task, when there are masks but none that can be reached, and for inputs that are not
+            finite.
 
-    Source: Frantar, Singh and Alistarh, Optimal brain compression, NeurIPS 2022, arXiv:2208.11580, section 4.
+    Example:
+        >>> net, x = nn.Linear(2, 1, bias=False), torch.ones(8, 2)
+        >>> task = Task("twins", train=(x, None), val=(x, None), loss="mse", metric="mse")
+        >>> from lilliput.prune.prune import Prune
+        >>> net.weight.data = torch.tensor([[1.0, 2.0]])
+        >>> Reconstruct(damp=0.0001)(Prune(0.5)(net, task, None), task, None).weight.detach().round(decimals=2)
+        tensor([[0., 3.]])
+
+    Source:
+        Frantar, Singh and Alistarh, Optimal brain compression, NeurIPS 2022, arXiv:2208.11580, section 4.
     """
 
     where: str = "*"
@@ -85,7 +100,7 @@ class Reconstruct(Stage):
             )
 
     def left(self, model: nn.Module) -> dict[str, str]:
-        """The masked tensors that `where` takes in but that are left alone, each with the reason."""
+        """List the masked tensors that `where` takes in but that are left alone, each with the reason."""
         return self._sort(model)[1]
 
     def _sort(self, model: nn.Module) -> tuple[list[str], dict[str, str]]:

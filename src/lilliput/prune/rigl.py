@@ -1,4 +1,4 @@
-"""RigL: sparse training in which the gradient says what grows."""
+"""RigL: sparse training that grows weights where the gradient is largest."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,17 +13,22 @@ from lilliput.rule import Rule, State
 
 @dataclass(frozen=True)
 class RigL(SET, Rule):
-    """SET, but what grows is where the loss falls fastest: the largest |dL/dW| among the dropped entries.
+    """Grow the dropped weights of the largest gradient |dL/dW|; drop the smallest weights, as `SET` does.
 
     The gradient is that of the update step alone, and reaches all entries only then.
 
-    >>> net = nn.Linear(8, 8); sgd = torch.optim.SGD(net.parameters(), 0.1)
-    >>> with RigL(0.5, every=2).attached(net, sgd, steps=4):
-    ...     for _ in range(4): net(torch.randn(4, 8)).square().sum().backward(); sgd.step()
-    >>> int((net.weight == 0).sum())
-    32
+    Raises:
+        ValueError: For settings out of range.
 
-    Source: Evci, Gale, Menick, Castro and Elsen, Rigging the lottery, ICML 2020, arXiv:1911.11134, algorithm 1.
+    Example:
+        >>> net = nn.Linear(8, 8); sgd = torch.optim.SGD(net.parameters(), 0.1)
+        >>> with RigL(0.5, every=2).attached(net, sgd, steps=4):
+        ...     for _ in range(4): net(torch.randn(4, 8)).square().sum().backward(); sgd.step()
+        >>> int((net.weight == 0).sum())
+        32
+
+    Source:
+        Evci, Gale, Menick, Castro and Elsen, Rigging the lottery, ICML 2020, arXiv:1911.11134, algorithm 1.
     """
 
     straight: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Rounds: prune a little at a time, with the score taken anew on what is left."""
+"""Rounds: prune a little at a time, computing the score anew on what is left."""
 
 from dataclasses import dataclass
 
@@ -11,25 +11,35 @@ from lilliput.task import Task
 
 @dataclass(frozen=True)
 class Rounds(Stage):
-    """Prunes in `rounds` rounds, without training; the score of each is taken on the network that the last one left.
+    """Prune in `rounds` rounds without training, each by the score of the network that the last round left.
 
     After round k of n the sparsity is 1 - (1 - s)^(k / n), s the final one: each round drops the same share of what is
     left. One round at a high sparsity may drop a whole layer's connections; in many rounds what remains of a layer
     scores higher and higher. The default is iterative synaptic flow; with score="snip" it is iterative SNIP.
 
-    sparsity: the fraction that is zero in the end, in [0, 1). rounds: n. The rest as in `Prune`.
+    Args:
+        sparsity: s, the fraction that is zero in the end, in [0, 1).
+        rounds: n.
+        score: As in `Prune`.
+        pattern: As in `Prune`.
+        allocation: As in `Prune`.
+        where: As in `Prune`.
+        seed: As in `Prune`.
 
-    Raises ValueError as `Prune` does, and for less than one round.
+    Raises:
+        ValueError: As `Prune` does, and for less than one round.
 
-    >>> import torch
-    >>> x = torch.randn(4, 8); task = Task("shape", train=x, val=x)
-    >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> int(sum((layer.weight == 0).sum() for layer in Rounds(0.9, rounds=10)(net, task, None)[::2]))
-    72
+    Example:
+        >>> import torch
+        >>> x = torch.randn(4, 8); task = Task("shape", train=x, val=x)
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> int(sum((layer.weight == 0).sum() for layer in Rounds(0.9, rounds=10)(net, task, None)[::2]))
+        72
 
-    Source: Tanaka, Kunin, Yamins and Ganguli, Pruning neural networks without any data by iteratively conserving
-    synaptic flow, NeurIPS 2020, arXiv:2006.05467, algorithm 1; de Jorge, Sanyal, Behl, Torr, Rogez and Dokania,
-    Progressive skeletonization, ICLR 2021, arXiv:2006.09081.
+    Source:
+        Tanaka, Kunin, Yamins and Ganguli, Pruning neural networks without any data by iteratively conserving synaptic
+        flow, NeurIPS 2020, arXiv:2006.05467, algorithm 1; de Jorge, Sanyal, Behl, Torr, Rogez and Dokania, Progressive
+        skeletonization, ICLR 2021, arXiv:2006.09081.
     """
 
     sparsity: float

@@ -21,25 +21,46 @@ Score = Callable[..., Tensor]
 
 @register("score")
 def magnitude(weight: Tensor) -> Tensor:
-    """|w|. Needs no data.
+    """Score a weight by its magnitude, |w|. Needs no data.
 
-    Source: Han, Pool, Tran and Dally, Learning both weights and connections for efficient neural networks, NIPS 2015,
-    arXiv:1506.02626, section 3.1.
+    Args:
+        weight: The weights, of any shape.
+
+    Returns:
+        Scores of the shape of the weights.
+
+    Example:
+        >>> magnitude(torch.tensor([1.0, -2.0]))
+        tensor([1., 2.])
+
+    Source:
+        Han, Pool, Tran and Dally, Learning both weights and connections for efficient neural networks, NIPS 2015,
+        arXiv:1506.02626, section 3.1.
     """
     return weight.abs()
 
 
 @register("score")
 def lamp(weight: Tensor) -> Tensor:
-    """w_u^2 / sum of w_v^2 over the weights of the same tensor that are not smaller, u itself included: a tensor's
-    largest weight scores 1, so one threshold over all tensors (allocation="global") prunes each as far as it can bear.
-    Of equal weights the first in C order scores lowest. Needs no data.
+    """Score a weight by its share of the squares of its tensor's weights that are not smaller (LAMP). Needs no data.
 
-    Source: Lee, Park, Mo, Ahn and Shin, Layer-adaptive sparsity for the magnitude-based pruning, ICLR 2021,
-    arXiv:2010.07611, the definition of the LAMP score in section 2.
+    The score of weight u is w_u^2 / sum of w_v^2 over the weights v of the same tensor that are not smaller, u itself
+    included. The largest weight of each tensor scores 1, so one threshold over all tensors (allocation="global") prunes
+    each as far as it can bear. Of equal weights the first in C order scores lowest.
 
-    >>> lamp(torch.tensor([1.0, 2.0, 0.0, -3.0]))
-    tensor([0.0714, 0.3077, 0.0000, 1.0000])
+    Args:
+        weight: The weights, of any shape.
+
+    Returns:
+        Scores in [0, 1] of the shape of the weights.
+
+    Example:
+        >>> lamp(torch.tensor([1.0, 2.0, 0.0, -3.0]))
+        tensor([0.0714, 0.3077, 0.0000, 1.0000])
+
+    Source:
+        Lee, Park, Mo, Ahn and Shin, Layer-adaptive sparsity for the magnitude-based pruning, ICLR 2021,
+        arXiv:2010.07611, the definition of the LAMP score in section 2.
     """
     squares, order = weight.flatten().double().square().sort(stable=True)
     tail = squares.flip(0).cumsum(0).flip(0)
@@ -49,132 +70,294 @@ def lamp(weight: Tensor) -> Tensor:
 
 @register("score")
 def random(weight: Tensor, *, noise: Tensor) -> Tensor:
-    """Uniform noise: the baseline that every other score has to beat. Needs no data."""
+    """Score weights at random: the baseline that every other score has to beat. Needs no data.
+
+    Args:
+        weight: The weights, of any shape.
+        noise: Uniform numbers in [0, 1), broadcastable to the weights.
+
+    Returns:
+        The noise, of the shape of the weights.
+
+    Example:
+        >>> random(torch.ones(2), noise=torch.tensor([0.25, 0.75]))
+        tensor([0.2500, 0.7500])
+
+    Source:
+        No paper: a baseline.
+    """
     return noise.expand_as(weight)
 
 
 @register("score")
 def taylor(weight: Tensor, *, gradient: Tensor) -> Tensor:
-    """|g w|: the change of the loss, to first order, when w becomes zero; g is its root mean square over batches. Needs
-    labels; without them, some drawn from the model's outputs.
+    """Score a weight by the first-order change of the loss when it becomes zero, |g w|.
 
-    Source: Molchanov, Mallya, Tyree, Frosio and Kautz, Importance estimation for neural network pruning, CVPR 2019,
-    arXiv:1906.10771, equation 8 (its square root).
+    Needs labels; without them, some are drawn from the model's outputs.
+
+    Args:
+        weight: The weights, of any shape.
+        gradient: g, the root mean square over batches of the gradient of the loss in w, broadcastable to the weights.
+
+    Returns:
+        Scores of the shape of the weights, in units of the loss.
+
+    Example:
+        >>> taylor(torch.tensor([1.0, -2.0]), gradient=torch.tensor([0.5, 0.5]))
+        tensor([0.5000, 1.0000])
+
+    Source:
+        Molchanov, Mallya, Tyree, Frosio and Kautz, Importance estimation for neural network pruning, CVPR 2019,
+        arXiv:1906.10771, equation 8 (its square root).
     """
     return (gradient * weight).abs()
 
 
 @register("score")
 def taylor2(weight: Tensor, *, mean_gradient: Tensor, curvature: Tensor) -> Tensor:
-    """|g w - h w^2 / 2|: the change of the loss, to second order, when w becomes zero; h is the diagonal of H in its
-    Gauss-Newton approximation. The paper writes the whole row of H times all weights; setting one weight to zero moves
-    along the diagonal alone. Needs labels.
+    """Score a weight by the second-order change of the loss when it becomes zero, |g w - h w^2 / 2|. Needs labels.
 
-    Source: Molchanov, Mallya, Tyree, Frosio and Kautz, Importance estimation for neural network pruning, CVPR 2019,
-    arXiv:1906.10771, section 3 (second-order expansion, its square root).
+    The paper writes the whole row of H times all weights; setting one weight to zero moves along the diagonal alone.
+
+    Args:
+        weight: The weights, of any shape.
+        mean_gradient: g, the mean gradient of the loss in w.
+        curvature: h, the diagonal of H in its Gauss-Newton approximation.
+
+    Returns:
+        Scores of the shape of the weights, in units of the loss.
+
+    Example:
+        >>> taylor2(torch.tensor([2.0]), mean_gradient=torch.tensor([1.0]), curvature=torch.tensor([0.5]))
+        tensor([1.])
+
+    Source:
+        Molchanov, Mallya, Tyree, Frosio and Kautz, Importance estimation for neural network pruning, CVPR 2019,
+        arXiv:1906.10771, section 3 (second-order expansion, its square root).
     """
     return (mean_gradient * weight - curvature * weight.square() / 2).abs()
 
 
 @register("score")
 def saliency(weight: Tensor, *, mean_gradient: Tensor) -> Tensor:
-    """|w g|: as `taylor`, but gradients of unlike examples cancel, as they do in the step that training would take.
-    Needs labels.
+    """Score a weight by |w g| with the mean gradient g. Needs labels.
 
-    Source: Lee et al., JaxPruner: a concise library for sparsity research, 2023, arXiv:2304.14082 (saliency pruning).
+    As `taylor`, but gradients of unlike examples cancel, as they do in the step that training would take.
+
+    Args:
+        weight: The weights, of any shape.
+        mean_gradient: g, the mean gradient of the loss in w.
+
+    Returns:
+        Scores of the shape of the weights, in units of the loss.
+
+    Example:
+        >>> saliency(torch.tensor([1.0, -2.0]), mean_gradient=torch.tensor([0.5, 0.5]))
+        tensor([0.5000, 1.0000])
+
+    Source:
+        Lee et al., JaxPruner: a concise library for sparsity research, 2023, arXiv:2304.14082 (saliency pruning).
     """
     return (weight * mean_gradient).abs()
 
 
 @register("score")
 def snip(weight: Tensor, *, mean_gradient: Tensor) -> Tensor:
-    """|dL/dc| at c = 1, with c w in the place of w: how much the loss feels the connection. That is |w g|, the formula
-    of `saliency`; the paper takes it once, before any training, and divides by the sum over all weights, which changes
-    no order. Needs labels.
+    """Score a connection by the sensitivity of the loss to it, |dL/dc| at c = 1 with c w in the place of w (SNIP).
 
-    Source: Lee, Ajanthan and Torr, SNIP: single-shot network pruning based on connection sensitivity, ICLR 2019,
-    arXiv:1810.02340, equations 4 and 5.
+    That is |w g|, the formula of `saliency`. The paper takes it once, before any training, and divides by the sum over
+    all weights, which changes no order. Needs labels.
+
+    Args:
+        weight: The weights, of any shape.
+        mean_gradient: g, the mean gradient of the loss in w.
+
+    Returns:
+        Scores of the shape of the weights, in units of the loss.
+
+    Example:
+        >>> snip(torch.tensor([1.0, -2.0]), mean_gradient=torch.tensor([0.5, 0.5]))
+        tensor([0.5000, 1.0000])
+
+    Source:
+        Lee, Ajanthan and Torr, SNIP: single-shot network pruning based on connection sensitivity, ICLR 2019,
+        arXiv:1810.02340, equations 4 and 5.
     """
     return (weight * mean_gradient).abs()
 
 
 @register("score")
 def grasp(weight: Tensor, *, hessian_gradient: Tensor) -> Tensor:
-    """Keeps the weights whose removal would reduce the gradient's norm most: w (H g) is half of what ||g||^2 loses, to
-    first order, when w becomes zero. The paper's score is S = -w (H g), of which the highest are removed; here the
-    highest w (H g) stay. Signed, and made positive by `rising`. Needs labels.
+    """Score a weight by how much its removal reduces the norm of the gradient (GraSP). Needs labels.
 
-    Source: Wang, Zhang and Grosse, Picking winning tickets before training by preserving gradient flow, ICLR 2020,
-    arXiv:2002.07376, equation 8.
+    w (H g) is half of what ||g||^2 loses, to first order, when w becomes zero. The paper's score is S = -w (H g), of
+    which the highest are removed; here the highest w (H g) stay. Signed, and made positive by `rising`.
+
+    Args:
+        weight: The weights, of any shape.
+        hessian_gradient: H g, the product of the Hessian and the gradient of the loss.
+
+    Returns:
+        Positive scores of the shape of the weights, float64.
+
+    Example:
+        >>> grasp(torch.tensor([1.0, 1.0]), hessian_gradient=torch.tensor([-1.0, 3.0])).tolist()
+        [1e-40, 3.0]
+
+    Source:
+        Wang, Zhang and Grosse, Picking winning tickets before training by preserving gradient flow, ICLR 2020,
+        arXiv:2002.07376, equation 8.
     """
     return rising(weight * hessian_gradient)
 
 
 @register("score")
 def synflow(weight: Tensor, *, flow: Tensor) -> Tensor:
-    """|w| dR/d|w|: the share of the whole flow R that passes through w when every input is one and every weight counts
-    by its magnitude. Layers conserve it: it sums to the same in each. Meant for many rounds, each on what the last one
-    left: see `lilliput.prune.rounds.Rounds`. Needs one input, of which only the shape counts.
+    """Score a weight by the share of the network's flow that passes through it, |w| dR/d|w| (SynFlow).
 
-    Source: Tanaka, Kunin, Yamins and Ganguli, Pruning neural networks without any data by iteratively conserving
-    synaptic flow, NeurIPS 2020, arXiv:2006.05467, section 6, theorems 1 and 2.
+    The flow R is the sum of the outputs when every input is one and every weight counts by its magnitude. Layers
+    conserve it: it sums to the same in each. Meant for many rounds, each on what the last one left: see
+    `lilliput.prune.rounds.Rounds`. Needs one input, of which only the shape counts.
+
+    Args:
+        weight: The weights, of any shape.
+        flow: dR/d|w|.
+
+    Returns:
+        Scores of the shape of the weights.
+
+    Example:
+        >>> synflow(torch.tensor([-2.0]), flow=torch.tensor([0.5]))
+        tensor([1.])
+
+    Source:
+        Tanaka, Kunin, Yamins and Ganguli, Pruning neural networks without any data by iteratively conserving synaptic
+        flow, NeurIPS 2020, arXiv:2006.05467, section 6, theorems 1 and 2.
     """
     return weight.abs() * flow
 
 
 @register("score")
 def obd(weight: Tensor, *, curvature: Tensor) -> Tensor:
-    """Optimal brain damage, h w^2 / 2: what the loss gains when w becomes zero at a minimum, other weights held. h is
-    the diagonal of H in the Gauss-Newton approximation, as in the paper: the Fisher information of labels drawn from
-    the model. Needs inputs.
+    """Score a weight by the loss it costs when it becomes zero at a minimum, h w^2 / 2 (optimal brain damage).
 
-    Source: LeCun, Denker and Solla, Optimal brain damage, NIPS 1989, section 2.2.
+    The other weights are held. h is the diagonal of H in the Gauss-Newton approximation, as in the paper: the Fisher
+    information of labels drawn from the model. Needs inputs.
+
+    Args:
+        weight: The weights, of any shape.
+        curvature: h, the diagonal of H.
+
+    Returns:
+        Scores of the shape of the weights, in units of the loss.
+
+    Example:
+        >>> obd(torch.tensor([2.0]), curvature=torch.tensor([0.5]))
+        tensor([1.])
+
+    Source:
+        LeCun, Denker and Solla, Optimal brain damage, NIPS 1989, section 2.2.
     """
     return curvature * weight.square() / 2
 
 
 @register("score")
 def woodfisher(weight: Tensor, *, inverse_fisher: Tensor) -> Tensor:
-    """Optimal brain surgeon, w^2 / (2 [F^-1]_ww): what the loss gains when w becomes zero at a minimum and the other
-    weights of its block make up for it as well as they can. F is the damped empirical Fisher information, in blocks of
-    32 weights. Needs labels.
+    """Score a weight by the loss it costs when the others of its block make up for it, w^2 / (2 [F^-1]_ww).
 
-    Source: Singh and Alistarh, WoodFisher: efficient second-order approximation for neural network compression, NeurIPS
-    2020, arXiv:2004.14340, section 4, equations 2 and 3; Hassibi and Stork, Optimal brain surgeon, NIPS 1992.
+    This is the score of the optimal brain surgeon. F is the damped empirical Fisher information, in blocks of 32
+    weights. Needs labels.
+
+    Args:
+        weight: The weights, of any shape.
+        inverse_fisher: [F^-1]_ww, the diagonal of the inverse, of the shape of the weights.
+
+    Returns:
+        Scores of the shape of the weights, in units of the loss.
+
+    Example:
+        >>> woodfisher(torch.tensor([2.0]), inverse_fisher=torch.tensor([0.5]))
+        tensor([4.])
+
+    Source:
+        Singh and Alistarh, WoodFisher: efficient second-order approximation for neural network compression, NeurIPS
+        2020, arXiv:2004.14340, section 4, equations 2 and 3; Hassibi and Stork, Optimal brain surgeon, NIPS 1992.
     """
     return weight.square() / (2 * inverse_fisher)
 
 
 @register("score")
 def movement(weight: Tensor, *, movement: Tensor) -> Tensor:
-    """-sum of w g over the steps of a training: high where weights move away from zero, whatever their size. Signed,
-    and made positive by `rising`. Gathered while training, as the rule `lilliput.prune.movement.Movement` does;
-    needs labels.
+    """Score a weight by how far a training moves it away from zero: -sum of w g over the steps.
 
-    Source: Sanh, Wolf and Rush, Movement pruning: adaptive sparsity by fine-tuning, NeurIPS 2020, arXiv:2005.07683,
-    section 4.
+    High where weights move away from zero, whatever their size. Signed, and made positive by `rising`. Gathered while
+    training, as the rule `lilliput.prune.movement.Movement` does; needs labels.
+
+    Args:
+        weight: The weights, of any shape.
+        movement: -sum of w g over the steps of a training.
+
+    Returns:
+        Positive scores of the shape of the weights, float64.
+
+    Example:
+        >>> movement(torch.ones(2), movement=torch.tensor([-1.0, 3.0])).tolist()
+        [1e-40, 3.0]
+
+    Source:
+        Sanh, Wolf and Rush, Movement pruning: adaptive sparsity by fine-tuning, NeurIPS 2020, arXiv:2005.07683,
+        section 4.
     """
     return rising(movement).expand_as(weight)
 
 
 @register("score")
 def wanda(weight: Tensor, *, input_norm: Tensor) -> Tensor:
-    """|w| ||x||_2, with ||x||_2 the norm of the input feature that w multiplies. The paper compares within each output:
-    pattern="even". Needs inputs.
+    """Score a weight by |w| ||x||_2, its magnitude times the norm of the input feature that it multiplies (Wanda).
 
-    Source: Sun, Liu, Bair and Kolter, A simple and effective pruning approach for large language models, ICLR 2024,
-    arXiv:2306.11695, equation 1.
+    The paper compares within each output: pattern="even". Needs inputs.
+
+    Args:
+        weight: The weights, (out, in) or (out, in, kh, kw).
+        input_norm: ||x||_2 of each input feature, broadcastable to the weights.
+
+    Returns:
+        Scores of the shape of the weights.
+
+    Example:
+        >>> wanda(torch.tensor([[1.0, -2.0]]), input_norm=torch.tensor([3.0, 1.0]))
+        tensor([[3., 2.]])
+
+    Source:
+        Sun, Liu, Bair and Kolter, A simple and effective pruning approach for large language models, ICLR 2024,
+        arXiv:2306.11695, equation 1.
     """
     return weight.abs() * input_norm
 
 
 @register("score")
 def ria(weight: Tensor, *, input_norm: Tensor) -> Tensor:
-    """(|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|) ||x_j||_2^(1/2): relative importance and activations. Each weight
-    is seen beside those of its input and those of its output, so that no row or column goes as a whole. Needs inputs.
+    """Score a weight by its relative importance within its row and column, times its activations (RIA). Needs inputs.
 
-    Source: Zhang, Bai, Lin, Zhao, Hou and Cannistraci, Plug-and-play: an efficient post-training pruning method for
-    large language models, ICLR 2024 (relative importance and activations, with its power a = 1/2).
+        (|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|) ||x_j||_2^(1/2)
+
+    Each weight is compared with those of its input and those of its output, so that no row or column goes as a whole.
+
+    Args:
+        weight: The weights, (out, in) or (out, in, kh, kw).
+        input_norm: ||x_j||_2 of each input feature, broadcastable to the weights.
+
+    Returns:
+        Scores of the shape of the weights.
+
+    Example:
+        >>> ria(torch.tensor([[1.0, 3.0], [1.0, 1.0]]), input_norm=torch.ones(2))
+        tensor([[0.7500, 1.5000],
+                [1.0000, 0.7500]])
+
+    Source:
+        Zhang, Bai, Lin, Zhao, Hou and Cannistraci, Plug-and-play: an efficient post-training pruning method for large
+        language models, ICLR 2024 (relative importance and activations, with its power a = 1/2).
     """
     size = weight.abs().reshape(len(weight), -1)
     tiny = torch.finfo(size.dtype).tiny
@@ -183,11 +366,22 @@ def ria(weight: Tensor, *, input_norm: Tensor) -> Tensor:
 
 
 def rising(signed: Tensor, least: float = 1e-40) -> Tensor:
-    """Signed scores as positive ones in the same order, in float64: s > 0 stays s, s < 0 becomes least / |s|. (Where
-    scores are pooled over a block, negative ones count as nothing.) f(s) = (s + (s^2 + 4 least)^(1/2)) / 2.
+    """Map signed scores to positive ones of the same order, in float64: s > 0 stays s, s < 0 becomes least / |s|.
 
-    >>> rising(torch.tensor([-2.0, -1.0, 3.0])).tolist()
-    [5e-41, 1e-40, 3.0]
+        f(s) = (s + (s^2 + 4 least)^(1/2)) / 2
+
+    Where scores are pooled over a block, negative ones count as nothing.
+
+    Args:
+        signed: Scores of either sign, of any shape.
+        least: The product of a negative score's magnitude and its image.
+
+    Returns:
+        Positive scores, float64.
+
+    Example:
+        >>> rising(torch.tensor([-2.0, -1.0, 3.0])).tolist()
+        [5e-41, 1e-40, 3.0]
     """
     s = signed.double()
     root = (s.square() + 4 * least).sqrt()
@@ -195,12 +389,20 @@ def rising(signed: Tensor, least: float = 1e-40) -> Tensor:
 
 
 def data_needed(score: str | Score) -> str:
-    """What a score's statistics are taken from: "none", "inputs", or "labels" (which imply inputs).
+    """Return what a score's statistics are taken from: "none", "inputs", or "labels" (which imply inputs).
 
-    Raises KeyError for an unknown name.
+    Args:
+        score: A score or its name.
 
-    >>> data_needed("magnitude"), data_needed("wanda"), data_needed(snip)
-    ('none', 'inputs', 'labels')
+    Returns:
+        The most that any of its statistics needs.
+
+    Raises:
+        ValueError: For an unknown name.
+
+    Example:
+        >>> data_needed("magnitude"), data_needed("wanda"), data_needed(snip)
+        ('none', 'inputs', 'labels')
     """
     function = lookup(score) if isinstance(score, str) else score
     return max((taken_from(need) for need in needs(function)), key=("none", "inputs", "labels").index, default="none")
@@ -213,10 +415,17 @@ def lookup(name: str, who: str = "Prune") -> Score:
 
 
 def needs(score: Score) -> tuple[str, ...]:
-    """The statistics that a score asks for.
+    """List the statistics that a score asks for: its keyword-only arguments.
 
-    >>> needs(wanda)
-    ('input_norm',)
+    Args:
+        score: The score.
+
+    Returns:
+        Their names.
+
+    Example:
+        >>> needs(wanda)
+        ('input_norm',)
     """
     kinds = inspect.signature(score).parameters.items()
     return tuple(name for name, parameter in kinds if parameter.kind is parameter.KEYWORD_ONLY)

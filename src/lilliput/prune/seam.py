@@ -1,4 +1,4 @@
-"""SeaM: keep of a trained network what a part of its classes needs, by a gradient search over masks."""
+"""SeaM: keep of a trained network what some of its classes need, by a gradient search over masks."""
 
 import math
 from collections import OrderedDict
@@ -26,7 +26,7 @@ Masks = dict[str, Tensor]
 
 
 class Reused(nn.Sequential):
-    """A network and the head that answers the sub-problem: head(relu(body(x))), (n, ...) -> (n, classes)."""
+    """Put a head that answers the sub-problem on a network: head(relu(body(x))), (n, ...) -> (n, classes)."""
 
     body: nn.Module
     relu: nn.Module
@@ -37,7 +37,7 @@ class Reused(nn.Sequential):
 
 
 class ReusedInputs(Reused):
-    """The same for a network of several inputs, by place or by name."""
+    """Do as `Reused` for a network of several inputs, by place or by name."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self.head(self.relu(self.body(*args, **kwargs)))
@@ -57,10 +57,17 @@ class _Binary(torch.autograd.Function):
 
 
 def binary(s: Tensor) -> Tensor:
-    """1 where s > 0, else 0, with a straight-through gradient.
+    """Return 1 where s > 0, else 0, with a straight-through gradient.
 
-    >>> binary(torch.tensor([0.5, -0.5, 0.0]))
-    tensor([1., 0., 0.])
+    Args:
+        s: Scores of any shape.
+
+    Returns:
+        Zeros and ones of the type of the scores.
+
+    Example:
+        >>> binary(torch.tensor([0.5, -0.5, 0.0]))
+        tensor([1., 0., 0.])
     """
     made: Tensor = _Binary.apply(s)  # type: ignore[no-untyped-call]
     return made
@@ -68,7 +75,7 @@ def binary(s: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Seam(Stage):
-    """Masks found by gradient: of frozen weights W only those stay that the classes asked for need.
+    """Find by gradient descent masks that keep of frozen weights W only those that some classes need.
 
     W_m = W * m, m = 1 where s > 0 else 0. The scores s are trained, together with a small linear head on the network's
     outputs, to lower
@@ -76,36 +83,48 @@ class Seam(Stage):
         L = CE(head(relu(f(x; W_m))), y) + alpha * R,    R = sum(m) / count(m), the weight retention rate,
 
     over the sub-problem's examples; the gradient passes the threshold straight through, clipped to [-1, 1]. Of the
-    masks seen every `every` steps those of the lowest R stay whose validation score is no lower than the full
-    network's among these classes; where no masks reach that, those of the highest score minus R.
+    masks seen every `every` steps those of the lowest R stay whose validation score is no lower than the full network's
+    among these classes; where no masks reach that, those of the highest score minus R.
 
     A weight's share of alpha R is alpha / count(m): the larger the network and the fewer the steps, the larger alpha
     (the paper's one to two go with hundreds of epochs).
 
-    classes: the outputs to keep, in the order of the new labels. rest: one more label for every other class (classes=
-    (7,), rest=True is binary: 7 or not). pattern: "elements" (the paper's) masks single weights, and a bias goes with
-    the last weight of its output; "channel" masks whole channels of coupled layers, both where they are made and where
-    they are read. start: "ones" (the paper's), where all scores fall to the threshold together and those that are
-    missed come back, or "magnitude", where scores start at the ranks of |W| in (0, 1] and fall one after the other:
-    far fewer steps. lr: of the scores, head_lr: of the head, both falling to zero by half a cosine. where: the weights
-    that may go.
-
     The result is a `Reused` with `Masked` weights in eval mode, batch norms folded. `remove_empty` makes a smaller
     plain module of it; `reuse` does both.
 
-    Raises ValueError for classes that are repeated, unknown, or fewer than two labels, and for settings out of range.
+    Args:
+        classes: The outputs to keep, in the order of the new labels.
+        rest: Whether there is one more label for every other class (classes=(7,), rest=True is binary: 7 or not).
+        steps: Steps of the search.
+        alpha: The weight of the retention rate.
+        lr: The learning rate of the scores, falling to zero by half a cosine.
+        head_lr: The learning rate of the head, falling likewise.
+        pattern: "elements" (the paper's) masks single weights, and a bias goes with the last weight of its output;
+            "channel" masks whole channels of coupled layers, both where they are made and where they are read.
+        start: "ones" (the paper's), where all scores fall to the threshold together and those that are missed come
+            back, or "magnitude", where scores start at the ranks of |W| in (0, 1] and fall one after the other: far
+            fewer steps.
+        where: The weights that may go, as in `Prune`.
+        every: Steps between masks that are scored.
+        batch_size: Examples a step; the task's by default.
+        seed: The seed of the batches.
 
-    >>> x, y = torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8)
-    >>> task = Task("eye", (x, y), (x, y), batch_size=16)
-    >>> net = nn.Linear(4, 4); net.weight.data, net.bias.data = 4 * torch.eye(4) + 0.01, torch.zeros(4)
-    >>> small = Seam(classes=(1, 2), steps=60)(net, task, None)
-    >>> retention(small) < 0.5, subproblem(task, (1, 2)).score(small).value
-    (True, 1.0)
+    Raises:
+        ValueError: For classes that are repeated, unknown, or fewer than two labels, and for settings out of range.
 
-    Source: Qi, Sun, Gao, Zhang, Li and Liu, Reusing deep neural network models through model re-engineering, ICSE 2023,
-    arXiv:2304.00245; threshold, clipping, head, the norms' fixed statistics and the choice among masks as in the
-    authors' code (github.com/qibinhang/SeaM). There a bias has a mask of its own, and every fifth epoch trains the head
-    alone. The channel pattern, the start by magnitude and the falling learning rate are ours.
+    Example:
+        >>> x, y = torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8)
+        >>> task = Task("eye", (x, y), (x, y), batch_size=16)
+        >>> net = nn.Linear(4, 4); net.weight.data, net.bias.data = 4 * torch.eye(4) + 0.01, torch.zeros(4)
+        >>> small = Seam(classes=(1, 2), steps=60)(net, task, None)
+        >>> retention(small) < 0.5, subproblem(task, (1, 2)).score(small).value
+        (True, 1.0)
+
+    Source:
+        Qi, Sun, Gao, Zhang, Li and Liu, Reusing deep neural network models through model re-engineering, ICSE 2023,
+        arXiv:2304.00245; threshold, clipping, head, the norms' fixed statistics and the choice among masks as in the
+        authors' code (github.com/qibinhang/SeaM). There a bias has a mask of its own, and every fifth epoch trains the
+        head alone. The channel pattern, the start by magnitude and the falling learning rate are ours.
     """
 
     classes: tuple[int, ...]
@@ -185,7 +204,7 @@ class Seam(Stage):
 
 
 def terms(net: Reused, m: Masks, names: Collection[str], sub: Task, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The two terms of the loss: the cross entropy of a batch under masks m, and the weight retention rate R."""
+    """Compute the two terms of the loss: the cross entropy under masks m, and the weight retention rate R."""
     device = net.head.weight.device
     output = call(under(net, m), on(batch.inputs, device))
     labels = None if batch.targets is None else batch.targets.to(device)
@@ -193,12 +212,19 @@ def terms(net: Reused, m: Masks, names: Collection[str], sub: Task, batch: Batch
 
 
 def retention(model: nn.Module) -> float:
-    """The weight retention rate of a masked network: kept weights over all weights of its masked matrices.
+    """Compute the weight retention rate of a masked network: kept weights over all weights of its masked matrices.
 
-    >>> net = nn.Linear(4, 1)
-    >>> attach(net, "weight", Masked(torch.tensor([[True, False, False, False]])))
-    >>> retention(net)
-    0.25
+    Args:
+        model: A network with masks.
+
+    Returns:
+        The rate, in [0, 1].
+
+    Example:
+        >>> net = nn.Linear(4, 1)
+        >>> attach(net, "weight", Masked(torch.tensor([[True, False, False, False]])))
+        >>> retention(net)
+        0.25
     """
     seen = [code.mask for code in masks(model).values() if code.mask.dim() > 1]
     return sum(int(mask.sum()) for mask in seen) / max(1, sum(mask.numel() for mask in seen))
@@ -207,15 +233,24 @@ def retention(model: nn.Module) -> float:
 def reuse(
     model: nn.Module, task: Task, classes: tuple[int, ...], rest: bool = False, **settings: Any
 ) -> tuple[nn.Module, Task]:
-    """A smaller plain network for some of the classes, and their task: what `shrink` and `compile` take.
+    """Make a smaller plain network for some of the classes, and their task: what `shrink` and `compile` take.
 
-    settings: those of `Seam`.
+    Args:
+        model: The network for all classes.
+        task: The task of all classes.
+        classes: The outputs to keep, in the order of the new labels.
+        rest: Whether there is one more label for every other class.
+        settings: Those of `Seam`.
 
-    >>> x, y = torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8)
-    >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4))
-    >>> small, sub = reuse(net, Task("eye", (x, y), (x, y)), (1, 2), steps=5)
-    >>> small(sub.example).shape
-    torch.Size([1, 2])
+    Returns:
+        The network and the task of the sub-problem.
+
+    Example:
+        >>> x, y = torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8)
+        >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> small, sub = reuse(net, Task("eye", (x, y), (x, y)), (1, 2), steps=5)
+        >>> small(sub.example).shape
+        torch.Size([1, 2])
     """
     found = Seam(classes, rest, **settings)(model, task, None)
     return remove_empty(found, task.example), subproblem(task, classes, rest)

@@ -1,4 +1,4 @@
-"""Network slimming: a penalty on the scales of batch norms, after which the channels to remove show themselves."""
+"""Network slimming: penalize the scales of batch norms, so that channels to remove get small scales."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,27 +16,31 @@ from lilliput.task import Batch, Task
 
 @dataclass(frozen=True)
 class Slimming(Rule):
-    """Adds lambda * sum |gamma| over the scales of the batch norms to the loss, so that many of them become small:
+    """Add lambda * sum |gamma| over the scales of the batch norms to the loss, so that many of them become small.
 
-        L = sum over (x, y) of l(f(x, W), y) + lambda * sum over gamma of |gamma|.
+        L = sum over (x, y) of l(f(x, W), y) + lambda * sum over gamma of |gamma|
 
     Then `PruneChannels(0.5, score="batchnorm_scale", allocation="global")` removes the channels of the smallest, and a
-    training without this rule mends what that cost.
+    training without this rule recovers what that cost.
 
-    strength: lambda, a number or a schedule of the step; the paper uses 1e-4 and 1e-5. where: which batch norms, glob
-    patterns on modules separated by commas.
+    Args:
+        strength: lambda, a number or a schedule of the step; the paper uses 1e-4 and 1e-5.
+        where: Which batch norms: glob patterns on modules, separated by commas.
 
-    Raises ValueError for a negative strength, and where no batch norm has a scale.
+    Raises:
+        ValueError: For a negative strength, and where no batch norm has a scale.
 
-    >>> net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4)); adam = torch.optim.AdamW(net.parameters())
-    >>> x = torch.randn(8, 2)
-    >>> with Slimming(0.5).attached(net, adam, steps=1) as rule:
-    ...     y = net(x); added = rule.loss(None, y); (y.square().mean() + added).backward(); adam.step()
-    >>> added.item()
-    2.0
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4)); adam = torch.optim.AdamW(net.parameters())
+        >>> x = torch.randn(8, 2)
+        >>> with Slimming(0.5).attached(net, adam, steps=1) as rule:
+        ...     y = net(x); added = rule.loss(None, y); (y.square().mean() + added).backward(); adam.step()
+        >>> added.item()
+        2.0
 
-    Source: Liu, Li, Shen, Huang, Yan and Zhang, Learning efficient convolutional networks through network slimming,
-    ICCV 2017, arXiv:1708.06519, equation 1.
+    Source:
+        Liu, Li, Shen, Huang, Yan and Zhang, Learning efficient convolutional networks through network slimming, ICCV
+        2017, arXiv:1708.06519, equation 1.
     """
 
     strength: float | Schedule = 1e-4
@@ -55,7 +59,7 @@ class Slimming(Rule):
         return {}
 
     def scales(self, model: nn.Module) -> list[Tensor]:
-        """The scales gamma that are penalised."""
+        """List the scales gamma that are penalized."""
         named = {f"{n}.weight" if n else "weight" for n, m in model.named_modules() if isinstance(m, BATCH_NORMS)}
         tensors = dict(model.named_parameters())
         return [

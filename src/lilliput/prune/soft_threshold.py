@@ -1,4 +1,4 @@
-"""STR: a threshold for each layer, learnt by gradient descent along with the weights."""
+"""STR: soft thresholds, one a layer, learnt by gradient descent along with the weights."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -19,30 +19,41 @@ from lilliput.task import Task
 
 @dataclass(frozen=True)
 class STR(Stage, Rule):
-    """Soft threshold reparameterization, and masks of what is left when the training ends:
+    """Learn a soft threshold for each tensor along with its weights; what it leaves becomes a mask when the training
+    ends.
 
-        W_l = sign(w_l) relu(|w_l| - exp(s_l + c)),
+        W_l = sign(w_l) relu(|w_l| - exp(s_l + c))
 
-    s_l learnt for each tensor l, which finds how sparse each should be; c, common to all, is what makes the whole as
-    sparse as the schedule says: the quantile of log |w| - s_l. Since c takes what the s_l have in common, only their
-    differences are learnt, and `decay` pulls them together. With sparsity=None there is no c, as in the paper: `decay`
-    is then an L2 penalty on s, which pulls it up to 0, and says how sparse the result is.
+    s_l is learnt for each tensor l and finds how sparse each should be. c is common to all tensors and makes the whole
+    as sparse as the schedule says: it is the quantile of log |w| - s_l. Since c takes what the s_l have in common, only
+    their differences are learnt, and `decay` pulls them together. With sparsity=None there is no c, as in the paper:
+    `decay` is then an L2 penalty on s, which pulls it up to 0, and determines how sparse the result is.
 
-    sparsity: a number s means Cubic(s, begin=0.1); None: no target. every: steps between quantiles. start: the first s.
-    allocation, where: as in `Prune`; with another one than "global", c is each tensor's own. As a rule of `Train` it
-    needs nothing else. In a loop that is not ours apply it as a stage first, then make the optimizer, which must hold s
-    too.
+    As a rule of `Train` it needs nothing else. In a loop that is not ours apply it as a stage first, then make the
+    optimizer, which must hold s too.
 
-    Raises ValueError for settings out of range, NotSupported for tensors that have a code already.
+    Args:
+        sparsity: A number s means Cubic(s, begin=0.1); a schedule of the step; None for no target.
+        decay: The strength of the pull on s.
+        allocation: As in `Prune`; with another one than "global", c is each tensor's own.
+        where: As in `Prune`.
+        every: Steps between quantiles.
+        start: The first s, the logarithm of a weight's size.
 
-    >>> net = STR(0.5)(nn.Linear(8, 8), None, None); sgd = torch.optim.SGD(net.parameters(), 0.1)
-    >>> with STR(0.5).attached(net, sgd, steps=4):
-    ...     for _ in range(4): net(torch.randn(4, 8)).square().sum().backward(); sgd.step()
-    >>> int((net.weight == 0).sum())
-    32
+    Raises:
+        ValueError: For settings out of range.
+        NotSupported: For tensors that have a code already.
 
-    Source: Kusupati, Ramanujan, Somani, Wortsman, Jain, Kakade and Farhadi, Soft threshold weight reparameterization
-    for learnable sparsity, ICML 2020, arXiv:2002.03231, equations 2 to 6; the common c is ours.
+    Example:
+        >>> net = STR(0.5)(nn.Linear(8, 8), None, None); sgd = torch.optim.SGD(net.parameters(), 0.1)
+        >>> with STR(0.5).attached(net, sgd, steps=4):
+        ...     for _ in range(4): net(torch.randn(4, 8)).square().sum().backward(); sgd.step()
+        >>> int((net.weight == 0).sum())
+        32
+
+    Source:
+        Kusupati, Ramanujan, Somani, Wortsman, Jain, Kakade and Farhadi, Soft threshold weight reparameterization for
+        learnable sparsity, ICML 2020, arXiv:2002.03231, equations 2 to 6; the common c is ours.
     """
 
     sparsity: float | Schedule | None = None
@@ -78,7 +89,7 @@ class STR(Stage, Rule):
         return {}
 
     def thresholds(self, model: nn.Module) -> dict[str, tuple[SoftThreshold, Tensor]]:
-        """The code and s of each tensor."""
+        """Return the code and s of each tensor, by its name."""
         found = {name: chain[0] for name, chain in codes(model).items() if isinstance(chain[0], SoftThreshold)}
         return {name: (code, second(model, name)) for name, code in found.items()}
 

@@ -1,4 +1,4 @@
-"""Sparse training: sparse from the first step to the last. Masks that never move, and SET, whose masks evolve."""
+"""Sparse training, sparse from the first step to the last: static masks, and SET, whose masks evolve."""
 
 import math
 import zlib
@@ -17,27 +17,48 @@ from lilliput.task import Task
 
 
 def noise(name: str, shape: torch.Size, seed: int, step: int) -> Tensor:
-    """Uniform numbers in [0, 1) as a function of the tensor's name, the seed and the step alone."""
+    """Draw uniform numbers in [0, 1) that are a function of the tensor's name, the seed and the step alone.
+
+    Args:
+        name: The tensor's name.
+        shape: The shape of the result.
+        seed: The seed.
+        step: The step of the training.
+
+    Returns:
+        The numbers, float32.
+
+    Example:
+        >>> bool((noise("fc.weight", torch.Size([3]), 0, 1) == noise("fc.weight", torch.Size([3]), 0, 1)).all())
+        True
+    """
     generator = torch.Generator().manual_seed((seed * 1000003 + zlib.crc32(name.encode())) * 1000003 + step)
     return torch.rand(shape, generator=generator)
 
 
 @dataclass(frozen=True)
 class StaticSparse(Masking, Rule):
-    """A random mask from the first step to the last: what every other sparse training has to beat.
+    """Train with a random mask from the first step to the last: what every other sparse training has to beat.
 
-    sparsity: the fraction that is zero, in [0, 1). pattern, allocation, where: as in `Prune`; the usual allocation of
-    sparse training is "erk", and "global" means nothing for random masks. seed: of the masks.
+    Args:
+        sparsity: The fraction that is zero, in [0, 1).
+        pattern: As in `Prune`.
+        allocation: As in `Prune`. The usual one of sparse training is "erk"; "global" means nothing for random masks.
+        where: As in `Prune`.
+        seed: The seed of the masks.
 
-    Raises ValueError for settings out of range.
+    Raises:
+        ValueError: For settings out of range.
 
-    >>> net = nn.Linear(4, 4)
-    >>> state = StaticSparse(0.75).begin(net, None, None, 10)
-    >>> int((net.weight == 0).sum())
-    12
+    Example:
+        >>> net = nn.Linear(4, 4)
+        >>> state = StaticSparse(0.75).begin(net, None, None, 10)
+        >>> int((net.weight == 0).sum())
+        12
 
-    Source: Liu, Chen, Chen, Shen, Mocanu, Wang and Pechenizkiy, The unreasonable effectiveness of random pruning, ICLR
-    2022, arXiv:2202.02643, section 3.
+    Source:
+        Liu, Chen, Chen, Shen, Mocanu, Wang and Pechenizkiy, The unreasonable effectiveness of random pruning, ICLR
+        2022, arXiv:2202.02643, section 3.
     """
 
     sparsity: float = 0.9
@@ -62,21 +83,30 @@ class StaticSparse(Masking, Rule):
 
 @dataclass(frozen=True)
 class SET(StaticSparse, Rule):
-    """Sparse evolutionary training: every so often the smallest weights of each tensor go and as many random ones come,
-    from zero. Each tensor stays exactly as sparse as it began.
+    """Drop the smallest weights of each tensor every so often, and grow as many random ones from zero.
 
-    fraction: of the kept weights that move at the first update; the share falls as half a cosine to none at `until` of
-    the training. every: steps between updates (0: forty in all).
+    This is sparse evolutionary training. Each tensor stays exactly as sparse as it began.
 
-    >>> net = nn.Linear(8, 8); sgd = torch.optim.SGD(net.parameters(), 0.1)
-    >>> with SET(0.5, every=1).attached(net, sgd, steps=4):
-    ...     for _ in range(4): net(torch.randn(4, 8)).square().sum().backward(); sgd.step()
-    >>> int((net.weight == 0).sum())
-    32
+    Args:
+        fraction: The fraction of the kept weights that moves at the first update. It falls as half a cosine to none at
+            `until`.
+        every: Steps between updates; 0 for forty updates in all.
+        until: The fraction of the training after which masks stay.
 
-    Sources: Mocanu, Mocanu, Stone, Nguyen, Gibescu and Liotta, Scalable training of artificial neural networks with
-    adaptive sparse connectivity, Nature Communications 2018, arXiv:1707.04780, algorithm 1; the falling share: Dettmers
-    and Zettlemoyer, Sparse networks from scratch, 2019, arXiv:1907.04840.
+    Raises:
+        ValueError: For settings out of range.
+
+    Example:
+        >>> net = nn.Linear(8, 8); sgd = torch.optim.SGD(net.parameters(), 0.1)
+        >>> with SET(0.5, every=1).attached(net, sgd, steps=4):
+        ...     for _ in range(4): net(torch.randn(4, 8)).square().sum().backward(); sgd.step()
+        >>> int((net.weight == 0).sum())
+        32
+
+    Source:
+        Mocanu, Mocanu, Stone, Nguyen, Gibescu and Liotta, Scalable training of artificial neural networks with adaptive
+        sparse connectivity, Nature Communications 2018, arXiv:1707.04780, algorithm 1. The falling fraction: Dettmers
+        and Zettlemoyer, Sparse networks from scratch, 2019, arXiv:1907.04840.
     """
 
     fraction: float = 0.3
@@ -92,11 +122,11 @@ class SET(StaticSparse, Rule):
             )
 
     def growth(self, state: State, model: nn.Module, name: str, step: int) -> Tensor:
-        """The score >= 0 by which dropped entries come back: the highest first."""
+        """Return the score >= 0 by which dropped entries come back, the highest first."""
         return noise(name, theta(model, name).shape, self.seed, step + 1)
 
     def due(self, step: int, steps: int) -> bool:
-        """Whether the masks move after this step."""
+        """Tell whether the masks move after this step."""
         every = self.every or max(1, round(self.until * steps / 40))
         return (step + 1) % every == 0 and step + 1 < self.until * steps
 

@@ -1,4 +1,4 @@
-"""SparseGPT: one pass over the columns of a layer, what is dropped made up for by the columns that follow."""
+"""SparseGPT: one pass over the columns of a layer, in which later columns make up for what is dropped."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,20 +17,31 @@ from lilliput.task import Task
 def sparsegpt(
     weight: Tensor, hessian: Tensor, sparsity: float, pattern: Pattern, width: int = 128, damp: float = 0.01
 ) -> tuple[Tensor, Tensor]:
-    """New weights and their mask, with few zeros' worth of error on the layer's inputs.
+    """Prune one layer column by column, with little error on the layer's inputs.
 
     With U the upper Cholesky factor of (H + lambda I)^-1 = U^T U, the inverse of what remains after the first j columns
     is U_j:^T U_j:, so dropping w_j costs w_j^2 / U_jj^2 and is best made up for by w_k -= w_j / U_jj U_jk, k > j. The
     mask is chosen for `width` columns at a time, by that cost as the weights are by then (N:M: for m columns).
+    Weights of inputs that are always zero cost nothing, and go first.
 
-    weight: (out, ...); hessian: H = X X^T, (groups, d, d), d the values of an output. damp: lambda as a share of the
-    mean of H's diagonal. Weights of inputs that are always zero cost nothing, and go first.
+    Args:
+        weight: (out, ...).
+        hessian: H = X X^T, (groups, d, d), d the values of an output.
+        sparsity: The fraction that becomes zero, in [0, 1).
+        pattern: What goes together.
+        width: How many columns get their mask at once.
+        damp: lambda as a share of the mean of H's diagonal.
 
-    >>> W, H = torch.tensor([[1.0, 1.0]]), torch.tensor([[[1.0, 0.9], [0.9, 1.0]]])
-    >>> sparsegpt(W, H, 0.5, parse("elements"), damp=0.0)
-    (tensor([[0.0000, 1.9000]]), tensor([[False,  True]]))
+    Returns:
+        New weights and their mask.
 
-    Source: Frantar and Alistarh, SparseGPT, ICML 2023, arXiv:2301.00774, section 3, algorithm 1.
+    Example:
+        >>> W, H = torch.tensor([[1.0, 1.0]]), torch.tensor([[[1.0, 0.9], [0.9, 1.0]]])
+        >>> sparsegpt(W, H, 0.5, parse("elements"), damp=0.0)
+        (tensor([[0.0000, 1.9000]]), tensor([[False,  True]]))
+
+    Source:
+        Frantar and Alistarh, SparseGPT, ICML 2023, arXiv:2301.00774, section 3, algorithm 1.
     """
     groups, d = hessian.shape[:2]
     H, dead = damped(hessian, damp)
@@ -75,26 +86,33 @@ def sparsegpt(
 
 @dataclass(frozen=True)
 class SparseGPT(Stage):
-    """Prunes layer after layer, column after column; the columns that follow make up for what is dropped.
+    """Prune layer after layer, column after column; the columns that follow make up for what is dropped.
 
     Each layer is matched on the inputs that the layers before it, pruned by then, give it: few ||W X - W' X||^2. The
     time is that of one factorisation a layer, however many outputs it has. See `sparsegpt` for the equations.
 
-    sparsity: the fraction that becomes zero, in [0, 1). pattern: "elements", "even", "2:4" (any N:M) or "block 4x1"
-    (along the outputs, or also along the inputs of a linear layer). allocation: "uniform", "erk" or pairs (tensor,
-    sparsity). where: which tensors; those of layers whose inputs cannot be seen are left alone (see `left`).
-    width: how many columns get their mask at once. damp: of H, as a share of the mean of its diagonal.
-    examples: how many inputs H is taken from; no labels are needed.
+    Args:
+        sparsity: The fraction that becomes zero, in [0, 1).
+        pattern: "elements", "even", "2:4" (any N:M) or "block 4x1" (along the outputs, or also along the inputs of a
+            linear layer).
+        allocation: "uniform", "erk" or pairs (tensor, sparsity).
+        where: Which tensors, as in `Prune`; those of layers whose inputs cannot be seen are left alone (see `left`).
+        width: How many columns get their mask at once.
+        damp: The damping of H, as a share of the mean of its diagonal.
+        examples: How many inputs H is taken from; no labels are needed.
 
-    Raises ValueError for settings out of range, without a task, and when there is no tensor left to prune.
+    Raises:
+        ValueError: For settings out of range, without a task, and when there is no tensor left to prune.
 
-    >>> net, x = nn.Linear(8, 4), torch.randn(64, 8)
-    >>> task = Task("some", train=(x, None), val=(x, None), loss="mse", metric="mse")
-    >>> int((SparseGPT(0.5, pattern="2:4")(net, task, None).weight == 0).sum())
-    16
+    Example:
+        >>> net, x = nn.Linear(8, 4), torch.randn(64, 8)
+        >>> task = Task("some", train=(x, None), val=(x, None), loss="mse", metric="mse")
+        >>> int((SparseGPT(0.5, pattern="2:4")(net, task, None).weight == 0).sum())
+        16
 
-    Source: Frantar and Alistarh, SparseGPT: massive language models can be accurately pruned in one-shot, ICML 2023,
-    arXiv:2301.00774, section 3.
+    Source:
+        Frantar and Alistarh, SparseGPT: massive language models can be accurately pruned in one-shot, ICML 2023,
+        arXiv:2301.00774, section 3.
     """
 
     sparsity: float | None = None
@@ -111,7 +129,7 @@ class SparseGPT(Stage):
             raise ValueError(f"SparseGPT: width must be at least 1 column, got {self.width}.")
 
     def left(self, model: nn.Module) -> dict[str, str]:
-        """The tensors that `where` takes in but that are left alone, each with the reason."""
+        """List the tensors that `where` takes in but that are left alone, each with the reason."""
         return sort(model, self.where, self.pattern, "SparseGPT", self.allocation)[1]
 
     def __call__(self, model: nn.Module, task: Task | None, reference: Reference | None) -> nn.Module:

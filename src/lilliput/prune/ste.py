@@ -1,4 +1,4 @@
-"""STE: straight-through magnitude pruning. All weights train; only the largest are used."""
+"""STE: straight-through magnitude pruning, in which all weights train and only the largest are used."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,27 +16,35 @@ from lilliput.task import Task
 
 @dataclass(frozen=True)
 class STE(Masking, Rule):
-    """The network computes with its largest weights, and the gradient passes straight through the mask to all of them:
+    """Compute with the largest weights, and pass the gradient straight through the mask to all of them.
 
-        W = m * w, m = the largest |w|;  w <- w - lr (dL/dW + decay (1 - m) w),
+        W = m * w, m = the largest |w|;  w <- w - lr (dL/dW + decay (1 - m) w)
 
-    so a dropped weight comes back once its gradients have made it large. With decay > 0 dropped weights are pulled to
+    A dropped weight comes back once its gradients have made it large. With decay > 0 dropped weights are pulled to
     zero, which keeps masks from flickering (SR-STE); with decay = 0 it is the plain straight-through estimator.
 
-    sparsity: a number s means Cubic(s, begin=0.1); `Once(s)` holds from the first step on, as in SR-STE. every: steps
-    between masks. decay: SR-STE uses 2e-4 with SGD. pattern, allocation, where: as in `Prune`; SR-STE was made for N:M.
+    Args:
+        sparsity: A number s means Cubic(s, begin=0.1); `Once(s)` holds from the first step on, as in SR-STE.
+        pattern: As in `Prune`; SR-STE was made for N:M.
+        allocation: As in `Prune`.
+        where: As in `Prune`.
+        decay: The pull on dropped weights; SR-STE uses 2e-4 with SGD.
+        every: Steps between masks.
 
-    Raises ValueError for settings out of range.
+    Raises:
+        ValueError: For settings out of range.
 
-    >>> net = nn.Linear(8, 8); sgd = torch.optim.SGD(net.parameters(), 0.1)
-    >>> with STE(0.5, pattern="2:4").attached(net, sgd, steps=4):
-    ...     for _ in range(4): net(torch.randn(4, 8)).square().sum().backward(); sgd.step()
-    >>> int((net.weight.reshape(-1, 4) == 0).sum(1).max())
-    2
+    Example:
+        >>> net = nn.Linear(8, 8); sgd = torch.optim.SGD(net.parameters(), 0.1)
+        >>> with STE(0.5, pattern="2:4").attached(net, sgd, steps=4):
+        ...     for _ in range(4): net(torch.randn(4, 8)).square().sum().backward(); sgd.step()
+        >>> int((net.weight.reshape(-1, 4) == 0).sum(1).max())
+        2
 
-    Sources: Bengio, Leonard and Courville, Estimating or propagating gradients through stochastic neurons, 2013,
-    arXiv:1308.3432; Lee et al., JaxPruner, 2023, arXiv:2304.14082; Zhou et al., Learning N:M fine-grained structured
-    sparse neural networks from scratch, ICLR 2021, arXiv:2102.04010, equations 2 (STE) and 4 (SR-STE).
+    Source:
+        Bengio, Leonard and Courville, Estimating or propagating gradients through stochastic neurons, 2013,
+        arXiv:1308.3432; Lee et al., JaxPruner, 2023, arXiv:2304.14082; Zhou et al., Learning N:M fine-grained
+        structured sparse neural networks from scratch, ICLR 2021, arXiv:2102.04010, equations 2 (STE) and 4 (SR-STE).
     """
 
     decay: float = 0.0

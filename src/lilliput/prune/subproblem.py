@@ -1,4 +1,4 @@
-"""A part of a classification: the task of telling some of the classes apart, and the full network as its answer."""
+"""Sub-problems: the task of telling some classes apart, and the full network as its answer."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -10,17 +10,25 @@ from lilliput.task import METRICS, Task, take
 
 
 def subproblem(task: Task, classes: tuple[int, ...], rest: bool = False) -> Task:
-    """The task of telling some of a task's classes apart: their examples, relabelled 0, 1, ... in the order given.
+    """Make the task of telling some of a task's classes apart: their examples, relabelled 0, 1, ... in the order given.
 
-    rest: the others are one more class, the last, with as many examples as each of these has on average, evenly from
-    all others (of each split).
+    Args:
+        task: A classification.
+        classes: The labels to keep.
+        rest: Whether the others are one more class, the last, with as many examples as each of these has on average,
+            evenly from all others (of each split).
 
-    Raises ValueError for classes that are repeated, not in the task, or fewer than two labels; TypeError for a task
-    without class labels.
+    Returns:
+        The task of the sub-problem.
 
-    >>> x, y = torch.arange(12.0)[:, None], torch.arange(12) % 4
-    >>> subproblem(Task("four", (x, y), (x, y)), (3, 1)).split("train")[1]
-    tensor([1, 0, 1, 0, 1, 0])
+    Raises:
+        ValueError: For classes that are repeated, not in the task, or fewer than two labels.
+        TypeError: For a task without class labels.
+
+    Example:
+        >>> x, y = torch.arange(12.0)[:, None], torch.arange(12) % 4
+        >>> subproblem(Task("four", (x, y), (x, y)), (3, 1)).split("train")[1]
+        tensor([1, 0, 1, 0, 1, 0])
     """
     check_classes(classes, rest, "subproblem")
     if task.loss_name != "cross_entropy":
@@ -75,7 +83,7 @@ def _evenly(targets: Tensor, others: Collection[int], count: int) -> Tensor:
 
 
 def restricted(model: nn.Module, classes: tuple[int, ...], rest: bool = False) -> Callable[..., Tensor]:
-    """The full network as an answer to the sub-problem: its outputs for these classes, and the largest other one."""
+    """Make the full network answer the sub-problem: its outputs for these classes, and the largest other one."""
 
     def answer(*args: Any, **kwargs: Any) -> Tensor:
         outputs = model(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""SoftThreshold: what is smaller than a learnt threshold is zero, the rest is nearer to zero by as much."""
+"""SoftThreshold: zero what is smaller than a learnt threshold, and move the rest as much towards zero."""
 
 import torch
 from torch import Tensor
@@ -8,17 +8,23 @@ from lilliput.code.stored import Plain, Sparse, Stored
 
 
 class SoftThreshold(Code):
-    """W = sign(w) relu(|w| - a), with one threshold a = g(s) = exp(s + shift) for the tensor.
+    """Shrink every entry by a learnt threshold: W = sign(w) relu(|w| - a), with one a = g(s) = exp(s + shift) for the
+    tensor.
 
-    theta = (w, s): dW/dw is 1 where W is not zero and else 0, dW/ds = -a sign(w) there. shift: a buffer by which a rule
-    steers how many entries are zero, whatever s has learnt (0 leaves it alone). start: the first s. Encoding W adds
-    sign(W) a, so that decoding gives W again.
+    theta = (w, s): dW/dw is 1 where W is not zero and else 0, dW/ds = -a sign(w) there. `shift` is a buffer by which a
+    rule steers how many entries are zero, whatever s has learnt (0 leaves it alone). Encoding W adds sign(W) a, so that
+    decoding gives W again.
 
-    Source: Kusupati, Ramanujan, Somani, Wortsman, Jain, Kakade and Farhadi, Soft threshold weight reparameterization
-    for learnable sparsity, ICML 2020, arXiv:2002.03231, equations 2 to 4, with g = exp.
+    Args:
+        start: The first s, the logarithm of a weight's size.
 
-    >>> SoftThreshold().decode(torch.tensor([3.0, -0.5, -2.0]), torch.tensor(0.0))
-    tensor([ 2., -0., -1.])
+    Example:
+        >>> SoftThreshold().decode(torch.tensor([3.0, -0.5, -2.0]), torch.tensor(0.0))
+        tensor([ 2., -0., -1.])
+
+    Source:
+        Kusupati, Ramanujan, Somani, Wortsman, Jain, Kakade and Farhadi, Soft threshold weight reparameterization for
+        learnable sparsity, ICML 2020, arXiv:2002.03231, equations 2 to 4, with g = exp.
     """
 
     shift: Tensor

@@ -1,4 +1,4 @@
-"""Top-KAST: the forward pass sees the largest weights, the backward pass some more."""
+"""Top-KAST: sparse forward passes with the largest weights, sparse backward passes to some more."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,27 +18,37 @@ from lilliput.task import Task
 
 @dataclass(frozen=True)
 class TopKAST(Masking, Rule):
-    """Always sparse, forwards and backwards: the network computes with A, the largest weights, and trains B, some more:
+    """Compute with the largest weights, the set A, and train a larger set B: sparse forwards and backwards.
 
         A = top D of |w|, B = top D + M of |w|, D = 1 - sparsity;  w_B <- w_B - lr (dL/dW_B + decay r_B),
-        r = w in A, w / D in B \\ A:
+        r = w in A, w / D in B minus A
 
-    a weight of B \\ A has to grow against the exploration regulariser to enter A. Weights outside B stay as they are.
+    A weight of B minus A has to grow against the exploration regulariser to enter A. Weights outside B stay as they
+    are.
 
-    explore: M, the further fraction of weights that is trained, until `until` of the training; then B = A. decay: of
-    the regulariser, added to the gradient. every: steps between new sets. sparsity, pattern, allocation, where: as in
-    `Prune`.
+    Args:
+        sparsity: The fraction that is zero, in [0, 1), or a schedule of the step.
+        pattern: As in `Prune`.
+        allocation: As in `Prune`.
+        where: As in `Prune`.
+        explore: M, the further fraction of weights that is trained until `until`; then B = A.
+        decay: The strength of the regulariser, added to the gradient.
+        every: Steps between new sets.
+        until: The fraction of the training after which B = A.
 
-    Raises ValueError for settings out of range.
+    Raises:
+        ValueError: For settings out of range.
 
-    >>> net = nn.Linear(8, 8); sgd = torch.optim.SGD(net.parameters(), 0.1)
-    >>> with TopKAST(0.5).attached(net, sgd, steps=4):
-    ...     for _ in range(4): net(torch.randn(4, 8)).square().sum().backward(); sgd.step()
-    >>> int((net.weight == 0).sum())
-    32
+    Example:
+        >>> net = nn.Linear(8, 8); sgd = torch.optim.SGD(net.parameters(), 0.1)
+        >>> with TopKAST(0.5).attached(net, sgd, steps=4):
+        ...     for _ in range(4): net(torch.randn(4, 8)).square().sum().backward(); sgd.step()
+        >>> int((net.weight == 0).sum())
+        32
 
-    Source: Jayakumar, Pascanu, Rae, Osindero and Elsen, Top-KAST: Top-K always sparse training, NeurIPS 2020,
-    arXiv:2106.03517, sections 2.1 to 2.3.
+    Source:
+        Jayakumar, Pascanu, Rae, Osindero and Elsen, Top-KAST: Top-K always sparse training, NeurIPS 2020,
+        arXiv:2106.03517, sections 2.1 to 2.3.
     """
 
     explore: float = 0.1

@@ -21,20 +21,30 @@ from lilliput.task import Task
 def surgery(
     weight: Tensor, blocks: Tensor, sparsity: float, pattern: Pattern, damp: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """New weights and their mask: drop by w_q^2 / (2 [F^-1]_qq), the other weights of each block make up for it.
+    """Drop the weights of the least w_q^2 / (2 [F^-1]_qq) and let the other weights of each block make up for them.
 
     For one weight q of a block, dw = -w_q F^-1 e_q / [F^-1]_qq. For all of Q at once,
     dw = -F^-1 E_Q ([F^-1]_QQ)^-1 w_Q; no sum of single steps, which would count twice what two have in common.
 
-    weight: any shape; blocks: (blocks, size, size), the Fisher information along the flattened weight, padded with
-    zeros, as `lilliput.statistics.inverse_fisher.fisher_blocks` gives it.
+    Args:
+        weight: Of any shape.
+        blocks: (blocks, size, size), the Fisher information along the flattened weight, padded with zeros, as
+            `lilliput.statistics.inverse_fisher.fisher_blocks` gives it.
+        sparsity: The fraction that becomes zero, in [0, 1).
+        pattern: What goes together.
+        damp: Added to F's diagonal.
 
-    >>> F = torch.tensor([[[1.0, 0.5], [0.5, 1.0]]])
-    >>> surgery(torch.tensor([[1.0, 2.0]]), F, 0.5, parse("elements"), damp=0.0)
-    (tensor([[0.0000, 2.5000]]), tensor([[False,  True]]))
+    Returns:
+        New weights and their mask.
 
-    Source: Singh and Alistarh, WoodFisher, NeurIPS 2020, arXiv:2004.14340 (one weight at a time); Kurtic et al., The
-    optimal BERT surgeon, EMNLP 2022, arXiv:2203.07259 (several at once).
+    Example:
+        >>> F = torch.tensor([[[1.0, 0.5], [0.5, 1.0]]])
+        >>> surgery(torch.tensor([[1.0, 2.0]]), F, 0.5, parse("elements"), damp=0.0)
+        (tensor([[0.0000, 2.5000]]), tensor([[False,  True]]))
+
+    Source:
+        Singh and Alistarh, WoodFisher, NeurIPS 2020, arXiv:2004.14340 (one weight at a time); Kurtic et al., The
+        optimal BERT surgeon, EMNLP 2022, arXiv:2203.07259 (several at once).
     """
     size, count = blocks.shape[-1], weight.numel()
     damped = blocks + damp * torch.eye(size).to(blocks)
@@ -47,25 +57,35 @@ def surgery(
 
 @dataclass(frozen=True)
 class WoodFisher(Stage):
-    """Prunes what the loss needs least, by its curvature; the other weights of a block make up for what goes.
+    """Prune the weights that the loss needs least, by its curvature; the other weights of a block make up for them.
 
     F = 1/N sum of g_n g_n^T, g_n the gradient of example n's loss, in blocks of `size` weights along each tensor's
     diagonal. In every round the same share of what is left goes, and F is taken anew. See `surgery` for the equations.
+    Without labels the loss is that on some drawn from the model's own outputs.
 
-    sparsity: the fraction that becomes zero, in [0, 1). rounds: in how many steps. pattern: "elements", "even", "2:4"
-    (any N:M) or "block 4x1". allocation: "uniform", "erk" or pairs (tensor, sparsity). where: which tensors, of any
-    kind of layer. damp: added to F's diagonal. examples: N; each costs a backward pass in each round. Without labels
-    the loss is that on some drawn from the model's own outputs. seed: of these.
+    Args:
+        sparsity: The fraction that becomes zero, in [0, 1).
+        rounds: In how many rounds.
+        pattern: "elements", "even", "2:4" (any N:M) or "block 4x1".
+        allocation: "uniform", "erk" or pairs (tensor, sparsity).
+        where: Which tensors, of any kind of layer.
+        size: Weights a block.
+        damp: Added to F's diagonal.
+        examples: N; each costs a backward pass in each round.
+        seed: The seed of the choice of examples and of drawn labels.
 
-    Raises ValueError for settings out of range, without a task, and when there is no tensor left to prune.
+    Raises:
+        ValueError: For settings out of range, without a task, and when there is no tensor left to prune.
 
-    >>> net, x = nn.Linear(8, 4), torch.randn(64, 8)
-    >>> task = Task("some", train=(x, torch.arange(64) % 4), val=(x, torch.arange(64) % 4))
-    >>> int((WoodFisher(0.5)(net, task, None).weight == 0).sum())
-    16
+    Example:
+        >>> net, x = nn.Linear(8, 4), torch.randn(64, 8)
+        >>> task = Task("some", train=(x, torch.arange(64) % 4), val=(x, torch.arange(64) % 4))
+        >>> int((WoodFisher(0.5)(net, task, None).weight == 0).sum())
+        16
 
-    Source: Singh and Alistarh, WoodFisher: efficient second-order approximation for neural network compression,
-    NeurIPS 2020, arXiv:2004.14340.
+    Source:
+        Singh and Alistarh, WoodFisher: efficient second-order approximation for neural network compression, NeurIPS
+        2020, arXiv:2004.14340.
     """
 
     sparsity: float | None = None
@@ -84,7 +104,7 @@ class WoodFisher(Stage):
             raise ValueError(f"WoodFisher: size and rounds must be at least 1, got {self.size} and {self.rounds}.")
 
     def left(self, model: nn.Module) -> dict[str, str]:
-        """The tensors that `where` takes in but that are left alone, each with the reason."""
+        """List the tensors that `where` takes in but that are left alone, each with the reason."""
         return prunable(model, self.where, parse(self.pattern), "WoodFisher", self.allocation)[1]
 
     def __call__(self, model: nn.Module, task: Task | None, reference: Reference | None) -> nn.Module:
