@@ -18,15 +18,15 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from methods import escaped
 
 import lilliput
 from lilliput import registry
 
+ROOT = Path(__file__).resolve().parents[1]
 # Nouns and entry points that no registry lists, because they are not methods.
 NOUNS = ("code.base", "cost.count", "cost.measure", "finding", "recipe", "registry", "rule", "stage", "store", "task")
 TITLES = {"": "Nouns, recipes and training"}
