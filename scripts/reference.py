@@ -39,8 +39,8 @@ def modules() -> list[str]:
         Modules that hold a public name, a registered method or a noun, sorted.
     """
     found = {f"lilliput.{noun}" for noun in NOUNS} | set(lilliput._NAMES.values())
-    found |= {entry.module for entry in registry.methods()}
-    return sorted(found)
+    entries = (entry for family in registry.FAMILIES for entry in registry.entries(family))
+    return sorted(found | {entry.module for entry in entries if entry.package == "lilliput"})
 
 
 def page(module: str) -> str:
