@@ -21,10 +21,18 @@ FAST: dict[str, tuple[str, ...]] = {
 
 
 def kind(name: str, shape: tuple[int, ...]) -> str:
-    """The kind of layer that a tensor belongs to, by its name and shape: a key of `FAST`.
+    """Tell the kind of layer that a tensor belongs to, by its name and shape: a key of `FAST`.
 
-    >>> kind("gru.weight_hh_l0", (96, 32)), kind("fc.weight", (10, 64)), kind("conv.weight", (8, 4, 1, 1))
-    ('recurrent', 'linear', 'pointwise')
+    Args:
+        name: The tensor's name in the model.
+        shape: Its shape.
+
+    Returns:
+        "recurrent", "linear", "convolution" or "pointwise".
+
+    Example:
+        >>> kind("gru.weight_hh_l0", (96, 32)), kind("fc.weight", (10, 64)), kind("conv.weight", (8, 4, 1, 1))
+        ('recurrent', 'linear', 'pointwise')
     """
     if len(shape) > 2:
         return "pointwise" if math.prod(shape[2:]) == 1 else "convolution"
@@ -32,12 +40,21 @@ def kind(name: str, shape: tuple[int, ...]) -> str:
 
 
 def fast(shape: tuple[int, ...], kind: str) -> str:
-    """The pattern that the engine runs fastest in a layer of this kind, of those that divide the shape.
+    """Choose the pattern that the engine runs fastest in a layer of this kind, of those that divide the shape.
 
-    Raises ValueError for an unknown kind.
+    Args:
+        shape: The tensor's shape.
+        kind: A key of `FAST`.
 
-    >>> fast((6, 64), "linear")
-    'elements'
+    Returns:
+        The pattern as text, which `parse` reads.
+
+    Raises:
+        ValueError: For an unknown kind.
+
+    Example:
+        >>> fast((6, 64), "linear")
+        'elements'
     """
     if kind not in FAST:
         raise ValueError(f"fast: kind must be one of {', '.join(FAST)}, got {kind!r}.")
@@ -53,7 +70,19 @@ def fast(shape: tuple[int, ...], kind: str) -> str:
 @register("pattern", name="engine")
 @dataclass(frozen=True)
 class Engine(Pattern):
-    """What `lilliput.compile` runs fastest, for each tensor by its kind of layer and its shape: see `FAST`."""
+    """Use the pattern that `lilliput.compile` runs fastest, for each tensor by its kind of layer and its shape: see
+    `FAST`.
+
+    Args:
+        name: The tensor's name, which says the kind of its layer; `of` fills it in.
+
+    Example:
+        >>> Engine().of("fc.weight").block((8, 64))
+        (8, 1)
+
+    Source:
+        No paper: measured (results/engine/patterns.json).
+    """
 
     name: str = ""
 

@@ -62,6 +62,9 @@ def _count(sparsity: float, units: int) -> int:
 class Pattern:
     """Drop single entries: any weight may become zero.
 
+    A pattern of your own is a class with this base under `@register("pattern")`, or, where every shape will do and
+    units are single entries, a function (score, sparsity) -> mask.
+
     Example:
         >>> Pattern()(torch.tensor([[4.0, 1.0], [3.0, 2.0]]), 0.5)
         tensor([[ True, False],
@@ -356,10 +359,22 @@ class Kernels(Units):
 @register("pattern", name="head")
 @dataclass(frozen=True)
 class HeadRows(Units):
-    """The rows of one of `heads` equal groups: what makes the queries, keys or values of one attention head. In a
-    weight that stacks queries, keys and values, "head 3H" for H heads.
+    """Drop the rows of one of `heads` equal groups: those that make the queries, keys or values of one attention head.
 
-    Source: Michel, Levy and Neubig, Are sixteen heads really better than one?, NeurIPS 2019, arXiv:1905.10650.
+    In a weight that stacks queries, keys and values, write "head 3H" for H heads.
+
+    Args:
+        heads: The number of groups, which must divide the rows.
+
+    Raises:
+        ValueError: For a number of rows that `heads` does not divide.
+
+    Example:
+        >>> HeadRows(heads=2)(torch.tensor([[4.0], [3.0], [2.0], [1.0]]), 0.5).flatten()
+        tensor([ True,  True, False, False])
+
+    Source:
+        Michel, Levy and Neubig, Are sixteen heads really better than one?, NeurIPS 2019, arXiv:1905.10650.
     """
 
     heads: int = 1
@@ -392,7 +407,7 @@ class Function(Pattern):
 
 
 def parse(text: str) -> Pattern:
-    """Make a pattern from plain text.
+    """Make a pattern from plain text: its name in the registry, then its settings.
 
     "elements": any weight. "even": equally many of every output. "2:4" (any N:M): along the inputs; "2:4 out": along
     the outputs. "block 4x1" (any size). "channel", with the other names "row", "filter" and "neuron": whole outputs.
@@ -406,7 +421,8 @@ def parse(text: str) -> Pattern:
         The pattern: a function (score, sparsity) -> mask.
 
     Raises:
-        ValueError: For any other text.
+        KeyError: For an unknown name.
+        ValueError: For settings that the pattern does not take.
 
     Example:
         >>> parse("2:4")(torch.tensor([[4.0, 1.0, 3.0, 2.0]]), 0.5)

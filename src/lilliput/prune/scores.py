@@ -398,7 +398,7 @@ def data_needed(score: str | Score) -> str:
         The most that any of its statistics needs.
 
     Raises:
-        ValueError: For an unknown name.
+        KeyError: For an unknown name.
 
     Example:
         >>> data_needed("magnitude"), data_needed("wanda"), data_needed(snip)
