@@ -1,13 +1,21 @@
 """Recipes: plain data both ways, keys that change when the result would."""
 
+import importlib
+import linecache
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lilliput import Cosine, Distill, Prune, Quantize, Recipe, Student, Task, Train, run
+import lilliput
+from lilliput import Cosine, Distill, Prune, Quantize, Recipe, Student, Task, Train, registry, run
 from lilliput.recipe import next_key, start_key
+from lilliput.registry import lookup
 from lilliput.store import Store
 from lilliput.workshop import Workshop
 
@@ -46,6 +54,81 @@ def test_unknown_stages_and_settings_are_named() -> None:
         Recipe.parse([{"stage": "Prune", "sparsty": 0.5}])
     with pytest.raises(ValueError, match="must name its stage"):
         Recipe.parse([{"sparsity": 0.5}])
+
+
+MINE = """
+from dataclasses import dataclass
+from lilliput import Rule, Stage
+from lilliput.schedule import Schedule
+
+@dataclass(frozen=True)
+class Halve(Schedule):
+    first: float = 1.0
+    def __call__(self, step, steps):
+        return self.first / 2
+
+@dataclass(frozen=True)
+class Scale(Stage):
+    factor: float | Schedule = 2.0
+    def __call__(self, model, task, reference):
+        return model
+
+@dataclass(frozen=True)
+class Prune(Stage):
+    "A name that lilliput has too."
+    def __call__(self, model, task, reference):
+        return model
+
+class Loose(Stage): ...
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    (tmp_path / "my_stages.py").write_text(MINE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield importlib.import_module("my_stages")
+    del sys.modules["my_stages"]
+
+
+def test_a_stage_of_ones_own_is_written_with_its_module_and_imported(mine: Any, tmp_path: Path) -> None:
+    recipe = Recipe((mine.Scale(mine.Halve(3.0)), mine.Prune(), Prune(0.5)))
+    assert [stage["stage"] for stage in recipe.data()] == ["my_stages:Scale", "my_stages:Prune", "Prune"]
+    assert recipe.data()[0]["factor"] == {"stage": "my_stages:Halve", "first": 3.0}
+    (tmp_path / "mine.toml").write_text(recipe.toml())
+    assert Recipe.read(tmp_path / "mine.toml") == recipe
+    program = "from lilliput import Recipe; print(Recipe.read('mine.toml').describe())"
+    command = [sys.executable, "-c", program]
+    environment = {"PYTHONPATH": str(Path(lilliput.__file__).parents[1])}
+    made = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert "Prune(sparsity=0.5)" in made.stdout
+
+
+def test_a_stage_that_cannot_be_imported_says_what_to_do(mine: Any) -> None:
+    with pytest.raises(KeyError, match=r"'absent_module:Scale': No module .* Install .* folder of absent_module\.py"):
+        Recipe.parse([{"stage": "absent_module:Scale"}])
+    with pytest.raises(KeyError, match="'my_stages:Scales': module 'my_stages' has no attribute"):
+        Recipe.parse([{"stage": "my_stages:Scales"}])
+    with pytest.raises(TypeError, match=r"'my_stages:Loose'\. Decorate it @dataclass"):
+        Recipe.parse([{"stage": "my_stages:Loose"}])
+
+
+def test_the_key_of_a_stage_of_ones_own_follows_its_source(mine: Any, tmp_path: Path) -> None:
+    def key() -> str:
+        linecache.clearcache()
+        return next_key("start", importlib.reload(mine).Scale())
+
+    first = key()
+    (tmp_path / "my_stages.py").write_text(MINE.replace("factor: float", "# how much\n    factor: float"))
+    assert key() == first, "a comment computes nothing"
+    (tmp_path / "my_stages.py").write_text(MINE.replace("return model", "return model.double()"))
+    assert key() != first
+
+
+def test_keys_follow_the_source_of_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = next_key("start", Prune(0.5, score="ria"))
+    monkeypatch.setitem(registry.live, ("score", "ria"), lookup("score", "wanda"))
+    assert next_key("start", Prune(0.5, score="ria")) != first
 
 
 def test_keys_change_with_weights_task_seed_stage_and_version(monkeypatch: pytest.MonkeyPatch) -> None:

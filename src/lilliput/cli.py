@@ -342,6 +342,7 @@ def run(
 
         if not recipe.is_file():
             raise ValueError(f"run: the recipe must be a TOML or JSON file that exists, got {recipe}.")
+        sys.path.insert(0, "")  # stages of your own lie where the command is given
         steps = Recipe.read(recipe)
         model, task = resolve(target)
         summary = apply(model, task, steps, out, seed, device)

@@ -1,9 +1,13 @@
 """Recipe: a tuple of stages, as plain data both ways, and the key under which each prefix is stored."""
 
+import ast
+import contextlib
 import dataclasses
 import hashlib
-import inspect
+import importlib
 import json
+import operator
+import textwrap
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,14 +21,24 @@ from lilliput import registry
 from lilliput.stage import Stage
 from lilliput.task import Task, source
 
+VALUES = tuple(registry.NOUNS.values())
+"""The families whose members a recipe holds by name."""
+
 
 @dataclass(frozen=True)
 class Recipe:
     """Stages in the order in which they are applied.
 
-    >>> from lilliput import Prune
-    >>> Recipe.of((Prune(0.5),).__iter__()).data()[0]["stage"]
-    'Prune'
+    A class of your own is written as "module:Name" and imported when the recipe is read, so a recipe from elsewhere can
+    run code as any Python file can.
+
+    Args:
+        stages: frozen dataclasses of plain values; rules and schedules among their settings are written the same way.
+
+    Example:
+        >>> from lilliput import Prune
+        >>> Recipe((Prune(0.5),)).data()
+        [{'stage': 'Prune', 'sparsity': 0.5}]
     """
 
     stages: tuple[Stage, ...] = ()
@@ -46,7 +60,13 @@ class Recipe:
 
     @classmethod
     def parse(cls, data: list[dict[str, Any]]) -> "Recipe":
-        """A recipe from plain data; raises KeyError or ValueError for an unknown stage or setting."""
+        """A recipe from plain data.
+
+        Raises:
+            KeyError: for a stage that is not known or cannot be imported.
+            ValueError: for a setting that the stage does not have, and for a name that several stages have.
+            TypeError: for a class that is no dataclass.
+        """
         return cls(tuple(_object(item) for item in data))
 
     def toml(self) -> str:
@@ -75,7 +95,11 @@ class Recipe:
 
 
 def plain(value: Any) -> Any:
-    """A stage, rule or schedule as a dictionary with its type under "stage"; anything plain as it is."""
+    """A stage, rule or schedule as a dictionary with its type under "stage"; anything plain as it is.
+
+    The type is its name in the registry, or "module:Name" for a class that the registry does not know or where several
+    have the name.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kept = {}
         for field in dataclasses.fields(value):
@@ -83,10 +107,39 @@ def plain(value: Any) -> Any:
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             if mine != default and mine is not None:
                 kept[field.name] = plain(mine)
-        return {"stage": type(value).__name__, **kept}
+        return {"stage": _name(type(value)), **kept}
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
     return value
+
+
+def _name(kind: type) -> str:
+    try:
+        entry = registry.find(VALUES, kind.__name__)
+    except (KeyError, ValueError):
+        entry = None
+    if entry and (entry.module, entry.attribute) == (kind.__module__, kind.__qualname__):
+        return entry.name
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _kind(name: str) -> Any:
+    """The class of that name; "module:Name" is imported."""
+    place, colon, attribute = name.partition(":")
+    if not colon:
+        return registry.lookup(VALUES, name, "Recipe")
+    try:
+        kind = operator.attrgetter(attribute)(importlib.import_module(place))
+    except (ImportError, AttributeError) as error:
+        raise KeyError(
+            f"Recipe: a stage must be a class that can be imported, got {name!r}: {error}. Install the package that "
+            f"has it, or start Python in the folder of {place.partition('.')[0]}.py."
+        ) from error
+    if not dataclasses.is_dataclass(kind):
+        raise TypeError(
+            f"Recipe: a stage must be a frozen dataclass, got {name!r}. Decorate it @dataclass(frozen=True)."
+        )
+    return kind
 
 
 def _object(value: Any) -> Any:
@@ -94,7 +147,7 @@ def _object(value: Any) -> Any:
         settings = dict(value)
         if "stage" not in settings:
             raise ValueError(f'Recipe: each table must name its stage, got {sorted(settings)}. Add stage = "...".')
-        kind = registry.lookup(tuple(registry.NOUNS.values()), settings.pop("stage"))
+        kind = _kind(settings.pop("stage"))
         known = {field.name for field in dataclasses.fields(kind)}
         if unknown := set(settings) - known:
             raise ValueError(f"Recipe: {kind.__name__} takes {sorted(known)}, got {sorted(unknown)}.")
@@ -130,8 +183,8 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     for kind in sorted({type(module) for module in model.modules()}, key=lambda kind: kind.__qualname__):
-        if not inspect.getmodule(kind) or not str(getattr(kind, "__module__", "")).startswith("torch."):
-            digest.update(source(kind).encode())
+        if not kind.__module__.startswith("torch."):
+            digest.update(_digest(kind).encode())
     return digest.hexdigest()
 
 
@@ -142,21 +195,43 @@ def start_key(model: nn.Module, task: Task, seed: int) -> str:
 
 
 def next_key(key: str, stage: Stage) -> str:
-    """The key of a prefix one stage longer; a method's `version` is part of it."""
+    """The key of a prefix one stage longer: its plain data, and the versions and sources of what it uses."""
     return _hash(key, json.dumps(plain(stage), sort_keys=True), json.dumps(sorted(versions(stage))))
 
 
 def versions(value: Any) -> set[str]:
-    """Name and version of every method that a stage uses."""
-    found: set[str] = set()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        found.add(f"{type(value).__name__} {getattr(value, 'version', 1)}")
-        for field in dataclasses.fields(value):
-            found |= versions(getattr(value, field.name))
-    elif isinstance(value, tuple):
-        for item in value:
-            found |= versions(item)
-    return found
+    """Name and version of every method that a stage uses; where there is no version, the source instead.
+
+    A class that no registry lists has no versions to rely on: its author is still writing it. Nor have functions and
+    networks. A setting that is named after a family, such as `score` or `net`, holds a name of it.
+    """
+    if isinstance(value, tuple):
+        return {found for item in value for found in versions(item)}
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return set()
+    kind, name = type(value), _name(type(value))
+    used = {f"{kind.__name__} {getattr(value, 'version', 1)}"}
+    if ":" in name:
+        used.add(f"{name} {_digest(kind)}")
+    for field in dataclasses.fields(value):
+        mine = getattr(value, field.name)
+        used |= versions(mine)
+        if isinstance(mine, str) and field.name in registry.FAMILIES:
+            with contextlib.suppress(KeyError):
+                used.add(f"{field.name} {mine} {_digest(registry.lookup(field.name, mine))}")
+    return used
+
+
+def _digest(thing: Any) -> str:
+    """A hash of what the source of a function or class computes: without comments and docstrings."""
+    try:
+        tree = ast.parse(textwrap.dedent(source(thing)))
+    except SyntaxError:  # it stands inside an expression
+        return _hash(source(thing))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return _hash(ast.unparse(tree))
 
 
 def _hash(*parts: str) -> str:
