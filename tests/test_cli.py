@@ -140,9 +140,16 @@ def test_every_help_shows_one_example(command: list[str]) -> None:
 
 def test_tasks_and_methods_are_listed(place: Path) -> None:
     tasks = CliRunner().invoke(app, ["tasks"], env={"COLUMNS": "200"})
-    methods = CliRunner().invoke(app, ["methods"], env={"COLUMNS": "200"})
+    methods = CliRunner().invoke(app, ["methods"])
     assert all(name in tasks.output for name in ("digits", "mnist1d-cnn", "languages", "sentences"))
-    assert all(name in methods.output for name in ("Prune", "Quantize", "Distill", "Student"))
+    assert all(name in methods.output for name in ("Prune", "Quantize", "Distill", "Student", "magnitude", "ResNet"))
+    assert all(len(line) <= 80 and "…" not in line for line in methods.output.splitlines())
+    one = CliRunner().invoke(app, ["methods", "--family", "allocation"])
+    assert {line.split()[0] for line in one.output.splitlines() if line[:1].isalpha()} == {
+        *("allocation", "name", "uniform", "erk", "global", "normalized")
+    }
+    wrong = CliRunner().invoke(app, ["methods", "--family", "scores"])
+    assert wrong.exit_code == 2 and "Did you mean 'score'" in wrong.output
 
 
 def test_shrink_writes_its_files_and_prints_json_alone(shrunk: subprocess.CompletedProcess[str], place: Path) -> None:

@@ -309,19 +309,31 @@ def tasks() -> None:
 
 
 @app.command()
-def methods() -> None:
-    """Every method there is: codes, stages and rules by family.
+def methods(
+    family: Annotated[str | None, typer.Option(help="one family, such as stage, rule, code or score")] = None,
+) -> None:
+    """Every method there is by family, those of installed packages too.
 
-    Example: lilliput methods
+    Example: lilliput methods --family score
     """
-    from lilliput.registry import methods as listed
+    with speaking():
+        from lilliput.registry import FAMILIES, entries
 
-    table = Table(title="Methods", title_justify="left")
-    for column in ("family", "name", "is", "what it does"):
-        table.add_column(column)
-    for entry in listed():
-        table.add_row(entry.room, entry.name, ", ".join(entry.kinds), entry.summary)
-    console.print(table)
+        for each in [family] if family else FAMILIES:
+            found = entries(each)
+            table = Table(
+                title=each, title_justify="left", title_style="bold", box=None, header_style="dim", pad_edge=False
+            )
+            table.add_column("name", overflow="fold", min_width=19)
+            if foreign := any(entry.package != "lilliput" for entry in found):
+                table.add_column("package", overflow="fold")
+            table.add_column("what it does", overflow="fold")
+            for entry in found:
+                package = [escape(entry.package)] if foreign else []
+                table.add_row(escape(entry.name), *package, escape(entry.summary.partition(". ")[0].rstrip(".")))
+            if found or family:
+                console.print(table)
+                console.print()
 
 
 @app.command()
