@@ -13,19 +13,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import readme
 
 from lilliput.engine import lower
-from lilliput.registry import Entry, methods
+from lilliput.registry import FAMILIES, METHODS, Entry, entries, methods
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = "<!-- {}: made by scripts/methods.py -->"
 
 
-def tables(entries: Iterable[Entry]) -> str:
+def tables(listed: Iterable[Entry]) -> str:
     """One table for each room of lilliput, such as prune."""
     blocks = []
-    for family, found in groupby(entries, key=lambda entry: entry.room):
+    for family, found in groupby(listed, key=lambda entry: entry.room):
         rows = "\n".join(f"| `{entry.name}` | {', '.join(entry.kinds)} | {loop(entry)} | {escaped(entry.summary)} |"
                          for entry in found)  # fmt: skip
         blocks.append(f"## {family}\n\n| method | is a | in your own loop | what it does |\n|---|---|---|---|\n{rows}")
+    return "\n\n".join(blocks)
+
+
+def values() -> str:
+    """One table for each family of what methods take by name: scores, patterns, schedules, networks and the like."""
+    blocks = []
+    for family in FAMILIES:
+        found = [entry for entry in entries(family) if not set(METHODS) & set(entry.kinds)]
+        rows = "\n".join(f"| `{entry.name}` | {escaped(entry.summary)} |" for entry in found)
+        if found:
+            blocks.append(f"## family {family}\n\n| name | what it is |\n|---|---|\n{rows}")
     return "\n\n".join(blocks)
 
 
@@ -70,7 +81,12 @@ def speed() -> str:
 
 def on_page_markdown(markdown: str, **unused: Any) -> str:
     """Called by mkdocs for each page."""
-    for name, make in {"methods": lambda: tables(methods()), "operators": operators, "speed": speed}.items():
+    for name, make in {
+        "methods": lambda: tables(methods()),
+        "values": values,
+        "operators": operators,
+        "speed": speed,
+    }.items():
         marker = MARKER.format(name)
         if marker in markdown:
             markdown = markdown.replace(marker, make())
@@ -78,4 +94,4 @@ def on_page_markdown(markdown: str, **unused: Any) -> str:
 
 
 if __name__ == "__main__":
-    print(tables(methods()))
+    print(tables(methods()), values(), sep="\n\n")
