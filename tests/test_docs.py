@@ -73,7 +73,8 @@ def test_method_table_has_every_method() -> None:
     from lilliput.registry import FAMILIES, entries
 
     made = subprocess.run([sys.executable, ROOT / "scripts" / "methods.py"], capture_output=True, text=True, check=True)
-    for entry in (entry for family in FAMILIES for entry in entries(family)):
+    listed = [entry for family in FAMILIES for entry in entries(family) if entry.package == "lilliput"]
+    for entry in listed:  # not what the pages themselves have registered
         assert f"| `{entry.name}` |" in made.stdout
     assert "`attached`, and add its `loss`" in next(x for x in made.stdout.splitlines() if x.startswith("| `Distill`"))
 
