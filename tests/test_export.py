@@ -9,9 +9,12 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from lilliput.code.stored import Grid, Plain, Product, Sparse, half
 from lilliput.errors import ExportError
 from lilliput.export.onnx import Session, Structure, agreement, clean, load_onnx, opset_of, trace, verify
+from lilliput.stored.einsum import product
+from lilliput.stored.grid import Grid, half
+from lilliput.stored.plain import Plain
+from lilliput.stored.sparse import Sparse
 
 
 class Small(nn.Module):
@@ -126,7 +129,7 @@ def test_every_kind_gives_its_decoded_values(small, change, tmp_path):
         "sparse list": lambda: Sparse(mask, Grid(draw.integers(-7, 8, mask.sum()), 4, half(0.1))),
         "half": lambda: Plain(draw.standard_normal(shape).astype(np.float16)),
         "int8": lambda: Plain(draw.integers(-3, 4, shape).astype(np.int8)),
-        "product": lambda: Product((Plain(np.ones((8, 2), np.float32)), Plain(np.ones((2, 72), np.float32))), shape),
+        "product": lambda: product((Plain(np.ones((8, 2), np.float32)), Plain(np.ones((2, 72), np.float32))), shape),
     }[change]()
     stored = {"second.weight": value}
     narrow = structure.write(stored)

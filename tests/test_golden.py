@@ -21,7 +21,11 @@ from lilliput.export.onnx import Session
 from lilliput.recipe import plain
 
 GOLDEN = Path(__file__).parent / "golden"
-FACTS = json.loads((GOLDEN / "lil" / "facts.json").read_text())
+FACTS = {
+    f"{folder}/{name}": facts
+    for folder in ("lil", "lil2")
+    for name, facts in json.loads((GOLDEN / folder / "facts.json").read_text()).items()
+}
 KEYS = {
     "task", "metric", "higher_is_better", "seed", "floor", "objective", "max_bytes", "max_latency_ms", "budget_s",
     "trials", "met", "machine", "versions", "commit", "command", "dense", "chosen", "front", "nearest", "drop_val",
@@ -34,8 +38,8 @@ POINT = {
 
 
 @pytest.mark.parametrize("name", sorted(FACTS))
-def test_a_packed_file_of_format_1_decodes_to_the_same_bits(name: str) -> None:
-    path = GOLDEN / "lil" / name
+def test_a_packed_file_of_each_format_decodes_to_the_same_bits(name: str) -> None:
+    path = GOLDEN / name
     assert path.stat().st_size == FACTS[name]["bytes"]
     tensors = pack.read(path).tensors().values()
     digests = [hashlib.sha256(np.ascontiguousarray(tensor).tobytes()).hexdigest() for tensor in tensors]

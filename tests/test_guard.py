@@ -11,11 +11,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from lilliput.code.stored import Grid, Plain, Sparse, half
 from lilliput.cost.measure import Measured
 from lilliput.errors import ExportError
 from lilliput.export import guard
 from lilliput.export.onnx import Session, narrow
+from lilliput.stored.grid import Grid, half
+from lilliput.stored.plain import Plain
+from lilliput.stored.sparse import Sparse
 
 draw = np.random.default_rng(0)
 WEIGHT = draw.standard_normal((32, 64)).astype(np.float32)

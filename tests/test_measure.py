@@ -9,10 +9,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from lilliput.code.stored import Grid, half
 from lilliput.cost.count import Counted, Estimated, count, shapes, stored_values
 from lilliput.cost.measure import LayerTimes, Measured, latency, machine, profile
 from lilliput.export.onnx import Session, narrow
+from lilliput.stored.grid import Grid, half
 
 
 def network(nodes, tensors, shape, out, kind=TensorProto.FLOAT):

@@ -13,11 +13,11 @@ from typer.testing import CliRunner, Result
 
 import lilliput
 from lilliput.cli import app
-from lilliput.code.stored import Grid
 from lilliput.export.onnx import Session, trace
 from lilliput.search import finish
 from lilliput.search.onnx_target import load_target
 from lilliput.search.post_onnx import channels, quantized
+from lilliput.stored.grid import Grid
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lilliput.code.stored import Grid, Plain, Product, Sparse, half, limits, position_bits
-from lilliput.export.entropy import coded_bits, decode, encode
+from lilliput.stored.base import limits
+from lilliput.stored.einsum import product
+from lilliput.stored.entropy import coded_bits, decode, encode
+from lilliput.stored.grid import Grid, half
+from lilliput.stored.plain import Plain
+from lilliput.stored.positions import position_bits
+from lilliput.stored.sparse import Sparse
 
 draw = np.random.default_rng(0)
 
@@ -112,11 +117,11 @@ def test_blocks_cost_one_position_each():
 
 def test_product_is_the_matrix_product_of_its_factors():
     u, v = draw.standard_normal((6, 2)).astype(np.float32), draw.standard_normal((2, 12)).astype(np.float32)
-    product = Product((Plain(u), Plain(v)), (6, 3, 4))
-    assert np.allclose(product.decode(), (u @ v).reshape(6, 3, 4), atol=1e-6)
-    assert product.storage().bits == 36 * 32
+    made = product((Plain(u), Plain(v)), (6, 3, 4))
+    assert np.allclose(made.decode(), (u @ v).reshape(6, 3, 4), atol=1e-6)
+    assert made.storage().bits == 36 * 32
     with pytest.raises(ValueError, match="must multiply"):
-        Product((Plain(u), Plain(u)), (6, 3, 4))
+        product((Plain(u), Plain(u)), (6, 3, 4))
 
 
 @pytest.mark.parametrize("count", [1, 300, 40_000])

@@ -119,6 +119,7 @@ def write(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
     """
     temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = file.name
             fill(file)  # type: ignore[arg-type]

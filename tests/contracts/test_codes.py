@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lilliput.code.base import Code, attach, build, codes, copy_model, pack, realize, storage
-from lilliput.export.pack import section
 from lilliput.quant.uniform import Uniform
+from lilliput.stored.base import section
 
 SHAPE = (6, 18)
 

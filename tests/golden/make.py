@@ -1,7 +1,7 @@
 """Write the files of tests/golden with the lilliput that is installed: `python tests/golden/make.py`.
 
-They were written once, at commit 89f5eb2 (format 1 of model.lil), and are kept: later versions must open them. Run this
-only to add a folder for a new format, never to replace what is here.
+They were written once, at commit 89f5eb2 (format 1 of model.lil; `lil2` holds format 2), and are kept: later versions
+must open them. Run this only to add a folder for a new format, never to replace what is here.
 """
 
 import hashlib

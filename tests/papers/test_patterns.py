@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from lilliput.code.base import codes, pack, realize, storage
-from lilliput.code.stored import Plain, Sparse
 from lilliput.export import pack as files
 from lilliput.export.onnx import Structure
 from lilliput.prune import budget, fast_patterns
@@ -19,6 +18,8 @@ from lilliput.prune.budget import PruneToBudget, allocate
 from lilliput.prune.patterns import parse
 from lilliput.prune.prune import Prune
 from lilliput.prune.sparse import SET
+from lilliput.stored.plain import Plain
+from lilliput.stored.sparse import Sparse
 from lilliput.task import Task, predict
 
 RECORD = Path(__file__).parents[2] / "results" / "engine" / "patterns.json"

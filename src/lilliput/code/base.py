@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lilliput.code.stored import Plain, Storage, Stored
 from lilliput.errors import NotSupported, near
+from lilliput.stored.base import Storage, Stored
+from lilliput.stored.plain import Plain
 
 
 class Code(nn.Module):

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lilliput.code.base import Code
-from lilliput.code.stored import Product, Stored
 from lilliput.errors import NotSupported
+from lilliput.stored.base import Stored
+from lilliput.stored.einsum import product
 
 
 class LowRank(Code):
@@ -50,7 +51,7 @@ class LowRank(Code):
 
     def pack(self, *theta: Stored) -> Stored:
         shape = self._shape or (theta[0].shape[0], theta[1].shape[1])
-        return Product(theta, shape)
+        return product(theta, shape)
 
     def build(self, module: nn.Module) -> nn.Module:
         """Two layers that compute what `module` (a linear or ungrouped convolutional layer) does, from A and B.

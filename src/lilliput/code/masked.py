@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lilliput.code.base import Code
-from lilliput.code.stored import Grid, Plain, Sparse, Stored
+from lilliput.stored.base import Stored
+from lilliput.stored.sparse import Sparse
 
 
 class _Straight(torch.autograd.Function):
@@ -58,5 +59,4 @@ class Masked(Code):
         return 1 - int(self.mask.sum()) / max(1, self.mask.numel())
 
     def pack(self, *theta: Stored) -> Stored:
-        values = theta[0] if isinstance(theta[0], Plain | Grid) else Plain(theta[0].decode())
-        return Sparse(np.asarray(self.mask.cpu().numpy()), values, self.block)
+        return Sparse(np.asarray(self.mask.cpu().numpy()), theta[0], self.block)

@@ -16,7 +16,8 @@ from onnx import ModelProto, NodeProto, TensorProto
 from torch import nn
 
 from lilliput.errors import ExportError
-from lilliput.export.onnx import Inputs, Session, arrays, trace
+from lilliput.onnx.session import Inputs, Session, arrays
+from lilliput.onnx.trace import trace
 
 Shape = tuple[int, ...]
 WEIGHTS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT4, TensorProto.UINT4, TensorProto.INT8,
@@ -87,8 +88,24 @@ def count(model: nn.Module | ModelProto, example: Inputs, values: int | None = N
     """
     proto = trace(model, example).proto if isinstance(model, nn.Module) else model
     found = shapes(proto, example)
-    macs = sum(node_macs(node, found) for node in proto.graph.node)
+    macs = sum(node_macs(node, found) for node in computed(proto))
     return Counted(stored_values(proto) if values is None else values, proto.ByteSize(), macs)
+
+
+def computed(proto: ModelProto) -> list[NodeProto]:
+    """The nodes that run for each example: not those that read constants alone, which a runtime folds when it loads.
+
+    A model without inputs computes all of them.
+    """
+    held = {tensor.name for tensor in proto.graph.initializer}
+    varies = {value.name for value in proto.graph.input} - held
+    nodes = []
+    for node in proto.graph.node:
+        inner = any(a.type == onnx.AttributeProto.GRAPH for a in node.attribute)  # its subgraph may read anything
+        if not varies or inner or any(name in varies for name in node.input):
+            varies.update(node.output)
+            nodes.append(node)
+    return nodes
 
 
 def stored_values(proto: ModelProto) -> int:

@@ -22,7 +22,7 @@ import onnx
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from lilliput.cost.count import WEIGHTS, Cost, Estimated, Shape, shapes
-from lilliput.export.onnx import Inputs, Session
+from lilliput.onnx.session import Inputs, Session
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from lilliput.export.onnx import Inputs, Session, arrays
+from lilliput.onnx.session import Inputs, Session, arrays
 from lilliput.registry import lookup, register
 
 Shapes = Mapping[str, Sequence[int]]

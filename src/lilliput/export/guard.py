@@ -18,9 +18,11 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
-from lilliput.code.stored import Array, Plain, Stored
 from lilliput.errors import ExportError
-from lilliput.export.onnx import Inputs, Session, verify
+from lilliput.onnx.compare import verify
+from lilliput.onnx.session import Inputs, Session
+from lilliput.stored.base import Stored
+from lilliput.stored.bits import Array
 
 if TYPE_CHECKING:
     from lilliput.cost.measure import Measured
@@ -147,9 +149,12 @@ def untouched(
     return [
         name
         for name in names
-        if isinstance(kept := after.get(name, Plain(np.asarray(before[name]))), Plain)
-        and kept.array.dtype == np.float32
-        and np.array_equal(kept.array, before[name])
+        if name not in after
+        or (
+            after[name].plain
+            and after[name].native().dtype == np.float32
+            and np.array_equal(after[name].native(), before[name])
+        )
     ]
 
 

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.code.base import find, pack, parameter_names, realize, storage
-from lilliput.code.stored import Plain, Sparse
 from lilliput.cost.measure import latency
 from lilliput.cost.runtimes import EngineSession
-from lilliput.export.onnx import trace
 from lilliput.graph.fold import fold_batchnorm
+from lilliput.onnx.trace import trace
 from lilliput.prune import patterns, scores
 from lilliput.prune.prune import Prune
 from lilliput.stage import Reference, Stage, calibration
 from lilliput.statistics.calibrate import statistics
+from lilliput.stored.plain import Plain
+from lilliput.stored.sparse import Sparse
 from lilliput.task import Task, call, predict
 
 Pairs = tuple[tuple[str, float], ...]

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from lilliput.code.base import Code
-from lilliput.code.stored import Plain, Sparse, Stored
 from lilliput.prune.sparse import noise
+from lilliput.stored.base import Stored
+from lilliput.stored.plain import Plain
+from lilliput.stored.sparse import Sparse
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 

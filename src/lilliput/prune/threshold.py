@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from lilliput.code.base import Code
-from lilliput.code.stored import Plain, Sparse, Stored
+from lilliput.stored.base import Stored
+from lilliput.stored.plain import Plain
+from lilliput.stored.sparse import Sparse
 
 
 class SoftThreshold(Code):

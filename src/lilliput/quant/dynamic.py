@@ -33,7 +33,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from lilliput.cost.measure import latency
 from lilliput.errors import NotSupported, near
-from lilliput.export.onnx import Session
+from lilliput.onnx.session import Session
 from lilliput.quant.int8 import ARITHMETICS, Arithmetic, equaliser, predicted
 from lilliput.quant.products import Array, Floats, Group, Observed, groups, observe
 from lilliput.quant.rewrite import folded, with_narrow_tables, write

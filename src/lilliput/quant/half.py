@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lilliput.code.base import Code
-from lilliput.code.stored import Plain, Stored
+from lilliput.stored.base import Stored
+from lilliput.stored.plain import Plain
 
 
 class _Half(torch.autograd.Function):

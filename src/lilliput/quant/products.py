@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from lilliput.export.onnx import Session
+from lilliput.onnx.session import Session
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lilliput.code.base import Code
-from lilliput.code.stored import Grid, Stored
 from lilliput.quant.ranges import fit
+from lilliput.stored.base import Stored
+from lilliput.stored.grid import Grid
 
 
 class Uniform(Code):

@@ -12,7 +12,7 @@ from rich.table import Table
 from lilliput.cost.measure import latency, machine
 from lilliput.cost.runtimes import open_session
 from lilliput.errors import near
-from lilliput.export.onnx import Session
+from lilliput.onnx.session import Session
 from lilliput.search.units import shown
 from lilliput.store import write
 

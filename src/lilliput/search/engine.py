@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lilliput.code.stored import Plain, Stored
 from lilliput.cost.measure import latency
 from lilliput.cost.runtimes import EngineSession
 from lilliput.errors import ExportError, NotSupported
 from lilliput.export.guard import compare
-from lilliput.export.onnx import Session, Structure
+from lilliput.onnx.session import Session
+from lilliput.onnx.structure import Structure
 from lilliput.search.points import Point
+from lilliput.stored.base import Stored
+from lilliput.stored.plain import Plain
 
 if TYPE_CHECKING:
     from lilliput.search.shrink import Search
@@ -59,8 +61,8 @@ def rewarded(structure: Structure, stored: dict[str, Stored], example: Any) -> t
             opened[sparsity] = EngineSession(
                 structure.write(
                     {
-                        name: Plain(np.where(draw.random(s.array.shape) < sparsity, 0, s.array).astype(s.array.dtype))
-                        if isinstance(s, Plain) and s.array.ndim > 1
+                        name: Plain(np.where(draw.random(s.shape) < sparsity, 0, s.native()).astype(s.native().dtype))
+                        if len(s.shape) > 1
                         else s
                         for name, s in stored.items()
                     }

@@ -15,17 +15,16 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from lilliput.code.stored import Grid, Product, Sparse
 from lilliput.cost.measure import latency, machine, profile
 from lilliput.errors import StoreError
 from lilliput.export import pack as pack_format
 from lilliput.export.guard import flags
-from lilliput.export.onnx import Session
+from lilliput.onnx.session import Session
 from lilliput.recipe import Recipe
 from lilliput.search import engine, post_onnx
 from lilliput.search.choose import Choice, choose, examples_for, front
 from lilliput.search.onnx_target import OnnxModel
-from lilliput.search.points import Point, bits, values
+from lilliput.search.points import Point
 from lilliput.store import write
 from lilliput.task import Task, length
 
@@ -73,7 +72,7 @@ def conclude(search: "Search") -> Result:
         times = latency(sessions, task.example, seconds=seconds)
     for i, point in enumerate(best):
         point.latency, point.engine = times[str(i)], times.get(f"engine {i}")
-        point.flags = flags(point.proto, dense.proto, point.latency, dense.latency or times["0"])
+        point.flags += flags(point.proto, dense.proto, point.latency, dense.latency or times["0"])
     search.show.advance()
     choice, rivals = _choose(search, best)
     winner = None if choice.winner is None else rivals[choice.winner]
@@ -163,17 +162,13 @@ def layers(point: Point, example: Any) -> list[dict[str, Any]]:
     for name, stored in point.stored.items():
         if len(stored.shape) < 2:
             continue
-        inner = stored.values if isinstance(stored, Sparse) else stored
-        total = int(np.prod(stored.shape))
         rows.append(
             {
                 "name": name,
-                "kind": type(inner).__name__.lower() if isinstance(inner, Grid | Product) else "float",
+                **stored.facts(),
                 "shape": list(stored.shape),
-                "values": values(stored),
-                "bits": round(bits(stored), 2),
-                "sparsity": round(1 - values(stored) / total, 4) if isinstance(stored, Sparse) else 0.0,
-                "rank": inner.factors[0].shape[-1] if isinstance(inner, Product) else None,
+                "values": stored.values,
+                "bits": round(stored.bits, 2),
                 "share_of_time": shares.get(name),
             }
         )

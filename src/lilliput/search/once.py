@@ -12,7 +12,7 @@ from lilliput.code.base import copy_model
 from lilliput.cost.measure import machine
 from lilliput.errors import StoreError
 from lilliput.export import pack as pack_format
-from lilliput.export.onnx import agreement
+from lilliput.onnx.compare import agreement
 from lilliput.recipe import Recipe
 from lilliput.search.check import check, place
 from lilliput.search.finish import commit, versions

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lilliput.errors import near
-from lilliput.export.onnx import Session, Structure
+from lilliput.onnx.session import Session
+from lilliput.onnx.structure import Structure
 from lilliput.search.compare import shapes
 from lilliput.task import Task
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.code.base import codes, pack, realize
-from lilliput.code.stored import Grid, Plain, Product, Sparse, Stored
 from lilliput.cost.count import count, stored_values
 from lilliput.cost.measure import latency
 from lilliput.errors import ExportError
@@ -20,6 +19,7 @@ from lilliput.export import onnx as onnx_export
 from lilliput.export import pack as pack_format
 from lilliput.export.guard import compare
 from lilliput.graph.fold import fold_batchnorm
+from lilliput.stored.base import Stored
 from lilliput.task import Score, Task, leaves, predict
 
 
@@ -157,7 +157,11 @@ class Press:
                 plain, stored = folded, pack(folded) | {name: stored[name] for name in coded}
         structure = self.structure(plain, topology)
         with self.clock.on("measure"):
-            return self.finished(structure.write(stored), structure, stored, plain, name, recipe, key, model)
+            decoded: list[str] = []
+            proto = structure.write(stored, decoded)
+            point = self.finished(proto, structure, stored, plain, name, recipe, key, model)
+            point.flags += [f"{name} is written in float32: its kind has no operators in ONNX." for name in decoded]
+            return point
 
     def price(self, structure: Any, plain: nn.Module, objective: str) -> float:
         """MACs of a structure, or the median of a short measurement of its float32 artifact."""
@@ -188,13 +192,14 @@ class Press:
             agreement = onnx_export.agreement(outputs.numpy(), self.dense.score.outputs.numpy())
         else:
             expected = predict(plain, inputs if self.compared is None else examples(inputs, self.compared))
-            agreement = compare(outputs[: len(expected)].numpy(), expected.numpy(), exact=_is_float(stored), who=name)
+            exact = all(s.plain for s in stored.values())
+            agreement = compare(outputs[: len(expected)].numpy(), expected.numpy(), exact=exact, who=name)
         score = self.task.rate(outputs, "val")
         if not bool(torch.isfinite(outputs).all()):
             raise ExportError(f"{name}: outputs must be finite, got NaN or infinity. Train it more slowly.")
         dense = outputs if self.dense is None else self.dense.score.outputs
         packed = pack_format.size(structure.fill(stored), stored)
-        kept = sum(values(s) for s in stored.values()) or stored_values(proto)
+        kept = sum(s.values for s in stored.values()) or stored_values(proto)
         return Point(
             name,
             recipe,
@@ -211,29 +216,6 @@ class Press:
             agreement,
             model,
         )
-
-
-def _is_float(stored: dict[str, Stored]) -> bool:
-    return all(isinstance(s, Plain) for s in stored.values())
-
-
-def values(stored: Stored) -> int:
-    """How many numbers a tensor keeps."""
-    if isinstance(stored, Sparse):
-        return int(stored.mask.sum())
-    if isinstance(stored, Product):
-        return sum(values(factor) for factor in stored.factors)
-    return int(np.prod(stored.shape))
-
-
-def bits(stored: Stored) -> float:
-    """The mean width of a tensor's numbers."""
-    inner = stored.values if isinstance(stored, Sparse) else stored
-    if isinstance(inner, Grid):
-        return float(inner.bits)
-    if isinstance(inner, Product):
-        return float(np.mean([bits(factor) for factor in inner.factors]))
-    return float(inner.array.dtype.itemsize * 8)
 
 
 def examples(inputs: Any, count: int) -> Any:

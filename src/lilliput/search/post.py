@@ -6,8 +6,9 @@ import numpy as np
 from torch import nn
 
 from lilliput.errors import ExportError, NotSupported
-from lilliput.export.onnx import Session, Structure
 from lilliput.graph.fold import fold_batchnorm
+from lilliput.onnx.session import Session
+from lilliput.onnx.structure import Structure
 from lilliput.quant.dynamic import dynamic
 from lilliput.quant.quantize import Quantize
 from lilliput.recipe import Recipe, plain

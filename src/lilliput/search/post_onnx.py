@@ -1,15 +1,15 @@
 """Post-training points of a network that is only an ONNX file: its stored weights in fewer bits."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from onnx import ModelProto, TensorProto, numpy_helper
 
-from lilliput.code.stored import Array, Grid, Plain, Stored
 from lilliput.errors import ExportError
-from lilliput.export.onnx import Session, Structure
+from lilliput.onnx.session import Session
+from lilliput.onnx.structure import Structure
 from lilliput.quant.allocate import allocate_bits
 from lilliput.quant.uniform import Uniform
 from lilliput.search import post
@@ -17,6 +17,10 @@ from lilliput.search.onnx_target import OnnxModel
 from lilliput.search.points import Point
 from lilliput.search.sensitivity import Table, by_bits
 from lilliput.stage import calibration
+from lilliput.stored.base import Stored
+from lilliput.stored.bits import Array
+from lilliput.stored.grid import Grid
+from lilliput.stored.plain import Plain
 
 if TYPE_CHECKING:
     from lilliput.search.shrink import Search
@@ -113,8 +117,7 @@ def _grid(weight: Array, axis: int, bits: int) -> Grid:
     first = torch.from_numpy(np.array(np.moveaxis(weight, axis, 0), order="C"))
     code = Uniform(bits)
     theta = code.encode(first)
-    grid = code.pack(*(Plain(part.numpy()) for part in theta))
-    assert isinstance(grid, Grid)
+    grid = cast(Grid, code.pack(*(Plain(part.numpy()) for part in theta)))
     codes = np.ascontiguousarray(np.moveaxis(grid.codes, 0, axis))
     return Grid(codes, bits, np.ascontiguousarray(np.moveaxis(grid.scale, 0, axis)))
 

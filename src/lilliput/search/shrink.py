@@ -31,7 +31,7 @@ from lilliput.search.check import check, place
 from lilliput.search.choose import front
 from lilliput.search.finish import Result, conclude
 from lilliput.search.onnx_target import OnnxModel
-from lilliput.search.points import Clock, Point, Press, bits
+from lilliput.search.points import Clock, Point, Press
 from lilliput.search.show import Silent
 from lilliput.search.space import (
     SPARSE,
@@ -556,7 +556,7 @@ class Search:
     def _price(self, model: nn.Module, plan: Plan) -> float:
         """What a structure costs by the objective: packed bytes at four bits, or the layers' milliseconds or MACs."""
         if not self._priced_by_runtime():
-            return sum(s.storage().bits / (8 if bits(s) >= 32 else 1) for s in pack(realize(model)).values()) / 8
+            return sum(s.storage().bits / (8 if s.bits >= 32 else 1) for s in pack(realize(model)).values()) / 8
         plain = fold_batchnorm(realize(model), self.task.example)
         structure = self.press.structure(plain, self._topology(plan))
         return self.press.price(structure, plain, self.question.objective)

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lilliput.errors import ExportError
+from lilliput.stored.bits import Bits, from_bits, to_bits
 
 M = 1 << 12  # what frequencies add up to: few enough bits that no float64 in the library is ever rounded
 MODEL_BITS = 24  # the library's own precision
@@ -32,7 +33,6 @@ WEIGHTS = np.array([0, 1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 28, 37, 49, 64, 84, 111,
                     338, 446, 588, 776, 1024, 1351, 1783, 2353, 3104, 4096, 5405, 7132])  # fmt: skip
 
 Integers = NDArray[Any]
-Bits = NDArray[np.uint8]
 
 
 def levels(counts: Integers) -> Integers:
@@ -108,29 +108,3 @@ def decode(stream: Bits, count: int, bits: int) -> Integers:
     if not coder.is_empty():
         raise ValueError("decode: a coded stream must end where it began, and this one does not. It is damaged.")
     return symbols
-
-
-def to_bits(numbers: Integers, bits: int) -> Bits:
-    """Non-negative integers as zeros and ones, `bits` each, lowest first.
-
-    >>> to_bits(np.array([1, 6]), 3)
-    array([1, 0, 0, 0, 1, 1], dtype=uint8)
-    """
-    numbers = np.asarray(numbers).ravel()
-    out = np.empty((numbers.size, bits), np.uint8)
-    for b in range(bits):
-        out[:, b] = numbers >> b & 1
-    return out.ravel()
-
-
-def from_bits(stream: Bits, bits: int) -> NDArray[np.int64]:
-    """The integers that `to_bits` wrote.
-
-    >>> from_bits(np.array([1, 0, 0, 0, 1, 1], np.uint8), 3)
-    array([1, 6])
-    """
-    table = stream.reshape(-1, bits)
-    numbers = np.zeros(len(table), np.int64)
-    for b in range(bits):
-        numbers |= table[:, b].astype(np.int64) << b
-    return numbers

@@ -1,0 +1,72 @@
+"""Write the tensors of a graph as they are stored: narrow, with operators that widen them when the file is loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import onnx
+from onnx import ModelProto, TensorProto, numpy_helper
+
+from lilliput.onnx.clean import copied, every_node, opset_of, renamed
+from lilliput.stored.base import Stored
+from lilliput.stored.operators import Operators, letters, uses
+
+TYPE_ONLY = frozenset(
+    {"Abs", "Add", "And", "ArgMax", "ArgMin", "AveragePool", "BatchNormalization", "Cast", "CastLike", "Clip",
+     "Concat", "Constant", "ConstantOfShape", "Conv", "ConvTranspose", "Div", "Dropout", "Equal", "Erf", "Exp",
+     "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Gemm", "GlobalAveragePool", "GlobalMaxPool",
+     "Greater", "GreaterOrEqual", "GRU", "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization",
+     "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual", "Log", "LogSoftmax", "LSTM", "MatMul", "Max",
+     "MaxPool", "Mean", "Min", "Mul", "Neg", "Not", "OneHot", "Or", "Pad", "Pow", "PRelu", "Range", "Reciprocal",
+     "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Relu", "Reshape", "RNN", "Shape", "Sigmoid", "Sign",
+     "Size", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tanh", "Tile", "Transpose", "Unsqueeze",
+     "Where", "Xor", "Elu", "Selu", "Gelu", "Softplus", "Mish"}
+)  # fmt: skip
+"""Operators that mean the same in opsets 18 to 21, which only added types: a file of these may hold 4-bit integers."""
+
+
+def narrow(proto: ModelProto, stored: dict[str, Stored], decoded: list[str] | None = None) -> ModelProto:
+    """The float32 model `proto` with its tensors written as they are stored, and short names.
+
+    Args:
+        proto: the model; float32 initialisers that `stored` does not name are kept as they are.
+        stored: how each tensor is stored, by initialiser name.
+        decoded: a list to which the tensors are added that no operators compute: they take four bytes a value.
+    """
+    proto = copied(proto)
+    graph = proto.graph
+    tiny = opset_of(proto) >= 18 and all(n.op_type in TYPE_ONLY and n.domain == "" for n in every_node(graph))
+    writer = Operators(tiny)
+    waiting = []
+    for tensor in graph.initializer:
+        value = stored.get(tensor.name)
+        if value is None or tensor.data_type != TensorProto.FLOAT:
+            writer.plain(tensor.name, numpy_helper.to_array(tensor))
+        elif value.refers:
+            waiting.append((tensor.name, value))  # until what it refers to is there
+        else:
+            value.onnx(writer, tensor.name)
+    for name, value in waiting:
+        value.onnx(writer, name)
+    nodes = [*writer.nodes, *graph.node]
+    del graph.initializer[:], graph.node[:]
+    graph.initializer.extend(writer.tensors.values())
+    graph.node.extend(nodes)
+    if writer.tiny_used and opset_of(proto) < 21:
+        next(o for o in proto.opset_import if o.domain in ("", "ai.onnx")).version = 21
+        proto.ir_version = max(proto.ir_version, 10)
+    if decoded is not None:
+        decoded += writer.decoded
+    return _short(proto)
+
+
+def _short(proto: ModelProto) -> ModelProto:
+    """Names of one or two letters for everything but inputs and outputs; the shortest for the most frequent."""
+    graph = proto.graph
+    fixed = {value.name for value in (*graph.input, *graph.output)} | {""}
+    if any(a.type == onnx.AttributeProto.GRAPH for n in graph.node for a in n.attribute):
+        return proto  # names in subgraphs shadow those outside
+    counted = Counter(uses(graph))
+    names = (name for name in letters() if name not in fixed)
+    ranked = sorted((name for name in counted if name not in fixed), key=lambda name: -counted[name])
+    return renamed(proto, dict(zip(ranked, names, strict=False)))
