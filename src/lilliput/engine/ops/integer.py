@@ -6,8 +6,8 @@ import numpy as np
 
 from lilliput.engine.expr import Expr, const, where
 from lilliput.engine.graph import Narrow, Node, Value
+from lilliput.engine.infer import INFER
 from lilliput.engine.lower import Build, lower
-from lilliput.engine.read import INFER
 from lilliput.errors import NotSupported
 
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from lilliput.engine.expr import arg
 from lilliput.engine.graph import Node, Value
+from lilliput.engine.infer import INFER
 from lilliput.engine.lower import Build, lower
-from lilliput.engine.read import INFER
 from lilliput.engine.size import product
 
 
