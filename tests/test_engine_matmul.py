@@ -7,7 +7,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from lilliput.engine import compile as compiling
 from lilliput.engine.kernel import candidates
-from lilliput.engine.kernels.sparse_matmul import blocked, formatted
+from lilliput.engine.kernels.sparse_format import blocked, formatted
 from lilliput.engine.lower import supported
 from lilliput.engine.read import read
 

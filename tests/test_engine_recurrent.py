@@ -10,7 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lilliput.engine.compile import compile
 from lilliput.engine.graph import C_TYPES
-from lilliput.engine.kernels.matvec import MatVec, ways
+from lilliput.engine.kernels.matvec import ways
+from lilliput.engine.kernels.matvec_way import MatVec
 from lilliput.engine.target import Target, target
 from lilliput.export.onnx import Session
 

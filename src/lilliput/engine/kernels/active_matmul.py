@@ -13,8 +13,8 @@ import numpy as np
 
 from lilliput.engine.graph import Array, Node
 from lilliput.engine.kernel import Kernel, Want, kernel
-from lilliput.engine.kernels.dense_matmul import packed_rows
-from lilliput.engine.kernels.matvec import GHZ, L2_BYTES_A_NS
+from lilliput.engine.kernels.dense_rows import packed_rows
+from lilliput.engine.kernels.matvec_way import GHZ, L2_BYTES_A_NS
 from lilliput.engine.kernels.product import Linear, Tail, at, inside, linear, tail_of, times, vector, vector_types, walk
 from lilliput.engine.size import fixed
 from lilliput.engine.target import Target

@@ -13,8 +13,8 @@ from lilliput.engine.expr import needs, statements
 from lilliput.engine.graph import Node
 from lilliput.engine.helpers import texts
 from lilliput.engine.kernel import Kernel, Want, kernel
-from lilliput.engine.kernels.dense_matmul import macs_ns, tiles
 from lilliput.engine.kernels.product import at, at_value, inside, size_type, times, vector, vector_types
+from lilliput.engine.kernels.tiles import macs_ns, tiles
 from lilliput.engine.size import c, fixed, product
 from lilliput.engine.target import Target
 

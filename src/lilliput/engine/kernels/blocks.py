@@ -15,8 +15,8 @@ import numpy as np
 
 from lilliput.engine.graph import Array, Node
 from lilliput.engine.kernel import Kernel, kernel
-from lilliput.engine.kernels.dense_matmul import macs_ns
 from lilliput.engine.kernels.product import Linear, Tail, clamped, linear, pick, tail_of, vector, vector_types, walk
+from lilliput.engine.kernels.tiles import macs_ns
 from lilliput.engine.size import c, fixed
 from lilliput.engine.target import Target
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from lilliput.engine import loops
 from lilliput.engine.graph import Node, Value
 from lilliput.engine.kernel import Kernel, Want, kernel
-from lilliput.engine.kernels.dense_matmul import macs_ns, tail_helpers, tiles
 from lilliput.engine.kernels.product import Tail, at, at_value, clamped, inside, size_type, tail_of, times, vector
+from lilliput.engine.kernels.tiles import macs_ns, tail_helpers, tiles
 from lilliput.engine.size import c, fixed, product
 from lilliput.engine.target import Target
 

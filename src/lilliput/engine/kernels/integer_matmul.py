@@ -17,8 +17,8 @@ from lilliput.engine.expr import arg, needs, statements
 from lilliput.engine.graph import Array, Node, Value
 from lilliput.engine.helpers import texts
 from lilliput.engine.kernel import Kernel, Want, kernel
-from lilliput.engine.kernels.dense_matmul import macs_ns, registers
 from lilliput.engine.kernels.product import Walk, at, at_value, inside, size_type, times, vector, vector_types, walk
+from lilliput.engine.kernels.tiles import macs_ns, registers
 from lilliput.engine.size import c, fixed, product
 from lilliput.engine.target import Target
 

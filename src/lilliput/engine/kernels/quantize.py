@@ -12,9 +12,9 @@ from lilliput.engine.expr import needs, statements
 from lilliput.engine.graph import Array, Node, Value
 from lilliput.engine.helpers import texts
 from lilliput.engine.kernel import Kernel, Want, kernel
-from lilliput.engine.kernels.dense_matmul import registers
 from lilliput.engine.kernels.integer_matmul import dot4
 from lilliput.engine.kernels.product import vector, vector_types
+from lilliput.engine.kernels.tiles import registers
 from lilliput.engine.size import c
 from lilliput.engine.target import Target
 

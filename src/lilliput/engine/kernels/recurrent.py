@@ -14,7 +14,8 @@ from lilliput.engine.graph import Array, Node
 from lilliput.engine.helpers import texts
 from lilliput.engine.kernel import ROWS, Kernel, Want, kernel
 from lilliput.engine.kernels.map import work
-from lilliput.engine.kernels.matvec import MatVec, ways
+from lilliput.engine.kernels.matvec import ways
+from lilliput.engine.kernels.matvec_way import MatVec
 from lilliput.engine.size import c, fixed
 from lilliput.engine.target import Target
 

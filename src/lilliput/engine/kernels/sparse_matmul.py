@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from lilliput.engine.graph import Array, Node
+from lilliput.engine.graph import Node
 from lilliput.engine.kernel import Kernel, Want, kernel
-from lilliput.engine.kernels.dense_matmul import macs_ns, registers
 from lilliput.engine.kernels.narrow import Stored, stored
 from lilliput.engine.kernels.product import (
     Linear,
@@ -35,6 +34,8 @@ from lilliput.engine.kernels.product import (
     vector_types,
     walk,
 )
+from lilliput.engine.kernels.sparse_format import Format, blocked, formatted
+from lilliput.engine.kernels.tiles import macs_ns, registers
 from lilliput.engine.size import c, fixed
 from lilliput.engine.target import Target
 
@@ -59,84 +60,6 @@ FETCH = """\
 #else
 #define FETCH(at)
 #endif"""
-
-
-@dataclass(frozen=True)
-class Format:
-    """The non-zeros of (out, in) weights in the order they are read.
-
-    For each tile of `depth` inputs and each group of `rows` outputs (`order` says which): `steps` rounds of `unroll` x
-    rows values, each with an index in units of 8 bytes (one index for all rows where `shared`). places: which weight
-    each value is, counted in C order; -1 where it is padding.
-    """
-
-    rows: int
-    unroll: int
-    depth: int
-    shared: bool
-    places: Array = field(repr=False)
-    index: Array = field(repr=False)
-    steps: Array = field(repr=False)
-    order: Array = field(repr=False)
-
-
-def formatted(weight: Array, rows: int, unroll: int, depth: int, scale: int, shared: bool) -> Format:
-    """Weights (out, in) in a Format; scale: a row of the buffer in units of 8 bytes."""
-    outs, ins = weight.shape
-    places, index, steps, order = [], [], [], []
-    for k in range(0, ins, depth):
-        part = weight[:, k : k + depth]
-        if shared:
-            groups = [np.minimum(np.arange(o, o + rows), outs - 1) for o in range(0, outs, rows)]
-            columns = [np.flatnonzero((part[g] != 0).any(0)) for g in groups]
-            for place in np.argsort([-len(used) for used in columns], kind="stable"):
-                used, group = columns[place], groups[place]
-                count = -(-len(used) // unroll) * unroll
-                held = np.full((count, rows), -1)
-                held[: len(used)] = group * ins + k + used[:, None]
-                where = np.zeros(count, np.uint16)
-                where[: len(used)] = used * scale
-                places.append(held.reshape(-1))
-                index.append(where)
-                steps.append(count // unroll)
-                order.append(group)
-            continue
-        nonzeros = (part != 0).sum(1)
-        ranked = np.argsort(-nonzeros, kind="stable")
-        ranked = np.concatenate([ranked, np.repeat(ranked[-1:], -outs % rows)])
-        for g in range(0, len(ranked), rows):
-            group = ranked[g : g + rows]
-            count = -(-int(nonzeros[group].max()) // unroll) * unroll
-            held, where = np.full((count, rows), -1), np.zeros((count, rows), np.uint16)
-            for place, o in enumerate(group):
-                used = np.flatnonzero(part[o])
-                held[: len(used), place] = o * ins + k + used
-                where[: len(used), place] = used * scale
-            places.append(held.reshape(-1))
-            index.append(where.reshape(-1))
-            steps.append(count // unroll)
-            order.append(group)
-    kind = np.uint16 if outs < 2**16 else np.uint32
-    order.append(np.zeros(rows, np.int64))  # what the last group asks for beforehand
-    return Format(
-        rows,
-        unroll,
-        depth,
-        shared,
-        np.concatenate(places),
-        np.concatenate(index),
-        np.array(steps, np.uint16),
-        np.concatenate(order).astype(kind),
-    )
-
-
-def blocked(weight: Array, rows: int) -> bool:
-    """Whether blocks of `rows` outputs (nearly) share their zeros."""
-    outs = weight.shape[0] // rows * rows
-    if outs < weight.shape[0] or not outs:
-        return False
-    held = (weight.reshape(-1, rows, weight.shape[1]) != 0).any(1).sum() * rows
-    return bool(held <= 1.15 * max(int(np.count_nonzero(weight)), 1))
 
 
 @kernel("MatMul")
@@ -221,7 +144,7 @@ def _body(node: Node, found: Linear, tail: Tail, kept: Stored, form: Format, lan
     count, kind = way.count, size_type(way.count)
 
     def block(vectors: int, width: int | str) -> list[str]:
-        return _block(found, tail, kept, form, way, lanes, columns, vectors, width, name)
+        return _Block(found, tail, kept, form, way, lanes, columns, vectors, width).lines(name)
 
     if fixed(count):
         count = int(count)
@@ -248,202 +171,210 @@ def _body(node: Node, found: Linear, tail: Tail, kept: Stored, form: Format, lan
     return "\n".join([*text, *way.close])
 
 
-def _block(
-    found: Linear,
-    tail: Tail,
-    kept: Stored,
-    form: Format,
-    way: Walk,
-    lanes: int,
-    columns: int,
-    vectors: int,
-    width: int | str,
-    name: str,
-) -> list[str]:
-    """All outputs at positions t .. t + width - 1, in `vectors` vectors."""
-    ins, depth, sx = found.ins, form.depth, way.feature[name]
-    index = "uint16_t"
-    order = {np.dtype(np.uint16): "uint16_t", np.dtype(np.uint32): "uint32_t"}[form.order.dtype]
-    text = ["const float *v = value_of;", f"const {index} *at = index, *n = steps;", f"const {order} *o = order;"]
-    deep = depth < ins
-    rows = f"{ins} - k0 < {depth} ? {ins} - k0 : {depth}" if deep and ins % depth else str(depth)
-    groups = len(form.steps) // -(-ins // depth)
-    inner = [
-        f"const float *const from = {at('x', ('k0' if deep else '0', sx), ('t', 1))};",
-        f"for (int k = 0; k < {'ks' if deep and ins % depth else rows}; k++) {{",
-    ]
-    if width == vectors * lanes:
-        kind = vector(lanes)
-        inner += [
-            f"    *({kind} *)(buffer + k * {columns} + {j * lanes}) = "
-            f"*(const {kind} *)({at('from', ('k', sx), (str(j * lanes), 1))});"
-            for j in range(vectors)
+@dataclass(frozen=True)
+class _Block:
+    """All outputs at positions t .. t + width - 1, in `vectors` vectors: the C lines that compute them.
+
+    Sums are accumulators a0_0, a0_1, ...: of output o[0] of a group in the first vector of positions, the second, ...
+    """
+
+    found: Linear
+    tail: Tail
+    kept: Stored
+    form: Format
+    way: Walk
+    lanes: int
+    columns: int
+    vectors: int
+    width: int | str
+
+    @property
+    def kind(self) -> str:
+        """The C type of a vector of positions."""
+        return vector(self.lanes)
+
+    @property
+    def zero(self) -> str:
+        """A vector of zeros."""
+        return f"({self.kind}){{}}"
+
+    @property
+    def deep(self) -> bool:
+        """Whether inputs are taken in several tiles, so that sums are carried on from what is in the output."""
+        return self.form.depth < self.found.ins
+
+    @property
+    def whole(self) -> bool:
+        """Whether every vector is full."""
+        return self.width == self.vectors * self.lanes
+
+    @property
+    def full(self) -> int:
+        """Vectors that are known to be full."""
+        return self.vectors if self.whole else int(self.width) // self.lanes if isinstance(self.width, int) else 0
+
+    @property
+    def left(self) -> int | str:
+        """Positions in the vector behind the full ones."""
+        return int(self.width) - self.full * self.lanes if isinstance(self.width, int) else self.width
+
+    @property
+    def sums(self) -> list[list[str]]:
+        """The accumulators, by output of a group."""
+        return [[f"a{i}_{j}" for j in range(self.vectors)] for i in range(self.form.rows)]
+
+    @property
+    def last(self) -> str:
+        """Whether the last tile of inputs is being summed, in C."""
+        return f"k0 + {self.form.depth} >= {self.found.ins}"
+
+    def lines(self, name: str) -> list[str]:
+        """The copy of the activations x (called `name` by the walk), then group after group of outputs."""
+        ins, depth = self.found.ins, self.form.depth
+        order = {np.dtype(np.uint16): "uint16_t", np.dtype(np.uint32): "uint32_t"}[self.form.order.dtype]
+        text = ["const float *v = value_of;", "const uint16_t *at = index, *n = steps;", f"const {order} *o = order;"]
+        groups = len(self.form.steps) // -(-ins // depth)
+        inner = [
+            *self._copied(name),
+            f"for (int g = 0; g < {groups}; g++, o += {self.form.rows}) {{",
+            *inside(self._group()),
+            "}",
         ]
-    else:
-        inner += [
-            f"    float *const to = buffer + k * {columns};",
-            f"    for (int j = 0; j < {width}; j++) to[j] = {at('from', ('k', sx))}[j];".replace(
-                f"{at('from', ('k', sx))}[j]", f"({at('from', ('k', sx))})[j]"
-            ),
-            f"    for (int j = {width}; j < {vectors * lanes}; j++) to[j] = 0;",
+        if not self.deep:
+            return [*text, *inner]
+        if ins % depth:
+            inner.insert(0, f"const int ks = {ins} - k0 < {depth} ? {ins} - k0 : {depth};")
+        return [*text, f"for (int k0 = 0; k0 < {ins}; k0 += {depth}) {{", *inside(inner), "}"]
+
+    def _copied(self, name: str) -> list[str]:
+        """A tile of inputs at these positions, copied to the buffer."""
+        sx, kind = self.way.feature[name], self.kind
+        row = at("from", ("k", sx))
+        rows = "ks" if self.deep and self.found.ins % self.form.depth else str(self.form.depth)
+        text = [
+            f"const float *const from = {at('x', ('k0' if self.deep else '0', sx), ('t', 1))};",
+            f"for (int k = 0; k < {rows}; k++) {{",
         ]
-    inner.append("}")
-    inner += [
-        f"for (int g = 0; g < {groups}; g++, o += {form.rows}) {{",
-        *inside(_group(found, tail, kept, form, way, lanes, columns, vectors, width)),
-        "}",
-    ]
-    if not deep:
-        return [*text, *inner]
-    if ins % depth:
-        inner.insert(0, f"const int ks = {rows};")
-    return [*text, f"for (int k0 = 0; k0 < {ins}; k0 += {depth}) {{", *inside(inner), "}"]
-
-
-def _group(
-    found: Linear,
-    tail: Tail,
-    kept: Stored,
-    form: Format,
-    way: Walk,
-    lanes: int,
-    columns: int,
-    vectors: int,
-    width: int | str,
-) -> list[str]:
-    kind, rows, sy = vector(lanes), form.rows, way.feature["y0"]
-    deep = form.depth < found.ins
-    whole = width == vectors * lanes
-    names = [[f"a{i}_{j}" for j in range(vectors)] for i in range(rows)]
-    flat = [n for line in names for n in line]
-    text = [f"float *const y{i}_ = {at('y', (f'o[{i}]', sy), ('t', 1))};" for i in range(rows)]
-    text.append(f"{kind} {', '.join(flat)};")
-    scaled = kept.scale is not None
-    zero = f"({kind}){{}}"
-
-    def biased(i: int) -> str:
-        return f"{zero} + bias[o[{i}]]" if tail.bias is not None else zero
-
-    full = vectors if whole else int(width) // lanes if isinstance(width, int) else 0
-
-    def old(i: int, j: int) -> str:
-        return f"*(const {kind} *)(y{i}_ + {j * lanes})" if j else f"*(const {kind} *)y{i}_"
-
-    def start(lines_first: list[str], lines_again: list[str]) -> list[str]:
-        return ["if (k0 == 0) {", *inside(lines_first), "} else {", *inside(lines_again), "}"] if deep else lines_first
-
-    if scaled:
-        text += [f"{' = '.join(flat)} = {zero};"]
-    else:
-        text += start(
-            [" ".join(f"{n} = {biased(i)};" for n in names[i]) for i in range(rows)],
-            _loaded(names, full, vectors, lanes, width, kind, rows, old),
-        )
-    # The outputs come in no order that the machine foresees: what the next group touches is asked for now.
-    for i in range(rows):
-        o = f"o[{rows + i}]"
-        others = [(f"e{e}", way.feature[f"x{e}"], way.step[f"x{e}"]) for e in tail.extras]
-        for base, step, along in (("y", sy, 1), *others):
-            if step != 0 and along == 1:
-                text.append(
-                    " ".join(
-                        f"FETCH({at(base, (o, step), ('t', 1))}{f' + {j}' if j else ''});"
-                        for j in range(0, vectors * lanes, 16)
-                    )
-                )
-    text.append("for (int s = *n++; s > 0; s--) {")
-    together = rows * form.unroll
-    quads = lanes == 16 and together % 4 == 0
-    if quads:
-        text += [f"    QUAD(q{e}, v + {4 * e});" for e in range(together // 4)]
-
-    def spread(e: int) -> str:
-        return f"SPREAD(q{e // 4}, {e % 4})" if quads else f"{zero} + v[{e}]"
-
-    for e in range(together):
-        i = e % rows
-        if form.shared and i:
-            continue
-        used = e // rows if form.shared else e
-        place = f"const char *const p = (const char *)buffer + 8 * (size_t)at[{used}];"
-        if form.shared:
-            text.append(f"    {{ {place}")
-            text += [f"      const {kind} u{j} = *(const {kind} *)(p + {j * lanes * 4});" for j in range(vectors)]
-            for r in range(rows):
-                text.append(
-                    f"      {{ const {kind} s_ = {spread(e + r)}; "
-                    + " ".join(f"a{r}_{j} += s_ * u{j};" for j in range(vectors))
-                    + " }"
-                )
-            text.append("    }")
+        if self.whole:
+            text += [
+                f"    *({kind} *)(buffer + k * {self.columns} + {j * self.lanes}) = "
+                f"*(const {kind} *)({at('from', ('k', sx), (str(j * self.lanes), 1))});"
+                for j in range(self.vectors)
+            ]
         else:
-            text.append(f"    {{ {place} const {kind} s_ = {spread(e)};")
-            text.append(
-                "      "
-                + " ".join(f"a{i}_{j} += s_ * *(const {kind} *)(p + {j * lanes * 4});" for j in range(vectors))
-                + " }"
-            )
-    text += [f"    v += {together}; at += {form.unroll if form.shared else together};", "}"]
-    if scaled:
-        lines_first, lines_again = [], []
-        for i in range(rows):
-            lines_first.append(
-                " ".join(
-                    f"{n} = {n} * scale[o[{i}]] + ({biased(i)});"
-                    if tail.bias is not None
-                    else f"{n} = {n} * scale[o[{i}]];"
-                    for n in names[i]
-                )
-            )
-            lines_again.append(" ".join(f"{n} = {n} * scale[o[{i}]];" for n in names[i]))
-        if deep:
-            lines_again += _added(names, full, vectors, lanes, width, kind, rows, old)
-        text += start(lines_first, lines_again)
-    last = f"k0 + {form.depth} >= {found.ins}"
-    if tail.clamp is not None:
-        lines = [" ".join(clamped(n, lanes, tail.clamp)) for n in flat]
-        text += [f"if ({last}) {{", *inside(lines), "}"] if deep else lines
-    # One output after the other: the last group may hold an output twice.
-    for i in range(rows):
-        text += [" ".join(f"*({kind} *)(y{i}_ + {j * lanes}) = {names[i][j]};" for j in range(full))] if full else []
-        if not whole:
-            left = int(width) - full * lanes if isinstance(width, int) else width
-            text.append(f"for (int j = 0; j < {left}; j++) y{i}_[{full * lanes} + j] = {names[i][full]}[j];")
+            text += [
+                f"    float *const to = buffer + k * {self.columns};",
+                f"    for (int j = 0; j < {self.width}; j++) to[j] = ({row})[j];",
+                f"    for (int j = {self.width}; j < {self.vectors * self.lanes}; j++) to[j] = 0;",
+            ]
+        return [*text, "}"]
+
+    def _group(self) -> list[str]:
+        """The outputs that are computed together."""
+        sy, flat = self.way.feature["y0"], [n for line in self.sums for n in line]
+        text = [f"float *const y{i}_ = {at('y', (f'o[{i}]', sy), ('t', 1))};" for i in range(self.form.rows)]
+        text.append(f"{self.kind} {', '.join(flat)};")
+        if self.kept.scale is not None:
+            text += [f"{' = '.join(flat)} = {self.zero};"]
+        else:
+            first = [" ".join(f"{n} = {self._bias(i)};" for n in line) for i, line in enumerate(self.sums)]
+            text += self._started(first, self._earlier("="))
+        text += [*self._fetched(), *self._products()]
+        if self.kept.scale is not None:
+            text += self._scaled()
+        if self.tail.clamp is not None:
+            lines = [" ".join(clamped(n, self.lanes, self.tail.clamp)) for n in flat]
+            text += [f"if ({self.last}) {{", *inside(lines), "}"] if self.deep else lines
+        # One output after the other: the last group may hold an output twice.
+        for i in range(self.form.rows):
+            text += self._written(i)
+        return text
+
+    def _bias(self, i: int) -> str:
+        return f"{self.zero} + bias[o[{i}]]" if self.tail.bias is not None else self.zero
+
+    def _started(self, first: list[str], again: list[str]) -> list[str]:
+        """Lines for the first tile of inputs, and for the others."""
+        return ["if (k0 == 0) {", *inside(first), "} else {", *inside(again), "}"] if self.deep else first
+
+    def _earlier(self, how: str) -> list[str]:
+        """Lines that set the sums ("=") to what earlier tiles left in the output, or add that ("+=")."""
+        lines = []
+        for i, line in enumerate(self.sums):
+            places = [f"y{i}_ + {j * self.lanes}" if j else f"y{i}_" for j in range(self.full)]
+            old = [f"*(const {self.kind} *){f'({place})' if ' ' in place else place}" for place in places]
+            lines.append(" ".join(f"{n} {how} {place};" for n, place in zip(line, old, strict=False)))
+            if self.full < self.vectors:
+                n = line[self.full]
+                start = f"{n} = {self.zero}; " if how == "=" else ""
+                loop = f"for (int j = 0; j < {self.left}; j++) {n}[j] {how} y{i}_[{self.full * self.lanes} + j];"
+                lines.append(start + loop)
+        return [line for line in lines if line]
+
+    def _fetched(self) -> list[str]:
+        """The outputs come in no order that the machine foresees: what the next group touches is asked for now."""
+        way, text = self.way, []
+        others = [(f"e{e}", way.feature[f"x{e}"], way.step[f"x{e}"]) for e in self.tail.extras]
+        for i in range(self.form.rows):
+            for base, step, along in (("y", way.feature["y0"], 1), *others):
+                if step != 0 and along == 1:
+                    place = at(base, (f"o[{self.form.rows + i}]", step), ("t", 1))
+                    starts = range(0, self.vectors * self.lanes, 16)
+                    text.append(" ".join(f"FETCH({place}{f' + {j}' if j else ''});" for j in starts))
+        return text
+
+    def _products(self) -> list[str]:
+        """The loop over the non-zeros."""
+        form, kind = self.form, self.kind
+        together = form.rows * form.unroll
+        quads = self.lanes == 16 and together % 4 == 0
+        text = ["for (int s = *n++; s > 0; s--) {"]
+        text += [f"    QUAD(q{e}, v + {4 * e});" for e in range(together // 4)] if quads else []
+
+        def spread(e: int) -> str:
+            return f"SPREAD(q{e // 4}, {e % 4})" if quads else f"{self.zero} + v[{e}]"
+
+        def place(index: int) -> str:
+            return f"const char *const p = (const char *)buffer + 8 * (size_t)at[{index}];"
+
+        def input_at(j: int) -> str:
+            return f"*(const {kind} *)(p + {j * self.lanes * 4})"
+
+        for e in range(0, together, form.rows) if form.shared else ():
+            text.append(f"    {{ {place(e // form.rows)}")
+            text += [f"      const {kind} u{j} = {input_at(j)};" for j in range(self.vectors)]
+            for r, line in enumerate(self.sums):
+                sums = " ".join(f"{n} += s_ * u{j};" for j, n in enumerate(line))
+                text.append(f"      {{ const {kind} s_ = {spread(e + r)}; {sums} }}")
+            text.append("    }")
+        for e in () if form.shared else range(together):
+            sums = " ".join(f"{n} += s_ * {input_at(j)};" for j, n in enumerate(self.sums[e % form.rows]))
+            text += [f"    {{ {place(e)} const {kind} s_ = {spread(e)};", f"      {sums} }}"]
+        return [*text, f"    v += {together}; at += {form.unroll if form.shared else together};", "}"]
+
+    def _scaled(self) -> list[str]:
+        """Sums of integers times each output's scale, then what is added to them."""
+        first, again = [], []
+        for i, line in enumerate(self.sums):
+            more = f" + ({self._bias(i)})" if self.tail.bias is not None else ""
+            first.append(" ".join(f"{n} = {n} * scale[o[{i}]]{more};" for n in line))
+            again.append(" ".join(f"{n} = {n} * scale[o[{i}]];" for n in line))
+        return self._started(first, [*again, *self._earlier("+=")] if self.deep else again)
+
+    def _written(self, i: int) -> list[str]:
+        """One output of a group, and what follows the sum."""
+        way, tail, text = self.way, self.tail, []
+        stored = [f"*({self.kind} *)(y{i}_ + {j * self.lanes}) = {self.sums[i][j]};" for j in range(self.full)]
+        text += [" ".join(stored)] if stored else []
+        if not self.whole:
+            start, rest = self.full * self.lanes, self.sums[i][self.full]
+            text.append(f"for (int j = 0; j < {self.left}; j++) y{i}_[{start} + j] = {rest}[j];")
         if tail.expr is not None:
             loop = []
             for e in tail.extras:
                 place = at(f"e{e}", (f"o[{i}]", way.feature[f"x{e}"]), ("t", way.step[f"x{e}"]))
                 loop.append(f"const float *const z{e} = {place};")
             places = [f"z{e}[{times('j', way.step[f'x{e}'])}]" for e in tail.extras]
-            loop += [f"for (int j = 0; j < {width}; j++) {{", *inside(tail.text(f"y{i}_[j]", places)), "}"]
-            text += [f"if ({last}) {{" if deep else "{", *inside(loop), "}"]
-    return text
-
-
-def _loaded(
-    names: list[list[str]], full: int, vectors: int, lanes: int, width: int | str, kind: str, rows: int, old: object
-) -> list[str]:
-    """Lines that start the accumulators with what earlier tiles left in the output."""
-    lines = []
-    for i in range(rows):
-        lines.append(" ".join(f"{names[i][j]} = {old(i, j)};" for j in range(full)))  # type: ignore[operator]
-        if full < vectors:
-            left = int(width) - full * lanes if isinstance(width, int) else width
-            lines.append(
-                f"{names[i][full]} = ({kind}){{}}; for (int j = 0; j < {left}; j++) "
-                f"{names[i][full]}[j] = y{i}_[{full * lanes} + j];"
-            )
-    return [line for line in lines if line]
-
-
-def _added(
-    names: list[list[str]], full: int, vectors: int, lanes: int, width: int | str, kind: str, rows: int, old: object
-) -> list[str]:
-    """Lines that add what earlier tiles left in the output."""
-    lines = []
-    for i in range(rows):
-        lines.append(" ".join(f"{names[i][j]} += {old(i, j)};" for j in range(full)))  # type: ignore[operator]
-        if full < vectors:
-            left = int(width) - full * lanes if isinstance(width, int) else width
-            lines.append(f"for (int j = 0; j < {left}; j++) {names[i][full]}[j] += y{i}_[{full * lanes} + j];")
-    return [line for line in lines if line]
+            loop += [f"for (int j = 0; j < {self.width}; j++) {{", *inside(tail.text(f"y{i}_[j]", places)), "}"]
+            text += [f"if ({self.last}) {{" if self.deep else "{", *inside(loop), "}"]
+        return text

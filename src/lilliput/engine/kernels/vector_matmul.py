@@ -8,7 +8,8 @@ import numpy as np
 
 from lilliput.engine.graph import Array, Node
 from lilliput.engine.kernel import Kernel, Want, kernel
-from lilliput.engine.kernels.matvec import MatVec, ways
+from lilliput.engine.kernels.matvec import ways
+from lilliput.engine.kernels.matvec_way import MatVec
 from lilliput.engine.kernels.product import Linear, Tail, at, inside, linear, size_type, tail_of, times, walk
 from lilliput.engine.size import c, fixed
 from lilliput.engine.target import Target

@@ -1,4 +1,4 @@
-"""Dense products with constant weights: blocks of outputs x positions in registers, weights packed as they are read."""
+"""Dense products with constant weights, positions innermost: blocks of outputs x positions in registers."""
 
 from __future__ import annotations
 
@@ -18,19 +18,17 @@ from lilliput.engine.kernels.product import (
     clamped,
     inside,
     linear,
-    pick,
     size_type,
     tail_of,
     times,
     vector,
-    vector_types,
     walk,
 )
+from lilliput.engine.kernels.tiles import FEW, bits_of, macs_ns, tail_helpers, tiles
 from lilliput.engine.kernels.widen import Widen, widen
 from lilliput.engine.size import c, fixed
 from lilliput.engine.target import Target
 
-FEW = 8  # positions: below, widening narrow weights takes as long as the product
 DEPTH = 384  # values summed over before the next block of outputs: as many rows of a block of columns stay in L1
 
 
@@ -50,69 +48,12 @@ def columns(node: Node, target: Target) -> Iterator[Kernel]:
             yield _columns(found, target, lanes, rows, vectors, None)
 
 
-@kernel("MatMul")
-def rows(node: Node, target: Target) -> Iterator[Kernel]:
-    """Outputs innermost: a vector holds neighbouring outputs, activations are broadcast."""
-    found = linear(node)
-    if found is None:
-        return
-    lanes = target.lanes
-    while lanes > 4 and lanes >= 2 * found.outs:
-        lanes //= 2
-    if found.outs < lanes:
-        lanes = 1
-    count, narrow = found.positions, widen(found.narrow, found.weight)
-    done: set[tuple[int, int]] = set()
-    for vectors, high in tiles(target, lanes, 0, -(-found.outs // lanes), flip=True):
-        high = high if not fixed(count) or count >= high else int(count)
-        if high <= 2:  # few positions: more vectors instead
-            vectors = min(registers(target) * 3 // 4 // high, -(-found.outs // lanes), 12)
-        if (vectors, high) in done:
-            continue
-        done.add((vectors, high))
-        if narrow is not None:
-            yield _rows(found, target, lanes, high, vectors, narrow)
-        if narrow is None or (count < FEW and fixed(count)):
-            yield _rows(found, target, lanes, high, vectors, None)
-
-
-def registers(target: Target) -> int:
-    """How many vectors the machine holds."""
-    many = target.vector_bytes == 64 or "AVX512VL" in target.features or bool({"aarch64", "arm64"} & target.features)
-    return 32 if many else 16
-
-
-def tiles(target: Target, lanes: int, outs: int, most: int, flip: bool = False) -> list[tuple[int, int]]:
-    """(outputs broadcast, vectors) of blocks that fill the registers, at most `most` vectors wide."""
-    full = [(12, 2), (6, 4), (24, 1)] if registers(target) == 32 else [(6, 2), (4, 3), (12, 1)]
-    if lanes == 1:
-        full = [(4, 2), (2, 4)]
-    found: dict[tuple[int, int], None] = {}
-    for high, wide in full:
-        if wide > most:
-            continue
-        if outs:
-            high = min(high, outs)
-            even = [d for d in range(high, high * 2 // 3, -1) if outs % d == 0]
-            high = even[0] if even else high
-        found[(wide, high) if flip else (high, wide)] = None
-    return list(found) or [(1, min(outs, 8) or 8) if flip else (min(outs, 8) or 8, 1)]
-
-
 def _lanes(target: Target, count: int, known: bool) -> int:
     """Values in a vector of positions: no more than there are, unless how many is free."""
     lanes = target.lanes
     while known and lanes > 1 and lanes > count:
         lanes //= 2
     return lanes if lanes >= 4 else 1
-
-
-def macs_ns(target: Target, macs: float) -> float:
-    """Nanoseconds that multiply-adds take at the peak of a machine at 3 GHz."""
-    return macs / (6.0 * min(target.lanes, 8))
-
-
-# ----------------------------------------------------------------------------------------------------------- columns
 
 
 def packed(weight: Array, rows: int, depth: int) -> Array:
@@ -151,19 +92,6 @@ def _columns(found: Linear, target: Target, lanes: int, rows: int, vectors: int,
         skips, scratch=4 * rows * (depth + 4) if narrow is not None else 0, cost_ns=work + 30, values=found.weight.size,
         helpers=(*tail_helpers(tail, lanes), *(narrow.helpers if narrow is not None else ())),
     )  # fmt: skip
-
-
-def bits_of(narrow: Widen | None) -> str:
-    """What a kernel's name says of its weights."""
-    return "" if narrow is None else f", {narrow.bits}-bit weights"
-
-
-def tail_helpers(tail: Tail, lanes: int) -> tuple[str, ...]:
-    """C text that vectors and what follows the sum need."""
-    found = [vector_types(lanes)] if lanes > 1 else []
-    if lanes > 1 and tail.clamp is not None and not (tail.clamp[0] == 0 and math.isinf(tail.clamp[1])):
-        found.append(pick(lanes))
-    return (*found, *tail.helpers)
 
 
 def _columns_body(
@@ -349,168 +277,4 @@ def _panel(
             "}",
         ]
         text += [f"if (k0 + {depth} >= {found.ins}) {{", *inside(loop), "}"] if deep else loop
-    return text
-
-
-# -------------------------------------------------------------------------------------------------------------- rows
-
-
-def packed_rows(weight: Array, wide: int, lanes: int) -> Array:
-    """(out, in) in blocks of `wide` outputs, each input's together; the last is as wide as vectors need."""
-    outs, ins = weight.shape
-    parts = []
-    for o in range(0, outs, wide):
-        part = weight[o : o + wide]
-        held = np.zeros((-(-len(part) // lanes) * lanes, ins), np.float32)
-        held[: len(part)] = part
-        parts.append(held.T.reshape(-1))
-    return np.concatenate(parts)
-
-
-def _rows(found: Linear, target: Target, lanes: int, high: int, vectors: int, narrow: Widen | None) -> Kernel:
-    tail = tail_of(found.node, found.feature_y)
-    want_x, want_y = found.inner(positions_inside=False)
-    wide = lanes * vectors
-    constants = (
-        {"weight": packed_rows(found.weight, wide, lanes)}
-        if narrow is None
-        else (narrow.constants(wide, found.ins, lanes))
-    )
-    if tail.bias is not None:
-        bias = np.zeros(-(-found.outs // lanes) * lanes, np.float32)
-        bias[: found.outs] = tail.bias
-        constants["bias"] = bias
-    wants: list[Want | None] = [None] * 4
-    wants[found.x] = want_x
-    skips = (1 - found.x, *((2,) if tail.bias is not None else ()))
-    padded = -(-found.outs // lanes) * lanes
-    work = macs_ns(target, padded * found.ins * int(found.positions))
-    bytes_ns = padded * found.ins * (4 if narrow is None else narrow.bits / 8) / 100  # they come from L2 at best
-    widened = macs_ns(target, padded * found.ins) * 5 if narrow is not None else 0.0
-    return Kernel(
-        f"dense{bits_of(narrow)}, {high} positions x {wide} outputs",
-        lambda n: _rows_body(n, found, tail, lanes, high, vectors, narrow), tuple(wants), want_y, constants, skips,
-        scratch=4 * wide * (found.ins + 4) if narrow is not None else 0,
-        cost_ns=max(work + widened, bytes_ns) * 1.03 + 20, values=found.weight.size,
-        helpers=(*tail_helpers(tail, lanes), *(narrow.helpers if narrow is not None else ())),
-    )  # fmt: skip
-
-
-def _rows_body(node: Node, found: Linear, tail: Tail, lanes: int, high: int, vectors: int, narrow: Widen | None) -> str:
-    x, y = node.input(found.x), node.y
-    name = f"x{found.x}"
-    way = walk(y, found.feature_y, [(name, x, found.feature_x), *tail.others(node)])
-    text: list[str] = [*way.open, f"const float *const x = {way.base[name]};", f"float *const y = {way.base['y0']};"]
-    for i in tail.extras:
-        text.append(f"const float *const e{i} = {way.base[f'x{i}']};")
-    count, outs, wide = way.count, found.outs, lanes * vectors
-    text += ["const float *w = weight;"] if narrow is None else ["float *const w = (float *)scratch;", *narrow.starts()]
-    full, rest = outs // wide, outs % wide
-    for width, start, loop in ((wide, 0, full), (rest, full * wide, 1)):
-        if not width or not loop:
-            continue
-        use = -(-width // lanes)
-        inner = _positions(found, tail, way, lanes, use, width, high, count, name)
-        if narrow is None:
-            inner.append(f"w += {use * lanes * found.ins};")
-        else:
-            blocks = str(-(-found.ins // narrow.block))
-            inner = [*narrow.lines(use * lanes, str(found.ins), blocks, "w"), *inner]
-        if loop > 1:
-            text += [f"for (int o = {start}; o < {start + loop * width}; o += {width}) {{", *inside(inner), "}"]
-        else:
-            text += at_value("int", "o", start, inner)
-    text += way.close
-    return "\n".join(text)
-
-
-def _positions(
-    found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, width: int, high: int, count: int, name: str
-) -> list[str]:
-    """Outputs o .. o + width - 1 at every position."""
-    kind = size_type(count)
-
-    def tile(high: int) -> list[str]:
-        return _tile(found, tail, way, lanes, vectors, width, high, name)
-
-    text: list[str] = []
-    if fixed(count):
-        count = int(count)
-        blocks = -(-count // high)
-        high = -(-count // blocks)
-        full, rest = count // high, count % high
-        if full > 1:
-            text += [f"for ({kind} t = 0; t < {full * high}; t += {high}) {{", *inside(tile(high)), "}"]
-        else:
-            text += at_value(kind, "t", 0, tile(high))
-        if rest:
-            text += at_value(kind, "t", full * high, tile(rest))
-        return text
-    text += [f"{kind} t = 0;", f"for (; t + {high} <= {c(count)}; t += {high}) {{", *inside(tile(high)), "}"]
-    if high > 4:
-        text += [f"for (; t + 4 <= {c(count)}; t += 4) {{", *inside(tile(4)), "}"]
-    if high > 1:
-        text += [f"for (; t < {c(count)}; t++) {{", *inside(tile(1)), "}"]
-    return text
-
-
-def _tile(
-    found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, width: int, high: int, name: str
-) -> list[str]:
-    kind, unit = vector(lanes), lanes == 1
-    sx, tx, ty = way.feature[name], way.step[name], way.step["y0"]
-    names = [[f"a{i}" if vectors == 1 else f"a{i}_{j}" for j in range(vectors)] for i in range(high)]
-    flat = [n for line in names for n in line]
-    text = [
-        f"const float *r = {at('x', ('t', tx))};",
-        "const float *v = w;",
-        f"float *const q = {at('y', ('t', ty), ('o', 1))};",
-        f"{kind} {', '.join(flat)};",
-    ]
-    for j in range(vectors):
-        start = f"bias[o + {j * lanes}]" if unit else f"*(const {kind} *)(bias + o + {j * lanes})"
-        value = start if tail.bias is not None else "0" if unit else f"({kind}){{}}"
-        text.append(" ".join(f"{names[i][j]} = {value};" for i in range(high)))
-    text += [f"for (int k = 0; k < {found.ins}; k++, v += {vectors * lanes}, r += {c(sx)}) {{"]
-    load = "v[{}]" if unit else f"*(const {kind} *)(v + {{}})"
-    text += [f"    const {kind} v{j} = {load.format(j * lanes)};" for j in range(vectors)]
-    for i in range(high):
-        number = f"r[{times(str(i), tx)}]" if i else "r[0]"
-        if unit:
-            text.append("    " + " ".join(f"{n} += {number} * v{j};" for j, n in enumerate(names[i])))
-        else:
-            text.append(
-                f"    {{ const {kind} s = ({kind}){{}} + {number}; "
-                + " ".join(f"{n} += s * v{j};" for j, n in enumerate(names[i]))
-                + " }"
-            )
-    text.append("}")
-    if tail.clamp is not None:
-        for n in flat:
-            text.append(" ".join(clamped(n, lanes, tail.clamp)))
-    whole, left = width // lanes, width % lanes
-    for i in range(high):
-        place = at("q", (str(i), ty))
-        text += (
-            [
-                " ".join(
-                    f"{'*(' if unit else f'*({kind} *)('}{place} + {j * lanes}) = {names[i][j]};" for j in range(whole)
-                )
-            ]
-            if whole
-            else []
-        )
-        if left:
-            text += [f"for (int j = 0; j < {left}; j++) ({place})[{whole * lanes} + j] = {names[i][whole]}[j];"]
-    if tail.expr is not None:
-        text += [f"for (int i = 0; i < {high}; i++) {{", f"    float *const z = {at('q', ('i', ty))};"]
-        for i in tail.extras:
-            place = at(f"e{i}", ("t + i", way.step[f"x{i}"]), ("o", way.feature[f"x{i}"]))
-            text.append(f"    const float *const z{i} = {place};")
-        text += [
-            f"    for (int j = 0; j < {width}; j++) {{",
-            *inside(tail.text("z[j]", [f"z{i}[{times('j', way.feature[f'x{i}'])}]" for i in tail.extras]), "        "),
-            "    }",
-            "}",
-        ]
     return text
