@@ -36,6 +36,27 @@ from lilliput.engine.write import written
 from lilliput.errors import NotSupported
 
 ACCEPTED = (ValueError, NotSupported)
+OPERATORS = (
+    "Conv",
+    "MatMul",
+    "Reshape",
+    "Transpose",
+    "Softmax",
+    "LSTM",
+    "Expand",
+    "Tile",
+    "Einsum",
+    "TopK",
+    "Loop",
+    "If",
+    "CumSum",
+    "Range",
+    "ConstantOfShape",
+    "OneHot",
+    "GatherND",
+    "ScatterND",
+    "DepthToSpace",
+)
 NUMBERS = (0, 1, -1, 2, 3, 7, 64, 127, 255, 4096, 2**15, 2**31 - 1, -(2**31), 2**31, 2**40, 2**62, 2**63 - 1, -(2**63))
 FLOATS = (0.0, -0.0, 1.0, -1.0, 1e-38, 3e38, float("inf"), float("-inf"), float("nan"))
 NAMES = ("", "*/ int evil; /*", 'a"\n#include "/etc/passwd"\n', "??/", "\\\n#error evil", "int", "model_run", "é\u2028",
@@ -116,134 +137,125 @@ class Bytes:
         return items[self.number(len(items))]
 
 
+def _shape(proto: onnx.ModelProto, choose: Bytes) -> None:
+    values = [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]
+    dims = choose.any(values).type.tensor_type.shape.dim  # type: ignore[attr-defined]
+    if dims:
+        dims[choose.number(len(dims))].dim_value = choose.any(NUMBERS)
+
+
+def _dims(proto: onnx.ModelProto, choose: Bytes) -> None:
+    tensor = choose.any(list(proto.graph.initializer))
+    if tensor.dims:  # type: ignore[attr-defined]
+        tensor.dims[choose.number(len(tensor.dims))] = choose.any(NUMBERS)  # type: ignore[attr-defined]
+
+
+def _values(proto: onnx.ModelProto, choose: Bytes) -> None:
+    tensor = choose.any(list(proto.graph.initializer))
+    raw = bytearray(tensor.raw_data)  # type: ignore[attr-defined]
+    if raw:
+        array = np.frombuffer(raw, np.uint8)
+        kind = tensor.data_type  # type: ignore[attr-defined]
+        place = choose.number(max(len(raw) // 8, 1)) * 8
+        what = np.int64(choose.any(NUMBERS)) if kind == TensorProto.INT64 else np.float32(choose.any(FLOATS))
+        part = np.frombuffer(what.tobytes(), np.uint8)[: len(raw) - place]
+        array[place : place + len(part)] = part
+        tensor.raw_data = bytes(raw)  # type: ignore[attr-defined]
+
+
+def _tensor_type(proto: onnx.ModelProto, choose: Bytes) -> None:
+    choose.any(list(proto.graph.initializer)).data_type = choose.number(30)  # type: ignore[attr-defined]
+
+
+def _attribute(proto: onnx.ModelProto, choose: Bytes) -> None:
+    node = choose.any(list(proto.graph.node))
+    if node.attribute:  # type: ignore[attr-defined]
+        found = choose.any(list(node.attribute))  # type: ignore[attr-defined]
+        if found.ints:  # type: ignore[attr-defined]
+            found.ints[choose.number(len(found.ints))] = choose.any(NUMBERS)  # type: ignore[attr-defined]
+        else:
+            found.i = choose.any(NUMBERS)  # type: ignore[attr-defined]
+    else:
+        name = choose.any(("axis", "group", "hidden_size", "strides", "pads", "dilations", "perm", "to"))
+        value = choose.any(NUMBERS)
+        node.attribute.append(helper.make_attribute(name, [value] if choose.number(2) else value))  # type: ignore
+
+
+def _name(proto: onnx.ModelProto, choose: Bytes) -> None:
+    node = choose.any(list(proto.graph.node))
+    new, kind = str(choose.any(NAMES)), choose.number(4)
+    if kind == 0:
+        node.name = new  # type: ignore[attr-defined]
+    elif kind == 1 and node.output:  # type: ignore[attr-defined]
+        old = node.output[0]  # type: ignore[attr-defined]
+        for other in proto.graph.node:
+            other.input[:] = [new if x == old else x for x in other.input]
+            other.output[:] = [new if x == old else x for x in other.output]
+        for value in proto.graph.output:
+            value.name = new if value.name == old else value.name
+    elif kind == 2:
+        node.op_type = new  # type: ignore[attr-defined]
+    else:
+        value = choose.any([*proto.graph.input, *proto.graph.output])
+        value.name = new  # type: ignore[attr-defined]
+
+
+def _wire(proto: onnx.ModelProto, choose: Bytes) -> None:
+    node, other = choose.any(list(proto.graph.node)), choose.any(list(proto.graph.node))
+    if node.input and other.output:  # type: ignore[attr-defined]
+        place = choose.number(len(node.input))  # type: ignore[attr-defined]
+        node.input[place] = choose.any([*other.output, *other.input, ""])  # type: ignore[attr-defined]
+
+
+def _drop(proto: onnx.ModelProto, choose: Bytes) -> None:
+    del proto.graph.node[choose.number(len(proto.graph.node))]
+
+
+def _double(proto: onnx.ModelProto, choose: Bytes) -> None:
+    proto.graph.node.add().CopyFrom(choose.any(list(proto.graph.node)))  # type: ignore[arg-type]
+
+
+def _operator(proto: onnx.ModelProto, choose: Bytes) -> None:
+    choose.any(list(proto.graph.node)).op_type = choose.any(OPERATORS)  # type: ignore[attr-defined]
+
+
+def _external(proto: onnx.ModelProto, choose: Bytes) -> None:
+    tensor = choose.any(list(proto.graph.initializer))
+    tensor.data_location = TensorProto.EXTERNAL  # type: ignore[attr-defined]
+    entry = tensor.external_data.add()  # type: ignore[attr-defined]
+    entry.key, entry.value = "location", str(choose.any(("/etc/passwd", "../x", "x", "", ".")))
+
+
+def _opset(proto: onnx.ModelProto, choose: Bytes) -> None:
+    proto.opset_import[0].version = choose.any((0, 1, 6, 11, 13, 17, 22, 2**31, -1))
+
+
+DAMAGES: list[Callable[[onnx.ModelProto, Bytes], None]] = [
+    _shape,
+    _dims,
+    _values,
+    _tensor_type,
+    _attribute,
+    _attribute,
+    _name,
+    _wire,
+    _drop,
+    _double,
+    _operator,
+    _external,
+    _opset,
+]
+
+
 def damaged(model: onnx.ModelProto, choose: Bytes) -> bytes:
     """The bytes of a model with as many damages as there are choices."""
     proto = onnx.ModelProto()
     proto.CopyFrom(model)
-    graph = proto.graph
-
-    def shape() -> None:
-        values = [*graph.input, *graph.output, *graph.value_info]
-        dims = choose.any(values).type.tensor_type.shape.dim  # type: ignore[attr-defined]
-        if dims:
-            dims[choose.number(len(dims))].dim_value = choose.any(NUMBERS)
-
-    def dims() -> None:
-        tensor = choose.any(list(graph.initializer))
-        if tensor.dims:  # type: ignore[attr-defined]
-            tensor.dims[choose.number(len(tensor.dims))] = choose.any(NUMBERS)  # type: ignore[attr-defined]
-
-    def values() -> None:
-        tensor = choose.any(list(graph.initializer))
-        raw = bytearray(tensor.raw_data)  # type: ignore[attr-defined]
-        if raw:
-            array = np.frombuffer(raw, np.uint8)
-            kind = tensor.data_type  # type: ignore[attr-defined]
-            place = choose.number(max(len(raw) // 8, 1)) * 8
-            what = np.int64(choose.any(NUMBERS)) if kind == TensorProto.INT64 else np.float32(choose.any(FLOATS))
-            part = np.frombuffer(what.tobytes(), np.uint8)[: len(raw) - place]
-            array[place : place + len(part)] = part
-            tensor.raw_data = bytes(raw)  # type: ignore[attr-defined]
-
-    def tensor_type() -> None:
-        choose.any(list(graph.initializer)).data_type = choose.number(30)  # type: ignore[attr-defined]
-
-    def attribute() -> None:
-        node = choose.any(list(graph.node))
-        if node.attribute:  # type: ignore[attr-defined]
-            found = choose.any(list(node.attribute))  # type: ignore[attr-defined]
-            if found.ints:  # type: ignore[attr-defined]
-                found.ints[choose.number(len(found.ints))] = choose.any(NUMBERS)  # type: ignore[attr-defined]
-            else:
-                found.i = choose.any(NUMBERS)  # type: ignore[attr-defined]
-        else:
-            name = choose.any(("axis", "group", "hidden_size", "strides", "pads", "dilations", "perm", "to"))
-            value = choose.any(NUMBERS)
-            node.attribute.append(helper.make_attribute(name, [value] if choose.number(2) else value))  # type: ignore
-
-    def name() -> None:
-        node = choose.any(list(graph.node))
-        new, kind = str(choose.any(NAMES)), choose.number(4)
-        if kind == 0:
-            node.name = new  # type: ignore[attr-defined]
-        elif kind == 1 and node.output:  # type: ignore[attr-defined]
-            old = node.output[0]  # type: ignore[attr-defined]
-            for other in graph.node:
-                other.input[:] = [new if x == old else x for x in other.input]
-                other.output[:] = [new if x == old else x for x in other.output]
-            for value in graph.output:
-                value.name = new if value.name == old else value.name
-        elif kind == 2:
-            node.op_type = new  # type: ignore[attr-defined]
-        else:
-            value = choose.any([*graph.input, *graph.output])
-            value.name = new  # type: ignore[attr-defined]
-
-    def wire() -> None:
-        node, other = choose.any(list(graph.node)), choose.any(list(graph.node))
-        if node.input and other.output:  # type: ignore[attr-defined]
-            place = choose.number(len(node.input))  # type: ignore[attr-defined]
-            node.input[place] = choose.any([*other.output, *other.input, ""])  # type: ignore[attr-defined]
-
-    def drop() -> None:
-        del graph.node[choose.number(len(graph.node))]
-
-    def double() -> None:
-        graph.node.add().CopyFrom(choose.any(list(graph.node)))  # type: ignore[arg-type]
-
-    def operator() -> None:
-        kinds = (
-            "Conv",
-            "MatMul",
-            "Reshape",
-            "Transpose",
-            "Softmax",
-            "LSTM",
-            "Expand",
-            "Tile",
-            "Einsum",
-            "TopK",
-            "Loop",
-            "If",
-            "CumSum",
-            "Range",
-            "ConstantOfShape",
-            "OneHot",
-            "GatherND",
-            "ScatterND",
-            "DepthToSpace",
-        )
-        choose.any(list(graph.node)).op_type = choose.any(kinds)  # type: ignore[attr-defined]
-
-    def external() -> None:
-        tensor = choose.any(list(graph.initializer))
-        tensor.data_location = TensorProto.EXTERNAL  # type: ignore[attr-defined]
-        entry = tensor.external_data.add()  # type: ignore[attr-defined]
-        entry.key, entry.value = "location", str(choose.any(("/etc/passwd", "../x", "x", "", ".")))
-
-    def opset() -> None:
-        proto.opset_import[0].version = choose.any((0, 1, 6, 11, 13, 17, 22, 2**31, -1))
-
-    damages: list[Callable[[], None]] = [
-        shape,
-        dims,
-        values,
-        tensor_type,
-        attribute,
-        attribute,
-        name,
-        wire,
-        drop,
-        double,
-        operator,
-        external,
-        opset,
-    ]
     for _ in range(6):
         if not choose.left():
             break
         try:
-            damages[choose.number(len(damages))]()
+            DAMAGES[choose.number(len(DAMAGES))](proto, choose)
         except (ValueError, TypeError, OverflowError, IndexError, ZeroDivisionError):
             continue  # this damage cannot be written into a file
     raw = bytearray(proto.SerializeToString())

@@ -412,7 +412,7 @@ def compile_(
     """
     with speaking():
         from lilliput.engine.compile import write
-        from lilliput.engine.show import described
+        from lilliput.engine.describe import described
         from lilliput.engine.target import target
         from lilliput.search.compare import shapes
 

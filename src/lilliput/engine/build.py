@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,3 +34,13 @@ def run(command: Sequence[str], timeout_s: float = 600) -> str:
     if done.returncode:
         raise ExportError(f"compile: the compiler failed ({' '.join(command)[:300]}):\n{done.stderr[-2000:]}")
     return done.stderr
+
+
+def profiling(folder: Path) -> Path:
+    """The library that times its layers, made from the folder's C when it is first asked for."""
+    made = folder / "libmodel.profile.so"
+    if not made.is_file() or made.stat().st_mtime < (folder / "model.c").stat().st_mtime:
+        facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        found = Target(facts["target"], 0, tuple(facts["flags"]), tuple(facts["cc"]), link=tuple(facts["link"]))
+        library(folder / "model.c", made, found, ["-DMODEL_PROFILE"])
+    return made

@@ -140,13 +140,3 @@ def _save(plan: Plan, folder: Path, found: Target, name: str) -> None:
         facts["library_bytes"] = (folder / found.library).stat().st_size
     text = json.dumps(manifest(plan, source, facts), indent=1)
     (folder / "manifest.json").write_text(text, encoding="utf-8")
-
-
-def profiling(folder: Path) -> Path:
-    """The library that times its layers, made from the folder's C when it is first asked for."""
-    made = folder / "libmodel.profile.so"
-    if not made.is_file() or made.stat().st_mtime < (folder / "model.c").stat().st_mtime:
-        facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        found = Target(facts["target"], 0, tuple(facts["flags"]), tuple(facts["cc"]), link=tuple(facts["link"]))
-        library(folder / "model.c", made, found, ["-DMODEL_PROFILE"])
-    return made

@@ -51,7 +51,9 @@ class Facts:
     narrow: dict[str, Narrow] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.opsets = {"" if o.domain in ONNX_DOMAINS else o.domain: o.version for o in self.proto.opset_import}
+        self.opsets: dict[str, int] = {
+            "" if o.domain in ONNX_DOMAINS else o.domain: int(o.version) for o in self.proto.opset_import
+        }
         self.imports = [helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
 
     def opset(self, node: NodeProto) -> int:

@@ -36,41 +36,46 @@ def chains(graph: Graph) -> None:
     for node in graph.nodes:
         if node.op != "Map":
             continue
-        again = True
-        while again:
-            again = False
-            for value in node.inputs:
-                maker = makers.get(value) if value is not None else None
-                if value is None or maker is None or maker.op != "Map" or maker in gone or value in graph.outputs:
-                    continue
-                if uses[value] != [node] or not _same(value, node.y) or len(maker.outputs) > 1:
-                    continue
-                if len(node.inputs) + len(maker.inputs) - 1 > MOST_INPUTS:
-                    continue
-                if maker.attrs["exprs"][0].count() >= MOST_OPERATORS:
-                    continue
-                inputs = [v for v in node.inputs if v is not value]
-                inner = []
-                for v in maker.inputs:
-                    if v not in inputs:
-                        inputs.append(v)
-                    inner.append(inputs.index(v))
-                replaced = maker.attrs["exprs"][0].substitute([arg(j, inputs[j].dtype) for j in inner])  # type: ignore[union-attr]
-                places = [
-                    replaced if v is value else arg(inputs.index(v), v.dtype)  # type: ignore[union-attr]
-                    for v in node.inputs
-                ]
-                exprs = tuple(e.substitute(places) for e in node.attrs["exprs"])
-                if sum(e.count() for e in exprs) > MOST_OPERATORS:
-                    continue
-                node.inputs, node.attrs = inputs, {**node.attrs, "exprs": exprs}
-                gone.add(maker)
-                for v in maker.inputs:
-                    if v is not None:
-                        uses[v] = [n for n in uses[v] if n is not maker] + ([] if node in uses[v] else [node])
-                again = True
-                break
+        while maker := next((m for v in node.inputs if (m := _inside(graph, node, v, uses, makers, gone))), None):
+            gone.add(maker)
+            for v in maker.inputs:
+                if v is not None:
+                    uses[v] = [n for n in uses[v] if n is not maker] + ([] if node in uses[v] else [node])
     graph.nodes = [node for node in graph.nodes if node not in gone]
+
+
+def _inside(
+    graph: Graph,
+    node: Node,
+    value: Value | None,
+    uses: dict[Value, list[Node]],
+    makers: dict[Value, Node],
+    gone: set[Node],
+) -> Node | None:
+    """Compute one input of a Map inside it, where that is a Map that nothing else reads; the node that made it."""
+    maker = makers.get(value) if value is not None else None
+    if value is None or maker is None or maker.op != "Map" or maker in gone or value in graph.outputs:
+        return None
+    if uses[value] != [node] or not _same(value, node.y) or len(maker.outputs) > 1:
+        return None
+    if len(node.inputs) + len(maker.inputs) - 1 > MOST_INPUTS or maker.attrs["exprs"][0].count() >= MOST_OPERATORS:
+        return None
+    inputs = [v for v in node.inputs if v is not value]
+    inner = []
+    for v in maker.inputs:
+        if v not in inputs:
+            inputs.append(v)
+        inner.append(inputs.index(v))
+    replaced = maker.attrs["exprs"][0].substitute([arg(j, inputs[j].dtype) for j in inner])  # type: ignore[union-attr]
+    places = [
+        replaced if v is value else arg(inputs.index(v), v.dtype)  # type: ignore[union-attr]
+        for v in node.inputs
+    ]
+    exprs = tuple(e.substitute(places) for e in node.attrs["exprs"])
+    if sum(e.count() for e in exprs) > MOST_OPERATORS:
+        return None
+    node.inputs, node.attrs = inputs, {**node.attrs, "exprs": exprs}
+    return maker
 
 
 # --------------------------------------------------------------------------------------------------- after a product

@@ -279,25 +279,11 @@ def reshaped(old: Sequence[int], strides: Sequence[int], new: Sequence[int]) -> 
             continue
         if i >= len(dims):
             return None
-        group, size = [dims[i]], dims[i][0]
-        i += 1
-        made, k = targets[j], j + 1
-        while size != made:
-            if int(size) < int(made) or (int(size) == int(made) and i < len(dims) and size != made):
-                if i >= len(dims):
-                    return None
-                group.append(dims[i])
-                size = size * dims[i][0]
-                i += 1
-            else:
-                if k >= len(targets):
-                    return None
-                made = made * targets[k]
-                k += 1
-        for (_, outer), (inner_size, inner) in pairwise(group):
-            if outer != inner * inner_size:
-                return None
-        step = group[-1][1]
+        ends = _run(dims, i, targets, j)
+        if ends is None:
+            return None
+        step = dims[ends[0] - 1][1]
+        i, k = ends
         part: list[int] = []
         for t in reversed(targets[j:k]):
             part.append(step if t != 1 else 0)
@@ -305,6 +291,29 @@ def reshaped(old: Sequence[int], strides: Sequence[int], new: Sequence[int]) -> 
         found += reversed(part)
         j = k
     return tuple(found) if i == len(dims) else None
+
+
+def _run(dims: Sequence[tuple[int, int]], i: int, targets: Sequence[int], j: int) -> tuple[int, int] | None:
+    """Where the old dimensions from i on, walked through as one, and the new ones from j on hold as many elements.
+
+    None where they never do, or where the old ones are not one run in memory. dims: (size, stride).
+    """
+    size, made, first, k = dims[i][0], targets[j], i, j + 1
+    i += 1
+    while size != made:
+        if int(size) < int(made) or (int(size) == int(made) and i < len(dims)):
+            if i >= len(dims):
+                return None
+            size = size * dims[i][0]
+            i += 1
+        else:
+            if k >= len(targets):
+                return None
+            made = made * targets[k]
+            k += 1
+    if any(outer != inner * inner_size for (_, outer), (inner_size, inner) in pairwise(dims[first:i])):
+        return None
+    return i, k
 
 
 # -------------------------------------------------------------------------------------------------------------- arena
@@ -328,13 +337,7 @@ def share_buffers(graph: Graph) -> None:
             continue
         for j in node.kernel.reuses:
             x = node.maybe(j)
-            if x is None or x.buffer is None or x.buffer.place != "arena" or x.buffer is y.buffer:
-                continue
-            if last[x.buffer] != i:
-                continue
-            if (x.dtype.itemsize, x.shape, x.strides, x.offset) != (y.dtype.itemsize, y.shape, y.strides, y.offset):
-                continue
-            if x.buffer.count < y.buffer.count or any(v is not x and v in (*node.inputs,) for v in members[x.buffer]):
+            if x is None or x.buffer is None or last[x.buffer] != i or not _overlays(node, x, members):
                 continue
             old, new = y.buffer, x.buffer
             for value in members.pop(old):
@@ -342,6 +345,16 @@ def share_buffers(graph: Graph) -> None:
                 members[new].append(value)
             last[new] = last.pop(old)
             break
+
+
+def _overlays(node: Node, x: Value, members: dict[Buffer, list[Value]]) -> bool:
+    """Whether a node's output fits exactly over an input of which no other input shows a part."""
+    y = node.y
+    if x.buffer is None or y.buffer is None or x.buffer.place != "arena" or x.buffer is y.buffer:
+        return False
+    if (x.dtype.itemsize, x.shape, x.strides, x.offset) != (y.dtype.itemsize, y.shape, y.strides, y.offset):
+        return False
+    return x.buffer.count >= y.buffer.count and not any(v is not x and v in node.inputs for v in members[x.buffer])
 
 
 def _placed(graph: Graph) -> list[Value]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lilliput.engine.build import profiling
 from lilliput.engine.graph import Array
 from lilliput.errors import near
 
@@ -159,8 +160,6 @@ class Engine:
 
     def profile(self, *inputs: Any, runs: int = 30, **named: Any) -> list[dict[str, Any]]:
         """What each layer takes: the manifest's layers with "ms", a mean over `runs` runs."""
-        from lilliput.engine.compile import profiling
-
         library = loaded(profiling(self.folder))
         run = library.model_profile
         run.argtypes = [ctypes.c_void_p, ctypes.c_void_p]

@@ -7,7 +7,7 @@ outside are masked. A stride of 2 along rows takes every other element of two ve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -256,7 +256,6 @@ class _Text:
         t, lanes = self.taps, self.lanes
         first, rows = block
         reached = self._reached(first, rows)
-        y_row = self.pitch["y"]
         moving = [*([("i", row_step)] if row_step else []), *([("j", column_step)] if column_step else [])]
 
         def base(name: str, scale: tuple[int, int]) -> str:
@@ -285,25 +284,35 @@ class _Text:
                 continue
             lines.append("{")
             lines.append("    const float " + ", ".join(f"w{k} = v[{k * t.kernel[1] + kx}]" for k in used) + ";")
-            by_row: dict[int, list[tuple[int, int]]] = {}
-            for i, taps in enumerate(reached):
-                for k in taps:
-                    by_row.setdefault((first + i) * t.stride[0] + k * t.dilation[0] - t.before[0], []).append((i, k))
-            for row, hits in sorted(by_row.items()):
+            for row, hits in self._hits(first, reached):
                 text = self._loaded(row, start, kx, xs)
                 sums = " ".join(f"a{i} += w{k} * t;" for i, k in hits)
                 lines.append(f"    {{ const {kind} t = {text}; {sums} }}")
             lines.append("}")
+        return [*lines, *self._stored(block, start, ys)]
+
+    def _hits(self, first: int, reached: Sequence[Sequence[int]]) -> list[tuple[int, list[tuple[int, int]]]]:
+        """For each input row that a block of output rows reads: which of them, with which row of the kernel."""
+        t = self.taps
+        found: dict[int, list[tuple[int, int]]] = {}
+        for i, taps in enumerate(reached):
+            for k in taps:
+                found.setdefault((first + i) * t.stride[0] + k * t.dilation[0] - t.before[0], []).append((i, k))
+        return sorted(found.items())
+
+    def _stored(self, block: tuple[int, int], start: int, ys: str) -> list[str]:
+        """Lines that finish and store the sums a0, a1, ... of a block of rows."""
+        (first, rows), lanes, lines = block, self.lanes, []
+        count = min(lanes, self.taps.out[1] - start)
         for i in range(rows):
             lines += self.what.finished(f"a{i}", lanes)
-            place = plus(ys, (first + i) * y_row + start)
-            count = min(lanes, t.out[1] - start)
+            place = plus(ys, (first + i) * self.pitch["y"] + start)
             if count < lanes and not self.spill(first + i):
                 lines.append(f"memcpy({place}, &a{i}, {4 * count});")
             else:
                 lines.append(store(place, lanes, f"a{i}"))
         for i in range(rows):
-            lines += self.what.rest(f"({plus(ys, (first + i) * y_row + start)})", min(lanes, t.out[1] - start))
+            lines += self.what.rest(f"({plus(ys, (first + i) * self.pitch['y'] + start)})", count)
         return lines
 
 

@@ -8,8 +8,8 @@ from lilliput.engine import expr, loops
 from lilliput.engine.graph import Node, Value
 from lilliput.engine.helpers import texts
 from lilliput.engine.kernel import Kernel, kernel
-from lilliput.engine.kernels.turn import TILE, turned
-from lilliput.engine.kernels.turn import helpers as turning
+from lilliput.engine.kernels.transpose_tiles import TILE, turned
+from lilliput.engine.kernels.transpose_tiles import helpers as turning
 from lilliput.engine.kernels.walk import pieces
 from lilliput.engine.size import c, fixed
 from lilliput.engine.target import Target

@@ -253,13 +253,25 @@ def _dense_panel(
     if single:
         lines.append(f"    const {vector(height)} column = {load('v', height)};")
         lines += [f"    u{i} += p[{place}] * column;" for i, place in single]
-    lines.append("}")
+    return [*lines, "}", *_stored(found, what, block, height, vectors, single)]
+
+
+def _stored(
+    found: Runs,
+    what: After,
+    block: Block,
+    height: int,
+    vectors: list[tuple[int, int, int]],
+    single: list[tuple[int, int]],
+) -> list[str]:
+    """C lines that finish and store the sums of a panel: a0_0, ... of vectors of pixels, u0, ... of single pixels."""
+    step_y, lines = found.channel[0], []
     for o in range(height):
         for i, place, lanes in vectors:
             lines += [*what.finished(f"a{o}_{i}", lanes), store(plus("q", o * step_y + place), lanes, f"a{o}_{i}")]
     for i, place in single:
-        if residual:
-            lines += [f"u{i}[{o}] += rb[{o * step_r + place}];" for o in range(height)]
+        if what.residual is not None:
+            lines += [f"u{i}[{o}] += rb[{o * found.channel[2] + place}];" for o in range(height)]
         lines += what.finished(f"u{i}", height)
         lines += [f"q[{o * step_y + place}] = u{i}[{o}];" for o in range(height)]
     for o in range(height):

@@ -265,10 +265,9 @@ class Tiles:
 
     def _output(self, node: Node, n: str, step: int) -> list[str]:
         """C lines that transform and finish the tiles of output o that lie in vector t."""
-        m, lanes, side, g = self.m, self.lanes, self.m + 2, self.g
+        m, lanes, side = self.m, self.lanes, self.m + 2
         kind = vector(lanes)
         yn, yc, yr, _ = strides(node.y)
-        y = node.y
         image = f" + {c(yn)} * {n}" if n != "0" else ""
         lines = [f"float *const out = y0{image} + o * {yc} + {self._band} * {self.high * m * yr};"]
         more = node.maybe(3)
@@ -296,21 +295,26 @@ class Tiles:
             for j, name in enumerate(rows):
                 if node.maybe(2) is not None:
                     lines.append(f"{name} += bias;")
-                pieces, width = self._pieces(j), min(lanes, self.wide)
-                if more is None and clamp:
-                    lines += clamped(name, lanes, clamp)
-                for p, (k, column) in enumerate(pieces):
-                    row, part, first, whole = k * m + r, name, p * width, lanes
-                    if column >= g.made[1]:
-                        continue
-                    if more is not None:
-                        if len(pieces) > 1:
-                            part, first, whole = f"{name}p{p}", 0, width
-                            lines.append(f"{vector(width)} {part} = {lanes_of(name, p * width, width, lanes)};")
-                        lines += self._inside(row, added(part, whole, more, "more", row, column, g.made[1]))
-                        if clamp:
-                            lines += clamped(part, whole, clamp)
-                    lines += self._inside(row, put(part, whole, y, "out", row, column, g.made[1], first, width))
+                lines += self._finished(node, name, r, j, clamp)
+        return lines
+
+    def _finished(self, node: Node, name: str, r: int, j: int, clamp: tuple[float, float] | None) -> list[str]:
+        """C lines that finish and store vector j of the tiles' row r."""
+        lanes, more, columns = self.lanes, node.maybe(3), self.g.made[1]
+        pieces, width = self._pieces(j), min(lanes, self.wide)
+        lines = clamped(name, lanes, clamp) if more is None and clamp else []
+        for p, (k, column) in enumerate(pieces):
+            row, part, first, whole = k * self.m + r, name, p * width, lanes
+            if column >= columns:
+                continue
+            if more is not None:
+                if len(pieces) > 1:
+                    part, first, whole = f"{name}p{p}", 0, width
+                    lines.append(f"{vector(width)} {part} = {lanes_of(name, p * width, width, lanes)};")
+                lines += self._inside(row, added(part, whole, more, "more", row, column, columns))
+                if clamp:
+                    lines += clamped(part, whole, clamp)
+            lines += self._inside(row, put(part, whole, node.y, "out", row, column, columns, first, width))
         return lines
 
     def _inside(self, row: int, lines: list[str]) -> list[str]:

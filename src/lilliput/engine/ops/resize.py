@@ -31,7 +31,7 @@ def resize(node: Node, build: Build) -> None:
     if _repeats(node, mode, scales):
         repeated(x, [int(s) for s in scales], build, y, each=True)
         return
-    roi = _roi(node)
+    roi, nearest = _roi(node), str(node.attrs.get("nearest_mode", "round_prefer_floor"))
     outside = float(node.attrs.get("extrapolation_value", 0.0))
     held, cut = x, [(0, 0)] * x.rank
     maps: list[Floats | None] = [None] * x.rank
@@ -39,17 +39,9 @@ def resize(node: Node, build: Build) -> None:
         size, new = x.shape[axis], y.shape[axis]
         if size == new and math.isclose(scales[axis], 1.0) and roi[axis] == (0.0, 1.0):
             continue
-        if not fixed(size, new):
-            raise NotSupported(
-                f"compile: {node.name} ({node.op}) must have fixed sizes, or be nearest by a whole factor."
-            )
+        _check(node, size, new)
         if int(new) == 0 or int(size) == 0:
             continue
-        if int(new) > MOST_POSITIONS:
-            raise ValueError(
-                f"compile: {node.name} ({node.op}) must make at most {MOST_POSITIONS} elements of a "
-                f"dimension, got {new}."
-            )
         place = coordinates(node, int(size), int(new), scales[axis], roi[axis])
         if _mode(node) == "tf_crop_and_resize":
             inside = np.flatnonzero((place >= 0) & (place <= int(size) - 1))
@@ -57,9 +49,7 @@ def resize(node: Node, build: Build) -> None:
             cut[axis] = (first, int(new) - last)
             place = place[first:last]
         if mode == "nearest":
-            maps[axis] = np.clip(
-                rounded(place, str(node.attrs.get("nearest_mode", "round_prefer_floor")), node), 0, int(size) - 1
-            ).astype(np.int32)
+            maps[axis] = np.clip(rounded(place, nearest, node), 0, int(size) - 1).astype(np.int32)
             continue
         positions, weights = taps(node, mode, place, int(size), scales[axis])
         made = build.value(x.dtype, [len(place) if d == axis else s for d, s in enumerate(held.shape)])
@@ -73,6 +63,16 @@ def resize(node: Node, build: Build) -> None:
         padded(held, [a for a, _ in cut], [b for _, b in cut], build, y, value=build.const(np.array(outside, x.dtype)))
     else:
         _finish(held, y, build)
+
+
+def _check(node: Node, size: int, new: int) -> None:
+    """Raise where a dimension has no table of positions: its sizes are free, or too large."""
+    if not fixed(size, new):
+        raise NotSupported(f"compile: {node.name} ({node.op}) must have fixed sizes, or be nearest by a whole factor.")
+    if int(size) and int(new) > MOST_POSITIONS:
+        raise ValueError(
+            f"compile: {node.name} ({node.op}) must make at most {MOST_POSITIONS} elements of a dimension, got {new}."
+        )
 
 
 def _finish(held: Value, y: Value, build: Build) -> None:
