@@ -20,7 +20,7 @@ from lilliput.graph import (
     uniform,
     widths,
 )
-from lilliput.graph.channels import _silence_
+from lilliput.graph.narrow import silence_
 from lilliput.graph.trace import copied, run
 
 
@@ -158,7 +158,7 @@ def test_removed_channels_are_those_that_nobody_hears(name: str) -> None:
     small = remove_channels(model, example, keep, found)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     silent = copied(model, "test")
-    _silence_(silent, free, keep)
+    silence_(silent, free, keep)
     if name == "grouped":  # a group norm sees the silent channels of its run
         small.n = silent.n = nn.Identity()
     assert torch.allclose(small(x), silent(x), atol=1e-5)

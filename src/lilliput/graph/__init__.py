@@ -1,8 +1,9 @@
 """Changing a network's graph: channels and blocks that really go, earlier strides, folded batch norm, students."""
 
 from lilliput.graph.blocks import Skip, blocks_left, removable, remove_blocks
-from lilliput.graph.channels import Group, Part, choose, groups, left, remove_channels
+from lilliput.graph.channels import groups, remove_channels
 from lilliput.graph.fold import fold_batchnorm
+from lilliput.graph.group import Group, Part, choose, left
 from lilliput.graph.stride import earlier_stride, set_stride
 from lilliput.graph.students import reset, student
 from lilliput.graph.trace import Left

@@ -1,85 +1,31 @@
 """Channels that must go together, found by Torch-Pruning's dependency graph, and networks without some of them."""
 
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lilliput.errors import near
-from lilliput.graph import recurrent, slicing
+from lilliput.graph import slicing
+from lilliput.graph.follow import dependencies
+from lilliput.graph.group import Group, Part, choose
+from lilliput.graph.narrow import narrow_, silence_
 from lilliput.graph.trace import (
     Call,
     Left,
     agree,
     calls,
     copied,
-    evaluating,
     first_line,
     frozen,
     replace_,
     run,
     shapes,
     sketch,
-    tensors,
     tied,
 )
-from lilliput.task import call
-
-
-@dataclass(frozen=True)
-class Part:
-    """One side of one layer: position index[k] of that side belongs to the group's channel channel[k]."""
-
-    layer: str
-    side: str  # "out": the layer makes the channel (or passes it on); "in": it reads it
-    index: tuple[int, ...]
-    channel: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Channels of several layers that must go together, because additions and such join them.
-
-    name: the first layer that makes them. size: how many there are. classes: one label a channel; where labels differ
-    (a grouped convolution, a group norm) each must keep equally many. reason: why none may go; empty when some may.
-    """
-
-    name: str
-    size: int
-    parts: tuple[Part, ...]
-    classes: tuple[int, ...]
-    reason: str = ""
-
-    @property
-    def removable(self) -> bool:
-        return not self.reason
-
-    @property
-    def multiple(self) -> int:
-        """Widths are multiples of this."""
-        return max(len(set(self.classes)), 1)
-
-    def __str__(self) -> str:
-        made = list(dict.fromkeys(p.layer for p in self.parts if p.side == "out"))
-        read = list(dict.fromkeys(p.layer for p in self.parts if p.side == "in"))
-        if not self.parts:
-            return f"{self.name} stays: {self.reason}."
-        text = f"{self.size} channels made by {_listed(made)}" + (f", read by {_listed(read)}" if read else "")
-        if self.multiple > 1:
-            text += f", equally many in each of {self.multiple} runs"
-        return f"{text}; they stay: {self.reason}." if self.reason else f"{text}."
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" and {names[-1]}" if names else "nothing"
-
-
-def left(groups: Iterable[Group]) -> tuple[Left, ...]:
-    """The groups that stay, each with its reason."""
-    return tuple(Left(g.name, g.reason) for g in groups if g.reason)
 
 
 def groups(model: nn.Module, example: Any) -> tuple[Group, ...]:
@@ -100,7 +46,7 @@ def groups(model: nn.Module, example: Any) -> tuple[Group, ...]:
     """
     work = copied(model, "groups")
     try:
-        found = _dependencies(work, example)
+        found = dependencies(work, example)
     except Exception as error:  # whatever a stranger's forward raises: nothing of this model can be followed
         why = f"the model could not be followed ({type(error).__name__}: {first_line(error)})"
         return tuple(
@@ -131,99 +77,6 @@ def _unseen(model: nn.Module, found: list[Group]) -> list[Group]:
         for name, module in model.named_modules()
         if any(True for _ in module.parameters(recurse=False)) and name not in made and not name.startswith(heads)
     ]
-
-
-def _dependencies(model: nn.Module, example: Any) -> list[Group]:
-    """Groups as Torch-Pruning sees them, in plain data; static reasons that need its graph are set."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import torch_pruning as tp
-
-    work = copied(model, "groups")
-    for p in work.parameters():
-        p.requires_grad_(p.is_floating_point())
-    standing: dict[str, str] = {}
-    for name, module in list(work.named_modules()):
-        if isinstance(module, nn.RNNBase) and not module.proj_size:
-            replace_(work, module, recurrent.StandIn(module))
-            standing[f"{name}.linear" if name else "linear"] = name
-    ends: set[Any] = set()
-
-    def forward(net: nn.Module, inputs: Any) -> list[Tensor]:
-        outputs = [t for t in tensors(call(net, inputs)) if t.grad_fn is not None]
-        ends.update(t.grad_fn for t in outputs)
-        return outputs
-
-    tables = {nn.EmbeddingBag: tp.pruner.function.EmbeddingPruner()}
-    roots = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.EmbeddingBag)
-    found: list[Group] = []
-    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    with warnings.catch_warnings(), torch.enable_grad(), evaluating(work):
-        warnings.simplefilter("ignore")
-        graph = tp.DependencyGraph().build_dependency(
-            work, example, forward_fn=forward, customized_pruners=tables, verbose=False
-        )
-        names = {module: standing.get(name, name) for name, module in work.named_modules()}
-        visits = _Visits()
-        for node in graph.module2node.values():
-            node.dependencies = _Watched(node.dependencies, visits)
-        for group in graph.get_all_groups(root_module_types=roots):
-            plain = _plain(group, graph, names, order, ends)
-            found.append(replace(plain, reason="they go round without end") if visits.endless else plain)
-            visits.endless = False
-            visits.of.clear()
-    return sorted(found, key=lambda g: order.get(g.name, len(order)))
-
-
-class _Visits:
-    """How often the walk that makes one group has come to each node. Slices and concatenations on a cycle (a rotary
-    embedding) give it new positions every time round, and it would go on for ever.
-    """
-
-    most = 100
-
-    def __init__(self) -> None:
-        self.of: dict[int, int] = {}
-        self.endless = False
-
-
-class _Watched(list[Any]):
-    """The ways on from a node: none any more once a node of this walk was visited too often."""
-
-    def __init__(self, ways: Iterable[Any], visits: _Visits) -> None:
-        super().__init__(ways)
-        self.visits = visits
-
-    def __iter__(self) -> Iterator[Any]:
-        count = self.visits.of[id(self)] = self.visits.of.get(id(self), 0) + 1
-        self.visits.endless |= count > self.visits.most
-        return iter(()) if self.visits.endless else super().__iter__()
-
-
-def _plain(group: Any, graph: Any, names: dict[nn.Module, str], order: dict[str, int], ends: set[Any]) -> Group:
-    sides: dict[tuple[str, str], dict[int, int]] = {}
-    size, why = len(group[0].idxs), ""
-    for item in group:
-        target = item.dep.target
-        if target.module in names:
-            side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
-            positions = sides.setdefault((names[target.module], side), {})
-            for position, root in zip(item.idxs, item.root_idxs, strict=True):
-                if root is None or positions.setdefault(int(position), int(root)) != int(root):
-                    why = why or "one of its positions mixes two channels"
-        elif isinstance(target.module, nn.Parameter):
-            owner = graph._param_to_name.get(target.module, "a module")
-            why = why or f"they meet the parameter {owner} of a custom module"
-        makes = target.module not in names or side == "out"
-        if target.grad_fn in ends and makes:
-            why = why or "they are the output"
-    parts = [
-        Part(layer, side, tuple(sorted(positions)), tuple(positions[i] for i in sorted(positions)))
-        for (layer, side), positions in sides.items()
-    ]
-    parts.sort(key=lambda p: (order.get(p.layer, len(order)), p.side))
-    makers = [p.layer for p in parts if p.side == "out"]
-    return Group(makers[0], size, tuple(parts), (0,) * size, why)
 
 
 def _reason(model: nn.Module, group: Group, seen: Mapping[str, Call]) -> str:
@@ -296,14 +149,14 @@ def _trial(model: nn.Module, example: Any, candidates: list[Group], dense: list[
     keep = {g.name: _half(g) for g in candidates}
     narrow = sketch(model)
     try:
-        _narrow_(narrow, candidates, keep)
+        narrow_(narrow, candidates, keep)
         outputs = run(narrow, example)
     except Exception as error:  # whatever a stranger's forward raises when its sizes change
         return f"the model fails without some of them ({first_line(error)})"
     if shapes(outputs) != shapes(dense):
         return "the output's shape depends on them"
     silent = sketch(model)
-    _silence_(silent, candidates, keep)
+    silence_(silent, candidates, keep)
     mixed = [
         name for name in _layers(candidates) if isinstance(model.get_submodule(name), (nn.LayerNorm, nn.GroupNorm))
     ]
@@ -320,41 +173,6 @@ def _trial(model: nn.Module, example: Any, candidates: list[Group], dense: list[
 
 def _layers(found: Iterable[Group]) -> list[str]:
     return list(dict.fromkeys(part.layer for group in found for part in group.parts))
-
-
-def _indices(model: nn.Module, groups: Iterable[Group], keep: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-    """For each side of each layer that changes, the positions that stay."""
-    modules = dict(model.named_modules())
-    masks: dict[tuple[str, str], Tensor] = {}
-    for group in groups:
-        stays = torch.zeros(group.size, dtype=torch.bool)
-        stays[keep[group.name]] = True
-        for part in group.parts:
-            size = slicing.width(modules[part.layer], part.side)
-            if isinstance(modules[part.layer], nn.PReLU) and size == 1:
-                continue
-            mask = masks.setdefault((part.layer, part.side), torch.ones(size, dtype=torch.bool))
-            mask[torch.tensor(part.index)] &= stays[torch.tensor(part.channel)]
-    return {key: mask.nonzero().flatten() for key, mask in masks.items()}
-
-
-def _narrow_(model: nn.Module, groups: Iterable[Group], keep: Mapping[str, Tensor]) -> None:
-    indices = _indices(model, groups, keep)
-    modules = dict(model.named_modules())
-    for name in dict.fromkeys(layer for layer, _ in indices):
-        slicing.narrow_(modules[name], indices.get((name, "out")), indices.get((name, "in")))
-
-
-def _silence_(model: nn.Module, groups: Iterable[Group], keep: Mapping[str, Tensor]) -> None:
-    modules = dict(model.named_modules())
-    for (name, side), stays in _indices(model, groups, keep).items():
-        layer = modules[name]
-        gone = torch.ones(slicing.width(layer, side), dtype=torch.bool)
-        gone[stays] = False
-        if side == "in":
-            slicing.silence_(layer, gone.nonzero().flatten())
-        elif isinstance(layer, nn.RNNBase):
-            recurrent.silence_(layer, gone.nonzero().flatten())
 
 
 def remove_channels(
@@ -381,7 +199,7 @@ def remove_channels(
         chosen[name] = _checked(known[name], kept)
     smaller = copied(model, "remove_channels")
     with torch.no_grad():
-        _narrow_(smaller, [known[n] for n in chosen], chosen)
+        narrow_(smaller, [known[n] for n in chosen], chosen)
     before = shapes(run(copied(model, "remove_channels"), example))
     try:
         after = shapes(run(smaller, example))
@@ -414,18 +232,3 @@ def _checked(group: Group, kept: Tensor) -> Tensor:
             f"{counts.tolist()}. Use choose(group, scores, count)."
         )
     return kept
-
-
-def choose(group: Group, scores: Tensor, count: int) -> Tensor:
-    """The sorted indices of the `count` channels with the highest scores, equally many from each run of the group."""
-    if not 0 < count <= group.size or count % group.multiple:
-        raise ValueError(
-            f"choose: {group.name} must keep a multiple of {group.multiple} in [1, {group.size}], got {count}."
-        )
-    classes = torch.tensor(group.classes)
-    per = count // group.multiple
-    picked = []
-    for label in range(group.multiple):
-        members = (classes == label).nonzero().flatten()
-        picked.append(members[scores[members].argsort(descending=True, stable=True)[:per]])
-    return torch.cat(picked).sort().values

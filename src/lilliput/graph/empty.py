@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lilliput.code.base import realize
 from lilliput.graph import slicing
 from lilliput.graph.blocks import removable, remove_blocks
-from lilliput.graph.channels import Group, groups, remove_channels
+from lilliput.graph.channels import groups, remove_channels
+from lilliput.graph.group import Group
 from lilliput.graph.trace import agree, run
 from lilliput.stage import Reference, Stage
 from lilliput.task import Task, leaves

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.graph import slicing
-from lilliput.graph.channels import Group, choose
+from lilliput.graph.group import Group, choose
 from lilliput.graph.trace import copied, evaluating, tensors
 from lilliput.task import call, leaves
 

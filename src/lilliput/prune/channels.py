@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lilliput.errors import near
 from lilliput.graph import slicing
-from lilliput.graph.channels import Group, groups, remove_channels
+from lilliput.graph.channels import groups, remove_channels
+from lilliput.graph.group import Group
 from lilliput.graph.widths import kept, rounded, taylor
 from lilliput.stage import Reference, Stage
 from lilliput.statistics.sources import Labelled
