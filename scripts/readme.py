@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lilliput.report import words
+from lilliput.report import formats
+from lilliput.report import summary as summaries
 from lilliput.report.tables import front, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +22,7 @@ PICTURES = {False: ROOT / "docs" / "images" / "demo.svg", True: ROOT / "docs" / 
 
 def parts(summary: dict[str, Any]) -> dict[str, str]:
     """The text of each generated part."""
-    verdict = words.verdict(summary)
+    verdict = summaries.verdict(summary)
     light, dark = (PICTURES[mode].relative_to(ROOT).as_posix() for mode in (False, True))
     picture = f"""<picture>
   <source media="(prefers-color-scheme: dark)" srcset="{dark}">
@@ -38,14 +39,14 @@ def printed(summary: dict[str, Any]) -> str:
 
     console = Console(file=io.StringIO(), width=118, force_terminal=False)
     console.print(front(summary))
-    console.print(words.verdict(summary), highlight=False)
+    console.print(summaries.verdict(summary), highlight=False)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().strip("\n").splitlines())
 
 
 def table(summary: dict[str, Any]) -> str:
     """The dense network and the chosen one, and where they were measured."""
-    quality, chosen = words.Quality.of(summary), words.shown(summary) or {}
+    quality, chosen = formats.Quality.of(summary), summaries.shown(summary) or {}
     rows = [
         {"network": name, **point, "score": quality.score(point.get("test", point.get("val")))}
         for name, point in (("dense", summary["dense"]), ("chosen", chosen))
@@ -58,7 +59,7 @@ def table(summary: dict[str, Any]) -> str:
         "multiply-adds": "macs",
         "model.onnx, bytes": "onnx_bytes",
         "model.lil, bytes": "packed_bytes",
-        "latency": lambda point: words.milliseconds(point.get("latency_ms")),
+        "latency": lambda point: formats.milliseconds(point.get("latency_ms")),
     })  # fmt: skip
     return (
         f"{made}\n\nONNX Runtime, one thread, batch 1, on {machine['cpu']}; the search took "
@@ -83,7 +84,7 @@ def speed(record: dict[str, Any]) -> str:
         if kind in NETWORKS:
             column = "no zeros" if zeros == "dense" else f"{zeros}% zeros"
             columns[column] = None
-            cell = f"{row['ratio']:.1f}x ({words.milliseconds(row['engine_ms'])})"
+            cell = f"{row['ratio']:.1f}x ({formats.milliseconds(row['engine_ms'])})"
             found.setdefault(NETWORKS[kind], {})[column] = cell
     order = sorted(columns, key=lambda column: (column != "no zeros", column))
     lines = ["| network | " + " | ".join(order) + " |", "|---|" + "--:|" * len(order)]
@@ -97,7 +98,7 @@ def speed(record: dict[str, Any]) -> str:
             ("times_int8", "ONNX Runtime's static int8"),
             ("times_deepsparse", f"DeepSparse {record.get('deepsparse')}"),
         )
-        if words.known(rivals.get(key))
+        if formats.known(rivals.get(key))
     )
     return "\n".join(lines) + (
         "\n\nTimes faster than ONNX Runtime in float32 on the same file, and the milliseconds: batch 1, one thread, "
@@ -121,8 +122,8 @@ def pruned(record: dict[str, Any], accuracy: dict[str, Any]) -> str:
     base = rows[0]["onnxruntime_ms"]
     made = markdown(rows, {
         "ResNet-20 on digits": "name", "accuracy on validation": "score", "non-zeros": "nonzero",
-        "ONNX Runtime": lambda row: words.milliseconds(row["onnxruntime_ms"]),
-        "engine": lambda row: words.milliseconds(row["engine_ms"]),
+        "ONNX Runtime": lambda row: formats.milliseconds(row["onnxruntime_ms"]),
+        "engine": lambda row: formats.milliseconds(row["engine_ms"]),
         "times faster than dense in ONNX Runtime": lambda row: f"{base / row['engine_ms']:.1f}",
     })  # fmt: skip
     return (

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from lilliput import report
-from lilliput.report import tables, words
+from lilliput.report import formats, tables
+from lilliput.report import summary as summaries
+from lilliput.report.formats import Quality
 from lilliput.report.plan import every_point, plan, staircase
-from lilliput.report.words import Quality
 
 pytestmark = pytest.mark.slow  # a real browser
 
@@ -66,7 +67,7 @@ def test_verdict_of_a_floor_that_was_not_met(not_met: dict[str, Any]) -> None:
 def test_verdict_of_the_question_turned_round(met: dict[str, Any], bound: dict[str, float], words_of_it: str) -> None:
     met |= bound
     assert report.verdict(met).startswith(f"The best digits {words_of_it} scores 98.6% on data it was not tuned on")
-    assert words.floor(met) is None, "a bound replaces the floor"
+    assert summaries.floor(met) is None, "a bound replaces the floor"
     unmet = met | {"met": False, "chosen": None}
     assert report.verdict(unmet).startswith(f"Nothing that was tried makes digits fit {words_of_it}; the nearest (")
 
@@ -95,7 +96,7 @@ def test_a_metric_that_is_no_rate_keeps_its_unit(met: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
 def test_unknown_numbers_are_dashes(value: float | None) -> None:
-    written = [words.number(value), words.size(value), words.count(value), words.milliseconds(value)]
+    written = [formats.number(value), formats.size(value), formats.count(value), formats.milliseconds(value)]
     assert [*written, Quality("accuracy", True, True).score(value)] == ["–"] * 5
 
 

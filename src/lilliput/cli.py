@@ -242,8 +242,8 @@ def _shrink(
     if as_json:
         print(json.dumps(result.summary, indent=1))
     else:
+        from lilliput.report.summary import verdict
         from lilliput.report.tables import front
-        from lilliput.report.words import verdict
 
         console.print(front(result.summary))
         console.print(verdict(result.summary), highlight=False, markup=False)

@@ -5,6 +5,6 @@ first sentence. All is made from ``summary.json``, so a page can be rebuilt at a
 """
 
 from lilliput.report.page import page, write
-from lilliput.report.words import verdict
+from lilliput.report.summary import verdict
 
 __all__ = ["page", "verdict", "write"]

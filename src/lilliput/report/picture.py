@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lilliput.report import words
+from lilliput.report import formats
+from lilliput.report import summary as summaries
+from lilliput.report.formats import Quality, Summary, known
 from lilliput.report.plan import plan, staircase
-from lilliput.report.words import Quality, Summary, cost, known
+from lilliput.report.summary import cost
 
 _COLOURS = {
     False: {
@@ -74,7 +76,7 @@ def picture(summary: Summary, path: str | Path, key: str = "onnx_bytes", dark: b
         axes.plot(
             [x for x, _ in stairs], [drawn.scale * y for _, y in stairs], color=colour["front"], linewidth=1.4, zorder=2
         )
-        if (floor := words.floor(summary)) is not None:
+        if (floor := summaries.floor(summary)) is not None:
             height = drawn.scale * (summary["dense"]["val"] - drawn.sign * floor)
             axes.axhline(height, color=colour["warn"], linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
             axes.annotate(
@@ -110,7 +112,7 @@ def picture(summary: Summary, path: str | Path, key: str = "onnx_bytes", dark: b
                 linewidths=0.5 if kind == "tried" else 1.5,
             )
             if kind in ("dense", "chosen"):
-                score, text = quality.score(point["val"]), words.milliseconds if key == "latency_ms" else words.size
+                score, text = quality.score(point["val"]), formats.milliseconds if key == "latency_ms" else formats.size
                 # Nothing is smaller and better than a point of the front: the room above and left of it is free.
                 right = math.log(x / axis["start"]) > 0.24 * math.log(axis["end"] / axis["start"])
                 axes.annotate(
@@ -134,7 +136,7 @@ def picture(summary: Summary, path: str | Path, key: str = "onnx_bytes", dark: b
         axes.set_axisbelow(True)
         for spine in axes.spines.values():
             spine.set_visible(False)
-        metadata = {"Date": None, "Description": words.verdict(summary)} if path.suffix == ".svg" else None
+        metadata = {"Date": None, "Description": summaries.verdict(summary)} if path.suffix == ".svg" else None
         figure.savefig(path, dpi=200, metadata=metadata, facecolor=colour["paper"])
     return path
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lilliput.report import words
-from lilliput.report.words import Quality, Summary, cost, known
+from lilliput.report import summary as summaries
+from lilliput.report.formats import Quality, Summary, known
+from lilliput.report.summary import cost
 
 VIEWS = {"onnx_bytes": "model.onnx", "packed_bytes": "model.lil, packed", "latency_ms": "latency, one input"}
 
@@ -53,7 +54,7 @@ def plan(summary: Summary) -> Plan | None:
 
 def every_point(summary: Summary) -> list[dict[str, Any]]:
     """Every point once, dense first, with its kind: dense, chosen (or nearest), front, tried."""
-    described = words.shown(summary)
+    described = summaries.shown(summary)
     chosen = "chosen" if summary.get("met", True) else "nearest"
     out, seen = [dict(summary["dense"], kind="dense", name=summary["dense"].get("name") or "dense")], set()
     groups = [
@@ -88,7 +89,7 @@ def _lowest(summary: Summary, quality: Quality, values: Sequence[float]) -> floa
     point far below does not flatten the rest."""
     dense, sign = summary["dense"].get("val"), 1 if quality.higher_is_better else -1
     worst = min(values) if sign > 0 else max(values)
-    losses = [words.floor(summary) or 0.0, quality.drop(dense, (words.shown(summary) or {}).get("val")) or 0.0]
+    losses = [summaries.floor(summary) or 0.0, quality.drop(dense, (summaries.shown(summary) or {}).get("val")) or 0.0]
     if not known(dense) or max(losses) <= 0:
         return worst
     bound = float(dense) - sign * 12 * max(losses)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lilliput.report import words
-from lilliput.report.words import Quality, Summary, cost
+from lilliput.report import formats
+from lilliput.report.formats import Quality, Summary
+from lilliput.report.summary import cost, floor, shown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,12 +26,12 @@ def front(summary: Summary) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    quality, dense, described = Quality.of(summary), summary["dense"], words.shown(summary)
+    quality, dense, described = Quality.of(summary), summary["dense"], shown(summary)
     table = Table(title=Text(str(summary["task"])), box=None, header_style="dim", pad_edge=False)
     table.add_column("point", overflow="fold")
     rest = [point for point in summary.get("front") or () if not _same(point, described)]
     points = [dense, *([described] if described else []), *rest]
-    in_engine = any(words.known(point.get("engine_ms")) for point in points)
+    in_engine = any(formats.known(point.get("engine_ms")) for point in points)
     for heading in (
         quality.metric,
         "loss",
@@ -48,17 +49,17 @@ def front(summary: Summary) -> Table:
         label = "dense" if point is dense else str(point.get("name") or "unnamed")
         if point is described:
             label += "  (chosen)" if summary.get("met", True) else "  (nearest)"
-        cells = [quality.score(point.get("val")), words.MISSING if point is dense else quality.bare(drop)]
+        cells = [quality.score(point.get("val")), formats.MISSING if point is dense else quality.bare(drop)]
         for key, text in (
-            ("onnx_bytes", words.size),
-            ("packed_bytes", words.size),
-            ("latency_ms", words.milliseconds),
-            *([("engine_ms", words.milliseconds)] if in_engine else []),
+            ("onnx_bytes", formats.size),
+            ("packed_bytes", formats.size),
+            ("latency_ms", formats.milliseconds),
+            *([("engine_ms", formats.milliseconds)] if in_engine else []),
         ):
             before = cost(dense, {"packed_bytes": "onnx_bytes", "engine_ms": "latency_ms"}.get(key, key))
-            change = words.ratio(before, cost(point, key))
+            change = formats.ratio(before, cost(point, key))
             same = point is dense and key != "engine_ms"
-            cells += [text(cost(point, key)), "" if same or change is None else f"{words.times(change)}x"]
+            cells += [text(cost(point, key)), "" if same or change is None else f"{formats.times(change)}x"]
         style = "bold" if point is described else ""
         table.add_row(*(Text(cell) for cell in (label, *cells)), style=style)  # Text: names are no markup
     return table
@@ -88,7 +89,9 @@ def markdown(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, Column]) -
     if not columns:
         raise ValueError("markdown: columns must name at least one column, got none. Give {heading: path}.")
     cells = [[_look(row, column) for column in columns.values()] for row in rows]
-    numeric = [bool(cells) and all(words.known(row[i]) or row[i] is None for row in cells) for i in range(len(columns))]
+    numeric = [
+        bool(cells) and all(formats.known(row[i]) or row[i] is None for row in cells) for i in range(len(columns))
+    ]
     lines = [list(map(_escaped, columns)), ["--:" if right else "---" for right in numeric]]
     lines += [[_escaped(_text(cell)) for cell in row] for row in cells]
     head, rule, *body = lines
@@ -107,7 +110,7 @@ def results(summaries: Iterable[Summary]) -> str:
         summaries,
         {
             "job": "task",
-            "floor": lambda s: Quality.of(s).points(words.floor(s)),
+            "floor": lambda s: Quality.of(s).points(floor(s)),
             "dense": lambda s: Quality.of(s).score(s["dense"].get("test", s["dense"].get("val"))),
             "result": lambda s: (
                 Quality.of(s).score(_of(s).get("test", _of(s).get("val"))) if s.get("met", True) else "not met"
@@ -123,12 +126,12 @@ def results(summaries: Iterable[Summary]) -> str:
 
 
 def _of(summary: Summary) -> Mapping[str, Any]:
-    return words.shown(summary) or {}
+    return shown(summary) or {}
 
 
 def _loss(summary: Summary) -> str:
     quality = Quality.of(summary)
-    key = "drop_test" if words.known(summary.get("drop_test")) else "drop_corrected"
+    key = "drop_test" if formats.known(summary.get("drop_test")) else "drop_corrected"
     interval = quality.interval(summary.get(f"{key}_interval")).removeprefix("95% interval ")
     return quality.bare(summary.get(key)) + (f" ({interval})" if interval else "")
 
@@ -136,9 +139,9 @@ def _loss(summary: Summary) -> str:
 def _with_ratio(summary: Summary, key: str) -> str:
     now = cost(_of(summary), key)
     before = summary["dense"].get("onnx_bytes") if key == "packed_bytes" else cost(summary["dense"], key)
-    change = words.ratio(before, now)
-    text = words.number(now) if key == "latency_ms" else words.count(now)
-    return text + (f" ({words.times(change)}x)" if change is not None else "")
+    change = formats.ratio(before, now)
+    text = formats.number(now) if key == "latency_ms" else formats.count(now)
+    return text + (f" ({formats.times(change)}x)" if change is not None else "")
 
 
 def _look(row: Mapping[str, Any], column: Column) -> object:
@@ -152,9 +155,9 @@ def _look(row: Mapping[str, Any], column: Column) -> object:
 
 def _text(cell: object) -> str:
     if cell is None:
-        return words.MISSING
+        return formats.MISSING
     if isinstance(cell, float):
-        return words.number(cell, 4)
+        return formats.number(cell, 4)
     return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell)
 
 
