@@ -22,8 +22,13 @@ FROM_PAPERS = ("score", "pattern", "allocation", "range", "grid", "rounding")
 ROOMS_OF_PAPERS = ("prune", "quant", "factor", "distill", "adapt", "share")
 # Where the settings of a class are checked and its work begins: what these raise, the class raises.
 ENTRY_POINTS = ("__init__", "__post_init__", "__call__", "begin", "encode")
-# Not yet in that style. An entry that has become fine must be taken out.
-PENDING: set[str] = set()
+# Not yet in that style, by the last part of their names. An entry that has become fine must be taken out.
+PENDING = set(
+    """
+    Code Distill Engine Factorize Features Half LowRank Masked Quantize QuantizeActivations Recipe Reference Result Rule
+    Stage Task Train Uniform attach build codes compile load realize run shrink storage
+    """.split()
+)
 
 
 def names() -> list[str]:
@@ -50,12 +55,10 @@ def found(name: str) -> griffe.Class | griffe.Function:
 def parameters(thing: griffe.Class | griffe.Function) -> set[str]:
     """The names that `Args:` must explain: not those that a class inherits from a base with a docstring of its own."""
     own = {parameter.name.lstrip("*") for parameter in thing.parameters} - {"self", "cls"}
-    if isinstance(thing, griffe.Class) and "__init__" not in thing.members:
+    if isinstance(thing, griffe.Class) and "dataclass" in thing.labels:
         for base in thing.mro():
             if base.docstring and not any(part.startswith("_") for part in base.path.split(".")):
                 own -= {parameter.name for parameter in base.parameters}
-    if isinstance(thing, griffe.Class) and "dataclass" in thing.labels:
-        own = {name for name in own if not name.startswith("_")}
     return own
 
 
@@ -90,7 +93,7 @@ def problems(name: str) -> list[str]:
     thing = found(name)
     if not thing.docstring:
         return ["it has no docstring"]
-    first, _, rest = thing.docstring.value.partition("\n\n")
+    first = thing.docstring.value.partition("\n\n")[0]
     sections = {section.kind.value: section for section in thing.docstring.parse("google", warnings=False)}
     titled = {
         section.title: section.value.contents
@@ -125,11 +128,11 @@ def problems(name: str) -> list[str]:
 @pytest.mark.parametrize("name", names())
 def test_docstring_has_its_sections(name: str) -> None:
     missing = problems(name)
-    if name in PENDING:
+    if name.rpartition(".")[2] in PENDING:
         assert missing, f"{name} is fine now: take it out of PENDING"
         return
     assert not missing, f"{name}: {'; '.join(missing)}."
 
 
 def test_nothing_else_is_pending() -> None:
-    assert set(names()) >= PENDING, "PENDING names what is not there"
+    assert {name.rpartition(".")[2] for name in names()} >= PENDING, "PENDING names what is not there"

@@ -1,27 +1,27 @@
-"""The four failures that a caller may want to catch by name; everything else is a ValueError, TypeError or KeyError."""
+"""Errors: the four failures that a caller may want to catch by name; everything else is a built-in exception."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class FloorNotMet(RuntimeError):
-    """No point that was found loses less than the floor allows."""
+    """Raised when no point that was found loses less than the floor allows."""
 
 
 class NotSupported(TypeError):
-    """A model, operator or setting that lilliput leaves alone, named with the reason."""
+    """Raised for a model, operator or setting that lilliput leaves alone, named with the reason."""
 
 
 class ExportError(RuntimeError):
-    """An artifact that does not compute what the model computes, or could not be written."""
+    """Raised for an artifact that does not compute what the model computes, or could not be written."""
 
 
 class StoreError(RuntimeError):
-    """A file that is damaged, of another version, or cannot be written."""
+    """Raised for a file that is damaged, of another version, or cannot be written."""
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """A sentence naming the closest known names, for the end of an error message."""
+    """Name the closest known names in a sentence, for the end of an error message."""
     names = sorted(known)
     close = get_close_matches(name, names, n=3, cutoff=0.5)
     if close:

@@ -17,9 +17,10 @@ Key = TypeVar("Key")
 
 
 def folder() -> Path:
-    """The evidence/ folder of the checkout: below the working directory, or beside src/.
+    """Find the evidence/ folder of the checkout: below the working directory, or beside src/.
 
-    Raises ValueError where lilliput runs without a checkout.
+    Raises:
+        ValueError: Where lilliput runs without a checkout.
     """
     for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
         if (root / "evidence").is_dir():
@@ -31,15 +32,23 @@ def folder() -> Path:
 
 
 def scripts() -> dict[str, Path]:
-    """Every system that has a script."""
+    """List every system that has a script."""
     return {path.stem: path for path in sorted(folder().glob("*.py"))}
 
 
 def interval(values: Sequence[float], digits: int = 4) -> list[float]:
-    """The central 95% for the mean of a few runs, by Student's t; of one run, itself twice.
+    """Return the central 95% for the mean of a few runs, by Student's t; of one run, itself twice.
 
-    >>> interval([0.8, 0.9, 1.0])
-    [0.6516, 1.1484]
+    Args:
+        values: The results of the runs.
+        digits: Digits to round to.
+
+    Returns:
+        The lower and the upper end.
+
+    Example:
+        >>> interval([0.8, 0.9, 1.0])
+        [0.6516, 1.1484]
     """
     mean = statistics.fmean(values)
     if len(values) < 2:
@@ -64,9 +73,10 @@ def front(points: Mapping[Key, tuple[float, float]]) -> list[Key]:
 
 
 def load(key: str) -> ModuleType:
-    """The script of one system.
+    """Import the script of one system.
 
-    Raises KeyError for an unknown system.
+    Raises:
+        KeyError: For an unknown system.
     """
     known = scripts()
     if key not in known:
@@ -80,9 +90,11 @@ def load(key: str) -> ModuleType:
 
 
 def gather(key: str | None, quick: bool, out: Path) -> Iterator[Path]:
-    """Run one script, or all; each `measure(quick)` gives a record that is written to `out`. Yields their paths.
+    """Run one script, or all; each `measure(quick)` gives a record that is written to `out`. Yield their paths.
 
-    Raises KeyError for an unknown system, ValueError for a record without what every record needs.
+    Raises:
+        KeyError: For an unknown system.
+        ValueError: For a record without what every record needs.
     """
     modules = {name: load(name) for name in (scripts() if key is None else [key])}
     from lilliput.cost.measure import machine

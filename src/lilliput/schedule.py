@@ -27,14 +27,21 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """Linear warm-up to `peak`, then half a cosine down to `final`.
+    """Warm up linearly to `peak`, then fall to `final` by half a cosine.
 
     v(t) = final + (peak - final) (1 + cos(pi u)) / 2, u = (t - w) / (T - w), with w = warmup * T steps of warm-up.
 
-    Source: Loshchilov and Hutter, SGDR, ICLR 2017, arXiv:1608.03983, equation 5 (one cycle, no restart).
+    Args:
+        peak: The highest value.
+        warmup: The fraction of the training that warms up.
+        final: The last value.
 
-    >>> Cosine(1.0, warmup=0.0)(0, 100)
-    1.0
+    Example:
+        >>> Cosine(1.0, warmup=0.0)(0, 100)
+        1.0
+
+    Source:
+        Loshchilov and Hutter, SGDR, ICLR 2017, arXiv:1608.03983, equation 5 (one cycle, no restart).
     """
 
     peak: float
@@ -51,10 +58,15 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """A straight line from `first` to `last` over the whole training.
+    """Go in a straight line from `first` to `last` over the whole training.
 
-    >>> Linear(0.0, 1.0)(50, 100)
-    0.5
+    Args:
+        first: The first value.
+        last: The last value.
+
+    Example:
+        >>> Linear(0.0, 1.0)(50, 100)
+        0.5
     """
 
     first: float
@@ -65,18 +77,26 @@ class Linear(Schedule):
 
 
 def between(part: float, begin: float, end: float) -> float:
-    """How far `part` of a training has come from `begin` to `end`: 0 at the one, 1 at the other, and beyond."""
+    """Return how far `part` of a training has come from `begin` to `end`: 0 at the one, 1 at the other, and beyond."""
     return (part - begin) / max(1e-9, end - begin)
 
 
 @dataclass(frozen=True)
 class Cubic(Schedule):
-    """The gradual sparsity schedule: s(t) = last + (first - last) (1 - u)^3 between the fractions `begin` and `end`.
+    """Raise the sparsity gradually: s(t) = last + (first - last) (1 - u)^3 between the fractions `begin` and `end`.
 
-    Source: Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878, equation 1.
+    Args:
+        last: The last value.
+        first: The first value.
+        begin: The fraction of the training at which the value begins to change.
+        end: The fraction at which it has reached the last one.
 
-    >>> Cubic(0.9)(75, 100)
-    0.9
+    Example:
+        >>> Cubic(0.9)(75, 100)
+        0.9
+
+    Source:
+        Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878, equation 1.
     """
 
     last: float
@@ -91,10 +111,16 @@ class Cubic(Schedule):
 
 @dataclass(frozen=True)
 class Once(Schedule):
-    """A jump from `first` to `last` at the fraction `when` of the training.
+    """Jump from `first` to `last` at the fraction `when` of the training.
 
-    >>> [Once(0.9, when=0.5)(step, 100) for step in (0, 49, 50)]
-    [0.0, 0.0, 0.9]
+    Args:
+        last: The value from then on.
+        first: The value before.
+        when: The fraction of the training.
+
+    Example:
+        >>> [Once(0.9, when=0.5)(step, 100) for step in (0, 49, 50)]
+        [0.0, 0.0, 0.9]
     """
 
     last: float
@@ -107,16 +133,25 @@ class Once(Schedule):
 
 @dataclass(frozen=True)
 class Steps(Schedule):
-    """Iterative pruning: `rounds` jumps, each of which drops the same share of what is left.
+    """Prune iteratively: `rounds` jumps, each of which drops the same share of what is left.
 
     After round k of n it is 1 - (1 - first) ((1 - last) / (1 - first))^(k / n); the first round is at the fraction
     `begin` of the training, the last at `end`, and the others lie evenly between.
 
-    Source: Han, Pool, Tran and Dally, Learning both weights and connections for efficient neural networks, NIPS 2015,
-    arXiv:1506.02626, section 3.4 (iterative pruning).
+    Args:
+        last: The last value.
+        rounds: n.
+        first: The first value.
+        begin: The fraction of the training at which the first round is.
+        end: The fraction at which the last round is.
 
-    >>> [round(Steps(0.75, rounds=2, begin=0.2, end=0.6)(step, 10), 3) for step in (1, 2, 5, 6)]
-    [0.0, 0.5, 0.5, 0.75]
+    Example:
+        >>> [round(Steps(0.75, rounds=2, begin=0.2, end=0.6)(step, 10), 3) for step in (1, 2, 5, 6)]
+        [0.0, 0.5, 0.5, 0.75]
+
+    Source:
+        Han, Pool, Tran and Dally, Learning both weights and connections for efficient neural networks, NIPS 2015,
+        arXiv:1506.02626, section 3.4 (iterative pruning).
     """
 
     last: float
@@ -136,16 +171,25 @@ class Steps(Schedule):
 
 @dataclass(frozen=True)
 class Cyclic(Schedule):
-    """Cyclical pruning: the gradual schedule `rounds` times over, each from `first` anew; `Prune` lets weights return.
+    """Repeat the gradual schedule `rounds` times, each from `first` anew; `Prune` lets weights return.
 
     s(t) = last + (first - last) (1 - v)^3, v the fraction of its round between the fractions `begin` and `end` of the
     training; before them `first`, after them `last`.
 
-    Source: Srinivas, Kuzmin, Nagel, van Baalen, Skliar and Blankevoort, Cyclical pruning for sparse neural networks,
-    CVPR workshops 2022, arXiv:2202.01290, section 3.
+    Args:
+        last: The last value of each round.
+        rounds: How many rounds there are.
+        first: The first value of each round.
+        begin: The fraction of the training at which the first round begins.
+        end: The fraction at which the last round ends.
 
-    >>> [round(Cyclic(0.8, rounds=2, end=1.0)(step, 100), 2) for step in (0, 25, 49, 50, 75, 100)]
-    [0.0, 0.7, 0.8, 0.0, 0.7, 0.8]
+    Example:
+        >>> [round(Cyclic(0.8, rounds=2, end=1.0)(step, 100), 2) for step in (0, 25, 49, 50, 75, 100)]
+        [0.0, 0.7, 0.8, 0.0, 0.7, 0.8]
+
+    Source:
+        Srinivas, Kuzmin, Nagel, van Baalen, Skliar and Blankevoort, Cyclical pruning for sparse neural networks, CVPR
+        workshops 2022, arXiv:2202.01290, section 3.
     """
 
     last: float
@@ -161,5 +205,5 @@ class Cyclic(Schedule):
 
 
 def at(value: float | Schedule, step: int, steps: int) -> float:
-    """The value of a number or schedule at `step` of `steps`."""
+    """Return the value of a number or schedule at `step` of `steps`."""
     return value if isinstance(value, int | float) else value(step, steps)

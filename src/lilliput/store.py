@@ -20,10 +20,22 @@ from lilliput.errors import StoreError
 
 
 class Store:
-    """A folder that keeps records and tensors by key.
+    """Keep records and tensors by key in a folder.
 
-    Raises StoreError when the folder cannot be written. A corrupt file is set aside as NAME.corrupt and named in
-    `damaged`; the rest is used.
+    A corrupt file is set aside as NAME.corrupt and named in `damaged`; the rest is used.
+
+    Args:
+        folder: The folder; it is made where there is none.
+
+    Raises:
+        StoreError: When the folder cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> store = Store(tempfile.mkdtemp())
+        >>> store.put("key", {"score": 0.9}, {"weight": torch.zeros(2)})
+        >>> store.record("key"), list(store.tensors("key"))
+        ({'score': 0.9}, ['weight'])
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -38,7 +50,7 @@ class Store:
             ) from error
 
     def record(self, key: str) -> dict[str, Any] | None:
-        """The record of a key, or None."""
+        """Return the record of a key, or None."""
         path = self.folder / f"{key}.json"
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -52,7 +64,7 @@ class Store:
             return None
 
     def tensors(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors of a key, or None."""
+        """Return the tensors of a key, or None."""
         path = self.folder / f"{key}.safetensors"
         try:
             found: dict[str, Tensor] = load_file(path)
@@ -73,7 +85,10 @@ class Store:
         write(self.folder / f"{key}.json", lambda file: file.write(text))
 
     def checkpoint(self, key: str) -> dict[str, Any] | None:
-        """The checkpoint of an unfinished training, or None; read with weights_only, so nothing in it is executed."""
+        """Return the checkpoint of an unfinished training, or None.
+
+        It is read with weights_only, so nothing in it is executed.
+        """
         path = self.folder / f"{key}.ckpt"
         try:
             loaded: dict[str, Any] = torch.load(path, weights_only=True)
@@ -89,12 +104,12 @@ class Store:
         write(self.folder / f"{key}.ckpt", lambda file: torch.save(checkpoint, file))
 
     def drop_checkpoint(self, key: str) -> None:
-        """Forget the checkpoint of a training that is finished."""
+        """Remove the checkpoint of a training that is finished."""
         with contextlib.suppress(OSError):
             (self.folder / f"{key}.ckpt").unlink()
 
     def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Every readable record with its key."""
+        """Yield every readable record with its key."""
         for path in sorted(self.folder.glob("*.json")):
             record = self.record(path.stem)
             if record is not None:

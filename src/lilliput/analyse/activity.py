@@ -1,4 +1,4 @@
-"""Activity: which share of a network's units is active, layer by layer, once or over a training."""
+"""Activity: measure which share of a network's units is active, layer by layer, once or over a training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +20,18 @@ SWITCHES = (nn.ReLU, nn.ReLU6, nn.Threshold, nn.Hardswish)
 
 @dataclass(frozen=True)
 class Activity(Finding):
-    """The fraction of a layer's outputs that are not zero, over all examples and places, and its dead units.
+    """Hold the fraction of each layer's outputs that are not zero, over all examples and places, and its dead units.
 
-    layers: their names. active: a fraction in [0, 1] for each. units: how many (channels, where the output is a
-    picture). dead: how many of them no example switches on. examples: how many were looked at.
+    Args:
+        layers: The names of the layers.
+        active: A fraction in [0, 1] for each.
+        units: How many units each has (channels, where the output is an image).
+        dead: How many of them no example switches on.
+        examples: How many examples were looked at.
+
+    Example:
+        >>> print(Activity(("relu",), (0.5,), (8,), (1,), 100))
+        relu: 50.0% active, 1 of 8 dead
     """
 
     layers: tuple[str, ...]
@@ -38,22 +46,32 @@ class Activity(Finding):
 
 
 def activity(model: nn.Module, task: Task, where: str = "*", split: str = "val") -> Activity:
-    """How active the layers of a model are on a split of its task, in eval mode.
+    """Measure how active the layers of a model are on a split of its task, in eval mode.
 
     active_l = mean over examples i, units j (and places) of [h_l(x_i)_j != 0].
 
-    where: glob patterns on module names, separated by commas, whose outputs are counted; "*" takes every activation
-    module that can put out zeros (ReLU, ReLU6, Threshold, Hardswish).
+    Args:
+        model: The model.
+        task: Gives the inputs.
+        where: Glob patterns on module names, separated by commas, whose outputs are counted; "*" takes every activation
+            module that can put out zeros (ReLU, ReLU6, Threshold, Hardswish).
+        split: "train", "val" or "test".
 
-    Raises ValueError when that matches no module.
+    Returns:
+        The finding.
 
-    >>> net = nn.Sequential(nn.Linear(1, 2), nn.ReLU())
-    >>> _ = net[0].weight.data.copy_(torch.tensor([[1.0], [-1.0]])), net[0].bias.data.zero_()
-    >>> x = torch.tensor([[1.0], [2.0], [3.0]])
-    >>> print(activity(net, Task("tiny", train=(x, x), val=(x, x), loss="mse", metric="mse")))
-    1: 50.0% active, 1 of 2 dead
+    Raises:
+        ValueError: When `where` matches no module.
 
-    Source: the fraction that Bricken et al., Emergence of sparse representations from noise, ICML 2023, follow.
+    Example:
+        >>> net = nn.Sequential(nn.Linear(1, 2), nn.ReLU())
+        >>> _ = net[0].weight.data.copy_(torch.tensor([[1.0], [-1.0]])), net[0].bias.data.zero_()
+        >>> x = torch.tensor([[1.0], [2.0], [3.0]])
+        >>> print(activity(net, Task("tiny", train=(x, x), val=(x, x), loss="mse", metric="mse")))
+        1: 50.0% active, 1 of 2 dead
+
+    Source:
+        The fraction that Bricken et al., Emergence of sparse representations from noise, ICML 2023, follow.
     """
     inputs, _ = task.split(split)
     return _seen(model, _chosen(model, where, "activity"), inputs)
@@ -61,20 +79,28 @@ def activity(model: nn.Module, task: Task, where: str = "*", split: str = "val")
 
 @dataclass(frozen=True)
 class FollowActivity(Rule):
-    """Write down how active the layers are while a network trains: every `every` steps, on the first `examples`
-    training inputs (evenly spread, without augmentation or noise), in eval mode.
+    """Record how active the layers are while a network trains.
 
-    The state holds "active NAME" and "dead NAME", one value for each record, and "steps", after how many steps it was
-    made; `activities(state)` reads them. where: as in `activity`.
+    Every `every` steps, on the first `examples` training inputs (evenly spread, without augmentation or noise), in eval
+    mode. The state holds "active NAME" and "dead NAME", one value for each record, and "steps", after how many steps it
+    was made; `activities(state)` reads them.
 
-    Raises ValueError without a task, for settings below 1, and when `where` matches no module.
+    Args:
+        every: Steps between records.
+        where: As in `activity`.
+        examples: How many training inputs are looked at.
 
-    >>> net = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1)); sgd = torch.optim.SGD(net.parameters(), 0.1)
-    >>> x = torch.rand(8, 1); task = Task("tiny", train=(x, x), val=(x, x), loss="mse", metric="mse")
-    >>> with FollowActivity(every=2).attached(net, sgd, steps=4, task=task) as driver:
-    ...     for _ in range(4): net(x).sum().backward(); sgd.step()
-    >>> driver.state["steps"].tolist()
-    [0, 2, 4]
+    Raises:
+        ValueError: Without a task, for settings below 1, and when `where` matches no module.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1))
+        >>> sgd = torch.optim.SGD(net.parameters(), 0.1)
+        >>> x = torch.rand(8, 1); task = Task("tiny", train=(x, x), val=(x, x), loss="mse", metric="mse")
+        >>> with FollowActivity(every=2).attached(net, sgd, steps=4, task=task) as driver:
+        ...     for _ in range(4): net(x).sum().backward(); sgd.step()
+        >>> driver.state["steps"].tolist()
+        [0, 2, 4]
     """
 
     every: int = 100
@@ -115,7 +141,7 @@ class FollowActivity(Rule):
 
 
 def activities(state: State) -> dict[str, tuple[tuple[int, float], ...]]:
-    """What `FollowActivity` wrote down: for each layer (after how many steps, the fraction active)."""
+    """Read what `FollowActivity` recorded: for each layer (after how many steps, the fraction active)."""
     steps = state["steps"].tolist()
     return {
         key.removeprefix("active "): tuple(zip(steps, value.tolist(), strict=True))

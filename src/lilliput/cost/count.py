@@ -26,7 +26,7 @@ GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
 
 class Cost:
-    """What the three kinds have in common: they add up only with their own kind."""
+    """Share what the three kinds of cost have in common: they add up only with their own kind."""
 
     def __add__(self, other: object) -> Any:
         raise TypeError(
@@ -38,10 +38,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class Counted(Cost):
-    """Exact: `values` kept, `bytes` of the file, `macs` (multiply-accumulates) of one example.
+    """Hold exact counts of one example.
 
-    >>> Counted(1, 4, 10) + Counted(2, 8, 0)
-    Counted(values=3, bytes=12, macs=10)
+    Args:
+        values: Numbers kept.
+        bytes: Bytes of the file.
+        macs: Multiply-accumulates.
+
+    Example:
+        >>> Counted(1, 4, 10) + Counted(2, 8, 0)
+        Counted(values=3, bytes=12, macs=10)
     """
 
     values: int
@@ -56,7 +62,7 @@ class Counted(Cost):
 
 @dataclass(frozen=True)
 class Estimated(Cost):
-    """What a named model of the cost predicts; sums stay within one model."""
+    """Hold what a named model of the cost predicts; sums stay within one model."""
 
     latency_ms: float
     model: str
@@ -68,23 +74,27 @@ class Estimated(Cost):
 
 
 def count(model: nn.Module | ModelProto, example: Inputs, values: int | None = None) -> Counted:
-    """Values, bytes of the ONNX file and MACs for one example.
+    """Count values, bytes of the ONNX file and MACs for one example.
 
     Counted are convolutions, matrix products (those of two activations too) and recurrent cells; zeros in a dense
     tensor count as values and in MACs, because a dense file and a dense runtime pay for them.
 
     Args:
-        model: an ONNX model, or a module, which is exported first.
-        example: at least one example of inputs.
-        values: how many are kept, where that is known better than from the file (a sparse or packed one).
+        model: An ONNX model, or a module, which is exported first.
+        example: At least one example of inputs.
+        values: How many are kept, where that is known better than from the file (a sparse or packed one).
+
+    Returns:
+        The counts.
 
     Raises:
-        ValueError: if the example is of another shape than the model's inputs.
-        ExportError: if a shape can neither be inferred nor found by running the example.
+        ValueError: If the example is of another shape than the model's inputs.
+        ExportError: If a shape can neither be inferred nor found by running the example.
 
-    >>> import torch
-    >>> count(nn.Linear(4, 3), torch.zeros(1, 4)).macs
-    12
+    Example:
+        >>> import torch
+        >>> count(nn.Linear(4, 3), torch.zeros(1, 4)).macs
+        12
     """
     proto = trace(model, example).proto if isinstance(model, nn.Module) else model
     found = shapes(proto, example)
@@ -109,7 +119,7 @@ def computed(proto: ModelProto) -> list[NodeProto]:
 
 
 def stored_values(proto: ModelProto) -> int:
-    """The weights in a file: floats and narrow integers, without the scales and zero points that widen them."""
+    """Count the weights in a file: floats and narrow integers, without the scales and zero points that widen them."""
     made = {name: node for node in proto.graph.node for name in node.output}
 
     def widened(name: str) -> bool:
@@ -134,10 +144,10 @@ def stored_values(proto: ModelProto) -> int:
 
 
 def shapes(proto: ModelProto, example: Inputs) -> dict[str, Shape]:
-    """Every value's shape for a batch of one: inferred, or read off a run of the example where that does not do.
+    """Find every value's shape for a batch of one: inferred, or read off a run of the example where that does not do.
 
     Raises:
-        ExportError: if neither gives the shapes that MACs are counted from.
+        ExportError: If neither gives the shapes that MACs are counted from.
     """
     names = [value.name for value in proto.graph.input]
     one = {name: x[:1] for name, x in arrays(example, names).items()}
@@ -219,7 +229,7 @@ def _convolution(node: NodeProto, found: dict[str, Shape], weight: int) -> int:
 
 
 def node_macs(node: NodeProto, found: dict[str, Shape]) -> int:
-    """The multiply-accumulates of one node, 0 for what is neither a product nor a recurrent cell."""
+    """Count the multiply-accumulates of one node, 0 for what is neither a product nor a recurrent cell."""
     op_type = node.op_type
     if op_type in ("Conv", "ConvTranspose", "ConvInteger"):
         return _convolution(node, found, 1)

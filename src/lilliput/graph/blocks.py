@@ -1,4 +1,4 @@
-"""Whole residual blocks and layers that can go, because what leaves them has the shape of what enters."""
+"""Block removal: take out whole residual blocks and layers whose output has the shape of their input."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -27,7 +27,7 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Skip(nn.Module):
-    """What stands where a block was: its first tensor leaves as it came, in a tuple of one if the block gave tuples."""
+    """Pass the first tensor on in the place of a removed block, in a tuple of one if the block gave tuples."""
 
     def __init__(self, in_tuple: bool) -> None:
         super().__init__()
@@ -42,20 +42,28 @@ class Skip(nn.Module):
 
 
 def removable(model: nn.Module, example: Any) -> list[str]:
-    """Paths of the blocks that `remove_blocks` can take out one by one, in the order in which they run.
+    """List the paths of the blocks that `remove_blocks` can take out one by one, in the order in which they run.
 
     A block is a module with parameters, called once, whose first tensor out has the shape of its first tensor in: the
     entries of a list of blocks where there is one (a transformer's layers, the blocks of a stage), else the outermost
     module that is no mere sequence; a lone Linear or Conv only as an entry of a sequence. Each was tried.
 
-    >>> class Block(nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 4)
-    ...     def forward(self, x):
-    ...         return x + self.b(self.a(x).relu())
-    >>> removable(nn.Sequential(nn.Linear(3, 4), Block(), Block(), nn.Linear(4, 2)), torch.rand(1, 3))
-    ['1', '2']
+    Args:
+        model: A model without codes.
+        example: One example of inputs.
+
+    Returns:
+        Module paths.
+
+    Example:
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 4)
+        ...     def forward(self, x):
+        ...         return x + self.b(self.a(x).relu())
+        >>> removable(nn.Sequential(nn.Linear(3, 4), Block(), Block(), nn.Linear(4, 2)), torch.rand(1, 3))
+        ['1', '2']
     """
     work = copied(model, "removable")
     seen = calls(work, example)
@@ -67,7 +75,7 @@ def removable(model: nn.Module, example: Any) -> list[str]:
 
 
 def blocks_left(model: nn.Module, example: Any) -> tuple[Left, ...]:
-    """Entries of lists of blocks that `removable` leaves out, each with the reason."""
+    """List the entries of lists of blocks that `removable` leaves out, each with the reason."""
     work = copied(model, "blocks_left")
     seen, free, before = calls(work, example), removable(model, example), run(work, example)
     found = []
@@ -133,16 +141,28 @@ def _why(model: nn.Module, name: str, example: Any, seen: Mapping[str, Call], be
 
 
 def remove_blocks(model: nn.Module, example: Any, names: Iterable[str]) -> nn.Module:
-    """A copy without the named blocks: an `nn.Identity` (a `Skip` for calls with more arguments) stands in their place.
+    """Copy a model without the named blocks; an `nn.Identity` (a `Skip` for calls with more arguments) takes their
+    place.
 
     Other names stay as they are, except in an `nn.TransformerEncoder`, whose forward looks into its first layer: there
     the entries are deleted and the later ones move up.
 
-    Raises KeyError for an unknown name, ValueError for a block that must stay.
+    Args:
+        model: A model without codes.
+        example: One example of inputs.
+        names: Paths of the blocks.
 
-    >>> net = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
-    >>> remove_blocks(net, torch.rand(1, 3), ["1"])[1]
-    Identity()
+    Returns:
+        The copy.
+
+    Raises:
+        KeyError: For an unknown name.
+        ValueError: For a block that must stay.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
+        >>> remove_blocks(net, torch.rand(1, 3), ["1"])[1]
+        Identity()
     """
     names = list(dict.fromkeys(names))
     work = copied(model, "remove_blocks")

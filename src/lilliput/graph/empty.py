@@ -1,4 +1,4 @@
-"""Channels and blocks that zeros have emptied: removing them leaves the function as it is."""
+"""Empty channels and blocks: remove what zeros have emptied, which leaves the function as it is."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,9 +21,16 @@ MIXERS = (nn.RNNBase, nn.LayerNorm, nn.GroupNorm)  # what reads a channel beside
 
 @dataclass(frozen=True)
 class RemoveEmpty(Stage):
-    """Without the channels and residual blocks that zeros have emptied: a smaller plain module, the same function.
+    """Remove the channels and residual blocks that zeros have emptied: a smaller plain module, the same function.
 
     See `remove_empty`. Masks are realized first; `Masked` codes can be attached to the result anew.
+
+    Example:
+        >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.rand(1, 4)
+        >>> with torch.no_grad():
+        ...     net[2].weight[:, 2:] = 0
+        >>> RemoveEmpty()(net, Task("some", train=x, val=x), None)[0]
+        Linear(in_features=4, out_features=2, bias=True)
     """
 
     structural: ClassVar[bool] = True
@@ -33,19 +40,27 @@ class RemoveEmpty(Stage):
 
 
 def remove_empty(model: nn.Module, example: Any) -> nn.Module:
-    """A plain copy without what computes nothing, repeated until nothing more goes.
+    """Copy a model without the channels and blocks that compute nothing, repeatedly until nothing more goes.
 
     A channel c of a coupled group goes where no layer reads it, W[:, c] = 0 in every reader, or where every layer that
     makes it makes zero, W[c] = 0 and b[c] = 0 in every maker. A residual block that holds a tensor of nothing but zeros
-    goes where the network computes the same without it. Each removal is checked on random inputs of the example's
-    shape and undone where an output differs (an activation that makes something of zero). One channel of a group
-    stays, even an empty one; groups that a recurrent layer or a layer or group norm sees stay whole.
+    goes where the network computes the same without it. Each removal is checked on random inputs of the example's shape
+    and undone where an output differs (an activation that makes something of zero). One channel of a group stays, even
+    an empty one; groups that a recurrent layer or a layer or group norm sees stay whole.
 
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> with torch.no_grad():
-    ...     net[2].weight[:, 2:] = 0
-    >>> remove_empty(net, torch.rand(1, 4))[0]
-    Linear(in_features=4, out_features=2, bias=True)
+    Args:
+        model: The model; codes are realized.
+        example: One example of inputs.
+
+    Returns:
+        A smaller plain module.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> with torch.no_grad():
+        ...     net[2].weight[:, 2:] = 0
+        >>> remove_empty(net, torch.rand(1, 4))[0]
+        Linear(in_features=4, out_features=2, bias=True)
     """
     small = realize(model)
     flags = {name: p.requires_grad for name, p in small.named_parameters()}
@@ -66,7 +81,7 @@ def remove_empty(model: nn.Module, example: Any) -> nn.Module:
 
 
 def occupied(model: nn.Module, group: Group) -> Tensor:
-    """The sorted indices of the group's channels that are both made and read, at least one of them."""
+    """Return the sorted indices of the group's channels that are both made and read, at least one of them."""
     sums = {side: torch.zeros(group.size) for side in ("out", "in")}
     for part in group.parts:
         layer = model.get_submodule(part.layer)

@@ -1,4 +1,4 @@
-"""Batch norm folded into the layer before it: the same function with fewer values and one operation less."""
+"""Batch norm folding: compute a batch norm within the layer before it, with fewer values and one operation less."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ _LOOKS = {"__get__", "size", "dim", "ndimension", "numel", "stride", "is_floatin
 
 
 def fold_batchnorm(model: nn.Module, example: Any) -> nn.Module:
-    """A copy in which every batch norm that alone reads a Conv, ConvTranspose or Linear is folded into it.
+    """Copy a model with every batch norm that alone reads a Conv, ConvTranspose or Linear folded into it.
 
     With gamma and beta the norm's weight and bias, m and v its running mean and variance, each output channel becomes
 
@@ -27,16 +27,26 @@ def fold_batchnorm(model: nn.Module, example: Any) -> nn.Module:
     tied, or read elsewhere too, stays as it is. The copy computes what the model computes in eval mode; a pair whose
     folding changes the output beyond rounding is undone. One run with the example finds the pairs.
 
-    Raises NotSupported when the model holds codes (realize it first).
+    Args:
+        model: A model without codes.
+        example: One example of inputs.
 
-    >>> net = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4)).eval()
-    >>> x = torch.rand(1, 1, 8, 8)
-    >>> folded = fold_batchnorm(net, x)
-    >>> type(folded[1]).__name__, bool(torch.allclose(folded(x), net(x), atol=1e-5))
-    ('Identity', True)
+    Returns:
+        The copy.
 
-    Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
-    CVPR 2018, arXiv:1712.05877, section 3.2.
+    Raises:
+        NotSupported: When the model holds codes (realize it first).
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4)).eval()
+        >>> x = torch.rand(1, 1, 8, 8)
+        >>> folded = fold_batchnorm(net, x)
+        >>> type(folded[1]).__name__, bool(torch.allclose(folded(x), net(x), atol=1e-5))
+        ('Identity', True)
+
+    Source:
+        Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference, CVPR
+        2018, arXiv:1712.05877, section 3.2.
     """
     folded = copied(model, "fold_batchnorm")
     pairs = _pairs(folded, example)

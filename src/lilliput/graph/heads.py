@@ -1,4 +1,4 @@
-"""Attention heads: where they are, whether they can go, and networks without some of them."""
+"""Attention heads: find them, tell whether they can go, and make networks without some of them."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -30,8 +30,17 @@ SIZES = ("all_head_size", "inner_dim", "attn_dim")  # heads times the size of on
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of one attention module: head h owns rows [h * size, (h + 1) * size) of query, key and value and the
-    same columns of output. reason: why none may go; empty when some may.
+    """Describe the heads of one attention module.
+
+    Head h owns rows [h * size, (h + 1) * size) of query, key and value and the same columns of output.
+
+    Args:
+        name: The path of the module.
+        count: How many heads it has.
+        size: The rows of one.
+        projections: Paths of query, key, value.
+        output: The path of the linear layer after the heads.
+        reason: Why none may go; empty when some may.
     """
 
     name: str
@@ -46,7 +55,7 @@ class Heads:
         return not self.reason
 
     def rows(self, heads: Tensor) -> Tensor:
-        """The rows of query, key and value (and columns of output) that these heads own."""
+        """Return the rows of query, key and value (and columns of output) that these heads own."""
         return (heads[:, None] * self.size + torch.arange(self.size)).flatten()
 
     def __str__(self) -> str:
@@ -55,15 +64,19 @@ class Heads:
 
 
 class HeadAttention(nn.Module):
-    """What stands in for an `nn.MultiheadAttention` that lost heads: the same arguments, any number of heads.
+    """Take the place of an `nn.MultiheadAttention` that lost heads: the same arguments, any number of heads.
 
     `nn.MultiheadAttention` divides its embed_dim by its heads, so it cannot have fewer heads of the same size. Here the
     four maps are linear layers: query, key, value (inputs -> heads * size) and output (heads * size -> embed_dim). A
     mask of three dimensions is (batch * heads, length, source), with the heads that are left.
 
-    >>> y, weights = HeadAttention(nn.MultiheadAttention(8, 2, batch_first=True))(*[torch.zeros(1, 5, 8)] * 3)
-    >>> y.shape, weights.shape
-    (torch.Size([1, 5, 8]), torch.Size([1, 5, 5]))
+    Args:
+        layer: The module whose weights are copied.
+
+    Example:
+        >>> y, weights = HeadAttention(nn.MultiheadAttention(8, 2, batch_first=True))(*[torch.zeros(1, 5, 8)] * 3)
+        >>> y.shape, weights.shape
+        (torch.Size([1, 5, 8]), torch.Size([1, 5, 5]))
     """
 
     # What the Transformer layers of torch look at before they call fused kernels that need the original's tensors.
@@ -141,17 +154,26 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def heads(model: nn.Module, example: Any) -> tuple[Heads, ...]:
-    """The heads of each attention module, in the order of its layers; those that must stay say why.
+    """List the heads of each attention module, in the order of its layers; those that must stay say why.
 
     An attention module is an `nn.MultiheadAttention`, or one that holds three linear layers with the usual names
     (query, key, value; q_proj, ...), a number of heads, and, itself or in the module around it, a linear layer for what
     the heads found (output, out_proj, output.dense, ...): `lilliput.nets.bert` and most of Hugging Face's. Each is
     tried: without half of its heads the network must compute exactly what it does when those are not listened to.
 
-    Raises NotSupported when the model holds codes (realize it first).
+    Args:
+        model: A model without codes.
+        example: One example of inputs.
 
-    >>> [str(h) for h in heads(nn.TransformerEncoderLayer(8, 2, batch_first=True), torch.rand(1, 3, 8))]
-    ['2 heads of 4 in self_attn.']
+    Returns:
+        A `Heads` for each attention module.
+
+    Raises:
+        NotSupported: When the model holds codes (realize it first).
+
+    Example:
+        >>> [str(h) for h in heads(nn.TransformerEncoderLayer(8, 2, batch_first=True), torch.rand(1, 3, 8))]
+        ['2 heads of 4 in self_attn.']
     """
     work = copied(model, "heads")
     found = [h for name, module in work.named_modules() if (h := _look(work, name, module)) is not None]
@@ -271,7 +293,7 @@ def _narrow_(model: nn.Module, found: Iterable[Heads], keep: Mapping[str, Tensor
 
 
 def opened(model: nn.Module, found: Iterable[Heads]) -> nn.Module:
-    """A copy that computes the same, in which every removable head's four maps are linear layers that are called."""
+    """Copy a model so that every removable head's four maps are linear layers that are called; it computes the same."""
     work = copied(model, "opened")
     _opened_(work, [h for h in found if h.removable])
     return work
@@ -280,18 +302,30 @@ def opened(model: nn.Module, found: Iterable[Heads]) -> nn.Module:
 def remove_heads(
     model: nn.Module, example: Any, keep: Mapping[str, Tensor], found: tuple[Heads, ...] | None = None
 ) -> nn.Module:
-    """A copy with only the heads keep[name] of each named attention module; a plain module that trains and exports.
+    """Copy a model with only the heads keep[name] of each named attention module; a plain module that trains and
+    exports.
 
     A head that goes takes its rows of query, key and value and its columns of output with it. An
-    `nn.MultiheadAttention` that loses heads becomes a `HeadAttention`. keep: name of the attention module -> sorted
-    indices of the heads that stay (one that is not named keeps all). found: what `heads(model, example)` returned.
+    `nn.MultiheadAttention` that loses heads becomes a `HeadAttention`.
 
-    Raises KeyError for a name that is no attention module, ValueError for one that must stay and for indices outside
-    it; NotSupported when the model holds codes.
+    Args:
+        model: A model without codes.
+        example: One example of inputs.
+        keep: Name of the attention module -> sorted indices of the heads that stay (one that is not named keeps all).
+        found: What `heads(model, example)` returned.
 
-    >>> net = nn.TransformerEncoderLayer(8, 4, batch_first=True)
-    >>> remove_heads(net, torch.rand(1, 3, 8), {"self_attn": torch.tensor([0, 3])}).self_attn.query
-    Linear(in_features=8, out_features=4, bias=True)
+    Returns:
+        The copy.
+
+    Raises:
+        KeyError: For a name that is no attention module.
+        ValueError: For one that must stay and for indices outside it.
+        NotSupported: When the model holds codes.
+
+    Example:
+        >>> net = nn.TransformerEncoderLayer(8, 4, batch_first=True)
+        >>> remove_heads(net, torch.rand(1, 3, 8), {"self_attn": torch.tensor([0, 3])}).self_attn.query
+        Linear(in_features=8, out_features=4, bias=True)
     """
     found = heads(model, example) if found is None else found
     known = {h.name: h for h in found}

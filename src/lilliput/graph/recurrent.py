@@ -1,4 +1,4 @@
-"""GRU, LSTM and plain recurrent layers: which of their numbers belong to one hidden unit, and how to drop some."""
+"""GRU, LSTM and plain recurrent layers: find the numbers that belong to one hidden unit, and drop some units."""
 
 from typing import Any, cast
 
@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 
 def reason(layer: nn.RNNBase) -> str:
-    """Why the layer's hidden units cannot be narrowed; empty when they can."""
+    """Say why the layer's hidden units cannot be narrowed; empty when they can."""
     return "an LSTM with a projection has two sizes" if layer.proj_size else ""
 
 
 class StandIn(nn.Module):
-    """A linear map with the recurrent layer's interface and shapes, for reading the graph around the layer.
+    """Imitate a recurrent layer's interface and shapes by a linear map, for reading the graph around the layer.
 
     Both directions and every layer show the same `hidden_size` units, because a recurrent module has one such size:
     keeping unit i keeps it in every layer and direction.

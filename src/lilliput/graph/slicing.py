@@ -1,4 +1,4 @@
-"""One layer with fewer channels: which of its tensors shrink along which dimension."""
+"""Slicing of one layer: which of its tensors shrink along which dimension when it has fewer channels."""
 
 from typing import Any, cast
 
@@ -17,12 +17,12 @@ KNOWN = (*MAPS, *TABLES, *BATCH_NORMS, *INSTANCE_NORMS, nn.LayerNorm, nn.GroupNo
 
 
 def depthwise(layer: nn.Module) -> bool:
-    """Whether each channel is convolved by itself (one `out` side, no `in` side)."""
+    """Tell whether each channel is convolved by itself (one `out` side, no `in` side)."""
     return isinstance(layer, (*CONVS, *TRANSPOSED)) and 1 < layer.groups == layer.in_channels == layer.out_channels
 
 
 def reason(layer: nn.Module) -> str:
-    """Why this layer cannot lose channels whatever surrounds it; empty when it can."""
+    """Say why this layer cannot lose channels whatever surrounds it; empty when it can."""
     if isinstance(layer, nn.MultiheadAttention):
         return "the heads of a MultiheadAttention share its embed_dim"
     if not isinstance(layer, KNOWN):
@@ -49,7 +49,7 @@ def _names(layer: nn.Module) -> tuple[str, ...]:
 
 
 def width(layer: nn.Module, side: str) -> int:
-    """How many channels the layer has on its `out` or `in` side."""
+    """Return how many channels the layer has on its `out` or `in` side."""
     m = cast(Any, layer)
     if isinstance(layer, nn.RNNBase):
         return int(layer.hidden_size if side == "out" else layer.input_size)
@@ -68,7 +68,7 @@ def width(layer: nn.Module, side: str) -> int:
 
 
 def partitions(layer: nn.Module) -> int:
-    """Into how many equal runs the layer divides its channels; each run must keep as many as the others."""
+    """Return into how many equal runs the layer divides its channels; each run must keep as many as the others."""
     if isinstance(layer, nn.GroupNorm):
         return layer.num_groups
     if isinstance(layer, (*CONVS, *TRANSPOSED)) and not depthwise(layer):
@@ -77,7 +77,7 @@ def partitions(layer: nn.Module) -> int:
 
 
 def channels(layer: nn.Module, side: str, tensor: str) -> int | None:
-    """Along which dimension of its parameter `tensor` the layer's channels of one side lie; None where they do not."""
+    """Return along which dimension of its parameter `tensor` the channels of one side lie; None where they do not."""
     if isinstance(layer, TABLES):
         return 1
     if side == "out":
@@ -167,7 +167,7 @@ def silence_(layer: nn.Module, inputs: Tensor) -> None:
 
 
 def per_channel(layer: nn.Module, side: str, tensor: str, values: Tensor) -> Tensor | None:
-    """Sums of `values`, one a number of the parameter `tensor`, over each channel of a side; None where it has none."""
+    """Sum `values`, one a number of the parameter `tensor`, over each channel of a side; None where it has none."""
     if isinstance(layer, nn.RNNBase):
         return _per_unit(layer, side, tensor, values)
     dim = channels(layer, side, tensor)

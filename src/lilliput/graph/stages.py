@@ -1,4 +1,4 @@
-"""The stages that change a network's graph: a student that is a narrower, shallower copy, and folded batch norm."""
+"""Stages that change a network's graph: make a student that is narrower and shallower, fold batch norms."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -13,9 +13,17 @@ from lilliput.task import Task
 
 @dataclass(frozen=True)
 class FoldBatchNorm(Stage):
-    """Every batch norm folded into the layer before it; the function stays the same.
+    """Fold every batch norm into the layer before it; the function stays the same.
 
-    Source: Jacob et al., CVPR 2018, arXiv:1712.05877, section 3.2.
+    Example:
+        >>> import torch
+        >>> net, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).eval(), torch.rand(1, 1, 8, 8)
+        >>> FoldBatchNorm()(net, Task("images", train=x, val=x), None)[1]
+        Identity()
+
+    Source:
+        Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only inference, CVPR
+        2018, arXiv:1712.05877, section 3.2.
     """
 
     structural: ClassVar[bool] = True
@@ -26,15 +34,29 @@ class FoldBatchNorm(Stage):
 
 @dataclass(frozen=True)
 class Student(Stage):
-    """A narrower and shallower copy that inherits the dense network's weights where it can.
+    """Make a narrower and shallower copy that inherits the dense network's weights where it can.
 
-    remove: paths of whole blocks that go. stride: layers that take a stride of two; pool: layers that read an input
-    averaged two by two. width: the fraction of channels of every coupled group that stays, those of the largest norm.
-    target: instead, the fraction of values (of="values") or MACs (of="macs") that stays, spread over the groups by how
-    much their channels weigh. Counts are multiples of `multiple`. init: "dense" or "random".
+    Args:
+        remove: Paths of whole blocks that go.
+        stride: Layers that take a stride of two.
+        pool: Layers that read an input averaged two by two.
+        width: The fraction of channels of every coupled group that stays, those of the largest norm.
+        target: Instead of `width`, the fraction of values or MACs that stays, spread over the groups by how much their
+            channels weigh.
+        of: What `target` counts, "values" or "macs".
+        multiple: Counts of channels are multiples of this.
+        init: "dense" inherits the weights, "random" draws them anew.
+        seed: The seed of drawn weights.
 
-    Sources: Li et al., Pruning filters for efficient ConvNets, ICLR 2017, arXiv:1608.08710 (norms); Fang et al.,
-    DepGraph, CVPR 2023, arXiv:2301.12900 (coupled groups).
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)); x = torch.rand(1, 4)
+        >>> Student(width=0.5)(net, Task("some", train=x, val=x), None)[2]
+        Linear(in_features=8, out_features=2, bias=True)
+
+    Source:
+        Li et al., Pruning filters for efficient ConvNets, ICLR 2017, arXiv:1608.08710 (norms); Fang et al., DepGraph,
+        CVPR 2023, arXiv:2301.12900 (coupled groups).
     """
 
     remove: tuple[str, ...] = ()

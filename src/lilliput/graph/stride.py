@@ -1,4 +1,4 @@
-"""Fewer positions: an earlier stride, or a smaller input, where the rest of the network takes any size."""
+"""Fewer positions: stride earlier, or read a smaller input, where the rest of the network takes any size."""
 
 import math
 from typing import Any, cast
@@ -36,14 +36,24 @@ _POOLED: dict[type[nn.Module], type[nn.Module]] = {nn.Conv1d: PooledConv1d, nn.C
 
 
 def earlier_stride(model: nn.Module, example: Any, stride: int = 2) -> list[str]:
-    """Convolutions, in the order in which they run, that may take `stride` times their stride of one.
+    """List the convolutions, in the order in which they run, that may take `stride` times their stride of one.
 
     The output keeps its shape in networks that end in global pooling, and where a flattened map is read by one Linear
     (its columns are then resampled). Each was tried on the example; layers that are tied or called twice are left out.
 
-    >>> net = nn.Sequential(nn.Conv2d(1, 4, 3, 1, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> earlier_stride(net, torch.rand(1, 1, 8, 8))
-    ['0']
+    Args:
+        model: A model without codes.
+        example: One example of inputs.
+        stride: The factor.
+
+    Returns:
+        Module paths.
+
+    Example:
+        >>> pool = nn.AdaptiveAvgPool2d(1)
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3, 1, 1), nn.ReLU(), pool, nn.Flatten(), nn.Linear(4, 2))
+        >>> earlier_stride(net, torch.rand(1, 1, 8, 8))
+        ['0']
     """
     work = copied(model, "earlier_stride")
     modules, shared, found = dict(work.named_modules()), tied(work), []
@@ -64,17 +74,30 @@ def earlier_stride(model: nn.Module, example: Any, stride: int = 2) -> list[str]
 
 
 def set_stride(model: nn.Module, example: Any, name: str, stride: int = 2, *, pool: bool = False) -> nn.Module:
-    """A copy whose convolution `name` takes `stride` times its stride, or reads a `stride` times smaller input (pool).
+    """Copy a model whose convolution `name` takes `stride` times its stride, or reads a smaller input (pool).
 
     pool=True averages `stride` by `stride` neighbours before the convolution and keeps its stride. Where a Linear reads
     the flattened positions its columns are resampled: W' = W U, with U the linear interpolation from the fewer
     positions to the old ones, so that a map that varies slowly gives the same answer.
 
-    Raises KeyError for an unknown name, ValueError where the output would change its shape.
+    Args:
+        model: A model without codes.
+        example: One example of inputs.
+        name: The path of the convolution.
+        stride: The factor, at least 2.
+        pool: Whether the input is averaged instead.
 
-    >>> net = nn.Sequential(nn.Conv1d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(32, 2))
-    >>> set_stride(net, torch.rand(1, 1, 8), "0")[2]
-    Linear(in_features=16, out_features=2, bias=True)
+    Returns:
+        The copy.
+
+    Raises:
+        KeyError: For an unknown name.
+        ValueError: Where the output would change its shape.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv1d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(32, 2))
+        >>> set_stride(net, torch.rand(1, 1, 8), "0")[2]
+        Linear(in_features=16, out_features=2, bias=True)
     """
     named(model, name, "set_stride")
     if stride < 2:

@@ -31,20 +31,35 @@ def student(
     init: str = "dense",
     seed: int = 0,
 ) -> nn.Module:
-    """A smaller copy: first without whole blocks, then with earlier strides, then with fewer channels.
+    """Make a smaller copy: first without whole blocks, then with earlier strides, then with fewer channels.
 
-    remove: paths of blocks that go (see `removable`). stride: convolutions that take twice their stride, pool: those
-    that read an input of half the size (see `set_stride`). width: the share of every group's channels that stays,
-    rounded to `multiple`; widths: counts by group name instead (a group that its blocks took with them is skipped);
-    target: the share of what the copy has of values or MACs by then, allocated by `lilliput.graph.widths` instead.
-    The channels with the highest `scores` stay (default: magnitude). init: "dense" inherits the weights, "random" calls
-    each module's `reset_parameters` under a generator seeded with `seed`.
+    Args:
+        model: The dense network, without codes.
+        example: One example of inputs.
+        remove: Paths of blocks that go (see `removable`).
+        stride: Convolutions that take twice their stride (see `set_stride`).
+        pool: Convolutions that read an input of half the size (see `set_stride`).
+        width: The share of every group's channels that stays, rounded to `multiple`.
+        widths: Instead of `width`, counts by group name (a group that its blocks took with them is skipped).
+        target: Instead of `width`, the share of what the copy has of values or MACs by then, allocated by
+            `lilliput.graph.widths`.
+        of: What `target` counts, "values" or "macs".
+        multiple: Counts are multiples of this.
+        scores: The channels with the highest scores stay; by default those of `magnitude`.
+        init: "dense" inherits the weights, "random" calls each module's `reset_parameters`.
+        seed: The seed of drawn weights.
 
-    Raises what its parts raise: KeyError for unknown names, ValueError for what cannot go.
+    Returns:
+        The copy.
 
-    >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
-    >>> student(net, torch.rand(1, 4), remove=["2"], width=0.5)[4]
-    Linear(in_features=8, out_features=2, bias=True)
+    Raises:
+        KeyError: For unknown names.
+        ValueError: For what cannot go.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> student(net, torch.rand(1, 4), remove=["2"], width=0.5)[4]
+        Linear(in_features=8, out_features=2, bias=True)
     """
     if init not in ("dense", "random"):
         raise ValueError(f'student: init must be "dense" or "random", got {init!r}.')
@@ -72,7 +87,7 @@ def student(
 
 
 def reset(model: nn.Module, seed: int) -> nn.Module:
-    """A copy with new random weights: every module's own `reset_parameters`, drawn from `seed` alone."""
+    """Copy a model with new random weights: every module's own `reset_parameters`, drawn from `seed` alone."""
     fresh = copied(model, "reset")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

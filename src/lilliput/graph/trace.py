@@ -1,4 +1,4 @@
-"""What every change of a graph starts from: a plain copy of the model, and what one run of it shows."""
+"""Tracing: a plain copy of the model, and what one run of it shows, which every change of a graph starts from."""
 
 import copy
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from lilliput.task import call
 
 @dataclass(frozen=True)
 class Left:
-    """A part of a model that stays as it is, and why."""
+    """Name a part of a model that stays as it is, and why."""
 
     name: str
     reason: str
@@ -26,9 +26,10 @@ class Left:
 
 
 def copied(model: nn.Module, who: str) -> nn.Module:
-    """A deep copy to change.
+    """Copy a model to change it.
 
-    Raises NotSupported where a tensor is decoded: a graph is changed on plain tensors only.
+    Raises:
+        NotSupported: Where a tensor is decoded: a graph is changed on plain tensors only.
     """
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
@@ -37,7 +38,7 @@ def copied(model: nn.Module, who: str) -> nn.Module:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """The floating-point and integer tensors in what a model returned, in order."""
+    """List the floating-point and integer tensors in what a model returned, in order."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, dict):
@@ -49,7 +50,7 @@ def tensors(output: Any) -> list[Tensor]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode again after it; random numbers drawn inside leave no trace."""
+    """Put every module into eval mode inside, and back into its own after it; random draws leave no trace."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -61,18 +62,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def run(model: nn.Module, example: Any) -> list[Tensor]:
-    """The model's output tensors on the example, in eval mode and without gradients."""
+    """Run the model on the example, in eval mode and without gradients; return its output tensors."""
     with evaluating(model), torch.no_grad():
         return tensors(call(model, example))
 
 
 def shapes(outputs: list[Tensor]) -> list[torch.Size]:
-    """Their shapes, in order."""
+    """List the shapes of outputs, in order."""
     return [t.shape for t in outputs]
 
 
 def agree(a: list[Tensor], b: list[Tensor], tolerance: float) -> bool:
-    """Whether two runs gave the same up to `tolerance` times the largest value (at least 1e-3)."""
+    """Tell whether two runs gave the same up to `tolerance` times the largest value (at least 1e-3)."""
     return shapes(a) == shapes(b) and all(
         bool((x.double() - y.double()).abs().max() <= tolerance * max(float(x.double().abs().max()), 1e-3))
         for x, y in zip(a, b, strict=True)
@@ -81,7 +82,7 @@ def agree(a: list[Tensor], b: list[Tensor], tolerance: float) -> bool:
 
 
 def holders(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that holds `path`, and the attribute's name in it."""
+    """Return the module that holds `path`, and the attribute's name in it."""
     parent, _, last = path.rpartition(".")
     return model.get_submodule(parent), last
 
@@ -95,7 +96,7 @@ def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def named(model: nn.Module, name: str, who: str) -> nn.Module:
-    """The submodule at `name`; KeyError with near misses."""
+    """Return the submodule at `name`, or raise KeyError with near misses."""
     known = dict(model.named_modules(remove_duplicate=False))
     if name not in known:
         raise KeyError(f"{who}: no module '{name}'. {near(name, [n for n in known if n])}")
@@ -104,14 +105,14 @@ def named(model: nn.Module, name: str, who: str) -> nn.Module:
 
 
 def sketch(model: nn.Module) -> nn.Module:
-    """A copy that shares the model's tensors, for trials that replace tensors and never write into them."""
+    """Copy a model but share its tensors, for trials that replace tensors and never write into them."""
     held = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(t): t for t in held})
 
 
 @dataclass(frozen=True)
 class Call:
-    """One module as a run saw it: how often it was called, and the shapes of its first tensors in and out."""
+    """Describe one module as a run saw it: how often it was called, and the shapes of its first tensors in and out."""
 
     name: str
     count: int
@@ -123,7 +124,7 @@ class Call:
 
 
 def calls(model: nn.Module, example: Any) -> dict[str, Call]:
-    """Every submodule that the example reaches, in the order of first calls."""
+    """Describe every submodule that the example reaches, in the order of first calls."""
     seen: dict[str, Call] = {}
     order: list[str] = []
 
@@ -158,7 +159,7 @@ def calls(model: nn.Module, example: Any) -> dict[str, Call]:
 
 
 def tied(model: nn.Module) -> set[str]:
-    """Names of modules that share a parameter's storage with another module, or hold one under two names."""
+    """Name the modules that share a parameter's storage with another module, or hold one under two names."""
     owners: dict[tuple[int, int], set[tuple[str, str]]] = {}
     for path, module in model.named_modules():
         for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -168,7 +169,7 @@ def tied(model: nn.Module) -> set[str]:
 
 
 def frozen(model: nn.Module) -> set[str]:
-    """Names of modules with a parameter of their own that takes no gradient; none where the whole model takes none."""
+    """Name the modules with a parameter of their own that takes no gradient; none where the whole model takes none."""
     if not any(p.requires_grad for p in model.parameters()):
         return set()
     return {
@@ -179,5 +180,5 @@ def frozen(model: nn.Module) -> set[str]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an exception says, for a reason."""
+    """Return the first line of what an exception says, for a reason."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

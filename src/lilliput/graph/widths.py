@@ -1,4 +1,4 @@
-"""How many channels each group keeps, and which: importance, a uniform multiplier, an allocation under a budget."""
+"""Widths: how many channels each group keeps, and which, by importance, a multiplier or a budget."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -17,20 +17,30 @@ Scores = Mapping[str, Tensor]
 
 
 def magnitude(model: nn.Module, found: Iterable[Group]) -> dict[str, Tensor]:
-    """One score a channel: the L2 norm of everything the group's layers hold for it, as a share of the group.
+    """Score each channel by the L2 norm of everything the group's layers hold for it, as a share of the group.
 
     s_c = sqrt(sum over coupled tensors of ||W_c||^2), then s * n / sum(s), with n the number of layers that make the
-    group's channels: a channel that many layers make is dearer. Shapes (size,). Layers that only normalise are not
-    counted, since the layer before them sets the scale.
+    group's channels: a channel that many layers make is dearer. Layers that only normalise are not counted, since the
+    layer before them sets the scale.
 
-    >>> from lilliput.graph.channels import groups
-    >>> net = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 1, bias=False))
-    >>> _ = net[0].weight.data.copy_(torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 1.0]])), net[1].weight.data.fill_(0)
-    >>> magnitude(net, groups(net, torch.rand(1, 2)))["0"].tolist()
-    [0.75, 0.0, 0.25]
+    Args:
+        model: The model.
+        found: Its groups.
 
-    Source: Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, arXiv:1608.08710, over the groups of Fang et
-    al., DepGraph, CVPR 2023, arXiv:2301.12900, equation 4.
+    Returns:
+        Scores (size,) by the name of the group.
+
+    Example:
+        >>> from lilliput.graph.channels import groups
+        >>> net = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 1, bias=False))
+        >>> _ = net[0].weight.data.copy_(torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 1.0]]))
+        >>> _ = net[1].weight.data.fill_(0)
+        >>> magnitude(net, groups(net, torch.rand(1, 2)))["0"].tolist()
+        [0.75, 0.0, 0.25]
+
+    Source:
+        Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, arXiv:1608.08710, over the groups of Fang et al.,
+        DepGraph, CVPR 2023, arXiv:2301.12900, equation 4.
     """
     modules = dict(model.named_modules())
     scores = {}
@@ -48,13 +58,21 @@ def magnitude(model: nn.Module, found: Iterable[Group]) -> dict[str, Tensor]:
 def taylor(
     model: nn.Module, found: Iterable[Group], losses: Callable[[nn.Module], Iterable[Tensor]]
 ) -> dict[str, Tensor]:
-    """One score a channel: the squared first-order change of the loss when the channel's weights go to zero.
+    """Score each channel by the squared first-order change of the loss when its weights go to zero.
 
-    s_c = sum over batches and coupled tensors of (sum over the channel of g * w)^2; shapes (size,), comparable between
-    groups. losses(model) yields one scalar loss a batch, computed on the copy it is given, in eval mode:
-    `lambda net: (task.loss(net(b.inputs), b.targets) for b in task.batches(8, seed=0))`.
+    s_c = sum over batches and coupled tensors of (sum over the channel of g * w)^2, comparable between groups.
 
-    Source: Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, arXiv:1906.10771, equation 8.
+    Args:
+        model: The model.
+        found: Its groups.
+        losses: A function of a model that yields one scalar loss a batch, computed on the copy it is given, in eval
+            mode: `lambda net: (task.loss(net(b.inputs), b.targets) for b in task.batches(8, seed=0))`.
+
+    Returns:
+        Scores (size,) by the name of the group.
+
+    Source:
+        Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, arXiv:1906.10771, equation 8.
     """
     found = tuple(found)
     work = copied(model, "taylor")
@@ -89,7 +107,7 @@ def _sums(modules: dict[str, nn.Module], group: Group, each: Callable[[Tensor], 
 
 
 def kept(found: Iterable[Group], scores: Scores, counts: Mapping[str, int]) -> dict[str, Tensor]:
-    """What `remove_channels` takes: for each group whose count is below its size, the best channels, sorted."""
+    """Choose what `remove_channels` takes: for each group whose count is below its size, the best channels, sorted."""
     return {
         g.name: choose(g, scores[g.name], counts[g.name])
         for g in found
@@ -98,7 +116,9 @@ def kept(found: Iterable[Group], scores: Scores, counts: Mapping[str, int]) -> d
 
 
 def rounded(group: Group, count: float, round_to: int = 1) -> int:
-    """The width next to `count` that is a multiple of `round_to` and of the group's runs; at most its size, never 0."""
+    """Return the width next to `count` that is a multiple of `round_to` and of the group's runs; at most its size,
+    never 0.
+    """
     step = math.lcm(group.multiple, round_to)
     if group.reason or step > group.size:  # too narrow for the rounding: only the runs bind
         step = group.multiple
@@ -108,9 +128,10 @@ def rounded(group: Group, count: float, round_to: int = 1) -> int:
 
 
 def uniform(found: Iterable[Group], multiplier: float, round_to: int = 8) -> dict[str, int]:
-    """The same share of every group: multiplier * size, rounded to `round_to`; groups that stay keep all.
+    """Keep the same share of every group: multiplier * size, rounded to `round_to`; groups that stay keep all.
 
-    Raises ValueError unless 0 < multiplier <= 1.
+    Raises:
+        ValueError: Unless 0 < multiplier <= 1.
     """
     if not 0 < multiplier <= 1:
         raise ValueError(f"uniform: multiplier must be in (0, 1], got {multiplier}. For half the channels write 0.5.")
@@ -119,19 +140,25 @@ def uniform(found: Iterable[Group], multiplier: float, round_to: int = 8) -> dic
 
 @dataclass(frozen=True)
 class Size:
-    """Values (parameters) and multiply-accumulates of one example."""
+    """Count values (parameters) and multiply-accumulates of one example."""
 
     values: int
     macs: int
 
 
 class Sizes:
-    """Values and MACs of a model as a function of its groups' widths, without building it.
+    """Compute values and MACs of a model as a function of its groups' widths, without building it.
 
-    >>> from lilliput.graph.channels import groups
-    >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.rand(1, 4)
-    >>> Sizes(net, x, groups(net, x))({"0": 4})
-    Size(values=30, macs=24)
+    Args:
+        model: The model.
+        example: One example of inputs.
+        found: Its groups.
+
+    Example:
+        >>> from lilliput.graph.channels import groups
+        >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.rand(1, 4)
+        >>> Sizes(net, x, groups(net, x))({"0": 4})
+        Size(values=30, macs=24)
     """
 
     def __init__(self, model: nn.Module, example: Any, found: Iterable[Group]) -> None:
@@ -231,14 +258,28 @@ def widths(
     round_to: int = 8,
     sensitivity: Mapping[str, Mapping[int, float]] | None = None,
 ) -> dict[str, int]:
-    """Counts under which the model has at most `target` of its values or MACs, losing as little as possible.
+    """Choose counts under which the model has at most `target` of its values or MACs, losing as little as possible.
 
     Greedy: take the step to the next narrower width that costs least per value (or MAC) saved, until the target is met
     or nothing can be narrower. A group's loss at width k is sensitivity[name][k] where it was measured (linear between
     the measured widths), else total * -log(sum of the k largest scores / total), which is about the discarded score at
     first and grows without bound as the group empties.
 
-    Raises ValueError unless 0 < target <= 1.
+    Args:
+        model: The model.
+        example: One example of inputs.
+        found: Its groups.
+        target: The share that stays, in (0, 1].
+        scores: Scores (size,) by the name of the group.
+        of: What `target` counts, "values" or "macs".
+        round_to: Counts are multiples of this.
+        sensitivity: Measured losses, by the name of the group and the width.
+
+    Returns:
+        Counts by the name of the group.
+
+    Raises:
+        ValueError: Unless 0 < target <= 1.
     """
     if not 0 < target <= 1:
         raise ValueError(f"widths: target must be in (0, 1], got {target}. For a quarter write 0.25.")

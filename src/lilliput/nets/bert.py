@@ -10,7 +10,7 @@ from lilliput.registry import register
 
 
 class Attention(nn.Module):
-    """Self-attention over the tokens that `bias` leaves in, (n, length, width) -> the same.
+    """Attend over the tokens that `bias` leaves in, (n, length, width) -> the same.
 
     softmax(Q K^T / sqrt(d) + bias) V for each head of d columns (width / heads at first), then a linear map. bias is
     (n, 1, 1, length): zero for a token, very negative for padding.
@@ -33,7 +33,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and a feed-forward network, each added to its input and then normalised (the post-norm of BERT)."""
+    """Add attention and then a feed-forward network to the input, each followed by a norm (the post-norm of BERT)."""
 
     def __init__(self, width: int, heads: int, hidden: int, eps: float) -> None:
         super().__init__()
@@ -49,11 +49,20 @@ class Layer(nn.Module):
 
 @register("net")
 class SentenceBert(nn.Module):
-    """Unit vectors for texts: (n, length) token ids and their mask, int64 -> (n, width).
+    """Embed texts as unit vectors: (n, length) token ids and their mask, int64 -> (n, width).
 
     The mean of the last layer over the tokens that the mask keeps, divided by its norm. With the default arguments it
-    has the shape of all-MiniLM-L6-v2: 22,564,608 values. The row for the first of BERT's two token types, the only
-    one that single texts use, is part of `position`.
+    has the shape of all-MiniLM-L6-v2: 22,564,608 values. The row for the first of BERT's two token types, the only one
+    that single texts use, is part of `position`.
+
+    Args:
+        words: Rows of the table of tokens.
+        positions: The longest text, in tokens.
+        width: Values a token.
+        layers: How many layers.
+        heads: Attention heads a layer, which divide the width.
+        hidden: The width of the feed-forward network.
+        eps: Added to variances in norms.
 
     Example:
         >>> import torch
@@ -63,8 +72,9 @@ class SentenceBert(nn.Module):
         >>> vector.shape, round(vector.norm().item(), 4)
         (torch.Size([1, 384]), 1.0)
 
-    Source: J. Devlin et al. BERT. NAACL 2019. arXiv:1810.04805; N. Reimers, I. Gurevych. Sentence-BERT. EMNLP 2019.
-    arXiv:1908.10084; W. Wang et al. MiniLM. NeurIPS 2020. arXiv:2002.10957.
+    Source:
+        J. Devlin et al. BERT. NAACL 2019. arXiv:1810.04805; N. Reimers, I. Gurevych. Sentence-BERT. EMNLP 2019.
+        arXiv:1908.10084; W. Wang et al. MiniLM. NeurIPS 2020. arXiv:2002.10957.
     """
 
     def __init__(
@@ -94,16 +104,22 @@ class SentenceBert(nn.Module):
 
 @register("net")
 class States(nn.Module):
-    """What chosen layers of an encoder say of every token: (n, length) ids and mask -> (n, len(layers), length, width).
+    """Return the hidden states of chosen layers: (n, length) ids and mask -> (n, len(layers), length, width).
 
-    layers count from 1; padding is zero. What a smaller encoder is distilled from.
+    Padding is zero. A smaller encoder is distilled from these.
 
-    >>> import torch
-    >>> net = States(SentenceBert(words=100, layers=2, width=8, heads=2, hidden=16), (1, 2))
-    >>> net(torch.tensor([[5, 7, 0]]), torch.tensor([[1, 1, 0]])).shape
-    torch.Size([1, 2, 3, 8])
+    Args:
+        encoder: The network.
+        layers: Which layers, counted from 1.
 
-    Source: X. Jiao et al. TinyBERT. Findings of EMNLP 2020. arXiv:1909.10351, equation 8.
+    Example:
+        >>> import torch
+        >>> net = States(SentenceBert(words=100, layers=2, width=8, heads=2, hidden=16), (1, 2))
+        >>> net(torch.tensor([[5, 7, 0]]), torch.tensor([[1, 1, 0]])).shape
+        torch.Size([1, 2, 3, 8])
+
+    Source:
+        X. Jiao et al. TinyBERT. Findings of EMNLP 2020. arXiv:1909.10351, equation 8.
     """
 
     def __init__(self, encoder: SentenceBert, layers: tuple[int, ...]) -> None:
@@ -122,12 +138,17 @@ class States(nn.Module):
 
 @register("net")
 class Classifier(nn.Module):
-    """Classes of texts: a linear head on sqrt(width) times an encoder's unit vector, (n, length) -> (n, classes).
+    """Classify texts by a linear head on sqrt(width) times an encoder's unit vector, (n, length) -> (n, classes).
 
-    >>> import torch
-    >>> net = Classifier(SentenceBert(words=100, layers=1, width=8, heads=2, hidden=16), 3)
-    >>> net(torch.tensor([[5, 7, 0]]), torch.tensor([[1, 1, 0]])).shape
-    torch.Size([1, 3])
+    Args:
+        encoder: The network.
+        classes: Outputs.
+
+    Example:
+        >>> import torch
+        >>> net = Classifier(SentenceBert(words=100, layers=1, width=8, heads=2, hidden=16), 3)
+        >>> net(torch.tensor([[5, 7, 0]]), torch.tensor([[1, 1, 0]])).shape
+        torch.Size([1, 3])
     """
 
     def __init__(self, encoder: SentenceBert, classes: int) -> None:

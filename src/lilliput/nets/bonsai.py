@@ -10,25 +10,30 @@ from lilliput.registry import register
 
 
 class Gate(nn.Module):
-    """A neuron of this activation computes any logic function of two or three inputs in {-1, 1}: x -> A(x), any shape.
+    """Apply an activation with which one neuron computes any logic function of two or three inputs in {-1, 1}.
 
         A(x) = w (f + (1 - f) (4 - 6|w| + 4|w|^2 - |w|^3)) + l (x - clip(x, -3, 3)),
         w = clip(x, -3, 3) - 2 clip(x, -1, 1).
 
-    w is a wave of straight lines through (-3, -1), (-1, 1), (1, -1) and (3, 1); the second term of the bracket makes
-    it round, sign(w) (1 - (1 - |w|)^4). (The author's "Ameo", whose pieces this puts into one line.) So
-    A(x_1 + x_2 - 1) is x_1 xor x_2, A(x) is not x, and A(-x) is x.
+    x and A(x) have any shape. w is a wave of straight lines through (-3, -1), (-1, 1), (1, -1) and (3, 1); the second
+    term of the bracket makes it round, sign(w) (1 - (1 - |w|)^4). (The author's "Ameo", whose pieces this puts into one
+    line.) So A(x_1 + x_2 - 1) is x_1 xor x_2, A(x) is not x, and A(-x) is x.
 
-    factor: f, between the round wave (0) and straight lines (1). leak: l, the slope beyond 3 and -3.
+    Args:
+        factor: f, between the round wave (0) and straight lines (1).
+        leak: l, the slope beyond 3 and -3.
 
-    Raises ValueError for a factor outside [0, 1] and for a negative leak.
+    Raises:
+        ValueError: For a factor outside [0, 1] and for a negative leak.
 
-    >>> x = torch.tensor([[-1., -1.], [-1., 1.], [1., 1.]])
-    >>> Gate()(x.sum(1) - 1).tolist()
-    [-1.0, 1.0, -1.0]
+    Example:
+        >>> x = torch.tensor([[-1., -1.], [-1., 1.], [1., 1.]])
+        >>> Gate()(x.sum(1) - 1).tolist()
+        [-1.0, 1.0, -1.0]
 
-    Sources: Casey Primozic, Logic through the lens of neural networks, 2022 (the function), and Growing bonsai networks
-    with RNNs, 2023 (its mixture of straight and round; cprimozic.net/blog).
+    Source:
+        Casey Primozic, Logic through the lens of neural networks, 2022 (the function), and Growing bonsai networks with
+        RNNs, 2023 (its mixture of straight and round; cprimozic.net/blog).
     """
 
     def __init__(self, factor: float = 0.5, leak: float = 0.01) -> None:
@@ -49,17 +54,24 @@ class Gate(nn.Module):
 
 
 class Cell(nn.Module):
-    """A recurrent cell whose output is not its state: (n, T, inputs) -> (n, T, outputs).
+    """Compute a recurrent cell whose output is not its state: (n, T, inputs) -> (n, T, outputs).
 
         y_t = A(V [x_t, s_t] + b),   s_(t+1) = A(W [x_t, s_t] + c),
 
     with s_0 trained like the rest. V: (outputs, inputs + state), W: (state, inputs + state). Every neuron does the same
     (weigh, add a bias, A), so that the cell is a graph with one kind of node.
 
-    noise: standard deviation of what is added to every s_t but s_0 in training mode. States then move to where A is
-    flat and hold bits, and weights that only correct their third decimal go (this is ours, not the author's).
+    Args:
+        inputs: Values a step.
+        outputs: Outputs a step.
+        state: Values of the state.
+        activation: A; a `Gate` by default.
+        noise: The standard deviation of what is added to every s_t but s_0 in training mode. States then move to where
+            A is flat and hold bits, and weights that only correct their third decimal go (this is ours, not the
+            author's).
 
-    Source: Primozic, Growing bonsai networks with RNNs, 2023, "RNN architecture" and "Trainable initial states".
+    Source:
+        Primozic, Growing bonsai networks with RNNs, 2023, "RNN architecture" and "Trainable initial states".
     """
 
     def __init__(
@@ -91,15 +103,25 @@ class Cell(nn.Module):
 
 @register("net")
 class Bonsai(nn.Module):
-    """Cells one behind the other, the last one's outputs as they are: (n, T, inputs) -> (n, T, outputs).
+    """Chain recurrent cells, and return the last one's outputs as they are: (n, T, inputs) -> (n, T, outputs).
 
-    width: how many outputs each cell but the last has; state: of each cell, so that its length is how many there are;
-    factor, leak: of `Gate`; noise: of `Cell`. `lilliput.export.bonsai` makes a graph of what is left of it.
+    `lilliput.export.bonsai` makes a graph of what is left of it after pruning.
 
-    >>> Bonsai(inputs=1, outputs=1, state=(8,))(torch.ones(2, 5, 1)).shape
-    torch.Size([2, 5, 1])
+    Args:
+        inputs: Values a step.
+        outputs: Outputs a step.
+        state: Values of each cell's state; its length is the number of cells.
+        width: Outputs of each cell but the last.
+        factor: That of `Gate`.
+        leak: That of `Gate`.
+        noise: That of `Cell`.
 
-    Source: Primozic, Growing bonsai networks with RNNs, 2023.
+    Example:
+        >>> Bonsai(inputs=1, outputs=1, state=(8,))(torch.ones(2, 5, 1)).shape
+        torch.Size([2, 5, 1])
+
+    Source:
+        Primozic, Growing bonsai networks with RNNs, 2023.
     """
 
     def __init__(

@@ -13,9 +13,14 @@ from lilliput.registry import register
 
 @register("net")
 class MLP(nn.Module):
-    """Two hidden layers with a shortcut, (n, 40) -> (n, 10); 78,858 values.
+    """Classify by two hidden layers with a shortcut, (n, 40) -> (n, 10); 78,858 values.
 
     h = relu(W1 x), y = W3 (h + relu(W2 h)), each with its bias.
+
+    Args:
+        length: Values a signal.
+        hidden: The width of both hidden layers.
+        classes: Outputs.
 
     Example:
         >>> import torch
@@ -37,7 +42,11 @@ class MLP(nn.Module):
 
 @register("net")
 class CNN(nn.Module):
-    """Three strided convolutions and a linear layer, (n, 40) -> (n, 10); 5,210 values.
+    """Classify by three strided convolutions and a linear layer, (n, 40) -> (n, 10); 5,210 values.
+
+    Args:
+        channels: The channels of each convolution.
+        classes: Outputs.
 
     Example:
         >>> import torch
@@ -61,10 +70,14 @@ class CNN(nn.Module):
 
 @register("net")
 class GRU(nn.Module):
-    """One recurrent layer read one value at a time, its last state classified; (n, 40) -> (n, 10); 51,594 values.
+    """Read one value at a time by a recurrent layer and classify its last state; (n, 40) -> (n, 10); 51,594 values.
 
-    The paper's notebook reads the sequence in both directions and classifies every state; this one keeps a single
-    state of 128 values, so that the recurrence has to remember.
+    The paper's notebook reads the sequence in both directions and classifies every state; this one keeps a single state
+    of 128 values, so that the recurrence has to remember.
+
+    Args:
+        hidden: Values of the state.
+        classes: Outputs.
 
     Example:
         >>> import torch

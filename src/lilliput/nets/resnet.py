@@ -8,7 +8,7 @@ from lilliput.registry import register
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions around a shortcut: relu(F(x) + S(x)).
+    """Compute two 3x3 convolutions around a shortcut: relu(F(x) + S(x)).
 
     Shapes: (n, channels_in, height, width) -> (n, channels_out, height / stride, width / stride). The shortcut S is the
     identity where the shape stays, else a 1x1 convolution with batch normalisation (the paper's option B).
@@ -35,12 +35,20 @@ class Block(nn.Module):
 
 @register("net")
 class ResNet(nn.Module):
-    """A residual network for small images, (n, channels_in, height, width) -> (n, classes).
+    """Classify small images by a residual network, (n, channels_in, height, width) -> (n, classes).
 
-    `widths` are the channels of each group of blocks and `blocks` how many each group has; every group but the first
-    halves the image. ResNet-20 is widths (16, 32, 64) with three blocks each: 20 layers with weights, 272,186 values
-    for one input channel and ten classes, and 40.5 million multiply-adds at 32x32. `stride` is that of the first
-    convolution.
+    Every group of blocks but the first halves the image. ResNet-20 is widths (16, 32, 64) with three blocks each: 20
+    layers with weights, 272,186 values for one input channel and ten classes, and 40.5 million multiply-adds at 32x32.
+
+    Args:
+        widths: The channels of each group of blocks.
+        blocks: How many blocks each group has.
+        channels_in: The channels of the image.
+        classes: Outputs.
+        stride: The stride of the first convolution.
+
+    Raises:
+        ValueError: Unless widths and blocks have one length and are at least 1.
 
     Example:
         >>> import torch
@@ -50,8 +58,9 @@ class ResNet(nn.Module):
         >>> sum(p.numel() for p in ResNet().parameters())
         272186
 
-    Source: K. He, X. Zhang, S. Ren, J. Sun. Deep Residual Learning for Image Recognition. CVPR 2016. arXiv:1512.03385,
-    section 4.2.
+    Source:
+        K. He, X. Zhang, S. Ren, J. Sun. Deep Residual Learning for Image Recognition. CVPR 2016. arXiv:1512.03385,
+        section 4.2.
     """
 
     def __init__(

@@ -68,18 +68,33 @@ class _Linear(TorchFunctionMode):
 
 @register("statistic")
 def flow(calibration: Calibration, parameters: Parameters) -> Parameters:
-    """The gradient of log R in |w|, with R the sum of the outputs for an input of ones of the linearised network: every
-    parameter by its magnitude, no biases, shifts and running means, activations passed through.
+    """Measure the gradient of log R in |w|, R the sum of the linearised network's outputs for an input of ones.
 
-    Each layer's sum of |w| times it is 1 where the layer is a cut of the network, so nothing overflows. Of the task the
-    shape of one input is enough. Inputs that are integers (tokens) are taken as they are; attention weights still come
-    from a softmax.
+    The linearised network has every parameter by its magnitude, no biases, shifts and running means, and activations
+    passed through. Each layer's sum of |w| times the gradient is 1 where the layer is a cut of the network, so nothing
+    overflows. Of the task the shape of one input is enough. Inputs that are integers (tokens) are taken as they are;
+    attention weights still come from a softmax.
+
+    Args:
+        calibration: A task's inputs, of which only the shape counts.
+        parameters: The tensors to measure.
+
+    Returns:
+        The flow, of each tensor's shape.
 
     Raises:
-        ValueError: when the output does not depend on any of these tensors.
+        ValueError: When the output does not depend on any of these tensors.
 
-    Source: Tanaka, Kunin, Yamins and Ganguli, Pruning neural networks without any data by iteratively conserving
-        synaptic flow, NeurIPS 2020, arXiv:2006.05467, section 6 and algorithm 1.
+    Example:
+        >>> from lilliput import Task
+        >>> net, x = nn.Linear(2, 1), torch.ones(4, 2)
+        >>> _ = net.weight.data.copy_(torch.tensor([[1.0, -3.0]]))
+        >>> flow(Calibration.of(net, Task("two", train=x, val=x), 4), {"weight": net.weight})["weight"]
+        tensor([[0.2500, 0.2500]])
+
+    Source:
+        Tanaka, Kunin, Yamins and Ganguli, Pruning neural networks without any data by iteratively conserving synaptic
+        flow, NeurIPS 2020, arXiv:2006.05467, section 6 and algorithm 1.
     """
     model = _magnitudes(calibration.model)
     own: Parameters = {name: model.get_parameter(name).requires_grad_(True) for name in parameters}

@@ -18,13 +18,25 @@ CHUNK_BYTES = 2**27
 
 @register("statistic")
 def hessian(layers: Layers, parameters: Parameters) -> Parameters:
-    """H = X X^T of each linear or convolutional layer, summed over all examples and places.
+    """Measure H = X X^T of each linear or convolutional layer, summed over all examples and places.
+
+    Args:
+        layers: Calibration inputs, and what each layer is given.
+        parameters: The weights of the layers.
 
     Returns:
         (groups, d, d) in float64 for each weight, d the values of one output; a linear layer has one group.
 
-    Source: Frantar, Singh and Alistarh, Optimal brain compression: a framework for accurate post-training quantization
-        and pruning, NeurIPS 2022, arXiv:2208.11580, section 3 (half of its Hessian).
+    Example:
+        >>> from lilliput import Task
+        >>> net, x = nn.Linear(2, 1), torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+        >>> found = hessian(Layers.of(net, Task("two", train=x, val=x), 2), {"weight": net.weight})
+        >>> found["weight"].tolist()
+        [[[1.0, 2.0], [2.0, 5.0]]]
+
+    Source:
+        Frantar, Singh and Alistarh, Optimal brain compression: a framework for accurate post-training quantization and
+        pruning, NeurIPS 2022, arXiv:2208.11580, section 3 (half of its Hessian).
     """
     found: Parameters = {}
 
@@ -43,9 +55,16 @@ def _layer(model: nn.Module, name: str) -> nn.Module:
 
 
 def products(module: nn.Module, x: Tensor) -> Tensor:
-    """X X^T of a layer's inputs x, (groups, d, d) in float64; X: what each output of a group is a weighted sum of.
+    """Compute X X^T of a layer's inputs; X is what each output of a group is a weighted sum of.
 
     A linear layer has one group. A convolution's inputs are unfolded: d = (in / groups) * kernel size, in C order.
+
+    Args:
+        module: A linear or convolutional layer.
+        x: Its inputs.
+
+    Returns:
+        The second moment, (groups, d, d) in float64.
 
     Example:
         >>> products(nn.Linear(2, 1), torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
@@ -68,7 +87,7 @@ def products(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def unfold(module: nn.Module, x: Tensor) -> Tensor:
-    """The inputs of a convolution as a matrix for each group: (groups, d, samples)."""
+    """Unfold the inputs of a convolution into a matrix for each group: (groups, d, samples)."""
     conv: Any = module
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     x = F.pad(x, conv._reversed_padding_repeated_twice, mode)
@@ -82,8 +101,9 @@ def unfold(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def damped(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
-    """H + lambda I with lambda = damp times the mean of H's diagonal, and which inputs are dead: (groups, d), never
-    other than zero. A dead input's row of H is replaced by that of the unit matrix.
+    """Return H + lambda I, and which inputs are dead: (groups, d), never other than zero.
+
+    lambda is damp times the mean of H's diagonal. A dead input's row of H is replaced by that of the unit matrix.
     """
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     dead = diagonal == 0

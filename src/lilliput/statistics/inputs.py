@@ -9,9 +9,23 @@ from lilliput.statistics.sources import Layers, Parameters
 
 @register("statistic")
 def input_norm(layers: Layers, parameters: Parameters) -> Parameters:
-    """The L2 norm of each input feature over all examples and places, for linear and convolutional weights.
+    """Measure the L2 norm of each input feature over all examples and places, for linear and convolutional weights.
 
-    Source: Sun, Liu, Bair and Kolter, A simple and effective pruning approach for large language models, ICLR 2024,
+    Args:
+        layers: Calibration inputs, and what each layer is given.
+        parameters: The weights of the layers.
+
+    Returns:
+        The norms, broadcastable to each weight.
+
+    Example:
+        >>> from lilliput import Task
+        >>> net, x = nn.Linear(2, 1), torch.tensor([[3.0, 0.0], [4.0, 1.0]])
+        >>> input_norm(Layers.of(net, Task("two", train=x, val=x), 2), {"weight": net.weight})["weight"]
+        tensor([[5., 1.]])
+
+    Source:
+        Sun, Liu, Bair and Kolter, A simple and effective pruning approach for large language models, ICLR 2024,
         arXiv:2306.11695, equation 1.
     """
     return {name: energy.sqrt() for name, (energy, _) in _energies(layers, parameters).items()}
@@ -19,7 +33,21 @@ def input_norm(layers: Layers, parameters: Parameters) -> Parameters:
 
 @register("statistic")
 def input_second_moment(layers: Layers, parameters: Parameters) -> Parameters:
-    """The mean square of each input feature over all examples and places, for linear and convolutional weights."""
+    """Measure the mean square of each input feature over all examples and places, for linear and convolutional weights.
+
+    Args:
+        layers: Calibration inputs, and what each layer is given.
+        parameters: The weights of the layers.
+
+    Returns:
+        The mean squares, broadcastable to each weight.
+
+    Example:
+        >>> from lilliput import Task
+        >>> net, x = nn.Linear(2, 1), torch.tensor([[3.0, 0.0], [4.0, 1.0]])
+        >>> input_second_moment(Layers.of(net, Task("two", train=x, val=x), 2), {"weight": net.weight})["weight"]
+        tensor([[12.5000,  0.5000]])
+    """
     return {name: energy / count for name, (energy, count) in _energies(layers, parameters).items()}
 
 

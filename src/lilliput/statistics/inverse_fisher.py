@@ -12,10 +12,20 @@ HELD_BYTES = 2**30  # of blocks at once; beyond, the examples are passed through
 
 
 def fisher_blocks(examples: Labelled, parameters: Parameters, size: int = 32) -> Parameters:
-    """The empirical Fisher information F = 1/N sum of g_n g_n^T, g_n the gradient of example n's loss, in blocks along
-    the diagonal: (blocks, size, size) in float64 for each tensor, flattened in C order and padded with zeros.
+    """Measure the empirical Fisher information F = 1/N sum of g_n g_n^T in blocks along the diagonal.
 
-    Source: Singh and Alistarh, WoodFisher, NeurIPS 2020, arXiv:2004.14340, equation 2.
+    g_n is the gradient of example n's loss.
+
+    Args:
+        examples: Calibration inputs with the task's loss.
+        parameters: The tensors to measure.
+        size: Weights a block.
+
+    Returns:
+        (blocks, size, size) in float64 for each tensor, flattened in C order and padded with zeros.
+
+    Source:
+        Singh and Alistarh, WoodFisher, NeurIPS 2020, arXiv:2004.14340, equation 2.
     """
     count, values = length(examples.inputs), sum(p.numel() for p in parameters.values())
     blocks = {
@@ -35,13 +45,24 @@ def fisher_blocks(examples: Labelled, parameters: Parameters, size: int = 32) ->
 
 
 def inverse(blocks: Tensor, damp: float = 1e-5) -> Tensor:
-    """(F + damp I)^-1 of every block. WoodFisher builds the same one example after another: with F_0 = damp I,
+    """Invert every block: (F + damp I)^-1.
+
+    WoodFisher builds the same one example after another: with F_0 = damp I,
     F_n^-1 = F_(n-1)^-1 - F_(n-1)^-1 g_n g_n^T F_(n-1)^-1 / (N + g_n^T F_(n-1)^-1 g_n).
 
-    Source: Singh and Alistarh, WoodFisher, NeurIPS 2020, arXiv:2004.14340, equation 3.
+    Args:
+        blocks: (blocks, size, size).
+        damp: Added to the diagonal.
 
-    >>> inverse(torch.tensor([[[3.0]]]), 1.0)
-    tensor([[[0.2500]]])
+    Returns:
+        The inverses, of the same shape.
+
+    Example:
+        >>> inverse(torch.tensor([[[3.0]]]), 1.0)
+        tensor([[[0.2500]]])
+
+    Source:
+        Singh and Alistarh, WoodFisher, NeurIPS 2020, arXiv:2004.14340, equation 3.
     """
     damped = blocks + damp * torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
     return torch.cholesky_inverse(torch.linalg.cholesky(damped))
@@ -49,8 +70,28 @@ def inverse(blocks: Tensor, damp: float = 1e-5) -> Tensor:
 
 @register("statistic")
 def inverse_fisher(examples: Labelled, parameters: Parameters, size: int = 32, damp: float = 1e-5) -> Parameters:
-    """The diagonal of the inverse of the damped empirical Fisher information, by blocks of `size` weights. As many
-    tensors as fit into HELD_BYTES are done in one pass over the examples.
+    """Measure the diagonal of the inverse of the damped empirical Fisher information, by blocks of `size` weights.
+
+    As many tensors as fit into HELD_BYTES are done in one pass over the examples.
+
+    Args:
+        examples: Calibration inputs with the task's loss.
+        parameters: The tensors to measure.
+        size: Weights a block.
+        damp: Added to the diagonal of F.
+
+    Returns:
+        The diagonal, of each tensor's shape.
+
+    Example:
+        >>> from lilliput import Task
+        >>> net, x = torch.nn.Linear(1, 1, bias=False), torch.ones(4, 1)
+        >>> task = Task("one", train=(x, net(x).detach() + 1), val=(x, x), loss="mse", metric="mse")
+        >>> inverse_fisher(Labelled.of(net, task, 4), {"weight": net.weight}, size=1, damp=0.0)["weight"]
+        tensor([[0.2500]])
+
+    Source:
+        Singh and Alistarh, WoodFisher, NeurIPS 2020, arXiv:2004.14340, section 4.
     """
     found, names = {}, list(parameters)
     while names:

@@ -10,7 +10,14 @@ from lilliput.statistics.sources import Parameters, Weights
 
 @register("statistic")
 def noise(source: Weights, parameters: Parameters) -> Parameters:
-    """Uniform numbers in [0, 1), a function of the seed and the tensor's name alone.
+    """Draw uniform numbers in [0, 1) that are a function of the seed and the tensor's name alone.
+
+    Args:
+        source: Holds the seed.
+        parameters: The tensors.
+
+    Returns:
+        The numbers, of each tensor's shape.
 
     Example:
         >>> parameters = {"weight": torch.zeros(2, 2)}
