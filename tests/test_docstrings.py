@@ -22,13 +22,36 @@ FROM_PAPERS = ("score", "pattern", "allocation", "range", "grid", "rounding")
 ROOMS_OF_PAPERS = ("prune", "quant", "factor", "distill", "adapt", "share")
 # Where the settings of a class are checked and its work begins: what these raise, the class raises.
 ENTRY_POINTS = ("__init__", "__post_init__", "__call__", "begin", "encode")
-# Not yet in that style, by the last part of their names. An entry that has become fine must be taken out.
-PENDING = set(
-    """
-    Code Distill Engine Factorize Features Half LowRank Masked Quantize QuantizeActivations Recipe Reference Result Rule
-    Stage Task Train Uniform attach build codes compile load realize run shrink storage
-    """.split()
-)
+# Not yet in that style, by the ends of their names. An entry that has become fine must be taken out.
+PENDING = {
+    "Code",
+    "attach",
+    "build",
+    "codes",
+    "realize",
+    "storage",
+    "LowRank",
+    "Masked",
+    "Features",
+    "Distill",
+    "compile",
+    "run.Engine",
+    "load",
+    "Factorize",
+    "QuantizeActivations",
+    "Half",
+    "Quantize",
+    "Uniform",
+    "Recipe",
+    "Rule",
+    "Result",
+    "shrink",
+    "Reference",
+    "Stage",
+    "Task",
+    "Train",
+    "run",
+}
 
 
 def names() -> list[str]:
@@ -128,11 +151,12 @@ def problems(name: str) -> list[str]:
 @pytest.mark.parametrize("name", names())
 def test_docstring_has_its_sections(name: str) -> None:
     missing = problems(name)
-    if name.rpartition(".")[2] in PENDING:
+    if any(name.endswith(f".{end}") for end in PENDING):
         assert missing, f"{name} is fine now: take it out of PENDING"
         return
     assert not missing, f"{name}: {'; '.join(missing)}."
 
 
 def test_nothing_else_is_pending() -> None:
-    assert {name.rpartition(".")[2] for name in names()} >= PENDING, "PENDING names what is not there"
+    for end in PENDING:
+        assert any(name.endswith(f".{end}") for name in names()), f"PENDING names {end}, which is not there"
