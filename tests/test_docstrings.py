@@ -42,7 +42,6 @@ PENDING = {
     "Half",
     "Quantize",
     "Uniform",
-    "Recipe",
     "Rule",
     "Result",
     "shrink",
