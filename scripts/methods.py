@@ -19,25 +19,33 @@ ROOT = Path(__file__).resolve().parents[1]
 MARKER = "<!-- {}: made by scripts/methods.py -->"
 
 
-def tables(listed: Iterable[Entry]) -> str:
-    """One table for each room of lilliput, such as prune."""
+def tables(listed: Iterable[Entry], linked: bool = False) -> str:
+    """One table for each room of lilliput, such as prune; linked: with links to the API reference."""
     blocks = []
     for family, found in groupby(listed, key=lambda entry: entry.room):
-        rows = "\n".join(f"| `{entry.name}` | {', '.join(entry.kinds)} | {loop(entry)} | {escaped(entry.summary)} |"
-                         for entry in found)  # fmt: skip
+        rows = "\n".join(
+            f"| {name(entry, linked)} | {', '.join(entry.kinds)} | {loop(entry)} | {escaped(entry.summary)} |"
+            for entry in found
+        )
         blocks.append(f"## {family}\n\n| method | is a | in your own loop | what it does |\n|---|---|---|---|\n{rows}")
     return "\n\n".join(blocks)
 
 
-def values() -> str:
+def values(linked: bool = False) -> str:
     """One table for each family of what methods take by name: scores, patterns, schedules, networks and the like."""
     blocks = []
     for family in FAMILIES:
         found = [entry for entry in entries(family) if not set(METHODS) & set(entry.kinds)]
-        rows = "\n".join(f"| `{entry.name}` | {escaped(entry.summary)} |" for entry in found)
+        rows = "\n".join(f"| {name(entry, linked)} | {escaped(entry.summary)} |" for entry in found)
         if found:
             blocks.append(f"## family {family}\n\n| name | what it is |\n|---|---|\n{rows}")
     return "\n\n".join(blocks)
+
+
+def name(entry: Entry, linked: bool) -> str:
+    """A cell with the name of an entry. mkdocstrings resolves the link."""
+    known = linked and entry.package == "lilliput"
+    return f"[`{entry.name}`][{entry.module}.{entry.attribute}]" if known else f"`{entry.name}`"
 
 
 def loop(entry: Entry) -> str:
@@ -82,8 +90,8 @@ def speed() -> str:
 def on_page_markdown(markdown: str, **unused: Any) -> str:
     """Called by mkdocs for each page."""
     for name, make in {
-        "methods": lambda: tables(methods()),
-        "values": values,
+        "methods": lambda: tables(methods(), linked=True),
+        "values": lambda: values(linked=True),
         "operators": operators,
         "speed": speed,
     }.items():

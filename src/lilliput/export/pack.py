@@ -61,7 +61,8 @@ def size(proto: ModelProto | Structure, stored: dict[str, Stored]) -> Size:
     """How long the file will be: the head is coded, the sections are only counted.
 
     Args:
-        proto, stored: as for `write`.
+        proto: as for `write`.
+        stored: as for `write`.
 
     Raises:
         ExportError: as `write`.
