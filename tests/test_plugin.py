@@ -1,0 +1,218 @@
+"""The plug-in test: a package from elsewhere (tests/plugin) brings a method of every sort; no file of src/ knows it.
+
+Each test runs in new processes, which find the package as users have it: installed by pip, with its entry point.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "thumbelina"
+BROUGHT = {
+    ("code", "Palette"),
+    ("finding", "TwinUnits"),
+    ("kind", "Swatches"),
+    ("net", "Funnel"),
+    ("score", "input_energy"),
+    ("stage", "BecomeFunnel"),
+    ("stage", "MergeTwins"),
+}
+TARGET = """
+import torch
+from torch import nn
+from lilliput import Task
+
+def make():
+    torch.manual_seed(0)
+    x = torch.randn(160, 8)
+    model = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 3)).eval()
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    return model, Task("toy", (x[:96], y[:96]), (x[96:128], y[96:128]), (x[128:], y[128:]))
+"""
+
+pytestmark = pytest.mark.slow
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder into which pip has installed the package, without a network."""
+    folder = tmp_path_factory.mktemp("installed")
+    source = folder / "source"
+    shutil.copytree(ROOT / "tests" / "plugin", source)
+    site = folder / "site"
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(site)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(source)], check=True, env=environment())
+    return site
+
+
+def environment(*sites: Path) -> dict[str, str]:
+    places = os.pathsep.join(map(str, [ROOT / "src", *sites]))
+    return {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+
+
+@pytest.fixture
+def run(installed: Path, tmp_path: Path) -> Run:
+    """Run Python in an empty folder that holds toy.py, with the package installed."""
+    (tmp_path / "toy.py").write_text(TARGET)
+
+    def python(*words: str, sites: tuple[Path, ...] = (), status: int = 0) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, *words]
+        made = subprocess.run(command, cwd=tmp_path, env=environment(installed, *sites), capture_output=True, text=True)
+        assert made.returncode == status, made.stdout + made.stderr
+        return made
+
+    return python
+
+
+def program(text: str) -> tuple[str, str]:
+    return "-c", "from toy import make\n" + textwrap.dedent(text)
+
+
+def brought(run: Run) -> set[tuple[str, str]]:
+    made = run(*program(f"""
+        import json, sys
+        from lilliput.registry import FAMILIES, entries
+        found = [(e.family, e.name) for family in FAMILIES for e in entries(family) if e.package == "{PACKAGE}"]
+        assert "{PACKAGE}" not in sys.modules
+        print(json.dumps(found))
+    """))  # fmt: skip
+    return {(family, name) for family, name in json.loads(made.stdout)}
+
+
+def test_everything_is_in_the_registry_and_nothing_of_it_in_src(run: Run) -> None:
+    found = brought(run)
+    assert found == BROUGHT
+    words = re.compile(rf"\b({'|'.join([PACKAGE, *sorted(name for _, name in found)])})\b")
+    for file in (ROOT / "src").rglob("*.py*"):
+        if file.suffix in (".py", ".pyi"):
+            assert not words.search(file.read_text(encoding="utf-8")), file
+
+
+def test_it_is_listed_with_the_name_of_its_package(run: Run) -> None:
+    for family, name in BROUGHT:
+        rows = run("-m", "lilliput.cli", "methods", "--family", family).stdout.splitlines()
+        assert any(row.split()[:2] == [name, PACKAGE] for row in rows), name
+
+
+def test_it_is_held_by_the_contracts(run: Run) -> None:
+    names = " or ".join(sorted(name for family, name in BROUGHT if family not in ("finding", "kind")))
+    made = run("-m", "pytest", str(ROOT / "tests" / "contracts"), "-q", "-k", names, "-p", "no:cacheprovider",
+               "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"))  # fmt: skip
+    assert int(re.findall(r"(\d+) passed", made.stdout)[0]) >= 30
+
+
+def test_a_recipe_holds_it_and_reads_back_in_another_process(run: Run, tmp_path: Path) -> None:
+    run(*program("""
+        import lilliput
+        from lilliput.registry import lookup
+        merge, become = lookup("stage", "MergeTwins"), lookup("stage", "BecomeFunnel")
+        stages = (become(12), lilliput.Train(5), merge(0.5), lilliput.Prune(0.5, score="input_energy"))
+        open("recipe.toml", "w").write(lilliput.Recipe(stages).toml())
+    """))  # fmt: skip
+    text = (tmp_path / "recipe.toml").read_text()
+    assert 'stage = "MergeTwins"' in text and f"{PACKAGE}" not in text
+    made = run("-m", "lilliput.cli", "run", "recipe.toml", "toy.py:make", "--out", "out")
+    summary = json.loads(made.stdout)
+    assert [stage["stage"] for stage in summary["recipe"]] == ["BecomeFunnel", "Train", "MergeTwins", "Prune"]
+    assert summary["packed_bytes"] == (tmp_path / "out" / "model.lil").stat().st_size
+
+
+def test_the_key_of_a_recipe_follows_the_source_of_a_net(run: Run, installed: Path, tmp_path: Path) -> None:
+    text = """
+        from lilliput.recipe import next_key
+        from lilliput.registry import lookup
+        print(next_key("start", lookup("stage", "BecomeFunnel")()))
+    """
+    first = run(*program(text)).stdout
+    shutil.copytree(installed, tmp_path / "other")
+    file = tmp_path / "other" / PACKAGE / "funnel.py"
+    file.write_text(file.read_text().replace("nn.ReLU()", "nn.GELU()"))
+    environment_of_other = environment(tmp_path / "other")
+    other = subprocess.run(
+        [sys.executable, *program(text)], cwd=tmp_path, env=environment_of_other, capture_output=True, text=True
+    )
+    assert other.stdout and other.stdout != first
+
+
+def test_its_kind_is_written_to_both_files_and_read_in_another_process(run: Run) -> None:
+    """A codebook of 16 float16 entries on 512 x 512: 131,104 bytes counted; ONNX computes it by Gather."""
+    made = run(*program("""
+        import json, numpy, onnx, torch, lilliput
+        from lilliput.code.base import pack as packed
+        from lilliput.export import pack
+        from lilliput.onnx.narrow import narrow
+        from lilliput.onnx.trace import trace
+        from lilliput.registry import lookup
+        torch.manual_seed(0)
+        net, x = torch.nn.Sequential(torch.nn.Linear(512, 512, bias=False)).eval(), torch.randn(4, 512)
+        lilliput.attach(net, "0.weight", lookup("code", "Palette")())
+        stored = packed(net)
+        structure = trace(lilliput.realize(net), x)
+        full = structure.fill(stored)
+        pack.write(full, stored, "model.lil")
+        proto = narrow(full, stored)
+        onnx.save(proto, "model.onnx")
+        numpy.savez("expected.npz", x=x.numpy(), y=net(x).detach().numpy())
+        print(json.dumps([stored["0.weight"].storage().size_bytes, [node.op_type for node in proto.graph.node]]))
+    """))  # fmt: skip
+    counted, operators = json.loads(made.stdout)
+    assert counted == 131_104 and "Gather" in operators
+    made = run(*program("""
+        import json, os, sys, numpy, onnxruntime, torch, lilliput
+        assert not any(name.startswith("thumbelina") for name in sys.modules)
+        expected = numpy.load("expected.npz")
+        net = lilliput.load("model.lil")
+        assert abs(net(torch.from_numpy(expected["x"])).detach().numpy() - expected["y"]).max() < 1e-4
+        session = onnxruntime.InferenceSession("model.onnx")
+        y = session.run(None, {session.get_inputs()[0].name: expected["x"]})[0]
+        assert abs(y - expected["y"]).max() < 1e-4
+        print(json.dumps([os.path.getsize("model.lil"), os.path.getsize("model.onnx")]))
+    """))  # fmt: skip
+    assert all(size < 1.15 * counted for size in json.loads(made.stdout))
+
+
+def test_its_finding_counts_what_its_stage_merges_exactly(run: Run) -> None:
+    run(*program("""
+        import copy, torch
+        from thumbelina.twins import MergeTwins, twin_units
+        model, task = make()
+        with torch.no_grad():
+            for i in range(12):
+                model[0].weight[12 + i], model[0].bias[12 + i] = model[0].weight[i], model[0].bias[i]
+        assert twin_units(model, task).twins == (24,)
+        merged = MergeTwins(0.5)(model, task, None)
+        assert merged[0].out_features == 12 and model[0].out_features == 24
+        x = task.example
+        torch.testing.assert_close(merged(x), model(x))
+    """))  # fmt: skip
+
+
+def copy_of(text: dict[str, str], folder: Path) -> Path:
+    """Another package, as pip leaves it."""
+    site = folder / "another"
+    (site / "another-1.0.dist-info").mkdir(parents=True)
+    (site / "another-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: another\nVersion: 1.0\n")
+    entry: dict[str, Any] = {"another-1.0.dist-info/entry_points.txt": "[lilliput.methods]\nanother = another\n"}
+    for name, content in {**entry, **text}.items():
+        (site / name).write_text(content)
+    return site
+
+
+def test_a_second_package_with_one_of_its_names_is_refused(run: Run, tmp_path: Path) -> None:
+    text = 'from lilliput.registry import register\n@register("score")\ndef input_energy(weight): ...\n'
+    site = copy_of({"another.py": text}, tmp_path)
+    made = run("-m", "lilliput.cli", "methods", sites=(site,), status=2)
+    error = " ".join(made.stderr.split())
+    assert "'input_energy' is in" in error and "score.py" in error and "another.py" in error and "Rename" in error
