@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from lilliput.prune.budget import PruneToBudget, allocate
 from lilliput.prune.patterns import parse
 from lilliput.prune.prune import Prune
 from lilliput.prune.sparse import SET
+from lilliput.registry import entries
 from lilliput.stored.plain import Plain
 from lilliput.stored.sparse import Sparse
 from lilliput.task import Task, predict
@@ -319,3 +321,11 @@ def test_the_table_is_what_was_measured() -> None:
         best = min(mean.values())
         wanted = next(text for text in fast_patterns.FINEST_FIRST if text in mean and mean[text] <= 1.2 * best)
         assert fast_patterns.FAST[kind][0] == wanted, (kind, mean)
+
+
+def test_the_page_has_every_pattern() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "prune" / "patterns.md").read_text(encoding="utf-8")
+    table = page[page.index("| pattern | what goes as one") : page.index("Counts are exact")]
+    cells = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    shown = {text.split()[0] for cell in cells for text in re.findall(r'`"([^"]+)"`', cell)}
+    assert {"N:M" if ":" in name else name for name in shown} == {entry.name for entry in entries("pattern")}
