@@ -166,6 +166,12 @@ def test_an_entry_point_to_nothing_is_named(
         methods()
 
 
+def test_a_file_that_does_not_parse_is_named(fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, "broken", {"broken.py": "from lilliput import Stage\nclass X(Stage):\n  def\n"})
+    with pytest.raises(ValueError, match=r"broken\.py must be Python, but line 3 is not"):
+        methods()
+
+
 def test_a_collision_names_both_files(fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "from lilliput import Stage\nclass Prune(Stage): ...\n"
     install(tmp_path, monkeypatch, "second", {"second.py": text})

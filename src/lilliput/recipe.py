@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -182,7 +183,8 @@ def weights_hash(model: nn.Module) -> str:
     for name, tensor in model.state_dict().items():
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    for kind in sorted({type(module) for module in model.modules()}, key=lambda kind: kind.__qualname__):
+    kinds: set[Any] = {type(module) for module in model.modules()}
+    for kind in sorted(kinds, key=lambda kind: str(kind.__qualname__)):
         if not kind.__module__.startswith("torch."):
             digest.update(_digest(kind).encode())
     return digest.hexdigest()
@@ -222,6 +224,7 @@ def versions(value: Any) -> set[str]:
     return used
 
 
+@functools.cache
 def _digest(thing: Any) -> str:
     """A hash of what the source of a function or class computes: without comments and docstrings."""
     try:

@@ -58,13 +58,23 @@ def read(sources: dict[str, Path]) -> Iterator[Entry]:
     while more := {name for found in pairs.values() for name, bases in found if bases & names} - names:
         names |= more
     parsed = [
-        _Module(module, str(sources[module]), ast.parse(text, str(sources[module])))
+        _Module(module, str(sources[module]), _parsed(text, sources[module]))
         for module, text in texts.items()
         if REGISTER.search(text) or any(bases & names for _, bases in pairs[module])
     ]
     classes = {(module.name, name): found for module in parsed for name, found in module.classes.items()}
     for module in parsed:
         yield from module.entries(classes)
+
+
+def _parsed(text: str, file: Path) -> ast.Module:
+    try:
+        return ast.parse(text)
+    except SyntaxError as error:
+        raise ValueError(
+            f"registry: {file} must be Python, but line {error.lineno} is not: {error.msg}. "
+            "Mend it, or remove the package that brings it."
+        ) from error
 
 
 def _bases(text: str) -> Iterator[tuple[str, set[str]]]:
