@@ -20,10 +20,20 @@ class Stage(ABC):
 
     version: ClassVar[int] = 1
     structural: ClassVar[bool] = False
+    # What a search needs to know of a stage that proposes itself (lilliput.proposal): when it is applied, behind which
+    # methods, whether it gives another network altogether, and whether operators stay as they are while shapes change.
+    moment: ClassVar[str] = ""
+    follows: ClassVar[tuple[str, ...]] = ()
+    replaces: ClassVar[bool] = False
+    same_graph: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, model: nn.Module, task: Task, reference: "Reference") -> nn.Module:
         """A new model."""
+
+    def label(self) -> str:
+        """Name the stage in a few words, as a search shows it."""
+        return type(self).__name__
 
 
 @dataclass

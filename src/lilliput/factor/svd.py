@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from lilliput.code.base import attach, build, codes, copy_model, find, parameter_names, reason
 from lilliput.code.low_rank import LowRank, refusal
 from lilliput.errors import near
+from lilliput.graph.tables import tables
+from lilliput.proposal import Known, Proposals, Refusal
 from lilliput.stage import Reference, Stage
 from lilliput.task import Task
 
@@ -40,6 +42,8 @@ class Factorize(Stage):
     where: str = "*"
 
     structural: ClassVar[bool] = True
+    moment: ClassVar[str] = "structure"
+    follows: ClassVar[tuple[str, ...]] = ("Narrow",)
 
     def __post_init__(self) -> None:
         given = [self.rank, self.energy, self.budget, self.allocation or None]
@@ -74,6 +78,17 @@ class Factorize(Stage):
         for name, rank in ranks.items():
             attach(model, name, LowRank(rank))
         return build(model)
+
+    def label(self) -> str:
+        return f"low rank {self.budget:g}" if self.budget is not None else "low rank"
+
+    @classmethod
+    def proposals(cls, model: nn.Module, task: Task, known: Known) -> Proposals | Refusal:
+        """Offer half of the values, where some layer becomes smaller by it and lookup tables do not dominate."""
+        half = cls(budget=0.5)
+        if tables(model):
+            return Refusal("most values lie in lookup tables")
+        return Proposals((half,)) if half.ranks(model) else Refusal("no layer would become smaller at half its values")
 
     def _sort(self, model: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
         left: dict[str, str] = {}

@@ -5,10 +5,17 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
+from lilliput.graph.blocks import blocks_left, removable, remove_blocks
+from lilliput.graph.channels import groups, left
 from lilliput.graph.fold import fold_batchnorm
+from lilliput.graph.stride import earlier_stride, poolable, set_stride
 from lilliput.graph.students import student
-from lilliput.stage import Reference, Stage
-from lilliput.task import Task
+from lilliput.proposal import Known, Proposals, Refusal
+from lilliput.stage import Reference, Stage, calibration
+from lilliput.task import Task, predict
+
+WIDTHS = (0.875, 0.75, 0.625, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.1875, 0.125, 0.0625)
+MEASURED = 64  # examples on which a missing block is missed
 
 
 @dataclass(frozen=True)
@@ -85,3 +92,151 @@ class Student(Stage):
             init=self.init,
             seed=self.seed,
         )
+
+
+@dataclass(frozen=True)
+class RemoveBlocks(Stage):
+    """Remove whole blocks of a network, such as residual blocks.
+
+    Args:
+        blocks: paths of the blocks that go.
+
+    Raises:
+        KeyError: for a block that the model does not have.
+        ValueError: for one that cannot go, since its output has another shape than its input.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> x = torch.rand(8, 4)
+        >>> len(list(RemoveBlocks(("1",))(net, Task("toy", (x, x), (x, x)), None).parameters()))
+        4
+
+    Source: Huang, Sun, Liu, Sedra and Weinberger, Deep networks with stochastic depth, ECCV 2016, arXiv:1603.09382
+        (residual networks survive missing blocks).
+    """
+
+    blocks: tuple[str, ...]
+
+    structural: ClassVar[bool] = True
+    moment: ClassVar[str] = "structure"
+
+    def __call__(self, model: nn.Module, task: Task, reference: Reference | None) -> nn.Module:
+        return remove_blocks(model, task.example, self.blocks)
+
+    def label(self) -> str:
+        return f"{len(self.blocks)} block{'s' if len(self.blocks) > 1 else ''} fewer"
+
+    @classmethod
+    def proposals(cls, model: nn.Module, task: Task, known: Known) -> Proposals | Refusal:
+        """Offer one block, two blocks and so on, those first whose absence changes the outputs least."""
+        example = task.example
+        for block in blocks_left(model, example):
+            known.skip(block.name, block.reason)
+        names = removable(model, example)
+        if not names:
+            return Refusal("no block keeps its shape")
+        inputs = calibration(task, MEASURED)
+        dense = predict(model, inputs)
+        missed = {
+            name: float(task.divergence(predict(remove_blocks(model, example, [name]), inputs), dense).mean())
+            for name in names
+        }
+        order = tuple(sorted(missed, key=missed.__getitem__))
+        return Proposals(tuple(cls(order[:count]) for count in range(1, len(order) + 1)), len(order))
+
+
+@dataclass(frozen=True)
+class EarlierStride(Stage):
+    """Compute on fewer positions from an early layer on: twice its stride, or an input averaged two by two.
+
+    Args:
+        layers: paths of convolutions.
+        pool: average two by two positions before the convolution, whose own stride stays.
+
+    Raises:
+        KeyError: for a layer that the model does not have.
+        ValueError: where the output would change its shape.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv1d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(32, 2))
+        >>> x = torch.rand(8, 1, 8)
+        >>> EarlierStride(("0",))(net, Task("toy", (x, x), (x, x)), None)[0].stride
+        (2,)
+    """
+
+    layers: tuple[str, ...]
+    pool: bool = False
+
+    structural: ClassVar[bool] = True
+    moment: ClassVar[str] = "structure"
+    follows: ClassVar[tuple[str, ...]] = ("RemoveBlocks",)
+
+    def __call__(self, model: nn.Module, task: Task, reference: Reference | None) -> nn.Module:
+        for name in self.layers:
+            model = set_stride(model, task.example, name, pool=self.pool)
+        return model
+
+    def label(self) -> str:
+        return "early stride"
+
+    @classmethod
+    def proposals(cls, model: nn.Module, task: Task, known: Known) -> Proposals | Refusal:
+        """Offer the first layer that may take twice its stride, else the first that may read a pooled input."""
+        if strides := earlier_stride(model, task.example)[:1]:
+            return Proposals((cls(tuple(strides)),), 1)
+        if pools := poolable(model, task.example):
+            return Proposals((cls(pools, pool=True),), 1)
+        return Refusal("no convolution may take an earlier stride")
+
+
+@dataclass(frozen=True)
+class Narrow(Stage):
+    """Keep a fraction of the channels of every coupled group, those of the largest norm.
+
+    Args:
+        width: the fraction of channels that stays, in (0, 1].
+        multiple: widths are multiples of it.
+        spread: let widths differ, by how much each group's channels weigh, so that width^2 of all values stay.
+
+    Raises:
+        ValueError: where no channel can go.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> x = torch.rand(8, 4)
+        >>> Narrow(0.5)(net, Task("toy", (x, x), (x, x)), None)[0]
+        Linear(in_features=4, out_features=8, bias=True)
+
+    Source: Li, Kadav, Durdanovic, Samet and Graf, Pruning filters for efficient ConvNets, ICLR 2017, arXiv:1608.08710
+        (norms); Fang, Ma, Song, Mi and Wang, DepGraph, CVPR 2023, arXiv:2301.12900 (coupled groups).
+    """
+
+    width: float
+    multiple: int = 4
+    spread: bool = False
+
+    structural: ClassVar[bool] = True
+    same_graph: ClassVar[bool] = True
+    moment: ClassVar[str] = "structure"
+    follows: ClassVar[tuple[str, ...]] = ("RemoveBlocks", "EarlierStride")
+
+    def __call__(self, model: nn.Module, task: Task, reference: Reference | None) -> nn.Module:
+        share = {"target": round(self.width**2, 6)} if self.spread else {"width": self.width}
+        return student(model, task.example, multiple=self.multiple, **share)
+
+    def label(self) -> str:
+        return f"width {self.width:g}{' spread' if self.spread else ''}"
+
+    @classmethod
+    def proposals(cls, model: nn.Module, task: Task, known: Known) -> Proposals | Refusal:
+        """Offer widths from 7/8 to 1/16, each uniform in fours, spread by weight, and uniform in eights."""
+        found = groups(model, task.example)
+        for item in left(found):
+            known.skip(item.name, item.reason)
+        if not any(group.removable for group in found):
+            return Refusal("no channel can go")
+        options = [cls(width, *how) for width in WIDTHS for how in ((4, False), (4, True), (8, False))]
+        return Proposals(tuple(options), 1 + options.index(cls(0.5)))

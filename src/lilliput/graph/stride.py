@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lilliput.errors import NotSupported
 from lilliput.graph.slicing import CONVS
 from lilliput.graph.trace import Call, calls, copied, named, replace_, run, shapes, sketch, tied
 
@@ -112,6 +113,31 @@ def set_stride(model: nn.Module, example: Any, name: str, stride: int = 2, *, po
     if after != before:
         raise ValueError(f"set_stride: the output must keep its shape {before}, got {after} with {name} changed.")
     return changed
+
+
+def poolable(model: nn.Module, example: Any) -> tuple[str, ...]:
+    """Name the first convolution, where it can read an input averaged two by two.
+
+    Args:
+        model: a network.
+        example: a batch of its inputs.
+
+    Returns:
+        Its path, or nothing.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv1d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(32, 2))
+        >>> poolable(net, torch.rand(1, 1, 8))
+        ('0',)
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
+            try:
+                set_stride(model, example, name, pool=True)
+            except (ValueError, RuntimeError, NotSupported):
+                return ()
+            return (name,)
+    return ()
 
 
 def _stride_(model: nn.Module, example: Any, name: str, stride: int, pool: bool, seen: dict[str, Call]) -> list[Tensor]:

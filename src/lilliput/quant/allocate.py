@@ -1,60 +1,87 @@
 """Bits for each tensor under one budget."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+
+
+def allocate(
+    options: Mapping[str, Mapping[Hashable, tuple[int, float]]], budget_bits: int
+) -> dict[str, Hashable]:
+    """Choose one option for each tensor so that the summed harm is low within a budget of bits.
+
+    Every tensor starts with its largest option; then the step down that costs the least harm a bit saved is taken,
+    along the convex hull of each tensor's options (where that is the Lagrangian solution of
+    min sum_i H_i(o_i) + lambda sum_i n_i(o_i)), until the budget holds; what is left of it is spent on the best steps
+    up that fit.
+
+    Args:
+        options: tensor -> label -> (bits, harm).
+        budget_bits: the most bits of all tensors together.
+
+    Returns:
+        The label of each tensor.
+
+    Raises:
+        ValueError: where even the smallest options exceed the budget.
+
+    Example:
+        >>> allocate({"a": {2: (20, 1.0), 8: (80, 0.0)}, "b": {2: (20, 0.1), "table": (60, 0.0)}}, 100)
+        {'a': 8, 'b': 2}
+
+    Source: Shoham and Gersho, Efficient bit allocation for an arbitrary set of quantizers, IEEE Trans. ASSP 36, 1988.
+    """
+    least = sum(min(bits for bits, _ in rows.values()) for rows in options.values())
+    if least > budget_bits:
+        raise ValueError(
+            f"allocate: the budget must be at least {least} bits (the smallest options everywhere), got "
+            f"{budget_bits}. Raise it, or offer fewer bits."
+        )
+    chosen = {name: max(rows, key=lambda label: rows[label][0]) for name, rows in options.items()}
+    spent = sum(options[name][label][0] for name, label in chosen.items())
+
+    def steps(down: bool) -> list[tuple[float, str, int, Hashable]]:
+        """(harm a bit, tensor, order of the option, option) of every step down, or of every step up that pays."""
+        found = []
+        for name, rows in options.items():
+            bits, harm = rows[chosen[name]]
+            for order, (label, (other, its)) in enumerate(rows.items()):
+                pays = other < bits if down else other > bits and spent + other - bits <= budget_bits and its < harm
+                if pays:
+                    found.append(((its - harm) / (bits - other), name, order, label))
+        return found
+
+    while spent > budget_bits:
+        _, name, _, label = min(steps(down=True), key=lambda step: step[:3])
+        spent += options[name][label][0] - options[name][chosen[name]][0]
+        chosen[name] = label
+    while better := steps(down=False):
+        _, name, _, label = max(better, key=lambda step: step[:3])
+        spent += options[name][label][0] - options[name][chosen[name]][0]
+        chosen[name] = label
+    return chosen
 
 
 def allocate_bits(
     sensitivity: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], budget_bits: int
 ) -> dict[str, int]:
-    """The bits of each tensor that keep the summed loss low within `budget_bits`.
+    """Choose the bits of each tensor so that the summed loss is low within a budget.
 
-    sensitivity: loss by tensor and bits. sizes: values by tensor. Every tensor starts with the most bits; then the step
-    down that costs the least loss a bit saved is taken, along the convex hull of each tensor's losses (where that is
-    the Lagrangian solution of min sum_i L_i(b_i) + lambda sum_i n_i b_i), until the budget holds; what is left of it is
-    spent on the best steps up that fit.
+    Args:
+        sensitivity: tensor -> bits -> loss.
+        sizes: values of each tensor.
+        budget_bits: the most bits of all tensors together.
 
-    Raises ValueError when even the fewest bits exceed the budget.
+    Returns:
+        The bits of each tensor.
 
-    >>> allocate_bits({"a": {2: 1.0, 8: 0.0}, "b": {2: 0.1, 8: 0.0}}, {"a": 10, "b": 10}, 100)
-    {'a': 8, 'b': 2}
+    Raises:
+        ValueError: where even the fewest bits exceed the budget.
 
-    Source: Shoham and Gersho, Efficient bit allocation for an arbitrary set of quantizers, IEEE Trans. ASSP 36, 1988.
+    Example:
+        >>> allocate_bits({"a": {2: 1.0, 8: 0.0}, "b": {2: 0.1, 8: 0.0}}, {"a": 10, "b": 10}, 100)
+        {'a': 8, 'b': 2}
     """
-    least = sum(min(sensitivity[name]) * sizes[name] for name in sensitivity)
-    if least > budget_bits:
-        raise ValueError(
-            f"allocate_bits: the budget must be at least {least} bits (the fewest bits everywhere), got "
-            f"{budget_bits}. Raise it, or offer fewer bits."
-        )
-    chosen = {name: max(losses) for name, losses in sensitivity.items()}
-    spent = sum(chosen[name] * sizes[name] for name in chosen)
-
-    def price(name: str, bits: int) -> float:
-        """Loss a bit between the present choice and another."""
-        losses, now = sensitivity[name], chosen[name]
-        return (losses[bits] - losses[now]) / (sizes[name] * (now - bits))
-
-    while spent > budget_bits:
-        steps = [
-            (price(name, bits), name, bits)
-            for name, losses in sensitivity.items()
-            for bits in losses
-            if bits < chosen[name]
-        ]
-        _, name, bits = min(steps)
-        spent -= (chosen[name] - bits) * sizes[name]
-        chosen[name] = bits
-    while True:
-        steps = [
-            (price(name, bits), name, bits)
-            for name, losses in sensitivity.items()
-            for bits in losses
-            if bits > chosen[name]
-            and spent + (bits - chosen[name]) * sizes[name] <= budget_bits
-            and losses[bits] < losses[chosen[name]]
-        ]
-        if not steps:
-            return chosen
-        _, name, bits = max(steps)
-        spent += (bits - chosen[name]) * sizes[name]
-        chosen[name] = bits
+    options: dict[str, dict[Hashable, tuple[int, float]]] = {
+        name: {bits: (bits * sizes[name], loss) for bits, loss in losses.items()}
+        for name, losses in sensitivity.items()
+    }
+    return {name: int(str(label)) for name, label in allocate(options, budget_bits).items()}

@@ -1,265 +1,198 @@
-"""The space: which compositions of techniques can be tried on a network, and the recipe of each."""
+"""Space: the plans of a job. A plan is a recipe: the structure's stages, then one training whose length is set later.
 
-from collections.abc import Callable
+Every registered method with a moment is an axis, one integer: 0 leaves it out, k takes its k-th proposal on the model as
+the stages before it left it. Where an earlier stage changed what there is to propose, k is read in proportion.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import nn
 
-from lilliput.code.base import holders
+from lilliput import registry
 from lilliput.distill.logits import Distill
-from lilliput.factor.svd import Factorize
-from lilliput.graph.stages import FoldBatchNorm, Student
-from lilliput.prune.prune import Prune
-from lilliput.quant.quantize import Quantize
+from lilliput.proposal import Known, Proposals, Refusal, in_order, proposals
 from lilliput.recipe import Recipe
 from lilliput.rule import Rule
-from lilliput.schedule import Cosine
+from lilliput.runner import Workshop
+from lilliput.stage import Stage
 from lilliput.task import Task
 from lilliput.train import Train
 
-WIDTHS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.1875, 0.125, 0.0625)
+LABELS = (0.3, 10.0)
+"""Weights of the task's own loss, against one for the distance to the dense network's outputs."""
 
-MOST_AT_ONCE = 0.6  # zeros that a short training recovers from; more are made while it trains
-
-# How more zeros are made: what lies on the measured front of accuracy and time, the most accurate first. The
-# names are those of the records, which a test holds them against.
-SPARSE: dict[str, Callable[[float], Rule]] = {
-    "Taylor": lambda sparsity: Prune(sparsity, "taylor", allocation="normalized"),
-    "global magnitude": lambda sparsity: Prune(sparsity, allocation="normalized"),
-}
+Choice = dict[str, int]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One structure: how many of the removable blocks go, which early layer strides, how wide the rest is.
+class Axis:
+    """A method that proposes, with what it offers on the dense network."""
 
-    rows: the fraction of a lookup table's rows that goes (they are stored sparsely, not removed). labels: the weight of
-    the task's own loss in training, against one for the distance to the dense outputs. spread: widths differ, by how
-    much each group's channels weigh, instead of one fraction for all. rank: the fraction of values that stays when
-    layers are replaced by two of low rank.
-    """
-
-    blocks: int = 0
-    stride: int = 0
-    width: float = 1.0
-    multiple: int = 4
-    rows: float = 0.0
-    labels: float = 0.3
-    spread: bool = False
-    rank: float = 1.0
-
-    def name(self) -> str:
-        """A short text for people."""
-        parts = [f"{self.blocks} blocks fewer"] if self.blocks else []
-        parts += ["early stride"] if self.stride else []
-        parts += [f"width {self.width:g}{' spread' if self.spread else ''}"] if self.width != 1 else []
-        parts += [f"{self.rows:.0%} of rows gone"] if self.rows else []
-        parts += [f"low rank {self.rank:g}"] if self.rank != 1 else []
-        parts += ["mostly from labels"] if self.labels > 1 else []
-        return ", ".join(parts) or "same structure"
+    name: str
+    method: type
+    offered: Proposals
 
 
-@dataclass(frozen=True)
-class Tail:
-    """What is done to a trained structure: how much of it is set to zero and how many bits its weights get.
-
-    method: a name in SPARSE, where the zeros are made while it trains.
-    """
-
-    bits: float = 32.0
-    sparsity: float = 0.0
-    trained: bool = True
-    method: str = "Taylor"
-
-    def name(self) -> str:
-        """A short text for people."""
-        if self.bits >= 32:
-            return "float32"
-        text = f"{self.bits:g} bits" + (f", {self.sparsity:.0%} zeros" if self.sparsity else "")
-        text += f" by {self.method}" if self.method != "Taylor" else ""
-        return text if self.trained else text + " without training"
+def methods(moment: str) -> list[type]:
+    """Every registered Stage and Rule that proposes at a moment, in the order in which they are applied."""
+    found = [entry.load() for entry in registry.methods() if {"Stage", "Rule"} & set(entry.kinds)]
+    return in_order([method for method in found if getattr(method, "moment", "") == moment])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Space:
-    """What can be varied on one network, and what is left alone with the reason.
+    """The axes of a job, and the plans that integers on them stand for.
 
-    blocks: removable ones, the least missed first. strides: layers that may take a stride (read a
-    pooled input, where `pooled`). narrow: whether channels
-    can go. tables: lookup tables whose rows can go.
+    Args:
+        axes: methods of the moment "structure", in order.
+        rules: methods of the moment "training", in order: rules that join the training.
+        labels: the weights of the task's own loss that are tried.
     """
 
-    blocks: tuple[str, ...] = ()
-    strides: tuple[str, ...] = ()
-    pooled: bool = False
-    narrow: bool = False
-    tables: tuple[str, ...] = ()
+    runner: Workshop
+    known: Known
+    axes: tuple[Axis, ...] = ()
+    rules: tuple[Axis, ...] = ()
     labels: tuple[float, ...] = (0.0,)
-    left: tuple[tuple[str, str], ...] = ()
-    widths: tuple[float, ...] = field(default=WIDTHS)
+    _asked: dict[tuple[str, str], Proposals | Refusal] = field(default_factory=dict)
 
-    def first(self) -> list[Plan]:
-        """Plans that are worth trying on any network: where the search starts."""
-        deep, early = len(self.blocks), int(bool(self.strides))
-        rows = 0.6 if self.tables else 0.0
-        plans = [
-            Plan(deep, early, 0.5, 4, rows),
-            Plan(deep, 0, 0.5, 4, rows, 1.0),
-            Plan(0, 0, 0.875, 4, rows, 1.0),
-            Plan(deep, early, 0.375, 4, rows),
-            Plan(deep, early, 0.5, 4, rows, 1.0),
-            Plan(0, 0, 0.625, 8, rows, 1.0),
-            Plan(deep // 2, early, 0.5, 8, rows),
-            Plan(deep, early, 0.5, 4, rows, spread=True),
-        ]
-        if not self.narrow:
-            plans = [replace(plan, width=1.0, spread=False) for plan in plans]
-        plans = [replace(plan, labels=self.labels[-1 if plan.labels == 1 else 0]) for plan in plans]
-        return list(dict.fromkeys(plans))
+    @classmethod
+    def of(cls, runner: Workshop, known: Known) -> "Space":
+        """Ask every method about the dense network; refusals are kept in `known.skipped`."""
+        task = runner.task
+        taught = task.has("train") and task.split("train")[1] is not None
+        space = cls(runner, known, labels=LABELS if taught else (0.0,))
+        space.axes = tuple(space._axes("structure"))
+        space.rules = tuple(space._axes("training"))
+        return space
 
-    def recipe(self, plan: Plan) -> Recipe:
-        """The structure of a plan, not trained yet."""
-        stages: list[Any] = []
-        if plan.blocks or plan.stride or plan.width != 1:
-            early = self.strides[: plan.stride]
-            striding, pooling = ((), early) if self.pooled else (early, ())
-            stages.append(
-                Student(
-                    remove=self.blocks[: plan.blocks],
-                    stride=striding,
-                    pool=pooling,
-                    width=1.0 if plan.spread else plan.width,
-                    multiple=plan.multiple,
-                    target=round(plan.width**2, 6) if plan.spread else 1.0,
-                )
-            )
-        if plan.rank != 1:
-            stages.append(Factorize(budget=plan.rank))
-        if plan.rows:
-            stages.append(Prune(plan.rows, pattern="channel", where=",".join(self.tables)))
-        return Recipe(tuple(stages))
+    def _axes(self, moment: str) -> Iterable[Axis]:
+        for method in methods(moment):
+            offered = self._ask(method, Recipe())
+            if isinstance(offered, Refusal):
+                self.known.skip(method.__name__, offered.reason)
+            else:
+                yield Axis(method.__name__, method, offered)
 
-    def ask(self, trial: Any) -> Plan:
-        """The plan that a trial of the sampler stands for."""
-        blocks = trial.suggest_int("blocks", 0, len(self.blocks)) if self.blocks else 0
-        stride = trial.suggest_int("stride", 0, 1) if self.strides else 0
-        width = trial.suggest_categorical("width", self.widths) if self.narrow else 1.0
-        multiple = trial.suggest_categorical("multiple", (4, 8)) if self.narrow else 4
-        rows = trial.suggest_categorical("rows", (0.3, 0.5, 0.6, 0.7, 0.8)) if self.tables else 0.0
-        labels = trial.suggest_categorical("labels", self.labels) if len(self.labels) > 1 else self.labels[0]
-        spread = trial.suggest_categorical("spread", (False, True)) if self.narrow else False
-        rank = 1.0 if self.tables else trial.suggest_categorical("rank", (1.0, 0.5))
-        return Plan(blocks, stride, width, multiple, rows, labels, spread, rank)
+    def _ask(self, method: type, before: Recipe) -> Proposals | Refusal:
+        key = (method.__name__, self.runner.key(before))
+        if key not in self._asked:
+            self._asked[key] = proposals(method, self.runner.make(before), self.runner.task, self.known)
+        return self._asked[key]
 
-    def params(self, plan: Plan) -> dict[str, Any]:
-        """The sampler's parameters of a plan: the inverse of `ask`."""
-        found: dict[str, Any] = {}
-        if self.blocks:
-            found["blocks"] = plan.blocks
-        if self.strides:
-            found["stride"] = plan.stride
-        if self.narrow:
-            found |= {"width": plan.width, "multiple": plan.multiple, "spread": plan.spread}
-        found |= {"rows": plan.rows} if self.tables else {"rank": plan.rank}
+    def plan(self, choice: Choice) -> Recipe:
+        """The recipe of a choice: its structure, and a training of one step whose length the pace sets."""
+        structure = Recipe()
+        for axis in self.axes:
+            if picked := self._picked(axis, choice.get(axis.name, 0), structure):
+                structure += cast(Stage, picked)
+        rules = [self._picked(axis, choice.get(axis.name, 0), structure) for axis in self.rules]
+        weight = self.labels[min(choice.get("labels", 0), len(self.labels) - 1)]
+        kept = tuple(cast(Rule, rule) for rule in rules if rule is not None)
+        return structure + Train(steps=1, rules=(*kept, Distill()), supervised=weight)
+
+    def _picked(self, axis: Axis, number: int, before: Recipe) -> Stage | Rule | None:
+        if not number:
+            return None
+        here = self._ask(axis.method, before)
+        if isinstance(here, Refusal):
+            return None
+        share = number / len(axis.offered)
+        picked: Stage | Rule = here.options[max(1, round(share * len(here))) - 1]
+        return picked
+
+    def starters(self) -> list[Choice]:
+        """Choices that are worth trying on any network: where the search starts.
+
+        All methods where they like to begin; then the same with one of them milder, stronger, or alone, taught mostly
+        by the dense network or mostly by the labels. Short budgets take the first few, which lie far apart.
+        """
+        joint = [axis for axis in self.axes if not getattr(axis.method, "replaces", False)]
+        whole = [axis for axis in self.axes if getattr(axis.method, "replaces", False)]
+        base = {axis.name: axis.offered.first for axis in joint}
+        used = [axis for axis in joint if axis.offered.first]
+        last = len(self.labels) - 1
+        found = [base | {"labels": 0}]
+        found += [{axis.name: axis.offered.first or 1, "labels": last} for axis in whole]
+        if used:
+            *_, final = used
+            first, most = final.offered.first, len(final.offered)
+            early = used[-2] if len(used) > 1 else final
+            found += [
+                base | {early.name: early.offered.first // 2, "labels": last},
+                {final.name: 1, "labels": last},
+                base | {final.name: first + -(-(most - first) // 3), "labels": 0},
+                base | {"labels": last},
+                {final.name: -(-2 * first // 3), "labels": last},
+                base | {used[0].name: used[0].offered.first // 2, "labels": 0},
+                base | {final.name: min(first + 1, most), "labels": 0},
+            ]
+        found += [{axis.name: 1, "labels": last} for axis in whole]
+        found += [base | {axis.name: axis.offered.first or 1, "labels": 0} for axis in self.rules]
+        return list({tuple(sorted(choice.items())): choice for choice in found}.values())
+
+    def params(self, choice: Choice) -> dict[str, Any]:
+        """The sampler's parameters of a choice: the inverse of `ask`."""
+        found: dict[str, Any] = {axis.name: choice.get(axis.name, 0) for axis in (*self.axes, *self.rules)}
+        return found | ({"labels": choice.get("labels", 0)} if len(self.labels) > 1 else {})
+
+    def ask(self, trial: Any) -> Choice:
+        """The choice that a trial of the sampler stands for: one integer a method."""
+        found = {axis.name: trial.suggest_int(axis.name, 0, len(axis.offered)) for axis in (*self.axes, *self.rules)}
         if len(self.labels) > 1:
-            found["labels"] = plan.labels
+            found["labels"] = trial.suggest_int("labels", 0, len(self.labels) - 1)
         return found
 
 
-def training(steps: int, batch_size: int, lr: float, seed: int, labels: float, until: int | None = None) -> Train:
-    """The full training of a student: distillation from the dense network throughout, on one cosine."""
-    return Train(
-        steps=steps,
-        lr=Cosine(lr),
-        rules=(Distill(),),
-        supervised=labels,
-        batch_size=batch_size,
-        weight_decay=0.01,
-        seed=seed,
-        until=None if until is None or until >= steps else until,
-    )
+def structure(plan: Recipe) -> Recipe:
+    """A plan without its training."""
+    return Recipe(plan.stages[:-1])
 
 
-def tail(
-    which: Tail,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
-    labels: float,
-    bits: tuple[tuple[str, int], ...],
-    tables: tuple[str, ...] = (),
-) -> tuple[Any, ...]:
-    """The stages of a tail, behind a trained structure. A lookup table gets one step size: one for each of its many
-    short rows would weigh as much as their codes."""
-    stages: list[Any] = [FoldBatchNorm()]
-    polish = Train(
-        steps=steps,
-        lr=Cosine(lr),
-        rules=(Distill(),),
-        supervised=labels,
-        batch_size=batch_size,
-        weight_decay=0.0,
-        seed=seed,
-    )
-    if which.sparsity > MOST_AT_ONCE:  # gradually; 8 bits lose nothing after it
-        stages.append(replace(polish, lr=Cosine(4 * lr), rules=(SPARSE[which.method](which.sparsity), Distill())))
-    elif which.sparsity:
-        stages.append(Prune(which.sparsity))
-    if which.bits < 32:
-        width = max(2, min(8, round(which.bits)))
-        rest = tuple(name for name, _ in bits if name not in tables)
-        if tables:
-            stages.append(
-                Quantize(
-                    bits=width,
-                    where=",".join(tables),
-                    per="tensor",
-                    biases="float32",
-                    allocation=tuple(pair for pair in bits if pair[0] in tables),
-                )
-            )
-        if rest or not tables:
-            stages.append(
-                Quantize(
-                    bits=width,
-                    where=",".join(rest) if tables else "*",
-                    allocation=tuple(pair for pair in bits if pair[0] not in tables),
-                )
-            )
-        if which.trained and which.sparsity <= MOST_AT_ONCE:
-            stages.append(polish)
-    return tuple(stages)
+def training(plan: Recipe) -> Train:
+    """A plan's training."""
+    return cast(Train, plan.stages[-1])
 
 
-def tables(model: nn.Module) -> tuple[str, ...]:
-    """Lookup tables that are most of the model and nobody else's: their rows can go."""
-    total = sum(p.numel() for p in model.parameters())
-    return tuple(
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
-        and module.weight.numel() > 0.5 * total
-        and len(holders(model, f"{name}.weight" if name else "weight")) == 1
-    )
+def topology(plan: Recipe) -> str:
+    """A name for the plan's graph: plans that differ only in shapes share one export."""
+    return Recipe(tuple(stage for stage in structure(plan).stages if not stage.same_graph)).describe()
 
 
-def batch_size_for(task: Task) -> int:
-    """A batch that keeps one core busy without starving the optimizer of steps."""
-    return min(128, max(8, task.examples // 20)) if task.batch_size == 64 else task.batch_size
+def name(plan: Recipe) -> str:
+    """A plan in a few words, for people."""
+    parts = [stage.label() for stage in structure(plan).stages]
+    parts += [type(rule).__name__ for rule in training(plan).rules if not isinstance(rule, Distill)]
+    parts += ["mostly from labels"] if training(plan).supervised > 1 else []
+    return ", ".join(parts) or "same structure"
 
 
-def count_values(model: nn.Module) -> int:
-    """Parameters of a model."""
-    return sum(p.numel() for p in model.parameters())
+def offers(model: nn.Module, task: Task, known: Known) -> dict[str, str]:
+    """What every registered method offers on a model, or why it does not, in a few words each."""
+    found: dict[str, str] = {}
+    for moment in ("structure", "training"):
+        for method in methods(moment):
+            offered = proposals(method, model, task, known)
+            if isinstance(offered, Refusal):
+                found[method.__name__] = f"not tried: {offered.reason}"
+            else:
+                found[method.__name__] = _listed([_label(option) for option in offered.options])
+    return found
 
 
-def is_stochastic(model: nn.Module) -> bool:
-    """Whether training draws from the global random state (dropout), so that trainings must not run side by side."""
-    return (
-        any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())
-        or any(isinstance(m, nn.RNNBase) and m.dropout > 0 for m in model.modules())
-        or any(isinstance(m, torch.nn.MultiheadAttention) and m.dropout > 0 for m in model.modules())
-    )
+def _label(option: Any) -> str:
+    return str(option.label() if hasattr(option, "label") else type(option).__name__)
+
+
+def _listed(labels: Sequence[str]) -> str:
+    distinct = list(dict.fromkeys(labels))
+    if len(distinct) <= 4:
+        return ", ".join(distinct)
+    return f"{distinct[0]}, {distinct[1]}, ... {distinct[-1]} ({len(distinct)} in all)"
+
+
+def timed(plan: Recipe, **settings: Any) -> Recipe:
+    """A plan whose training has been given its steps, rate and batch size."""
+    return structure(plan) + replace(training(plan), **settings)

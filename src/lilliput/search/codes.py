@@ -1,0 +1,139 @@
+"""Codes for tensors: what every registered code proposes for each, what that harms, and the choice under one budget."""
+
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lilliput import registry
+from lilliput.code.base import Code, Encode, attach, copy_model, find
+from lilliput.code.base import pack as packed
+from lilliput.graph.tables import tables
+from lilliput.proposal import Refusal
+from lilliput.quant.allocate import allocate
+from lilliput.quant.quantize import Quantize
+from lilliput.quant.uniform import Uniform
+from lilliput.search.sensitivity import by_bits
+from lilliput.stage import calibration
+from lilliput.task import Task, predict
+
+LEVELS = (8, 4, 3, 2)
+"""Bits whose harm is measured; what lies between follows from the nearest, an error's power falling fourfold a bit."""
+
+
+@dataclass
+class Offers:
+    """What was measured for a model's tensors.
+
+    Args:
+        table: tensor -> label of a code -> mean divergence from the model's own outputs with that tensor alone coded.
+        codes: tensor -> label -> (the code, its exact bits), for codes that are no uniform grid.
+        sizes: values of each tensor.
+    """
+
+    table: dict[str, dict[str, float]] = field(default_factory=dict)
+    codes: dict[str, dict[str, tuple[Code, int]]] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+@cache
+def proposing() -> tuple[type[Code], ...]:
+    """Every registered code that proposes itself for tensors."""
+    found = [entry.load() for entry in registry.methods() if "Code" in entry.kinds]
+    return tuple(code for code in found if code.proposals.__func__ is not cast(Any, Code.proposals).__func__)
+
+
+def proposed(tensor: Tensor, statistics: dict[str, Tensor]) -> list[Code]:
+    """What every code proposes for a tensor; a refusal, or an error about this tensor, proposes nothing."""
+    found: list[Code] = []
+    for code in proposing():
+        try:
+            offered = code.proposals(tensor, statistics)
+        except (ValueError, TypeError, RuntimeError):
+            continue
+        found += [] if isinstance(offered, Refusal) else list(offered)
+    return found
+
+
+@torch.no_grad()
+def offers(model: nn.Module, task: Task, *, examples: int = 256, seconds: float = float("inf")) -> Offers:
+    """Measure each tensor with each code that is proposed for it, alone, without training.
+
+    Args:
+        model: plain tensors.
+        task: whose calibration inputs and divergence are used.
+        examples: how many inputs.
+        seconds: stop after as long; the largest tensors come first.
+    """
+    inputs, found, began = calibration(task, examples), Offers(), time.monotonic()
+    work = copy_model(model).eval()
+    parameters = dict(work.named_parameters())
+    before = predict(work, inputs)
+    names = [name for name in find(work, who="codes") if name in parameters]
+    for name in sorted(names, key=lambda name: -parameters[name].numel()):
+        parameter = parameters[name]
+        original = parameter.detach().clone()
+        for code in proposed(original, {}):
+            if time.monotonic() - began > seconds:
+                return found
+            uniform = isinstance(code, Uniform)
+            if uniform and cast(Uniform, code).bits not in LEVELS:
+                continue
+            theta = code.encode(original)
+            parameter.copy_(code.decode(*(theta if isinstance(theta, tuple) else (theta,))))
+            change = task.divergence(predict(work, inputs), before)
+            parameter.copy_(original)
+            found.table.setdefault(name, {})[code.label()] = float(change.mean().clamp_min(0))
+            found.sizes[name] = original.numel()
+            if not uniform:
+                found.codes.setdefault(name, {})[code.label()] = code, _bits(code, original)
+    return found
+
+
+def _bits(code: Code, tensor: Tensor) -> int:
+    """The exact bits of a tensor under a code."""
+    holder = nn.Module()
+    holder.register_parameter("weight", nn.Parameter(tensor.clone()))
+    attach(holder, "weight", code)
+    return packed(holder)["weight"].storage().bits
+
+
+def chosen(found: Offers, mean_bits: float) -> dict[str, int | Code]:
+    """The code of each tensor: bits of a uniform grid, or another code, least harm within a mean of bits a value."""
+    levels = by_bits(found.table)
+    options: dict[str, dict[Hashable, tuple[int, float]]] = {}
+    for name, size in found.sizes.items():
+        options[name] = {bits: (bits * size, harm) for bits, harm in levels.get(name, {}).items()}
+        for label, (_, cost) in found.codes.get(name, {}).items():
+            options[name][label] = cost, found.table[name][label]
+    picked = allocate(options, int(mean_bits * sum(found.sizes.values())))
+    return {
+        name: label if isinstance(label, int) else found.codes[name][str(label)][0] for name, label in picked.items()
+    }
+
+
+def stages(model: nn.Module, found: Offers, mean_bits: float) -> list[Any]:
+    """The stages that store a model's tensors by the chosen codes, at a mean of bits a value.
+
+    A lookup table gets one step size: one for each of its many short rows would weigh as much as its integers.
+    """
+    picked = chosen(found, mean_bits) if found.sizes else {}
+    width, held = max(2, min(8, round(mean_bits))), tables(model)
+    others = {name: code for name, code in picked.items() if not isinstance(code, int)}
+    bits = tuple(sorted((name, code) for name, code in picked.items() if isinstance(code, int)))
+    result: list[Any] = [Encode(code.spec(), where=name) for name, code in sorted(others.items())]
+    rest = tuple(name for name, _ in bits if name not in held)
+    if held_here := tuple(name for name in held if name not in others):
+        pairs = tuple(pair for pair in bits if pair[0] in held)
+        result.append(
+            Quantize(bits=width, where=",".join(held_here), per="tensor", biases="float32", allocation=pairs)
+        )
+    if rest or not (held or others):
+        where = ",".join(rest) if held or others else "*"
+        pairs = tuple(pair for pair in bits if pair[0] not in held)
+        result.append(Quantize(bits=width, where=where, allocation=pairs))
+    return result

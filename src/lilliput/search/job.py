@@ -1,0 +1,166 @@
+"""Job: one search as data: what is asked, what is known so far, and where it is kept. The phases take it."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lilliput.errors import ExportError, NotSupported
+from lilliput.proposal import Known
+from lilliput.runner import Workshop
+from lilliput.search import ask
+from lilliput.search.points import Clock, Point, Press
+from lilliput.search.progress import Silent
+from lilliput.store import Store
+from lilliput.task import Task
+from lilliput.train import Diverged
+
+if TYPE_CHECKING:
+    from lilliput.search.target import Target
+
+FAILURES = (Diverged, TimeoutError, ExportError, NotSupported, ValueError, RuntimeError)
+"""What a stranger's model or a method may raise: the end of one point, never of the search."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: the floor and what is to be small, or the most that fits and the best score under it.
+
+    Args:
+        objective: "size" (bytes of model.lil), "latency" or "macs".
+        floor: what may be lost; None where a limit turns the question round.
+        max_bytes: the most bytes of model.onnx.
+        max_latency_ms: the most milliseconds of one example, in the faster runtime.
+    """
+
+    objective: str = "size"
+    floor: ask.Floor | None = None
+    max_bytes: int | None = None
+    max_latency_ms: float | None = None
+
+    @property
+    def for_latency(self) -> bool:
+        """Whether time is asked for, so that the engine has a say."""
+        return self.objective == "latency" or self.max_latency_ms is not None
+
+    @property
+    def priced_by_runtime(self) -> bool:
+        """Whether structures are priced by their exported graph: by milliseconds or multiply-adds."""
+        return self.objective != "size" or self.max_latency_ms is not None
+
+    def points(self, dense: float) -> float:
+        """The floor in points of the metric; one point where there is none, to sort what is near from what is not."""
+        return 0.01 if self.floor is None else self.floor.points(dense)
+
+
+@dataclass
+class Job:
+    """One search. Its phases (lilliput.search.shrink) read and extend it; nothing else holds state.
+
+    Args:
+        target: what kind of network it is, and how points are made of it (a torch network, or an ONNX file).
+        task: as the search uses it, perhaps with fewer augmentations than the user's.
+        runner: makes recipes' models, with the store behind it.
+        press: turns models into points.
+        workers: how many trainings run side by side.
+        points: the artifacts that were made, the dense one first.
+        attempts: every structure and point that was tried, done or failed, as plain data.
+        known: what proposals may ask.
+    """
+
+    target: "Target"
+    model: nn.Module
+    task: Task
+    question: Question
+    clock: Clock
+    trials: int | None
+    seed: int
+    folder: Path
+    store: Store
+    runner: Workshop
+    press: Press
+    workers: int
+    show: Silent
+    command: str
+    known: Known
+    points: list[Point] = field(default_factory=list)
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+    stopped: bool = False
+    lock: Any = field(default_factory=threading.Lock)
+
+    @property
+    def dense(self) -> Point:
+        """The dense network as a point."""
+        return self.points[0]
+
+    @property
+    def steps_per_s(self) -> float:
+        """Optimizer steps a second of training, over all workers' training time."""
+        return self.runner.steps / self.runner.trained_s if self.runner.trained_s else 0.0
+
+    def lost(self, point: Point) -> float:
+        """What a point loses on val against the dense network, in points of the metric."""
+        return self.task.loss_of(self.dense.score.value, point.score.value)
+
+    def add(self, point: Point) -> None:
+        """Keep a point and its outcomes."""
+        row = {"kind": "point", "status": "done", **point.row()}
+        with self.lock:
+            self.points.append(point)
+            self.attempts.append(row)
+        self.store.put(f"point-{point.key}", {"kind": "point", **point.row()}, {"outputs": point.score.outputs})
+        self.show.advance(point.name)
+        self.show.best(self._best())
+
+    def attempt(self, row: dict[str, Any]) -> None:
+        """Keep what was tried and is no point."""
+        with self.lock:
+            self.attempts.append(row)
+
+    def failed(self, name: str, error: BaseException) -> None:
+        """Record a point that came to nothing, with the reason; the search goes on."""
+        reason = f"{type(error).__name__}: {error}"
+        self.attempt({"kind": "point", "status": "failed", "name": name, "reason": reason})
+        self.show.advance(f"failed: {name}")
+
+    def halt(self, until: float) -> Callable[[int], bool]:
+        """A function of the step that ends a training when a fraction of the budget is over, or the search is."""
+
+        def halt(step: int) -> bool:
+            if self.stopped:
+                raise CancelledError
+            return step % 8 == 0 and self.clock.left(until) < 0
+
+        return halt
+
+    def remember(self, key: str, kind: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What the store holds under a key; made and kept where it holds nothing, so that a resumed search agrees."""
+        kept = self.store.record(key)
+        if not kept:
+            kept = {"kind": kind, **make()}
+            self.store.put(key, kept)
+        return kept
+
+    def _best(self) -> str:
+        floor = self.question.points(self.dense.score.value)
+        best = min((p for p in self.points if self.lost(p) <= floor), key=lambda p: p.packed_bytes)
+        return (
+            f"{best.name}: {self.task.metric_name} {best.score.value:.4f}, packed {ask.shown(best.packed_bytes)} "
+            f"({self.dense.onnx_bytes / best.packed_bytes:.0f} times less)"
+        )
+
+
+def finite(outputs: torch.Tensor) -> torch.Tensor:
+    """The outputs, where all of them are numbers.
+
+    Raises:
+        Diverged: where one is NaN or infinite.
+    """
+    if not bool(torch.isfinite(outputs).all()):
+        raise Diverged("Train: the outputs must stay finite, got NaN or infinity. Lower the learning rate.")
+    return outputs
