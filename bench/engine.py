@@ -28,8 +28,8 @@ from lilliput.cost.measure import machine
 from lilliput.cost.runtimes import EngineSession
 from lilliput.engine.build import library
 from lilliput.engine.target import target
-from lilliput.export.onnx import Session
-from lilliput.search.finish import commit, versions
+from lilliput.onnx.session import Session
+from lilliput.record import commit, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 Run = Callable[[int], list[float]]
@@ -176,9 +176,9 @@ def overhead_us() -> float:
 
 def library_sizes(path: Path, folder: Path) -> dict[str, int]:
     """Bytes of the library of a network by how its weights are stored."""
-    from lilliput.export.onnx import narrow
-    from lilliput.search.post_onnx import channels, quantized
     from lilliput.stored.plain import Plain
+    from lilliput.export.onnx import narrow
+    from lilliput.search.onnx_file import channels, quantized
 
     proto = onnx.load(path)
     weights = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer if len(t.dims) > 1}

@@ -23,7 +23,7 @@ from onnx import numpy_helper
 import lilliput
 from lilliput.cost.measure import machine
 from lilliput.export.onnx import Session, trace
-from lilliput.search.finish import commit, versions
+from lilliput.record import commit, versions
 
 ROOT = Path(__file__).parents[1]
 

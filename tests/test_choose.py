@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lilliput.search.choose import choose, front
-from lilliput.search.units import floor, seconds, size_bytes
+from lilliput.search.ask import floor, seconds, size_bytes
 from lilliput.task import Score, Task
 
 N = 400

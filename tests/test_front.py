@@ -6,7 +6,7 @@ from pathlib import Path
 from lilliput import evidence
 from lilliput.prune._masking import Masking
 from lilliput.prune.prune import Prune
-from lilliput.search.space import SPARSE, Tail
+from lilliput.search.refine import SPARSE, Tail
 
 RESULTS = Path(__file__).parents[1] / "results"
 

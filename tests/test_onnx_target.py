@@ -13,11 +13,12 @@ from typer.testing import CliRunner, Result
 
 import lilliput
 from lilliput.cli import app
-from lilliput.export.onnx import Session, trace
+from lilliput.stored.grid import Grid
+from lilliput.onnx.session import Session
+from lilliput.onnx.trace import trace
 from lilliput.search import finish
 from lilliput.search.onnx_target import load_target
-from lilliput.search.post_onnx import channels, quantized
-from lilliput.stored.grid import Grid
+from lilliput.search.onnx_file import channels, quantized
 
 
 @pytest.fixture(autouse=True)

@@ -195,12 +195,12 @@ def _shrink(
     command: str,
 ) -> None:
     with speaking():
-        from lilliput.search import units
+        from lilliput.search import ask
 
-        units.floor(floor)
-        units.seconds(budget)
+        ask.floor(floor)
+        ask.seconds(budget)
         if max_bytes is not None:
-            units.size_bytes(max_bytes)
+            ask.size_bytes(max_bytes)
         if target.endswith(".onnx"):
             from lilliput.search.onnx_target import load_target
 
@@ -212,7 +212,7 @@ def _shrink(
             )
         else:
             model, task = resolve(target)
-        from lilliput.search.show import Live, Silent
+        from lilliput.search.progress import Live, Silent
         from lilliput.search.shrink import shrink as search
 
         settings: dict[str, Any] = dict(
@@ -298,7 +298,7 @@ def tasks() -> None:
     Example: lilliput tasks
     """
     from lilliput.data import TASKS
-    from lilliput.search.units import shown
+    from lilliput.search.ask import shown
 
     table = Table(title="Embedded tasks", title_justify="left")
     for column in ("name", "what", "dense", "needs"):
@@ -350,7 +350,7 @@ def run(
     """
     with speaking():
         from lilliput.recipe import Recipe
-        from lilliput.search.once import apply
+        from lilliput.search.apply import apply
 
         if not recipe.is_file():
             raise ValueError(f"run: the recipe must be a TOML or JSON file that exists, got {recipe}.")

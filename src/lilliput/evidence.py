@@ -98,7 +98,7 @@ def gather(key: str | None, quick: bool, out: Path) -> Iterator[Path]:
     """
     modules = {name: load(name) for name in (scripts() if key is None else [key])}
     from lilliput.cost.measure import machine
-    from lilliput.search.finish import commit, versions
+    from lilliput.record import commit, versions
 
     out.mkdir(parents=True, exist_ok=True)
     for name, module in modules.items():

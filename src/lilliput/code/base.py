@@ -6,7 +6,7 @@ weights, factors) may be stored by another, attached to the originals that it na
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lilliput.errors import NotSupported, near
+from lilliput.proposal import Refusal
 from lilliput.stored.base import Storage, Stored
 from lilliput.stored.plain import Plain
 
@@ -49,6 +50,23 @@ class Code(nn.Module):
             for name, value in vars(self).items()
             if not name.startswith("_") and name != "training" and isinstance(value, int | float | str | tuple)
         }
+
+    def label(self) -> str:
+        """Name the code and its settings in a few words, as a search shows it."""
+        return f"{type(self).__name__}({', '.join(f'{key}={value}' for key, value in self.settings().items())})"
+
+    @classmethod
+    def proposals(cls, tensor: Tensor, statistics: Mapping[str, Tensor]) -> "Sequence[Code] | Refusal":
+        """Offer codes for one tensor, from mild to strong; a search chooses among those of every registered code.
+
+        Args:
+            tensor: the trained tensor.
+            statistics: what is known of it, by name (lilliput.statistics), each broadcastable to it.
+
+        Returns:
+            Codes that have not encoded anything yet, or why there are none.
+        """
+        return Refusal("never proposed by itself")
 
     def forward(self, *theta: Tensor) -> Tensor:
         return self.decode(*theta)

@@ -224,8 +224,9 @@ class Narrow(Stage):
     follows: ClassVar[tuple[str, ...]] = ("RemoveBlocks", "EarlierStride")
 
     def __call__(self, model: nn.Module, task: Task, reference: Reference | None) -> nn.Module:
-        share = {"target": round(self.width**2, 6)} if self.spread else {"width": self.width}
-        return student(model, task.example, multiple=self.multiple, **share)
+        if self.spread:
+            return student(model, task.example, multiple=self.multiple, target=round(self.width**2, 6))
+        return student(model, task.example, multiple=self.multiple, width=self.width)
 
     def label(self) -> str:
         return f"width {self.width:g}{' spread' if self.spread else ''}"

@@ -3,9 +3,7 @@
 from collections.abc import Hashable, Mapping
 
 
-def allocate(
-    options: Mapping[str, Mapping[Hashable, tuple[int, float]]], budget_bits: int
-) -> dict[str, Hashable]:
+def allocate(options: Mapping[str, Mapping[Hashable, tuple[int, float]]], budget_bits: int) -> dict[str, Hashable]:
     """Choose one option for each tensor so that the summed harm is low within a budget of bits.
 
     Every tensor starts with its largest option; then the step down that costs the least harm a bit saved is taken,

@@ -1,6 +1,7 @@
 """Uniform: b-bit integers on a uniform grid, with a step size that is learnt along with the weights."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,15 @@ class Uniform(Code):
             raise ValueError(f"Uniform: per must be 'tensor', 'channel' or a group size, got {per!r}.")
         self.bits, self.per, self.symmetric, self.range = bits, per, symmetric, range
         self.register_buffer("zero_point", torch.zeros(()))
+
+    def label(self) -> str:
+        return f"{self.bits} bits"
+
+    @classmethod
+    def proposals(cls, tensor: Tensor, statistics: Mapping[str, Tensor]) -> "list[Code]":
+        """Offer 8 to 2 bits; a tensor with very many rows shares one step size, which would outweigh its integers."""
+        per = "tensor" if len(tensor) > 4096 else "channel"
+        return [cls(bits, per) for bits in (8, 6, 4, 3, 2)]
 
     @property
     def limits(self) -> tuple[int, int]:

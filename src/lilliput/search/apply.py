@@ -14,8 +14,8 @@ from lilliput.errors import StoreError
 from lilliput.export import pack as pack_format
 from lilliput.onnx.compare import agreement
 from lilliput.recipe import Recipe
+from lilliput.record import commit, versions
 from lilliput.search.check import check, place
-from lilliput.search.finish import commit, versions
 from lilliput.search.points import Clock, Press
 from lilliput.store import Store, write
 from lilliput.task import Task
@@ -55,7 +55,7 @@ def apply(
         "task": task.name,
         "seed": seed,
         "recipe": recipe.data(),
-        **point.row(task),
+        **point.row(),
         "beside_dense": agreement(point.score.outputs[: len(dense)].numpy(), dense) | {"examples": len(dense)},
         "machine": machine(),
         "versions": versions(),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lilliput import registry
-from lilliput.code.base import Code, Encode, attach, copy_model, find
+from lilliput.code.base import Code, attach, copy_model, find
 from lilliput.code.base import pack as packed
 from lilliput.graph.tables import tables
 from lilliput.proposal import Refusal
@@ -83,7 +83,7 @@ def offers(model: nn.Module, task: Task, *, examples: int = 256, seconds: float 
             uniform = isinstance(code, Uniform)
             if uniform and cast(Uniform, code).bits not in LEVELS:
                 continue
-            theta = code.encode(original)
+            theta: Any = code.encode(original)
             parameter.copy_(code.decode(*(theta if isinstance(theta, tuple) else (theta,))))
             change = task.divergence(predict(work, inputs), before)
             parameter.copy_(original)
@@ -92,6 +92,17 @@ def offers(model: nn.Module, task: Task, *, examples: int = 256, seconds: float 
             if not uniform:
                 found.codes.setdefault(name, {})[code.label()] = code, _bits(code, original)
     return found
+
+
+def offered(model: nn.Module) -> dict[str, str]:
+    """What codes are proposed for a model's tensors, for --dry-run: the widths, and how many tensors each may store."""
+    counts: dict[str, int] = {}
+    parameters = dict(model.named_parameters())
+    for name in find(model, who="codes"):
+        for code in proposed(parameters[name].detach(), {}) if name in parameters else ():
+            counts[code.label()] = counts.get(code.label(), 0) + 1
+    listed = ", ".join(f"{label} ({count} tensors)" for label, count in counts.items())
+    return {"codes": listed or "no tensor can be coded"}
 
 
 def _bits(code: Code, tensor: Tensor) -> int:
@@ -125,13 +136,11 @@ def stages(model: nn.Module, found: Offers, mean_bits: float) -> list[Any]:
     width, held = max(2, min(8, round(mean_bits))), tables(model)
     others = {name: code for name, code in picked.items() if not isinstance(code, int)}
     bits = tuple(sorted((name, code) for name, code in picked.items() if isinstance(code, int)))
-    result: list[Any] = [Encode(code.spec(), where=name) for name, code in sorted(others.items())]
+    result: list[Any] = []
     rest = tuple(name for name, _ in bits if name not in held)
     if held_here := tuple(name for name in held if name not in others):
         pairs = tuple(pair for pair in bits if pair[0] in held)
-        result.append(
-            Quantize(bits=width, where=",".join(held_here), per="tensor", biases="float32", allocation=pairs)
-        )
+        result.append(Quantize(bits=width, where=",".join(held_here), per="tensor", biases="float32", allocation=pairs))
     if rest or not (held or others):
         where = ",".join(rest) if held or others else "*"
         pairs = tuple(pair for pair in bits if pair[0] not in held)

@@ -13,7 +13,7 @@ from lilliput.cost.measure import latency, machine
 from lilliput.cost.runtimes import open_session
 from lilliput.errors import near
 from lilliput.onnx.session import Session
-from lilliput.search.units import shown
+from lilliput.search.ask import shown
 from lilliput.store import write
 
 TYPES = {

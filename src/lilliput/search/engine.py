@@ -2,23 +2,21 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from lilliput.stored.base import Stored
+from lilliput.stored.plain import Plain
 from lilliput.cost.measure import latency
 from lilliput.cost.runtimes import EngineSession
 from lilliput.errors import ExportError, NotSupported
 from lilliput.export.guard import compare
 from lilliput.onnx.session import Session
 from lilliput.onnx.structure import Structure
+from lilliput.search.job import Job
 from lilliput.search.points import Point
-from lilliput.stored.base import Stored
-from lilliput.stored.plain import Plain
-
-if TYPE_CHECKING:
-    from lilliput.search.shrink import Search
 
 MOST_VALUES = 3_000_000  # of a network that is compiled while a search goes on; a larger one takes minutes
 RESERVED = 0.05  # of a search's budget, for compiling its survivors
@@ -27,26 +25,26 @@ SPARSITIES = (0.8, 0.9)
 REFUSALS = (NotSupported, ExportError, OSError, ValueError)
 
 
-def sessions(search: "Search", points: list[Point], seconds: float) -> dict[int, EngineSession]:
+def sessions(job: Job, points: list[Point], seconds: float) -> dict[int, EngineSession]:
     """The points in the engine, by their place, as many as this time compiles, those within the floor first."""
     found: dict[int, EngineSession] = {}
     began = time.monotonic()
-    floor = 0.01 if search.question.floor is None else search.question.floor.points(search.dense.score.value)
-    loses = [search.task.loss_of(search.dense.score.value, point.score.value) > floor for point in points]
+    floor = job.question.points(job.dense.score.value)
+    loses = [job.lost(point) > floor for point in points]
     for i in sorted(range(len(points)), key=lambda i: (loses[i], points[i].macs)):
         point = points[i]
         if point.values > MOST_VALUES or time.monotonic() - began > seconds:
-            search.left.append(("the engine", f"no time to compile {point.name}"))
+            job.known.skip("the engine", f"no time to compile {point.name}")
             continue
         try:
             session = EngineSession(point.proto)
-            example = session.feed(search.task.example)
+            example = session.feed(job.task.example)
             got = session.run({name: x[:1] for name, x in example.items()})[0]
             wanted = Session(point.proto).outputs({name: x[:1] for name, x in example.items()})
             compare(np.asarray(got), wanted, exact=True, who=f"{point.name} in the engine")
             found[i] = session
         except REFUSALS as error:
-            search.left.append(("the engine", f"{point.name}: {str(error)[:200]}"))
+            job.known.skip("the engine", f"{point.name}: {str(error)[:200]}")
             if isinstance(error, NotSupported | OSError):
                 break
     return found
@@ -79,15 +77,15 @@ def rewarded(structure: Structure, stored: dict[str, Stored], example: Any) -> t
     return tuple(found)
 
 
-def keep(search: "Search", point: Point, session: EngineSession, folder: Path) -> dict[str, Any]:
+def keep(job: Job, point: Point, session: EngineSession, folder: Path) -> dict[str, Any]:
     """Write the compiled point beside the other files, and score it on val; what the summary says of it."""
     import shutil
 
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(session.engine.folder, folder)
-    inputs, _ = search.task.split("val")
+    inputs, _ = job.task.split("val")
     outputs = torch.from_numpy(np.array(session.outputs(inputs)))
-    score = search.task.rate(outputs, "val")
+    score = job.task.rate(outputs, "val")
     manifest = session.engine.manifest
     return {
         "val": round(float(score.value), 6),

@@ -12,13 +12,13 @@ import optuna
 import torch
 
 from lilliput.code.base import pack, realize
-from lilliput.errors import ExportError, StoreError
+from lilliput.errors import StoreError
 from lilliput.graph.fold import fold_batchnorm
 from lilliput.recipe import Recipe
 from lilliput.search.choose import front
 from lilliput.search.job import FAILURES, Job, finite
 from lilliput.search.pace import Pace
-from lilliput.search.points import bits, parameters
+from lilliput.search.points import parameters
 from lilliput.search.space import Space, name, structure, topology
 from lilliput.task import predict
 
@@ -139,9 +139,9 @@ def _rank(job: Job, outputs: torch.Tensor) -> float:
 def _price(job: Job, model: torch.nn.Module, plan: Recipe) -> float:
     """What a structure costs by the objective: packed bytes at four bits, or the layers' milliseconds or MACs."""
     if not job.question.priced_by_runtime:
-        return sum(s.storage().bits / (8 if bits(s) >= 32 else 1) for s in pack(realize(model)).values()) / 8
+        return sum(s.storage().bits / (8 if s.bits >= 32 else 1) for s in pack(realize(model)).values()) / 8
     plain = fold_batchnorm(realize(model), job.task.example)
-    structure_ = job.press.structure(plain, topology(plan))
+    structure_ = job.press.structure(plain, topology(plan), structure(plan).describe())
     return job.press.price(structure_, plain, job.question.objective)
 
 

@@ -1,27 +1,25 @@
 """Job: one search as data: what is asked, what is known so far, and where it is kept. The phases take it."""
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lilliput.errors import ExportError, NotSupported
 from lilliput.proposal import Known
-from lilliput.runner import Workshop
 from lilliput.search import ask
 from lilliput.search.points import Clock, Point, Press
 from lilliput.search.progress import Silent
 from lilliput.store import Store
 from lilliput.task import Task
 from lilliput.train import Diverged
-
-if TYPE_CHECKING:
-    from lilliput.search.target import Target
+from lilliput.workshop import Workshop
 
 FAILURES = (Diverged, TimeoutError, ExportError, NotSupported, ValueError, RuntimeError)
 """What a stranger's model or a method may raise: the end of one point, never of the search."""
@@ -58,6 +56,38 @@ class Question:
         return 0.01 if self.floor is None else self.floor.points(dense)
 
 
+class Target(ABC):
+    """A kind of network that can be shrunk: a torch network (network.py) or an ONNX file (onnx_file.py)."""
+
+    @abstractmethod
+    def dense(self, job: "Job") -> Point:
+        """The network as given, exported, scored and weighed."""
+
+    @abstractmethod
+    def look(self, job: "Job") -> None:
+        """Find what can be varied, and how much each technique hurts each tensor alone."""
+
+    @abstractmethod
+    def untrained(self, job: "Job") -> list[Point]:
+        """Points that need no training."""
+
+    @abstractmethod
+    def trained(self, job: "Job", pool: ThreadPoolExecutor) -> None:
+        """Add the points that are trained, where training is possible and the budget allows it."""
+
+    @abstractmethod
+    def tensors(self, job: "Job", point: Point) -> dict[str, Tensor]:
+        """What model.safetensors holds for a point."""
+
+    @abstractmethod
+    def recipe(self, job: "Job", point: Point) -> str:
+        """What recipe.toml says of a point."""
+
+    @abstractmethod
+    def plan(self, model: nn.Module, task: Task) -> dict[str, Any]:
+        """What would be tried, for --dry-run: `values`, `tried` by method, and `left_alone`."""
+
+
 @dataclass
 class Job:
     """One search. Its phases (lilliput.search.shrink) read and extend it; nothing else holds state.
@@ -73,7 +103,7 @@ class Job:
         known: what proposals may ask.
     """
 
-    target: "Target"
+    target: Target
     model: nn.Module
     task: Task
     question: Question

@@ -1,90 +1,140 @@
-"""Post-training points of a network that is only an ONNX file: its stored weights in fewer bits."""
+"""OnnxFile: a network that is only an ONNX file as the target: its stored weights in fewer bits."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import numpy as np
 import torch
 from onnx import ModelProto, TensorProto, numpy_helper
+from torch import nn
 
+from lilliput.stored.base import Stored
+from lilliput.stored.bits import Array
+from lilliput.stored.grid import Grid
+from lilliput.stored.plain import Plain
 from lilliput.errors import ExportError
 from lilliput.onnx.session import Session
 from lilliput.onnx.structure import Structure
 from lilliput.quant.allocate import allocate_bits
 from lilliput.quant.uniform import Uniform
-from lilliput.search import post
+from lilliput.recipe import Recipe
+from lilliput.search import arithmetic
+from lilliput.search.job import Job, Target
 from lilliput.search.onnx_target import OnnxModel
 from lilliput.search.points import Point
 from lilliput.search.sensitivity import Table, by_bits
 from lilliput.stage import calibration
-from lilliput.stored.base import Stored
-from lilliput.stored.bits import Array
-from lilliput.stored.grid import Grid
-from lilliput.stored.plain import Plain
-
-if TYPE_CHECKING:
-    from lilliput.search.shrink import Search
+from lilliput.task import Task, call
 
 LEVELS = (8, 4, 3, 2)
 MEANS = (6, 5, 4, 3)
 
 
-def dense(search: "Search", model: OnnxModel) -> Point:
-    """The file as given, its constants and batch norm folded."""
-    structure = model.structure
-    stored: dict[str, Stored] = {name: Plain(array) for name, array in structure.weights.items()}
-    proto = structure.write(stored)
-    return search.press.finished(proto, structure, stored, model, "dense", [], search.shop.start, None)
+class OnnxFile(Target):
+    """An ONNX file. Its stored weights get fewer bits and its products narrower arithmetic; nothing is trained.
 
+    Args:
+        model: the file as a module.
+    """
 
-def points(search: "Search", model: OnnxModel) -> list[Point]:
-    """Eight bits everywhere, fewer on average by sensitivity, and the large products in 8-bit arithmetic."""
-    inputs = calibration(search.task, 64)
-    axes = channels(model.structure.proto)
-    weights = {name: array for name, array in model.structure.weights.items() if name in axes}
-    found: list[Point] = []
-    if weights:
-        found += _point(search, model, "8 bits", quantized(weights, axes, dict.fromkeys(weights, 8)))
-        limit = 20.0 if search.clock.budget_s is None else 0.3 * search.clock.budget_s
-        with search.clock.on("calibrate"):
-            search.table = sensitivity(search, model, weights, axes, inputs, limit)
-        sizes = {name: weights[name].size for name in search.table}
-        losses = by_bits(search.table)
+    def __init__(self, model: OnnxModel) -> None:
+        self.model = model
+
+    def dense(self, job: Job) -> Point:
+        structure = self.model.structure
+        stored: dict[str, Stored] = {name: Plain(array) for name, array in structure.weights.items()}
+        proto = structure.write(stored)
+        return job.press.finished(proto, structure, stored, self.model, "dense", [], job.runner.start, None)
+
+    def look(self, job: Job) -> None:
+        job.known.skip("training", "an ONNX file has no parameters that could be trained or removed")
+
+    def untrained(self, job: Job) -> list[Point]:
+        axes = channels(self.model.structure.proto)
+        weights = {name: array for name, array in self.model.structure.weights.items() if name in axes}
+        found: list[Point] = []
+        if weights:
+            found += self._point(job, "8 bits", quantized(weights, axes, dict.fromkeys(weights, 8)))
+            found += self._by_sensitivity(job, weights, axes)
+        else:
+            job.known.skip("weights", "the file holds no float32 tensor of two and more axes")
+        return [*found, *arithmetic.points(job)]
+
+    def trained(self, job: Job, pool: ThreadPoolExecutor) -> None:
+        return None
+
+    def tensors(self, job: Job, point: Point) -> dict[str, torch.Tensor]:
+        proto = point.structure.fill(point.stored)
+        arrays = {tensor.name: np.array(numpy_helper.to_array(tensor)) for tensor in proto.graph.initializer}
+        if not arrays:
+            raise ExportError(f"shrink: {point.name} must hold a tensor, got none.")
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def recipe(self, job: Job, point: Point) -> str:
+        return Recipe().toml() if point is job.dense else arithmetic.NO_RECIPE
+
+    def plan(self, model: nn.Module, task: Task) -> dict[str, Any]:
+        weights = channels(self.model.structure.proto)
+        return {
+            "values": sum(array.size for array in self.model.structure.weights.values()),
+            "tried": {
+                "bits": f"8, then {', '.join(map(str, MEANS))} on average by sensitivity, for "
+                f"{', '.join(weights) or 'no tensor'}",
+                "8-bit arithmetic": "where the matrix products are large enough to gain from it",
+            },
+            "left_alone": [{"name": "training", "reason": "an ONNX file has no parameters to train"}],
+        }
+
+    def _by_sensitivity(self, job: Job, weights: Mapping[str, Array], axes: Mapping[str, int]) -> list[Point]:
+        """Fewer bits on average, each tensor's by what it harms."""
+        limit = 20.0 if job.clock.budget_s is None else 0.3 * job.clock.budget_s
+        with job.clock.on("calibrate"):
+            job.known.harm = job.remember(
+                f"sensitivity-{job.runner.start}",
+                "sensitivity",
+                lambda: {"table": self._sensitivity(job, weights, axes, limit)},
+            )["table"]
+        sizes = {name: weights[name].size for name in job.known.harm}
+        losses, found = by_bits(job.known.harm), list[Point]()
         for mean in MEANS:
-            if not sizes or search.clock.left(0.9) < 1:
+            if not sizes or job.clock.left(0.9) < 1:
                 break
             bits = dict.fromkeys(weights, mean) | allocate_bits(losses, sizes, mean * sum(sizes.values()))
-            found += _point(search, model, f"{mean} bits on average", quantized(weights, axes, bits))
-    else:
-        search.left.append(("weights", "the file holds no float32 tensor of two and more axes"))
-    return [*found, *post.dynamic_points(search)]
+            found += self._point(job, f"{mean} bits on average", quantized(weights, axes, bits))
+        return found
 
+    def _point(self, job: Job, name: str, stored: dict[str, Stored]) -> list[Point]:
+        structure, title = self.model.structure, f"same structure, {name} without training"
+        whole: dict[str, Stored] = {
+            key: Plain(array.astype(np.float16) if array.dtype == np.float32 and array.ndim < 2 else array)
+            for key, array in structure.weights.items()
+        } | stored
+        recipe = [{"stage": "quantize the file's tensors", "bits": name}]
+        key = f"{job.runner.start}-{name.replace(' ', '-')}"
+        try:
+            with job.clock.on("calibrate"):
+                decoded = OnnxModel(Structure(structure.fill(whole), example=structure.example))
+                proto = structure.write(whole)
+                return [job.press.finished(proto, structure, whole, decoded, title, recipe, key, None)]
+        except arithmetic.REFUSALS as error:
+            job.failed(title, error)
+            return []
 
-def _point(search: "Search", model: OnnxModel, name: str, stored: dict[str, Stored]) -> list[Point]:
-    structure = model.structure
-    whole: dict[str, Stored] = {
-        key: Plain(array.astype(np.float16) if array.dtype == np.float32 and array.ndim < 2 else array)
-        for key, array in structure.weights.items()
-    } | stored
-    recipe = [{"stage": "quantize the file's tensors", "bits": name}]
-    try:
-        with search.clock.on("calibrate"):
-            decoded = OnnxModel(Structure(structure.fill(whole), example=structure.example))
-            return [
-                search.press.finished(
-                    structure.write(whole),
-                    structure,
-                    whole,
-                    decoded,
-                    f"same structure, {name} without training",
-                    recipe,
-                    f"{search.shop.start}-{name.replace(' ', '-')}",
-                    None,
-                )
-            ]
-    except post.REFUSALS as error:
-        search.failed(name, error)
-        return []
+    def _sensitivity(self, job: Job, weights: Mapping[str, Array], axes: Mapping[str, int], seconds: float) -> Table:
+        """The mean divergence from the file's own outputs when one tensor alone has fewer bits, largest first."""
+        structure, table, began = self.model.structure, Table(), job.clock.now
+        inputs = calibration(job.task, 64)
+        before = call(self.model, inputs)
+        for name in sorted(weights, key=lambda name: -weights[name].size):
+            for bits in LEVELS:
+                if job.clock.now - began > seconds:
+                    break
+                held: dict[str, Stored] = {name: Plain(_grid(weights[name], axes[name], bits).decode())}
+                outputs = torch.from_numpy(np.array(Session(structure.fill(held)).outputs(inputs)))
+                change = float(job.task.divergence(outputs, before).mean().clamp_min(0))
+                table.setdefault(name, {})[f"{bits} bits"] = change
+        return table
 
 
 def channels(proto: ModelProto) -> dict[str, int]:
@@ -120,40 +170,3 @@ def _grid(weight: Array, axis: int, bits: int) -> Grid:
     grid = cast(Grid, code.pack(*(Plain(part.numpy()) for part in theta)))
     codes = np.ascontiguousarray(np.moveaxis(grid.codes, 0, axis))
     return Grid(codes, bits, np.ascontiguousarray(np.moveaxis(grid.scale, 0, axis)))
-
-
-def sensitivity(
-    search: "Search",
-    model: OnnxModel,
-    weights: Mapping[str, Array],
-    axes: Mapping[str, int],
-    inputs: object,
-    seconds: float,
-) -> Table:
-    """The mean divergence from the file's own outputs when one tensor alone has fewer bits, largest tensors first."""
-    structure, table, began = model.structure, Table(), search.clock.now
-    key = f"sensitivity-{search.shop.start}"
-    kept = search.store.record(key)
-    if kept:
-        stored: Table = kept["table"]
-        return stored
-    before = model(**inputs) if isinstance(inputs, dict) else model(inputs)
-    for name in sorted(weights, key=lambda name: -weights[name].size):
-        for bits in LEVELS:
-            if search.clock.now - began > seconds:
-                break
-            held: dict[str, Stored] = {name: Plain(_grid(weights[name], axes[name], bits).decode())}
-            outputs = torch.from_numpy(np.array(Session(structure.fill(held)).outputs(inputs)))
-            change = float(search.task.divergence(outputs, before).mean().clamp_min(0))
-            table.setdefault(name, {})[f"{bits} bits"] = change
-    search.store.put(key, {"kind": "sensitivity", "table": table})
-    return table
-
-
-def tensors(point: Point) -> dict[str, torch.Tensor]:
-    """A point's numbers as model.safetensors keeps them: every initialiser of its file, decoded."""
-    proto = point.structure.fill(point.stored)
-    arrays = {tensor.name: np.array(numpy_helper.to_array(tensor)) for tensor in proto.graph.initializer}
-    if not arrays:
-        raise ExportError(f"shrink: {point.name} must hold a tensor, got none.")
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}

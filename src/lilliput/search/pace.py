@@ -5,6 +5,7 @@ has the same recipes.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,14 +78,14 @@ class Pace:
                 seconds.append(job.clock.now)
                 return step >= 12 or job.clock.now - first > 4
 
-            stage = Train(steps=1000, supervised=1.0, **settings(1000, self.batch_size, 1e-4, job.seed))
-            fit(replace(stage, rules=()), model, job.task, job.runner.reference, stop=stop)
+            stage = replace(Train(steps=1), **settings(1000, self.batch_size, 1e-4, job.seed))
+            fit(stage, model, job.task, job.runner.reference, stop=stop)
         if len(seconds) > 3:
             return (len(seconds) - 1) / max(1e-6, seconds[-1] - seconds[0])
         return 1 / max(1e-6, seconds[-1] - first)
 
 
-def settings(steps: int, batch_size: int, lr: float, seed: int) -> dict[str, object]:
+def settings(steps: int, batch_size: int, lr: float, seed: int) -> dict[str, Any]:
     """The settings of a student's full training, on one cosine."""
     return {"steps": steps, "lr": Cosine(lr), "batch_size": batch_size, "weight_decay": 0.01, "seed": seed}
 

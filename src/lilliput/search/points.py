@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lilliput.code.base import codes, pack, realize
+from lilliput.stored.base import Stored
 from lilliput.cost.count import count, stored_values
 from lilliput.cost.measure import latency
 from lilliput.errors import ExportError
@@ -19,7 +20,6 @@ from lilliput.export import onnx as onnx_export
 from lilliput.export import pack as pack_format
 from lilliput.export.guard import compare
 from lilliput.graph.fold import fold_batchnorm
-from lilliput.stored.base import Stored
 from lilliput.task import Score, Task, leaves, predict
 
 
@@ -95,7 +95,7 @@ class Point:
     engine: Any = None
     flags: list[str] = field(default_factory=list)
 
-    def row(self, task: Task) -> dict[str, Any]:
+    def row(self) -> dict[str, Any]:
         """The point as plain data for a record."""
         found: dict[str, Any] = {
             "name": self.name,
@@ -134,16 +134,23 @@ class Press:
         self.task, self.clock, self.compared = task, clock, compared
         self.dense: Point | None = None
         self._structures: dict[str, Any] = {}
+        self._own: set[str] = set()
         self._lock = threading.Lock()
 
-    def structure(self, model: nn.Module, topology: str) -> Any:
-        """The exported graph of a plain folded model, by the name of its topology (widths may differ)."""
+    def structure(self, model: nn.Module, topology: str, own: str = "") -> Any:
+        """The exported graph of a plain folded model, by the name of its topology (widths may differ).
+
+        own: the name of the one structure, where `fitting` found that the topology's graph cannot hold its shapes.
+        """
         with self._lock, self.clock.on("measure"):
+            topology = own if own in self._own else topology
             if topology not in self._structures:
                 self._structures[topology] = onnx_export.trace(model, self.task.example)
             return self._structures[topology]
 
-    def point(self, model: nn.Module, topology: str, name: str, recipe: list[dict[str, Any]], key: str) -> Point:
+    def point(
+        self, model: nn.Module, topology: str, name: str, recipe: list[dict[str, Any]], key: str, own: str = ""
+    ) -> Point:
         """The artifact of a model (with or without codes), scored on val in ONNX Runtime.
 
         Raises ExportError when the artifact does not compute what the model computes.
@@ -155,13 +162,27 @@ class Press:
             before, after, coded = plain.state_dict(), folded.state_dict(), codes(model)
             if all(name in after and torch.equal(before[name], after[name]) for name in coded):
                 plain, stored = folded, pack(folded) | {name: stored[name] for name in coded}
-        structure = self.structure(plain, topology)
+        structure = self.structure(plain, topology, own)
         with self.clock.on("measure"):
             decoded: list[str] = []
             proto = structure.write(stored, decoded)
             point = self.finished(proto, structure, stored, plain, name, recipe, key, model)
             point.flags += [f"{name} is written in float32: its kind has no operators in ONNX." for name in decoded]
             return point
+
+    def fitting(self, model: nn.Module, topology: str, own: str) -> None:
+        """Export a plain folded model's graph, unless one that is known by its topology holds its shapes.
+
+        Raises:
+            ExportError: where torch cannot export it.
+        """
+        structure = self.structure(model, topology)
+        try:
+            structure.write(pack(model))
+        except ExportError:  # the widths are part of this graph: it needs an export of its own
+            with self._lock:
+                self._own.add(own)
+            self.structure(model, topology, own)
 
     def price(self, structure: Any, plain: nn.Module, objective: str) -> float:
         """MACs of a structure, or the median of a short measurement of its float32 artifact."""
@@ -227,6 +248,6 @@ def examples(inputs: Any, count: int) -> Any:
     )
 
 
-def kept(outputs: Tensor) -> dict[str, Tensor]:
-    """Outputs as the store keeps them."""
-    return {"outputs": outputs.contiguous()}
+def parameters(model: nn.Module) -> int:
+    """How many parameters a model has."""
+    return sum(p.numel() for p in model.parameters())

@@ -78,7 +78,7 @@ def _rewarded(job: Job, space: Space) -> tuple[float, ...]:
     try:
         plan = space.plan(space.starters()[0])
         plain = fold_batchnorm(realize(job.runner.make(structure(plan))).cpu(), job.task.example)
-        graph = job.press.structure(plain, topology(plan))
+        graph = job.press.structure(plain, topology(plan), structure(plan).describe())
         with job.clock.on("measure"):
             return engine.rewarded(graph, pack(plain), job.task.example)
     except StoreError:
@@ -164,4 +164,4 @@ def _stages(
 def _point(job: Job, model: nn.Module, plan: Recipe, which: Tail, recipe: Recipe) -> None:
     title = f"{name(plan)}, {which.name()}"
     key = job.runner.key(recipe)
-    job.add(job.press.point(model, topology(plan), title, recipe.data(), key))
+    job.add(job.press.point(model, topology(plan), title, recipe.data(), key, structure(plan).describe()))

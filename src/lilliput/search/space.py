@@ -1,7 +1,7 @@
 """Space: the plans of a job. A plan is a recipe: the structure's stages, then one training whose length is set later.
 
-Every registered method with a moment is an axis, one integer: 0 leaves it out, k takes its k-th proposal on the model as
-the stages before it left it. Where an earlier stage changed what there is to propose, k is read in proportion.
+Every registered method with a moment is an axis, one integer: 0 leaves it out, k takes its k-th proposal on the model
+as the stages before it left it. Where an earlier stage changed what there is to propose, k is read in proportion.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,10 +15,10 @@ from lilliput.distill.logits import Distill
 from lilliput.proposal import Known, Proposals, Refusal, in_order, proposals
 from lilliput.recipe import Recipe
 from lilliput.rule import Rule
-from lilliput.runner import Workshop
 from lilliput.stage import Stage
 from lilliput.task import Task
 from lilliput.train import Train
+from lilliput.workshop import Workshop
 
 LABELS = (0.3, 10.0)
 """Weights of the task's own loss, against one for the distance to the dense network's outputs."""

@@ -1,0 +1,51 @@
+"""Files: what a search and `lilliput run` leave in their folder, each file whole or not at all."""
+
+import json
+from dataclasses import replace
+
+from safetensors.torch import save
+
+from lilliput.errors import StoreError
+from lilliput.export import pack as pack_format
+from lilliput.search.job import Job
+from lilliput.search.points import Point
+from lilliput.search.summary import Summary
+from lilliput.store import write
+
+
+def write_folder(job: Job, winner: Point | None, summary: Summary) -> Summary:
+    """Write model.lil, model.onnx, model.safetensors, recipe.toml, summary.json and report.html.
+
+    Args:
+        winner: the chosen point; the dense network's files are written where there is none.
+
+    Returns:
+        The summary with the files' sizes.
+
+    Raises:
+        StoreError: where a file cannot be written, or has another size than was counted.
+    """
+    point, folder = winner or job.dense, job.folder
+    pack_format.write(point.structure.fill(point.stored), point.stored, folder / "model.lil")
+    data = point.proto.SerializeToString()
+    write(folder / "model.onnx", lambda file: file.write(data))
+    tensors = job.target.tensors(job, point)
+    held = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+    write(folder / "model.safetensors", lambda file: file.write(held))
+    text = job.target.recipe(job, point).encode()
+    write(folder / "recipe.toml", lambda file: file.write(text))
+    names = ("model.onnx", "model.lil", "model.safetensors", "recipe.toml")
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    if sizes["model.onnx"] != point.onnx_bytes or sizes["model.lil"] != point.packed_bytes:
+        raise StoreError(
+            f"shrink: the files must have the sizes that were counted ({point.onnx_bytes} and {point.packed_bytes} "
+            f"bytes), got {sizes['model.onnx']} and {sizes['model.lil']}."
+        )
+    if "engine" in (summary.chosen or summary.dense):
+        for name in ("engine/model.c", "engine/libmodel.so"):
+            if (folder / name).is_file():
+                sizes[name] = (folder / name).stat().st_size
+    summary = replace(summary, files=sizes)
+    encoded = json.dumps(summary.data(), indent=1, allow_nan=False).encode()
+    write(folder / "summary.json", lambda file: file.write(encoded))
+    return summary

@@ -1,0 +1,193 @@
+"""Summary: what a search found, as the plain data of summary.json."""
+
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from lilliput.cost.measure import machine, profile
+from lilliput.record import commit, versions
+from lilliput.search.choose import Choice, examples_for, front
+from lilliput.search.job import Job
+from lilliput.search.points import Point
+from lilliput.task import Task, length
+
+FORMAT = 2
+Plain = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What summary.json holds. Keys keep their meaning from one version to the next; `format` rises when one changes.
+
+    Args:
+        format: the version of these keys.
+        floor: what may be lost, in points of the metric; None where a limit turned the question round.
+        met: whether a point was found that meets the question.
+        dense, chosen: the dense network and the point that was handed over, each a row of numbers and its layers.
+        front: what no other measured point beats on (score, ONNX bytes, packed bytes, latency).
+        nearest: the point that came nearest, where none was chosen.
+        drop_val, drop_corrected, drop_corrected_interval: what the chosen (or nearest) point loses on val, as seen,
+            with the optimism of having chosen taken off, and the central 95% of that.
+        drop_test, drop_test_interval: what it loses on test, which was read once, after the choice.
+        left_alone: name and reason of what no technique could change.
+        points: everything that was tried.
+        steps_per_s: optimizer steps a second of training.
+        shares: the fraction of the wall time that went on training, calibration and measuring.
+    """
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    seed: int
+    floor: float | None
+    objective: str
+    max_bytes: int | None
+    max_latency_ms: float | None
+    budget_s: float | None
+    trials: int | None
+    met: bool
+    machine: Plain
+    versions: dict[str, str]
+    commit: str | None
+    command: str
+    dense: Plain
+    chosen: Plain | None
+    front: list[Plain]
+    nearest: Plain | None
+    drop_val: float | None
+    drop_corrected: float | None
+    drop_corrected_interval: list[float] | None
+    optimism: float
+    drop_test: float | None
+    drop_test_interval: list[float] | None
+    examples: dict[str, int]
+    draws: int
+    augmentations: int
+    examples_for_half_interval: int | None
+    left_alone: list[dict[str, str]]
+    sensitivity: dict[str, dict[str, float]]
+    points: list[Plain]
+    damaged: list[str]
+    steps_per_s: float
+    wall_s: float
+    shares: dict[str, float]
+    files: dict[str, int]
+    format: int = FORMAT
+
+    def data(self) -> Plain:
+        """The summary as plain data, its format first."""
+        return {"format": self.format, **asdict(self)}
+
+
+def summarize(
+    job: Job, best: list[Point], rivals: list[Point], choice: Choice, winner: Point | None, tests: Plain, load: Any
+) -> Summary:
+    """Summarize a search before its files are written.
+
+    Args:
+        best: the measured points, the dense one first.
+        rivals: those among which `choice` chose.
+        winner: the chosen one, or None.
+        tests: what the test split said: `dense`, `chosen`, `interval`.
+        load: the machine's load before the measurement.
+    """
+    task, dense, clock, question = job.task, job.dense, job.clock, job.question
+
+    def row(point: Point) -> Plain:
+        found = point.row()
+        if point in rivals:
+            i = rivals.index(point)
+            found |= {
+                "drop_val": rounded(choice.drops[i]),
+                "drop_corrected": rounded(choice.corrected[i]),
+                "drop_corrected_interval": [rounded(x) for x in choice.interval[i]],
+                "eligible": bool(choice.eligible[i]),
+            }
+        return found
+
+    costs = [(job.lost(p), p.onnx_bytes, p.packed_bytes, p.latency.median_ms) for p in best]
+    nearest = winner or (rivals[int(np.argmin(choice.corrected))] if len(choice.corrected) else dense)
+    i = rivals.index(nearest) if nearest in rivals else None
+    here = machine()
+    chosen = None if winner is None else row(winner) | {"layers": layers(winner, task.example)}
+    first = row(dense) | {"layers": layers(dense, task.example)}
+    if tests and chosen is not None:
+        first["test"], chosen["test"] = rounded(tests["dense"]), rounded(tests["chosen"])
+    return Summary(
+        task=task.name,
+        metric=task.metric_name,
+        higher_is_better=task.higher_is_better,
+        seed=job.seed,
+        floor=None if question.floor is None else question.floor.points(dense.score.value),
+        objective=question.objective,
+        max_bytes=question.max_bytes,
+        max_latency_ms=question.max_latency_ms,
+        budget_s=clock.budget_s,
+        trials=job.trials,
+        met=winner is not None,
+        machine={**here, "load_before": load, "load_after": here["load"]},
+        versions=versions(),
+        commit=commit(),
+        command=job.command or _command(),
+        dense=first,
+        chosen=chosen,
+        front=[row(best[k]) for k in front(costs)],
+        nearest=None if winner is not None else row(nearest),
+        drop_val=None if i is None else rounded(choice.drops[i]),
+        drop_corrected=None if i is None else rounded(choice.corrected[i]),
+        drop_corrected_interval=None if i is None else [rounded(x) for x in choice.interval[i]],
+        optimism=rounded(choice.optimism),
+        drop_test=rounded(task.loss_of(tests["dense"], tests["chosen"])) if tests else None,
+        drop_test_interval=tests.get("interval"),
+        examples=_examples(task),
+        draws=choice.draws,
+        augmentations=task.draws,
+        examples_for_half_interval=None
+        if i is None
+        else examples_for(task, dense.score, nearest.score, choice.interval[i]),
+        left_alone=[{"name": name, "reason": reason} for name, reason in job.known.skipped],
+        sensitivity=job.known.harm,
+        points=job.attempts,
+        damaged=job.store.damaged,
+        steps_per_s=round(job.steps_per_s, 2),
+        wall_s=round(clock.now, 2),
+        shares=clock.shares(),
+        files={},
+    )
+
+
+def layers(point: Point, example: Any) -> list[Plain]:
+    """Each stored tensor of two and more dimensions: what it is, what it keeps, how wide, its share of the time."""
+    shares = profile(point.structure.fill(point.stored), example)
+    return [
+        {
+            "name": name,
+            **stored.facts(),
+            "shape": list(stored.shape),
+            "values": stored.values,
+            "bits": round(stored.bits, 2),
+            "share_of_time": shares.get(name),
+        }
+        for name, stored in point.stored.items()
+        if len(stored.shape) > 1
+    ]
+
+
+def rounded(value: Any) -> float:
+    """A number as a summary holds it."""
+    return round(float(value), 6)
+
+
+def _examples(task: Task) -> dict[str, int]:
+    """How many examples each split holds, and how many training ones calibrate."""
+    found = {split: length(task.split(split)[0]) for split in ("train", "val", "test") if task.has(split)}
+    return found | {"calibration": min(256, found["train"])}
+
+
+def _command() -> str:
+    """The call that repeats a search that was started from Python."""
+    argv = [sys.argv[0].rpartition("/")[2], *sys.argv[1:]] if sys.argv and sys.argv[0] else ["python"]
+    return shlex.join(argv)
