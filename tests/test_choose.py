@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lilliput.search.choose import choose, front
 from lilliput.search.ask import floor, seconds, size_bytes
+from lilliput.search.choose import choose, front
 from lilliput.task import Score, Task
 
 N = 400

@@ -17,8 +17,8 @@ from lilliput.stored.grid import Grid
 from lilliput.onnx.session import Session
 from lilliput.onnx.trace import trace
 from lilliput.search import finish
-from lilliput.search.onnx_target import load_target
 from lilliput.search.onnx_file import channels, quantized
+from lilliput.search.onnx_target import load_target
 
 
 @pytest.fixture(autouse=True)
