@@ -9,6 +9,7 @@ import importlib
 import json
 import operator
 import textwrap
+import threading
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -224,9 +225,17 @@ def versions(value: Any) -> set[str]:
     return used
 
 
-@functools.cache
+_PARSING = threading.Lock()  # Python 3.11 may raise SystemError when two threads parse at once (CPython issue 106905)
+
+
 def _digest(thing: Any) -> str:
     """A hash of what the source of a function or class computes: without comments and docstrings."""
+    with _PARSING:
+        return _digest_of(thing)
+
+
+@functools.cache
+def _digest_of(thing: Any) -> str:
     try:
         tree = ast.parse(textwrap.dedent(source(thing)))
     except SyntaxError:  # it stands inside an expression

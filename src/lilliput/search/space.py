@@ -172,13 +172,13 @@ def name(plan: Recipe) -> str:
 def offers(model: nn.Module, task: Task, known: Known) -> dict[str, str]:
     """What every registered method offers on a model, or why it does not, in a few words each."""
     found: dict[str, str] = {}
-    for moment in ("structure", "training"):
-        for method in methods(moment):
-            offered = proposals(method, model, task, known)
-            if isinstance(offered, Refusal):
-                found[method.__name__] = f"not tried: {offered.reason}"
-            else:
-                found[method.__name__] = _listed([_label(option) for option in offered.options])
+    for method in (*methods("structure"), *methods("training")):
+        about = " ".join((method.__doc__ or "").partition("\n\n")[0].split()).rstrip(".")
+        offered = proposals(method, model, task, known)
+        if isinstance(offered, Refusal):
+            found[method.__name__] = f"{about}: not tried, {offered.reason}"
+        else:
+            found[method.__name__] = f"{about}: {_listed([_label(option) for option in offered.options])}"
     return found
 
 
