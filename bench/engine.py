@@ -176,9 +176,9 @@ def overhead_us() -> float:
 
 def library_sizes(path: Path, folder: Path) -> dict[str, int]:
     """Bytes of the library of a network by how its weights are stored."""
-    from lilliput.stored.plain import Plain
     from lilliput.export.onnx import narrow
     from lilliput.search.onnx_file import channels, quantized
+    from lilliput.stored.plain import Plain
 
     proto = onnx.load(path)
     weights = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer if len(t.dims) > 1}

@@ -21,12 +21,12 @@ from engine import Run, ms, turns
 from torch import nn
 
 import lilliput
-from lilliput.stored.plain import Plain
 from lilliput.cost.measure import machine
 from lilliput.engine.run import Engine
 from lilliput.export.onnx import Structure, trace
 from lilliput.prune.patterns import parse
 from lilliput.record import commit, versions
+from lilliput.stored.plain import Plain
 
 ROOT = Path(__file__).resolve().parents[1]
 SPARSITIES = (0.8, 0.9, 0.95)

@@ -13,12 +13,12 @@ from typer.testing import CliRunner, Result
 
 import lilliput
 from lilliput.cli import app
-from lilliput.stored.grid import Grid
 from lilliput.onnx.session import Session
 from lilliput.onnx.trace import trace
 from lilliput.search import finish
 from lilliput.search.onnx_file import channels, quantized
 from lilliput.search.onnx_target import load_target
+from lilliput.stored.grid import Grid
 
 
 @pytest.fixture(autouse=True)

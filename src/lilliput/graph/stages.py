@@ -6,8 +6,9 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from lilliput.graph.blocks import blocks_left, removable, remove_blocks
-from lilliput.graph.channels import groups, left
+from lilliput.graph.channels import groups
 from lilliput.graph.fold import fold_batchnorm
+from lilliput.graph.group import left
 from lilliput.graph.stride import earlier_stride, poolable, set_stride
 from lilliput.graph.students import student
 from lilliput.proposal import Known, Proposals, Refusal

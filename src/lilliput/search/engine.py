@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lilliput.stored.base import Stored
-from lilliput.stored.plain import Plain
 from lilliput.cost.measure import latency
 from lilliput.cost.runtimes import EngineSession
 from lilliput.errors import ExportError, NotSupported
@@ -17,6 +15,8 @@ from lilliput.onnx.session import Session
 from lilliput.onnx.structure import Structure
 from lilliput.search.job import Job
 from lilliput.search.points import Point
+from lilliput.stored.base import Stored
+from lilliput.stored.plain import Plain
 
 MOST_VALUES = 3_000_000  # of a network that is compiled while a search goes on; a larger one takes minutes
 RESERVED = 0.05  # of a search's budget, for compiling its survivors

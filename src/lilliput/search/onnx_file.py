@@ -9,10 +9,6 @@ import torch
 from onnx import ModelProto, TensorProto, numpy_helper
 from torch import nn
 
-from lilliput.stored.base import Stored
-from lilliput.stored.bits import Array
-from lilliput.stored.grid import Grid
-from lilliput.stored.plain import Plain
 from lilliput.errors import ExportError
 from lilliput.onnx.session import Session
 from lilliput.onnx.structure import Structure
@@ -25,6 +21,10 @@ from lilliput.search.onnx_target import OnnxModel
 from lilliput.search.points import Point
 from lilliput.search.sensitivity import Table, by_bits
 from lilliput.stage import calibration
+from lilliput.stored.base import Stored
+from lilliput.stored.bits import Array
+from lilliput.stored.grid import Grid
+from lilliput.stored.plain import Plain
 from lilliput.task import Task, call
 
 LEVELS = (8, 4, 3, 2)

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from lilliput.code.base import codes, pack, realize
-from lilliput.stored.base import Stored
 from lilliput.cost.count import count, stored_values
 from lilliput.cost.measure import latency
 from lilliput.errors import ExportError
@@ -20,6 +19,7 @@ from lilliput.export import onnx as onnx_export
 from lilliput.export import pack as pack_format
 from lilliput.export.guard import compare
 from lilliput.graph.fold import fold_batchnorm
+from lilliput.stored.base import Stored
 from lilliput.task import Score, Task, leaves, predict
 
 
