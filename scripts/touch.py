@@ -1,4 +1,4 @@
-"""What a newcomer must touch: each example of docs/add-a-method.md added to lilliput itself, as `git diff --stat` has it.
+"""What a newcomer must touch: each example of docs/add-a-method.md added to lilliput itself, by `git diff --stat`.
 
     python scripts/touch.py
 
