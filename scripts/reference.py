@@ -28,7 +28,19 @@ from lilliput import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 # Nouns and entry points that no registry lists, because they are not methods.
-NOUNS = ("code.base", "cost.count", "cost.measure", "finding", "recipe", "registry", "rule", "stage", "store", "task")
+NOUNS = (
+    "code.base",
+    "stored.base",
+    "cost.count",
+    "cost.measure",
+    "finding",
+    "recipe",
+    "registry",
+    "rule",
+    "stage",
+    "store",
+    "task",
+)
 TITLES = {"": "Nouns, recipes and training"}
 
 
