@@ -21,7 +21,10 @@ from lilliput.export.pack import load as load
 from lilliput.factor.svd import Factorize as Factorize
 from lilliput.finding import Finding as Finding
 from lilliput.graph.empty import RemoveEmpty as RemoveEmpty
+from lilliput.graph.stages import EarlierStride as EarlierStride
 from lilliput.graph.stages import FoldBatchNorm as FoldBatchNorm
+from lilliput.graph.stages import Narrow as Narrow
+from lilliput.graph.stages import RemoveBlocks as RemoveBlocks
 from lilliput.graph.stages import Student as Student
 from lilliput.prune.acdc import ACDC as ACDC
 from lilliput.prune.bonsai import Clip as Clip
@@ -41,6 +44,7 @@ from lilliput.prune.prune_once import PatternLock as PatternLock
 from lilliput.prune.reconstruct import Reconstruct as Reconstruct
 from lilliput.prune.rigl import RigL as RigL
 from lilliput.prune.rounds import Rounds as Rounds
+from lilliput.prune.rows import PruneRows as PruneRows
 from lilliput.prune.seam import Seam as Seam
 from lilliput.prune.slimming import Slimming as Slimming
 from lilliput.prune.soft_threshold import STR as STR
