@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lilliput.cli import resolve
-from lilliput.search.shrink import shrink
+from lilliput.shrinking import shrink
 
 JOBS = {
     "digits": ("5m", "0.5%"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import lilliput.train
 from lilliput import Distill, Recipe, Task, Train
 from lilliput.search import finish
-from lilliput.search.shrink import shrink
+from lilliput.shrinking import shrink
 from lilliput.store import Store
 from lilliput.workshop import Workshop
 

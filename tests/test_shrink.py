@@ -213,7 +213,7 @@ def test_public_names_are_functions_whatever_was_imported_before() -> None:
     import importlib
 
     for name in lilliput.__all__:
-        importlib.import_module("lilliput.search.shrink")
+        importlib.import_module("lilliput.shrinking")
         assert name == "__version__" or callable(getattr(lilliput, name)), name
 
 

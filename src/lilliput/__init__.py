@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _CORE = {
     # the main job
-    "shrink": "lilliput.search.shrink",
+    "shrink": "lilliput.shrinking",
     "Result": "lilliput.search.finish",
     "load": "lilliput.export.pack",
     "run": "lilliput.workshop",

@@ -213,7 +213,7 @@ def _shrink(
         else:
             model, task = resolve(target)
         from lilliput.search.progress import Live, Silent
-        from lilliput.search.shrink import shrink as search
+        from lilliput.shrinking import shrink as search
 
         settings: dict[str, Any] = dict(
             floor=floor,

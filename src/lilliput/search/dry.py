@@ -15,7 +15,7 @@ from lilliput.search import ask
 from lilliput.search.check import check, place
 from lilliput.search.explore import RUNGS
 from lilliput.search.pace import batch_size_for, settings
-from lilliput.search.shrink import target
+from lilliput.search.phases import target
 from lilliput.stage import Reference
 from lilliput.task import Task
 from lilliput.train import Train, fit

@@ -90,7 +90,7 @@ class Target(ABC):
 
 @dataclass
 class Job:
-    """One search. Its phases (lilliput.search.shrink) read and extend it; nothing else holds state.
+    """One search. Its phases (lilliput.search.phases) read and extend it; nothing else holds state.
 
     Args:
         target: what kind of network it is, and how points are made of it (a torch network, or an ONNX file).

@@ -6,28 +6,24 @@ every artifact in the runtime it is for, and chooses with the optimism of having
 """
 
 import os
-import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from lilliput.code.base import copy_model
-from lilliput.errors import ExportError, NotSupported, near
+from lilliput.errors import near
 from lilliput.proposal import Known
 from lilliput.search import ask
 from lilliput.search.check import check, place
-from lilliput.search.finish import Result, conclude
-from lilliput.search.job import Job, Question, Target
-from lilliput.search.network import Network
-from lilliput.search.onnx_file import OnnxFile
-from lilliput.search.onnx_target import OnnxModel
+from lilliput.search.finish import Result
+from lilliput.search.job import Job, Question
 from lilliput.search.pace import is_stochastic
+from lilliput.search.phases import cheaper, search, target
 from lilliput.search.points import Clock, Press
 from lilliput.search.progress import Silent
 from lilliput.store import Store
-from lilliput.task import Task, length, predict, take
+from lilliput.task import Task
 from lilliput.workshop import Workshop
 
 OBJECTIVES = ("size", "latency", "macs")
@@ -129,48 +125,13 @@ def shrink(
             command=command or "",
             known=known,
         )
-        return search(job, fresh)
+        result = search(job, fresh)
     finally:
         torch.set_num_threads(threads)
         torch.set_rng_state(random)
+    from lilliput.report.page import write as write_report  # its plots cost half a second to import
 
-
-def target(model: nn.Module) -> Target:
-    """What kind of network a search is given."""
-    return OnnxFile(model) if isinstance(model, OnnxModel) else Network()
-
-
-def search(job: Job, fresh: bool) -> Result:
-    """Measure the dense network, look, make points without and with training, conclude.
-
-    fresh: the folder did not exist before, so that it goes where nothing can be made of the model.
-    """
-    with job.show, ThreadPoolExecutor(job.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            job.show.phase("measuring the dense network", 1)
-            _say_what_is_old(job)
-            try:
-                dense = job.target.dense(job)
-            except (ExportError, NotSupported):
-                if fresh:
-                    shutil.rmtree(job.folder, ignore_errors=True)
-                raise
-            dense.distance = 0.0
-            job.press.dense = dense
-            job.points.append(dense)
-            job.show.advance(f"{job.task.metric_name} {dense.score.value:.4f}, {ask.shown(dense.onnx_bytes)}")
-            job.target.look(job)
-            for point in job.target.untrained(job):
-                job.add(point)
-            job.target.trained(job, pool)
-            result = conclude(job)
-        except BaseException:
-            job.stopped = True  # the other trainings end at their next step, their last checkpoints kept
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    from lilliput.report.page import write as write_page
-
-    write_page(job.folder)
+    write_report(folder)
     return result
 
 
@@ -187,35 +148,3 @@ def _question(
     turned = max_bytes is not None or max_latency_ms is not None
     most = None if max_bytes is None else ask.size_bytes(max_bytes)
     return Question(objective, None if turned else ask.floor(floor), most, max_latency_ms)
-
-
-def cheaper(task: Task, model: nn.Module, clock: Clock, store: Store, workers: int) -> Task:
-    """The task with as many augmentations as the dense network can be run on within a tenth of the budget."""
-    if task.augment is None:
-        return task
-    if clock.budget_s is None:
-        return task.with_draws(min(task.draws, 4))
-    kept = store.record("draws")
-    if not kept:
-        inputs, _ = task.split("train")
-        few = take(inputs, slice(0, 64))
-        predict(model, few)
-        first = clock.now
-        predict(model, few)
-        each = (clock.now - first) / min(64, length(inputs))
-        within = int(0.1 * clock.budget_s * workers / (each * task.examples + 1e-9))
-        kept = {"kind": "draws", "draws": max(1, min(task.draws, within))}
-        store.put("draws", kept)
-    return task.with_draws(kept["draws"])
-
-
-def _say_what_is_old(job: Job) -> None:
-    """Say in one line that the store's earlier results are not used: another version, model, task or seed made them."""
-    key = f"job-{job.runner.start}"
-    if not job.store.record(key):
-        old = sum(record.get("kind") in ("train", "rung", "point") for _, record in job.store.records())
-        if old:
-            reason = f"{old} results belong to another model, task, seed or version of lilliput: they are not used"
-            job.known.skip("the records of an earlier search", reason)
-            job.show.say(f"{job.folder / 'records'}: {reason}")
-        job.store.put(key, {"kind": "job", "format": 2})

@@ -1,0 +1,85 @@
+"""The phases of a search, each a function of the job: look, make points without and with training, conclude."""
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import nn
+
+from lilliput.errors import ExportError, NotSupported
+from lilliput.search import ask
+from lilliput.search.finish import Result, conclude
+from lilliput.search.job import Job, Target
+from lilliput.search.network import Network
+from lilliput.search.onnx_file import OnnxFile
+from lilliput.search.onnx_target import OnnxModel
+from lilliput.search.points import Clock
+from lilliput.store import Store
+from lilliput.task import Task, length, predict, take
+
+
+def target(model: nn.Module) -> Target:
+    """What kind of network a search is given."""
+    return OnnxFile(model) if isinstance(model, OnnxModel) else Network()
+
+
+def search(job: Job, fresh: bool) -> Result:
+    """Measure the dense network, look, make points without and with training, conclude.
+
+    fresh: the folder did not exist before, so that it goes where nothing can be made of the model.
+    """
+    with job.show, ThreadPoolExecutor(job.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            job.show.phase("measuring the dense network", 1)
+            _say_what_is_old(job)
+            try:
+                dense = job.target.dense(job)
+            except (ExportError, NotSupported):
+                if fresh:
+                    shutil.rmtree(job.folder, ignore_errors=True)
+                raise
+            dense.distance = 0.0
+            job.press.dense = dense
+            job.points.append(dense)
+            job.show.advance(f"{job.task.metric_name} {dense.score.value:.4f}, {ask.shown(dense.onnx_bytes)}")
+            job.target.look(job)
+            for point in job.target.untrained(job):
+                job.add(point)
+            job.target.trained(job, pool)
+            return conclude(job)
+        except BaseException:
+            job.stopped = True  # the other trainings end at their next step, their last checkpoints kept
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def cheaper(task: Task, model: nn.Module, clock: Clock, store: Store, workers: int) -> Task:
+    """The task with as many augmentations as the dense network can be run on within a tenth of the budget."""
+    if task.augment is None:
+        return task
+    if clock.budget_s is None:
+        return task.with_draws(min(task.draws, 4))
+    kept = store.record("draws")
+    if not kept:
+        inputs, _ = task.split("train")
+        few = take(inputs, slice(0, 64))
+        predict(model, few)
+        first = clock.now
+        predict(model, few)
+        each = (clock.now - first) / min(64, length(inputs))
+        within = int(0.1 * clock.budget_s * workers / (each * task.examples + 1e-9))
+        kept = {"kind": "draws", "draws": max(1, min(task.draws, within))}
+        store.put("draws", kept)
+    return task.with_draws(kept["draws"])
+
+
+def _say_what_is_old(job: Job) -> None:
+    """Say in one line that the store's earlier results are not used: another version, model, task or seed made them."""
+    key = f"job-{job.runner.start}"
+    if not job.store.record(key):
+        old = sum(record.get("kind") in ("train", "rung", "point") for _, record in job.store.records())
+        if old:
+            reason = f"{old} results belong to another model, task, seed or version of lilliput: they are not used"
+            job.known.skip("the records of an earlier search", reason)
+            job.show.say(f"{job.folder / 'records'}: {reason}")
+        job.store.put(key, {"kind": "job", "format": 2})
