@@ -320,16 +320,24 @@ def test_wrong_settings_say_what_to_do() -> None:
         (lambda: Prune(90), r"Prune: sparsity must be in \[0, 1\), got 90. For 90% write 0.9."),
         (lambda: Prune(), "sparsity must be given"),
         (lambda: Prune(0.6, pattern="2:4"), "at most 0.5 with pattern '2:4'"),
-        (lambda: Prune(0.5, score="magnitud"), "Did you mean 'magnitude'"),
-        (lambda: Prune(0.5, pattern="4x1"), "got '4x1'"),
-        (lambda: Prune(0.5, allocation="globl"), "Did you mean 'global'"),
         (lambda: Quantize(1), "bits must be from 2 to 16, got 1"),
-        (lambda: Quantize(8, range="mean"), "range must be a known rule"),
         (lambda: Factorize(), "exactly one of"),
         (lambda: Factorize(energy=90.0), r"energy must be in \(0, 1\), got 90"),
         (lambda: QuantizeActivations(16), "bits must be from 2 to 8"),
     ):
         with pytest.raises(ValueError, match=text):
+            make()
+    for make, text in (
+        (lambda: Prune(0.5, score="magnitud"), "Did you mean 'magnitude'"),
+        (lambda: Prune(0.5, pattern="4x1"), "got '4x1'"),
+        (lambda: Prune(0.5, allocation="globl"), "Did you mean 'global'"),
+        (lambda: Quantize(8, range="mean"), "Quantize: range must be a known range, got 'mean'"),
+        (lambda: Quantize(8, grid="unifrm"), "Quantize: grid .*Did you mean 'uniform'"),
+        (lambda: Quantize(8, rounding="gtpq"), "Quantize: rounding .*Did you mean 'gptq'"),
+        (lambda: QuantizeActivations(range="minmx"), "QuantizeActivations: range .*Did you mean 'minmax'"),
+        (lambda: Uniform(8, range="minmx"), "Uniform: range .*Did you mean 'minmax'"),
+    ):
+        with pytest.raises(KeyError, match=text):
             make()
     with pytest.raises(ValueError, match=r"2:4: groups of 4 must divide the 6 values .* Leave this tensor out"):
         Prune(0.5, pattern="2:4")(nn.Sequential(nn.Linear(6, 2)), None, None)

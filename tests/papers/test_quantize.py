@@ -9,9 +9,13 @@ from torch import nn
 
 from lilliput.quant.activations import Activation
 from lilliput.quant.allocate import allocate_bits
+from lilliput.quant.grids import uniform
 from lilliput.quant.quantize import Quantize
-from lilliput.quant.ranges import RANGES, fit
+from lilliput.quant.ranges import fit
 from lilliput.quant.uniform import Uniform
+from lilliput.registry import entries
+
+RANGES = [entry.name for entry in entries("range")]
 
 
 def rounded(weight: torch.Tensor, bits: int = 4, rule: str = "mse", symmetric: bool = True) -> torch.Tensor:
@@ -88,7 +92,8 @@ def test_the_mse_range_is_never_worse_than_the_others() -> None:
 def test_percentile_does_not_count_pruned_zeros() -> None:
     dense = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
     sparse = torch.cat([dense, torch.zeros(1, 9000)], 1)
-    torch.testing.assert_close(fit(sparse, (-7, 7), True, "percentile")[0], fit(dense, (-7, 7), True, "percentile")[0])
+    grid = uniform(4, symmetric=True)
+    torch.testing.assert_close(fit(sparse, grid, "percentile")[0], fit(dense, grid, "percentile")[0])
 
 
 def test_activations_follow_equation_12() -> None:

@@ -6,7 +6,6 @@ each broadcastable to the weight. `data_needed` says whether that takes labels, 
 Notation: w a weight, g the gradient of the mean loss in it, H the Hessian of that loss.
 """
 
-import inspect
 from collections.abc import Callable
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from lilliput import registry
 from lilliput.registry import register
+from lilliput.statistics.calibrate import needs as needs
 from lilliput.statistics.calibrate import taken_from
 
 Score = Callable[..., Tensor]
@@ -412,20 +412,3 @@ def lookup(name: str, who: str = "Prune") -> Score:
     """The score of that name; raises KeyError with near misses."""
     function: Score = registry.lookup("score", name, who)
     return function
-
-
-def needs(score: Score) -> tuple[str, ...]:
-    """List the statistics that a score asks for: its keyword-only arguments.
-
-    Args:
-        score: The score.
-
-    Returns:
-        Their names.
-
-    Example:
-        >>> needs(wanda)
-        ('input_norm',)
-    """
-    kinds = inspect.signature(score).parameters.items()
-    return tuple(name for name, parameter in kinds if parameter.kind is parameter.KEYWORD_ONLY)

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from lilliput.code.base import copy_model
 from lilliput.errors import near
-from lilliput.quant.ranges import RANGES, fit
-from lilliput.stage import Reference, Stage, calibration, on
-from lilliput.task import Task, call, length, take
+from lilliput.quant.grids import uniform
+from lilliput.quant.ranges import fit
+from lilliput.registry import find
+from lilliput.stage import Reference, Stage
+from lilliput.statistics.outputs import outputs
+from lilliput.task import Task
 
 CHILD = "output_code"
-SAMPLE = 65536
 COMPUTES = (
     nn.Linear,
     nn.Conv1d,
@@ -35,15 +37,18 @@ class Activation(nn.Module):
     """y = s (clip(round(x / s) + z, 0, 2^b - 1) - z), one step s and zero point z for all of a tensor.
 
     The gradient passes the rounding straight through, and is zero where x is clipped. In an ONNX export it is a pair of
-    QuantizeLinear and DequantizeLinear, which runtimes turn into integer arithmetic.
+    QuantizeLinear and DequantizeLinear, which runtimes turn into integer arithmetic. The step and the zero point are
+    buffers, set by calibration.
 
-    bits: 2 to 8. scale, zero_point: buffers, set by calibration.
+    Args:
+        bits: 2 to 8.
 
     Source: Jacob et al., CVPR 2018, arXiv:1712.05877, equation 12.
 
-    >>> code = Activation(2); code.calibrate(torch.tensor([0.0, 3.0]), "minmax")
-    >>> code(torch.tensor([-1.0, 1.2, 9.0]))
-    tensor([0., 1., 3.])
+    Example:
+        >>> code = Activation(2); code.calibrate(torch.tensor([0.0, 3.0]), "minmax")
+        >>> code(torch.tensor([-1.0, 1.2, 9.0]))
+        tensor([0., 1., 3.])
     """
 
     scale: Tensor
@@ -60,7 +65,7 @@ class Activation(nn.Module):
     @torch.no_grad()
     def calibrate(self, values: Tensor, rule: str) -> None:
         """Fit the range to values that were seen, by a rule of `lilliput.quant.ranges`."""
-        scale, zero = fit(values.reshape(1, -1), (0, 2**self.bits - 1), False, rule)
+        scale, zero = fit(values.reshape(1, -1), uniform(self.bits, symmetric=False), rule, "Activation")
         self.scale.copy_(scale[0, 0])
         self.zero_point.copy_(zero[0, 0])
 
@@ -82,12 +87,20 @@ class Activation(nn.Module):
 class QuantizeActivations(Stage):
     """Put an `Activation` code on the outputs of modules, its range calibrated on the task's training inputs.
 
-    where: glob patterns on module names. "*" takes every linear, convolutional, embedding, normalisation and activation
-    module, except one whose output goes straight into a normalisation or activation that is taken as well (one rounding
-    is enough), and the last (its output is the answer: rounding it saves no arithmetic). range: "mse", "minmax" or
-    "percentile". Modules whose output is no tensor, and those that the calibration never calls, are left alone.
+    Modules whose output is no tensor, and those that the calibration never calls, are left alone.
 
-    Raises ValueError for settings out of range, without a task, and when nothing is left to quantize.
+    Args:
+        bits: 2 to 8.
+        where: glob patterns on module names. "*" takes every linear, convolutional, embedding, normalisation and
+            activation module, except one whose output goes straight into a batch normalisation or activation that is
+            taken as well (one rounding is enough), and the last (its output is the answer: rounding it saves no
+            arithmetic).
+        range: "mse", "minmax" or "percentile", a rule of `lilliput.quant.ranges`.
+        examples: how many inputs are used.
+
+    Raises:
+        KeyError: for an unknown range.
+        ValueError: for settings out of range, without a task, and when nothing is left to quantize.
 
     Source: Jacob et al., CVPR 2018, arXiv:1712.05877, section 3.
     """
@@ -101,10 +114,7 @@ class QuantizeActivations(Stage):
 
     def __post_init__(self) -> None:
         Activation(self.bits)
-        if self.range not in RANGES:
-            raise ValueError(
-                f"QuantizeActivations: range must be a known rule, got {self.range!r}. {near(self.range, RANGES)}"
-            )
+        find("range", self.range, "QuantizeActivations")
         if self.examples < 1:
             raise ValueError(f"QuantizeActivations: examples must be at least 1, got {self.examples}.")
 
@@ -112,9 +122,12 @@ class QuantizeActivations(Stage):
         if task is None:
             raise ValueError("QuantizeActivations: a task must be given to calibrate on, got None.")
         model = copy_model(model)
-        seen, last = _observe(model, self._chosen(model), task, self.examples)
+        found = outputs(model, self._chosen(model), task, self.examples)
+        # One rounding is enough: an output that goes straight into an activation is rounded behind that.
+        fused = {name for name, readers in found.into.items() if any(_absorbs(model, reader) for reader in readers)}
+        seen = {name: values for name, values in found.values.items() if name not in fused}
         if self.where == "*":
-            seen.pop(last, None)
+            seen.pop(found.last, None)
         if not seen:
             raise ValueError(f"QuantizeActivations: some module must put out a tensor, got none of {self.where!r}.")
         for name, values in seen.items():
@@ -146,41 +159,5 @@ def _apply(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return coded
 
 
-@torch.no_grad()
-def _observe(model: nn.Module, names: list[str], task: Task, examples: int) -> tuple[dict[str, Tensor], str]:
-    """Up to SAMPLE values that each module puts out, evenly spread, without the modules that feed an activation; and
-    the module that puts out what the model does."""
-    seen: dict[str, list[Tensor]] = {}
-    last: dict[int, tuple[str, Tensor]] = {}
-    fused: set[str] = set()
-    final, training = "", model.training
-    handles = []
-
-    def hook(name: str, absorbs: bool) -> Any:
-        def listen(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if absorbs and inputs and id(inputs[0]) in last:
-                fused.add(last[id(inputs[0])][0])
-            if isinstance(output, Tensor) and output.is_floating_point():
-                last[id(output)] = (name, output)
-                flat = output.flatten()
-                seen.setdefault(name, []).append(flat[:: max(1, len(flat) * parts // SAMPLE)].clone())
-
-        return listen
-
-    inputs = calibration(task, examples)
-    starts = range(0, length(inputs), 64)
-    parts = len(starts)
-    for name in names:
-        module = model.get_submodule(name)
-        absorbs = isinstance(module, (*ACTIVATES, nn.modules.batchnorm._BatchNorm))
-        handles.append(module.register_forward_hook(hook(name, absorbs)))
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    model.eval()
-    for start in starts:
-        output = call(model, on(take(inputs, slice(start, start + 64)), device))
-        final = last[id(output)][0] if id(output) in last else final
-        last.clear()
-    for handle in handles:
-        handle.remove()
-    model.train(training)
-    return {name: torch.cat(values) for name, values in seen.items() if name not in fused}, final
+def _absorbs(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name), (*ACTIVATES, nn.modules.batchnorm._BatchNorm))

@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from lilliput.quant.grids import Levels
 from lilliput.quant.products import Floats, Group, Observed
+from lilliput.quant.ranges import Range, minmax, pairs
+from lilliput.quant.roundings import nearest
 
 Arithmetic = Literal["tensor", "row", "narrow", "float"]
 """tensor: int8, one step for the whole input. row: int8, a step for each row. narrow: float32 arithmetic, the weights
 stored in 8 bits and widened once when the runtime loads the file. float: left alone."""
 ARITHMETICS: tuple[Arithmetic, ...] = ("tensor", "row", "narrow", "float")
+INT8 = Levels(-127, 127, symmetric=True, step=torch.float32)
 
 
 def pair_codes(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
@@ -31,26 +36,24 @@ def pair_codes(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
     >>> codes.tolist()
     [[127, 64], [-64, 64]]
     """
-    step = _pair_step(weight)
-    return np.rint(weight / step).astype(np.int8), step
-
-
-def _pair_step(weight: Floats) -> Floats:
-    even, odd = weight[0::2], weight[1::2]
-    if len(even) > len(odd):
-        odd = np.concatenate([odd, np.zeros_like(even[:1])])
-    # A sum of one sign: |a| + |b| where the signs agree, else the larger of the two.
-    sums = np.maximum(np.abs(even + odd), np.maximum(np.abs(even), np.abs(odd))).max(0)
-    # Rounding two halves up can add one to a sum: 127 instead of 128 leaves room for it.
-    step: Floats = np.where(sums > 0, sums / np.float32(127), np.float32(1))
-    return step
+    return _levels(weight, pairs)
 
 
 def channel_codes(weight: Floats, axis: int = 0) -> tuple[NDArray[np.int8], Floats]:
-    """8-bit codes with steps max|weight| / 127 over `axis`: the storage of a table or of a product in float32."""
-    step = np.abs(weight).max(axis, keepdims=True) / np.float32(127)
-    step[step == 0] = 1
-    return np.rint(weight / step).astype(np.int8), step.squeeze(axis)
+    """8-bit levels with steps max|weight| / 127 over `axis`: the storage of a table or of a product in float32."""
+    if axis == 0:
+        return _levels(weight, minmax)
+    codes, step = _levels(weight.T, minmax)
+    return codes.T, step
+
+
+def _levels(weight: Floats, rule: Range) -> tuple[NDArray[np.int8], Floats]:
+    """The levels (in, out) of weights (in, out) and the steps (out,) of their columns."""
+    rows = torch.from_numpy(np.array(weight)).T
+    scale, zero = rule(rows, INT8)
+    scale = torch.where(rows.any(1, True), scale, 1.0)  # nothing is multiplied by a step that no value has made
+    levels: NDArray[np.int8] = nearest(rows, scale, zero, INT8).to(torch.int8).T.numpy()
+    return levels, scale[:, 0].numpy()
 
 
 def equaliser(group: Group, seen: Observed) -> Floats:
@@ -76,7 +79,7 @@ def predicted(group: Group, seen: Observed, e: Floats) -> dict[Arithmetic, float
     """
     x, weight = seen.sample / e, np.concatenate(group.weights, axis=1) * e[:, None]
     power, gain = float(np.square(x).sum(1).mean()) / 12, float(np.square(weight).sum()) / 12
-    stored = power * float(np.square(_pair_step(weight)).sum())
+    stored = power * float(pairs(torch.from_numpy(weight).T, INT8)[0].square().sum())
     c = row_balance(x)
     row = np.maximum(x.max(1), -c * x.min(1)) * (1 + 1 / c) / 255
     return {

@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lilliput.code.base import Code
+from lilliput.quant.grids import levels
 from lilliput.quant.ranges import fit
+from lilliput.quant.roundings import Rounding
+from lilliput.registry import find
 from lilliput.stored.base import Stored
 from lilliput.stored.grid import Grid
 
@@ -19,30 +22,45 @@ class Uniform(Code):
     """W = s (clip(round(w / s) + z, low, high) - z), one step size s (and zero point z) per tensor, channel or group.
 
     theta = (w, log2 s): the gradient passes the rounding straight through (Bengio 2013), which gives the step size the
-    gradient of learned step size quantization. s is rounded to float16, as it is stored. Symmetric grids (z = 0) have
-    levels -(2^(b-1) - 1) .. 2^(b-1) - 1; affine ones 0 .. 2^b - 1.
+    gradient of learned step size quantization. s is rounded to float16, as it is stored.
 
-    bits: 2 to 8 (16 at most). per: "tensor", "channel" (first axis) or a group size dividing the values of an output.
-    range: how s is fitted when attached: "minmax", "percentile" or "mse" (lilliput.quant.ranges).
+    Args:
+        bits: 2 to 8 (16 at most).
+        per: "tensor", "channel" (first axis) or a group size dividing the values of an output.
+        symmetric: whether z is zero.
+        range: how s is fitted when attached, a rule of `lilliput.quant.ranges`.
+        grid: which levels there are, a grid of `lilliput.quant.grids`.
 
-    Sources: Jacob et al., CVPR 2018, arXiv:1712.05877, equation 1; Esser et al., Learned step size quantization,
-    ICLR 2020, arXiv:1902.08153, equations 1 to 3.
+    Raises:
+        KeyError: for an unknown grid or range.
+        ValueError: for bits out of range, and for a group that does not divide.
 
-    Raises ValueError for bits out of range, and for a group that does not divide.
+    Source: Jacob et al., CVPR 2018, arXiv:1712.05877, equation 1; Esser et al., Learned step size quantization, ICLR
+        2020, arXiv:1902.08153, equations 1 to 3.
 
-    >>> Uniform(2, per="tensor", range="minmax").decode(torch.tensor([[0.9, 0.2]]), torch.zeros(1, 1))
-    tensor([[1., 0.]])
+    Example:
+        >>> Uniform(2, per="tensor", range="minmax").decode(torch.tensor([[0.9, 0.2]]), torch.zeros(1, 1))
+        tensor([[1., 0.]])
     """
 
     zero_point: Tensor
 
-    def __init__(self, bits: int = 8, per: str | int = "channel", symmetric: bool = True, range: str = "mse") -> None:
+    def __init__(
+        self,
+        bits: int = 8,
+        per: str | int = "channel",
+        symmetric: bool = True,
+        range: str = "mse",
+        grid: str = "uniform",
+    ) -> None:
         super().__init__()
         if not 2 <= bits <= 16:
             raise ValueError(f"Uniform: bits must be from 2 to 16, got {bits}. For ternary weights use 2.")
         if not (isinstance(per, int) or per in ("tensor", "channel")):
             raise ValueError(f"Uniform: per must be 'tensor', 'channel' or a group size, got {per!r}.")
-        self.bits, self.per, self.symmetric, self.range = bits, per, symmetric, range
+        self.bits, self.per, self.symmetric, self.range, self.grid = bits, per, symmetric, range, grid
+        self._levels = levels(grid, bits, symmetric, "Uniform")
+        find("range", range, "Uniform")
         self.register_buffer("zero_point", torch.zeros(()))
 
     def label(self) -> str:
@@ -56,9 +74,8 @@ class Uniform(Code):
 
     @property
     def limits(self) -> tuple[int, int]:
-        """The lowest and highest code."""
-        top = 2 ** (self.bits - 1) - 1
-        return (-top, top) if self.symmetric else (0, 2**self.bits - 1)
+        """The lowest and highest level."""
+        return self._levels.low, self._levels.high
 
     def _rows(self, weight: Tensor) -> Tensor:
         if self.per == "tensor":
@@ -74,9 +91,23 @@ class Uniform(Code):
         return weight.reshape(-1, size)
 
     def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        scale, zero = fit(self._rows(weight), self.limits, self.symmetric, self.range)
-        self.zero_point = zero
+        scale, self.zero_point = fit(self._rows(weight), self._levels, self.range)
         return weight, scale.clamp(2.0**-14, 65504.0).log2()
+
+    @torch.no_grad()
+    def rounded(self, weight: Tensor, rounding: Rounding, **statistics: Tensor) -> Tensor:
+        """A weight that lies on the levels which a rounding gives it, so that decoding returns it unchanged.
+
+        Args:
+            weight: as `encode` takes it.
+            rounding: see `lilliput.quant.roundings`.
+            statistics: those that the rounding names.
+        """
+        rows = self._rows(weight.float())
+        scale, zero = fit(rows, self._levels, self.range)
+        scale, zero, rows = (part.expand_as(rows).reshape(len(weight), -1) for part in (scale, zero, rows))
+        found = rounding(rows, scale, zero, self._levels, **statistics)
+        return ((found - zero) * scale).reshape(weight.shape).to(weight.dtype)
 
     def decode(self, *theta: Tensor) -> Tensor:
         weight, log_scale = theta

@@ -5,6 +5,7 @@ first parameter says what it is taken from (see `lilliput.statistics.sources`). 
 one function `(held, weight, gradient) -> held` under `@register("running")`, called after every backward pass.
 """
 
+import inspect
 from collections.abc import Callable, Collection, Iterable
 from functools import cache
 from typing import Any, get_type_hints
@@ -116,6 +117,18 @@ def of_layer_inputs(need: str) -> bool:
 def running() -> dict[str, Running]:
     """What a training can gather as it goes: (held, weight, gradient) -> what is held after a step, by name."""
     return {entry.name: entry.load() for entry in entries("running")}
+
+
+def needs(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The statistics that a score or a rounding asks for: the names of its keyword-only arguments.
+
+    Example:
+        >>> def wanda(weight, *, input_norm): return weight.abs() * input_norm
+        >>> needs(wanda)
+        ('input_norm',)
+    """
+    parameters = inspect.signature(function).parameters.items()
+    return tuple(name for name, parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
 
 
 def _check(need: str, task: Task | None) -> None:
