@@ -15,7 +15,12 @@ CHECKER = torch.arange(6 * 18).reshape(6, 18) % 3 != 0
 MADE: dict[str, list[dict[str, Any]]] = {
     "LowRank": [{"rank": 2}],
     "Masked": [{"mask": CHECKER}, {"mask": torch.arange(6)[:, None].expand(6, 18) != 2, "block": (1, 18)}],
-    "Uniform": [{}, {"bits": 4, "per": 9, "symmetric": False}, {"bits": 2, "per": "tensor", "range": "minmax"}],
+    "Uniform": [
+        {},
+        {"bits": 4, "per": 9, "symmetric": False},
+        {"bits": 2, "per": "tensor", "range": "minmax"},
+        {"grid": "reduced", "range": "pairs"},
+    ],
     "Train": [{"steps": 2}],
     "Prune": [
         {"sparsity": 0.5},
@@ -27,6 +32,7 @@ MADE: dict[str, list[dict[str, Any]]] = {
     "Quantize": [
         {},
         {"bits": 3, "per": "tensor", "symmetric": False, "biases": "float32", "allocation": [["7.weight", 8]]},
+        {"bits": 3, "per": 9, "grid": "reduced", "rounding": "gptq"},
     ],
     "Factorize": [{"rank": 2}, {"energy": 0.5}, {"budget": 0.7}, {"allocation": [["3.weight", 3]]}],
     "Seam": [{"classes": [0, 1, 2, 3], "steps": 3}, {"classes": [0, 1, 2, 3], "steps": 3, "pattern": "channel"}],

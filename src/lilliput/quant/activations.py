@@ -43,7 +43,8 @@ class Activation(nn.Module):
     Args:
         bits: 2 to 8.
 
-    Source: Jacob et al., CVPR 2018, arXiv:1712.05877, equation 12.
+    Source:
+        Jacob et al., CVPR 2018, arXiv:1712.05877, equation 12.
 
     Example:
         >>> code = Activation(2); code.calibrate(torch.tensor([0.0, 3.0]), "minmax")
@@ -102,7 +103,15 @@ class QuantizeActivations(Stage):
         KeyError: for an unknown range.
         ValueError: for settings out of range, without a task, and when nothing is left to quantize.
 
-    Source: Jacob et al., CVPR 2018, arXiv:1712.05877, section 3.
+    Example:
+        >>> x = torch.linspace(0, 1, 32).reshape(16, 2)
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1)).eval()
+        >>> small = QuantizeActivations(4, range="minmax")(net, Task("lines", train=x, val=x), None)
+        >>> bool(small[:2](x).unique().numel() <= 16)
+        True
+
+    Source:
+        Jacob et al., CVPR 2018, arXiv:1712.05877, section 3.
     """
 
     bits: int = 8

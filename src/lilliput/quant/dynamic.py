@@ -70,13 +70,14 @@ def dynamic(
         ValueError: for an empty calibration, a tolerance that is not positive, or an unknown arithmetic.
         KeyError: if `arithmetic` names no group.
 
-    >>> w = numpy_helper.from_array(np.eye(64, dtype=np.float32), "w")
-    >>> x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 64]) for n in "xy")
-    >>> graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], [w])
-    >>> net = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    >>> small = dynamic(net, [{"x": np.ones((1, 64), np.float32)}], arithmetic="tensor")
-    >>> [node.op_type for node in small.graph.node]
-    ['DynamicQuantizeLinear', 'MatMulInteger', 'Cast', 'Mul', 'Mul']
+    Example:
+        >>> w = numpy_helper.from_array(np.eye(64, dtype=np.float32), "w")
+        >>> x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 64]) for n in "xy")
+        >>> graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], [w])
+        >>> net = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        >>> small = dynamic(net, [{"x": np.ones((1, 64), np.float32)}], arithmetic="tensor")
+        >>> [node.op_type for node in small.graph.node]
+        ['DynamicQuantizeLinear', 'MatMulInteger', 'Cast', 'Mul', 'Mul']
     """
     if not calibration:
         raise ValueError("dynamic: calibration must have at least one run, got none. Give inputs by name.")

@@ -71,14 +71,22 @@ Grid = Callable[[int, bool], Levels]
 
 @register("grid")
 def uniform(bits: int, symmetric: bool) -> Levels:
-    """All levels of b bits: -(2^(b-1) - 1) .. 2^(b-1) - 1 where the zero point is zero, else 0 .. 2^b - 1.
+    """Use all levels of b bits: -(2^(b-1) - 1) .. 2^(b-1) - 1 where the zero point is zero, else 0 .. 2^b - 1.
 
-    Source: Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only inference,
-        CVPR 2018, arXiv:1712.05877, section 2.1.
+    Args:
+        bits: b, from 2 to 16.
+        symmetric: Whether the zero point is always zero.
+
+    Returns:
+        The levels.
 
     Example:
         >>> uniform(4, True), uniform(4, False).high
         (Levels(low=-7, high=7, symmetric=True, step=torch.float16), 15)
+
+    Source:
+        Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only inference, CVPR
+        2018, arXiv:1712.05877, section 2.1.
     """
     top = 2 ** (bits - 1) - 1
     return Levels(-top, top, True) if symmetric else Levels(0, 2**bits - 1, False)
@@ -86,14 +94,24 @@ def uniform(bits: int, symmetric: bool) -> Levels:
 
 @register("grid")
 def reduced(bits: int, symmetric: bool) -> Levels:
-    """Half of the levels of b bits: sums of two products of 8-bit numbers then keep within 16 bits.
+    """Use half of the levels of b bits, so that sums of two products of 8-bit numbers keep within 16 bits.
 
     CPUs with AVX2 but without VNNI add two neighbouring products of unsigned and signed 8-bit numbers in 16 bits, which
     saturate for weights that use all levels: 255 (127 + 127) > 32767 >= 255 (64 + 64).
 
+    Args:
+        bits: b, from 2 to 16.
+        symmetric: Whether the zero point is always zero.
+
+    Returns:
+        The levels.
+
     Example:
         >>> reduced(8, True).high
         64
+
+    Source:
+        No paper: the option reduce_range of runtimes.
     """
     top = 2 ** max(0, bits - 2)
     return Levels(-top, top, True) if symmetric else Levels(0, 2 * top - 1, False)

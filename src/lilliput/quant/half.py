@@ -24,10 +24,15 @@ class _Half(torch.autograd.Function):
 
 
 class Half(Code):
-    """Sixteen-bit floats: W = float16(w), the gradient passed straight through. For biases and step sizes.
+    """Store a tensor as sixteen-bit floats: W = float16(w), the gradient passed straight through. For biases.
 
-    >>> Half().decode(torch.tensor([1.0001]))
-    tensor([1.])
+    Example:
+        >>> Half().decode(torch.tensor([1.0001]))
+        tensor([1.])
+
+    Source:
+        No paper for the storage; the gradient: Bengio, Leonard and Courville, Estimating or propagating gradients
+        through stochastic neurons for conditional computation, 2013, arXiv:1308.3432.
     """
 
     def decode(self, *theta: Tensor) -> Tensor:

@@ -32,9 +32,10 @@ def pair_codes(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
     Returns:
         codes int8 (in, out) and steps float32 (out,).
 
-    >>> codes, step = pair_codes(np.array([[1.0, 1.0], [-0.5, 1.0]], np.float32))
-    >>> codes.tolist()
-    [[127, 64], [-64, 64]]
+    Example:
+        >>> codes, step = pair_codes(np.array([[1.0, 1.0], [-0.5, 1.0]], np.float32))
+        >>> codes.tolist()
+        [[127, 64], [-64, 64]]
     """
     return _levels(weight, pairs)
 

@@ -23,7 +23,7 @@ HELD_BYTES = 2**30  # of statistics at once; beyond, the examples are passed thr
 
 @dataclass(frozen=True)
 class Quantize(Stage):
-    """Weights on a uniform grid: W = s (q - z), q integers of `bits` bits; training goes on through the rounding.
+    """Put weights on a uniform grid, W = s (q - z), q integers of `bits` bits; training goes on through the rounding.
 
     Args:
         bits: 2 to 16, for every weight that `allocation` does not name.
@@ -53,8 +53,9 @@ class Quantize(Stage):
         >>> bool(net.weight[0].unique().numel() <= 15)
         True
 
-    Source: Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only inference,
-        CVPR 2018, arXiv:1712.05877, equation 1.
+    Source:
+        Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only inference, CVPR
+        2018, arXiv:1712.05877, equation 1.
     """
 
     bits: int = 8

@@ -18,22 +18,52 @@ Rounding = Callable[..., Tensor]
 
 @register("rounding")
 def nearest(weight: Tensor, scale: Tensor, zero: Tensor, levels: Levels) -> Tensor:
-    """The nearest level: the least error of each weight alone. Needs no data.
+    """Take the nearest level, which has the least error of each weight alone. Needs no data.
+
+    Args:
+        weight: (out, d), d the values of one output.
+        scale: The steps, broadcastable to weight.
+        zero: The zero points, likewise.
+        levels: Those of the grid.
+
+    Returns:
+        A level for each weight, in its type.
 
     Example:
         >>> import torch
         >>> one, none = torch.ones(1, 1), torch.zeros(1, 1)
         >>> nearest(torch.tensor([[0.4, 0.6, -9.0]]), one, none, Levels(-7, 7, True))
         tensor([[ 0.,  1., -7.]])
+
+    Source:
+        Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only inference, CVPR
+        2018, arXiv:1712.05877, equation 12.
     """
     return (weight / scale + zero).round().clamp(levels.low, levels.high)
 
 
 @register("rounding")
 def stochastic(weight: Tensor, scale: Tensor, zero: Tensor, levels: Levels, *, noise: Tensor) -> Tensor:
-    """One of the two nearest levels, drawn such that the weight is met on average. Needs no data.
+    """Draw one of the two nearest levels such that the weight is met on average. Needs no data.
 
-    Source: Gupta, Agrawal, Gopalakrishnan and Narayanan, Deep learning with limited numerical precision, ICML 2015,
+    Args:
+        weight: (out, d), d the values of one output.
+        scale: The steps, broadcastable to weight.
+        zero: The zero points, likewise.
+        levels: Those of the grid.
+        noise: Uniform in [0, 1), of the weight's size.
+
+    Returns:
+        A level for each weight, in its type.
+
+    Example:
+        >>> import torch
+        >>> one, none, noise = torch.ones(1, 1), torch.zeros(1, 1), torch.tensor([[0.5, 0.8]])
+        >>> stochastic(torch.tensor([[0.3, 0.3]]), one, none, Levels(-7, 7, True), noise=noise)
+        tensor([[0., 1.]])
+
+    Source:
+        Gupta, Agrawal, Gopalakrishnan and Narayanan, Deep learning with limited numerical precision, ICML 2015,
         arXiv:1502.02551, section 3.
     """
     return (weight / scale + zero + noise.reshape(weight.shape)).floor().clamp(levels.low, levels.high)

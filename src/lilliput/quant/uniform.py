@@ -19,7 +19,9 @@ from lilliput.stored.grid import Grid
 
 
 class Uniform(Code):
-    """W = s (clip(round(w / s) + z, low, high) - z), one step size s (and zero point z) per tensor, channel or group.
+    """Store a tensor on a uniform grid: W = s (clip(round(w / s) + z, low, high) - z).
+
+    There is one step size s (and zero point z) per tensor, channel or group.
 
     theta = (w, log2 s): the gradient passes the rounding straight through (Bengio 2013), which gives the step size the
     gradient of learned step size quantization. s is rounded to float16, as it is stored.
@@ -35,8 +37,9 @@ class Uniform(Code):
         KeyError: for an unknown grid or range.
         ValueError: for bits out of range, and for a group that does not divide.
 
-    Source: Jacob et al., CVPR 2018, arXiv:1712.05877, equation 1; Esser et al., Learned step size quantization, ICLR
-        2020, arXiv:1902.08153, equations 1 to 3.
+    Source:
+        Jacob et al., CVPR 2018, arXiv:1712.05877, equation 1; Esser et al., Learned step size quantization, ICLR 2020,
+        arXiv:1902.08153, equations 1 to 3.
 
     Example:
         >>> Uniform(2, per="tensor", range="minmax").decode(torch.tensor([[0.9, 0.2]]), torch.zeros(1, 1))
