@@ -25,11 +25,11 @@ from onnx import numpy_helper
 
 import lilliput
 from lilliput.cost.measure import machine
-from lilliput.cost.runtimes import EngineSession
 from lilliput.engine.build import library
 from lilliput.engine.target import target
 from lilliput.onnx.session import Session
 from lilliput.record import commit, versions
+from lilliput.runtimes.engine import EngineSession
 
 ROOT = Path(__file__).resolve().parents[1]
 Run = Callable[[int], list[float]]

@@ -25,10 +25,10 @@ from torch import nn
 
 import lilliput
 from lilliput.cost.measure import latency
-from lilliput.cost.runtimes import EngineSession
 from lilliput.data import cache_folder, digits, mnist1d, sentences
 from lilliput.evidence import front, interval
 from lilliput.export.onnx import trace
+from lilliput.runtimes.engine import EngineSession
 from lilliput.schedule import Cosine
 from lilliput.stage import Stage
 

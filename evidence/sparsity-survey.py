@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 import lilliput
 from lilliput.cost.measure import latency
-from lilliput.cost.runtimes import EngineSession
 from lilliput.data import cache_folder, digits, mnist1d
 from lilliput.errors import NotSupported
 from lilliput.export.onnx import trace
+from lilliput.runtimes.engine import EngineSession
 from lilliput.schedule import Cosine, Cubic, Cyclic, Schedule, Steps
 
 SPARSITY = 0.75

@@ -23,7 +23,6 @@ from torch import nn
 
 import lilliput
 from lilliput.cost.measure import latency
-from lilliput.cost.runtimes import EngineSession
 from lilliput.data.digits import digits
 from lilliput.data.mnist1d import mnist1d_cnn
 from lilliput.export.onnx import Session, trace
@@ -31,6 +30,7 @@ from lilliput.graph.students import reset
 from lilliput.graph.widths import Sizes
 from lilliput.prune.channels import PruneChannels
 from lilliput.prune.slimming import Slimming
+from lilliput.runtimes.engine import EngineSession
 from lilliput.stage import Reference
 
 SCORES = ("random", "l1", "l2", "geometric_median", "taylor")

@@ -8,8 +8,8 @@ from torch import nn
 
 import lilliput
 from lilliput.cost.measure import latency
-from lilliput.cost.runtimes import EngineSession
 from lilliput.export.onnx import Session, trace
+from lilliput.runtimes.engine import EngineSession
 
 torch.manual_seed(0)
 dense = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)).eval()

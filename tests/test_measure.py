@@ -9,8 +9,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from lilliput.cost.count import Counted, Estimated, count, shapes, stored_values
-from lilliput.cost.measure import LayerTimes, Measured, latency, machine, profile
+from lilliput.cost.count import Counted, count, shapes, stored_values
+from lilliput.cost.measure import Measured, latency, machine, profile
 from lilliput.export.onnx import Session, narrow
 from lilliput.stored.grid import Grid, half
 
@@ -120,10 +120,7 @@ def measured(ms=1.0):
     [
         (Counted(1, 1, 1), measured()),
         (measured(), Counted(1, 1, 1)),
-        (Counted(1, 1, 1), Estimated(1.0, "m")),
-        (Estimated(1.0, "m"), measured()),
         (measured(), measured()),
-        (Estimated(1.0, "m"), Estimated(1.0, "n")),
         (Counted(1, 1, 1), 3),
         (3, Counted(1, 1, 1)),
     ],
@@ -135,7 +132,6 @@ def test_costs_of_two_kinds_never_add_up(a, b):
 
 def test_costs_of_one_kind_do():
     assert Counted(1, 2, 3) + Counted(1, 1, 1) == Counted(2, 3, 4)
-    assert Estimated(1.0, "m") + Estimated(2.0, "m") == Estimated(3.0, "m")
 
 
 def test_latency_is_interleaved_and_says_what_it_was_measured_with():
@@ -166,27 +162,3 @@ def test_profile_gives_every_layer_its_share():
     shares = profile(convolutions(64), images(), runs=5)
     assert {"first", "second", "last"} <= set(shares)
     assert sum(shares.values()) == pytest.approx(1) and all(share >= 0 for share in shares.values())
-
-
-def test_a_layer_is_measured_once_and_kept(tmp_path):
-    table = LayerTimes(tmp_path, seconds=0.002)
-    first = table.estimate(convolutions(), images())
-    assert first.latency_ms > 0 and (tmp_path / "layer_times.json").exists()
-    kept = LayerTimes(tmp_path, seconds=0.002)
-    assert len(kept.known) == len(table.known) == 5  # two convolutions, pooling, product, and nothing at all
-    kept._measure = None  # measuring again would fail
-    assert kept.estimate(convolutions(), images()) == first
-    assert kept.calibrate(convolutions(), images(), measured_ms=10 * first.latency_ms) > 0
-    assert kept.estimate(convolutions(), images()).latency_ms == pytest.approx(10 * first.latency_ms, rel=0.01)
-
-
-def test_a_damaged_table_is_measured_again(tmp_path):
-    (tmp_path / "layer_times.json").write_text("{broken")
-    assert LayerTimes(tmp_path).known == {}
-
-
-def test_an_estimate_is_the_same_for_narrow_weights(tmp_path):
-    codes = np.random.default_rng(0).integers(-7, 8, (8, 1, 3, 3))
-    small = narrow(convolutions(), {"first": Grid(codes, 4, half(np.ones((8, 1, 1, 1))))})
-    table = LayerTimes(tmp_path, seconds=0.002)
-    assert table.estimate(convolutions(), images()) == table.estimate(small, images())

@@ -1,1 +1,1 @@
-"""Costs that never mix: counted exactly, measured on a machine, or estimated by a named model."""
+"""Costs that never mix: counted exactly, or measured on a machine."""

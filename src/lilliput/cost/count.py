@@ -1,7 +1,7 @@
 """Counted cost: values, bytes and multiply-accumulates, exact and the same whichever framework the model came from.
 
-The three kinds of cost never mix: `Counted` is exact, `Measured` belongs to a machine, `Estimated` to a named model.
-Adding two of different kinds raises TypeError.
+The kinds of cost never mix: `Counted` is exact, `Measured` belongs to a machine. Adding two of different kinds raises
+TypeError.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
 
 class Cost:
-    """Share what the three kinds of cost have in common: they add up only with their own kind."""
+    """Share what all kinds of cost have in common: they add up only with their own kind."""
 
     def __add__(self, other: object) -> Any:
         raise TypeError(
@@ -58,19 +58,6 @@ class Counted(Cost):
         if not isinstance(other, Counted):
             return Cost.__add__(self, other)  # type: ignore[no-any-return]
         return Counted(self.values + other.values, self.bytes + other.bytes, self.macs + other.macs)
-
-
-@dataclass(frozen=True)
-class Estimated(Cost):
-    """Hold what a named model of the cost predicts; sums stay within one model."""
-
-    latency_ms: float
-    model: str
-
-    def __add__(self, other: object) -> Estimated:
-        if not isinstance(other, Estimated) or other.model != self.model:
-            return Cost.__add__(self, other)  # type: ignore[no-any-return]
-        return Estimated(self.latency_ms + other.latency_ms, self.model)
 
 
 def count(model: nn.Module | ModelProto, example: Inputs, values: int | None = None) -> Counted:

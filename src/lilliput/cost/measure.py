@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -18,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import ModelProto, NodeProto, numpy_helper
+from onnx import ModelProto, NodeProto
 
-from lilliput.cost.count import WEIGHTS, Cost, Estimated, Shape, shapes
+from lilliput.cost.count import WEIGHTS, Cost
 from lilliput.onnx.session import Inputs, Session
 
 
@@ -213,140 +211,3 @@ class _Owners:
         if node is None:
             return name in self.held
         return depth < 12 and all(self.constant(i, depth + 1) for i in node.input if i)
-
-
-# ----------------------------------------------------------------------------------------------------------- estimate
-
-WORK = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "GRU", "LSTM", "RNN", "MaxPool", "AveragePool", "Softmax",
-                  "LayerNormalization", "GlobalAveragePool", "ReduceMean", "Gather"})  # fmt: skip
-
-
-class LayerTimes:
-    """How long each operator takes at each shape on this machine: measured once, kept in a JSON file.
-
-    The latency of a network is estimated as `t0 + scale * sum over nodes of (t(node) - t0)`, with t(node) the median of
-    a model of this one node, t0 that of an empty one, and `scale` from one measurement of a whole model (`calibrate`).
-    What a runtime fuses into its neighbours (activations, additions, reshapes) is taken as free.
-
-    Args:
-        folder: where `layer_times.json` is kept.
-        seconds: how long one node is measured.
-    """
-
-    def __init__(self, folder: str | Path, seconds: float = 0.02) -> None:
-        self.path, self.seconds, self.scale = Path(folder) / "layer_times.json", seconds, 1.0
-        here = machine()
-        self.stamp = f"{here['cpu']} onnxruntime {here['onnxruntime']}"
-        self.known: dict[str, float] = self._read()
-
-    def _read(self) -> dict[str, float]:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            read = json.loads(self.path.read_text(encoding="utf-8"))
-            return {str(k): float(v) for k, v in read.items() if isinstance(v, int | float) and math.isfinite(v)}
-        return {}
-
-    def estimate(self, proto: ModelProto, example: Inputs, batch: int = 1) -> Estimated:
-        """The latency that the table predicts; nodes it does not know are measured now."""
-        found, before = shapes(proto, example), len(self.known)
-        empty = self._time(None, [], batch)
-        owners = _Owners(proto)
-        total = sum(
-            max(self._node(node, found, owners, batch) - empty, 0.0)
-            for node in proto.graph.node
-            if node.op_type in WORK and not owners.constant(node.output[0])
-        )
-        if len(self.known) > before:
-            self.save()
-        return Estimated(empty + self.scale * total, f"layer times x {self.scale:.3f}, batch {batch}, {self.stamp}")
-
-    def calibrate(self, proto: ModelProto, example: Inputs, measured_ms: float, batch: int = 1) -> float:
-        """Set `scale` so that the estimate of this model is what was measured; returns it."""
-        self.scale = 1.0
-        empty = self._time(None, [], batch)
-        total = self.estimate(proto, example, batch).latency_ms - empty
-        self.scale = max(measured_ms - empty, 1e-6) / total if total > 0 else 1.0
-        return self.scale
-
-    def save(self) -> None:
-        """Write the table in one step; a folder that cannot be written only costs measuring again."""
-        temporary = None
-        with contextlib.suppress(OSError):
-            self.known = {**self._read(), **self.known}  # another search may have measured more meanwhile
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=".layer_times.")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.known, file, indent=0, sort_keys=True)
-            os.replace(temporary, self.path)
-            temporary = None
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-
-    def _node(self, node: NodeProto, found: dict[str, Shape], owners: _Owners, batch: int) -> float:
-        held = owners.held
-        moving = [name for name in node.input if name and not owners.constant(name)]
-        if not all(not name or name in found for name in node.input):
-            return 0.0
-        inner = onnx.NodeProto()
-        inner.CopyFrom(node)
-        inner.name = ""
-        inner.input[:] = [f"i{i}" if name else "" for i, name in enumerate(node.input)]
-        inner.output[:] = [f"o{i}" if name else "" for i, name in enumerate(node.output)]
-        parts = []
-        for i, name in enumerate(node.input):
-            if not name:
-                continue
-            tensor = held.get(name)
-            small = tensor is not None and tensor.data_type == onnx.TensorProto.INT64
-            still = tensor is not None or owners.constant(name)
-            kind = "tokens" if node.op_type == "Gather" and i == 1 and not small else "floats"
-            value = numpy_helper.to_array(tensor) if small and tensor is not None else None
-            parts.append((f"i{i}", found[name], still, kind, value))
-        return self._time(inner, parts, batch) if moving else 0.0
-
-    def _time(self, node: NodeProto | None, parts: list[tuple[str, Shape, bool, str, Any]], batch: int) -> float:
-        shape_key = [
-            (name, shape, still, kind, None if value is None else value.tolist())
-            for name, shape, still, kind, value in parts
-        ]
-        written = b"" if node is None else node.SerializeToString(deterministic=True)
-        digest = hashlib.sha256(repr((shape_key, written, batch, self.stamp)).encode()).hexdigest()[:24]
-        key = f"{'empty' if node is None else node.op_type} {digest}"
-        if key not in self.known:
-            self.known[key] = self._measure(node, parts, batch)
-        return self.known[key]
-
-    def _measure(self, node: NodeProto | None, parts: list[tuple[str, Shape, bool, str, Any]], batch: int) -> float:
-        draw = np.random.default_rng(0)
-        if node is None:
-            node = onnx.helper.make_node("Identity", ["i0"], ["o0"])
-            parts = [("i0", (1, 4), False, "floats", None)]
-        inputs, tensors, feed = [], [], {}
-        for name, shape, still, kind, value in parts:
-            if value is not None:
-                tensors.append(numpy_helper.from_array(np.array(value), name))
-            elif still:
-                tensors.append(numpy_helper.from_array(draw.standard_normal(shape).astype(np.float32), name))
-            else:
-                wide = (shape[0] * batch, *shape[1:]) if shape else shape
-                number = onnx.TensorProto.FLOAT if kind == "floats" else onnx.TensorProto.INT64
-                inputs.append(onnx.helper.make_tensor_value_info(name, number, list(wide)))
-                feed[name] = (
-                    draw.standard_normal(wide).astype(np.float32) if kind == "floats" else np.zeros(wide, np.int64)
-                )
-        outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name][:1]
-        graph = onnx.helper.make_graph([node], "g", inputs, outputs, tensors)
-        proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
-        try:
-            session = Session(proto)
-            for _ in range(3):
-                session.run(feed)
-            times: list[float] = []
-            until = time.perf_counter() + self.seconds
-            while len(times) < 5 or (time.perf_counter() < until and len(times) < 2000):
-                first = time.perf_counter()
-                session.run(feed)
-                times.append(time.perf_counter() - first)
-        except Exception:  # a node that does not stand alone is left out of the estimate
-            return 0.0
-        return float(np.median(times)) * 1e3

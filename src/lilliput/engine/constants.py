@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lilliput.engine.arena import ALIGN
 from lilliput.engine.c_names import identifier
 from lilliput.engine.expr import literal
 from lilliput.engine.graph import C_TYPES, Array
-from lilliput.engine.plan import ALIGN
 
 
 @dataclass

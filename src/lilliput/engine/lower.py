@@ -16,7 +16,7 @@ import numpy as np
 
 from lilliput.engine.expr import Expr, arg
 from lilliput.engine.graph import Array, Graph, Node, Value
-from lilliput.engine.size import c, fixed, never_negative, product
+from lilliput.engine.size import fixed, never_negative, product, shown
 from lilliput.errors import NotSupported
 
 Lowering = Callable[[Node, "Build"], None]
@@ -186,11 +186,6 @@ def broadcast(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
             raise ValueError(f"compile: shapes must broadcast, got {', '.join(shown(s) for s in shapes)}.")
         found.append(wide[0] if wide else 1)
     return tuple(found)
-
-
-def shown(shape: Sequence[int]) -> str:
-    """A shape for people: 16x32x32."""
-    return "x".join(c(size).strip("()") for size in shape) or "scalar"
 
 
 def elements(shape: Sequence[int]) -> int:

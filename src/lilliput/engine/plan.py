@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
-import numpy as np
-
+from lilliput.engine.arena import arena, share_buffers
 from lilliput.engine.expr import arg
-from lilliput.engine.graph import Buffer, Graph, Node, Value, row_major, same
+from lilliput.engine.graph import Buffer, Graph, Node, Value, row_major
 from lilliput.engine.kernel import Kernel, Want, constant, dense
-from lilliput.engine.size import Size, c
+from lilliput.engine.views import seen
 from lilliput.errors import NotSupported
 
-ALIGN = 64
 Ranked = Callable[[Node], list[Kernel]]  # a node's candidates, the fastest first; cost_ns is measured or estimated
 
 
@@ -235,179 +231,3 @@ class _Planner:
 def copying(x: Value, y: Value, name: str = "") -> Node:
     """A node that copies x to y."""
     return Node("Copy", [x], [y], {"exprs": (arg(0, x.dtype),)}, name or y.name)
-
-
-# -------------------------------------------------------------------------------------------------------------- views
-
-
-def seen(node: Node, x: Value) -> tuple[int, tuple[int, ...]] | None:
-    """(offset, strides) of a View's output in the buffer of x; None where strides cannot say it."""
-    how, shape = node.attrs["how"], node.y.shape
-    if how == "transpose":
-        return x.offset, tuple(x.strides[p] for p in node.attrs["perm"])
-    if how == "slice":
-        offset = x.offset
-        for start, stride in zip(node.attrs["starts"], x.strides, strict=True):
-            offset = offset + start * stride
-        return offset, tuple(s * k for s, k in zip(x.strides, node.attrs["steps"], strict=True))
-    if how == "expand":
-        lead = len(shape) - x.rank
-        return x.offset, tuple(
-            0 if i < lead or (x.shape[i - lead] == 1 and size != 1) else x.strides[i - lead]
-            for i, size in enumerate(shape)
-        )
-    strides = reshaped(x.shape, x.strides, shape)
-    return None if strides is None else (x.offset, strides)
-
-
-def reshaped(old: Sequence[int], strides: Sequence[int], new: Sequence[int]) -> tuple[int, ...] | None:
-    """Strides of the same elements in a new shape; None where there are none."""
-    if tuple(old) == tuple(new):
-        return tuple(strides)
-    if 0 in new or same(old, strides, row_major(old)):
-        return row_major(new)
-    # Runs of old dimensions that are walked through as one, each split into some of the new ones.
-    dims = [(size, stride) for size, stride in zip(old, strides, strict=True) if size != 1]
-    found: list[int] = []
-    i = 0
-    targets = list(new)
-    j = 0
-    while j < len(targets):
-        if targets[j] == 1:
-            found.append(0)
-            j += 1
-            continue
-        if i >= len(dims):
-            return None
-        ends = _run(dims, i, targets, j)
-        if ends is None:
-            return None
-        step = dims[ends[0] - 1][1]
-        i, k = ends
-        part: list[int] = []
-        for t in reversed(targets[j:k]):
-            part.append(step if t != 1 else 0)
-            step = step * t
-        found += reversed(part)
-        j = k
-    return tuple(found) if i == len(dims) else None
-
-
-def _run(dims: Sequence[tuple[int, int]], i: int, targets: Sequence[int], j: int) -> tuple[int, int] | None:
-    """Where the old dimensions from i on, walked through as one, and the new ones from j on hold as many elements.
-
-    None where they never do, or where the old ones are not one run in memory. dims: (size, stride).
-    """
-    size, made, first, k = dims[i][0], targets[j], i, j + 1
-    i += 1
-    while size != made:
-        if int(size) < int(made) or (int(size) == int(made) and i < len(dims)):
-            if i >= len(dims):
-                return None
-            size = size * dims[i][0]
-            i += 1
-        else:
-            if k >= len(targets):
-                return None
-            made = made * targets[k]
-            k += 1
-    if any(outer != inner * inner_size for (_, outer), (inner_size, inner) in pairwise(dims[first:i])):
-        return None
-    return i, k
-
-
-# -------------------------------------------------------------------------------------------------------------- arena
-
-
-def share_buffers(graph: Graph) -> None:
-    """Where a kernel may write over an input that nobody reads again, the output takes its memory."""
-    last: dict[Buffer, int] = {}
-    for i, node in enumerate(graph.nodes):
-        for value in (*node.inputs, *node.outputs):
-            if value is not None and value.buffer is not None:
-                last[value.buffer] = i
-    members: dict[Buffer, list[Value]] = {}
-    for value in _placed(graph):
-        assert value.buffer is not None
-        members.setdefault(value.buffer, []).append(value)
-    for i, node in enumerate(graph.nodes):
-        y = node.y
-        assert y.buffer is not None
-        if y.buffer.place != "arena" or y.tag:
-            continue
-        for j in node.kernel.reuses:
-            x = node.maybe(j)
-            if x is None or x.buffer is None or last[x.buffer] != i or not _overlays(node, x, members):
-                continue
-            old, new = y.buffer, x.buffer
-            for value in members.pop(old):
-                value.buffer = new
-                members[new].append(value)
-            last[new] = last.pop(old)
-            break
-
-
-def _overlays(node: Node, x: Value, members: dict[Buffer, list[Value]]) -> bool:
-    """Whether a node's output fits exactly over an input of which no other input shows a part."""
-    y = node.y
-    if x.buffer is None or y.buffer is None or x.buffer.place != "arena" or x.buffer is y.buffer:
-        return False
-    if (x.dtype.itemsize, x.shape, x.strides, x.offset) != (y.dtype.itemsize, y.shape, y.strides, y.offset):
-        return False
-    return x.buffer.count >= y.buffer.count and not any(v is not x and v in node.inputs for v in members[x.buffer])
-
-
-def _placed(graph: Graph) -> list[Value]:
-    return [value for value in graph.values() if value.buffer is not None]
-
-
-def arena(graph: Graph) -> tuple[int, int]:
-    """Give every buffer its place in the arena; (bytes of the arena, bytes of the largest live set).
-
-    The largest buffers first, each at the lowest place where it meets none that lives at the same time.
-    """
-    life: dict[Buffer, list[int]] = {}
-    for i, node in enumerate(graph.nodes):
-        for value in (*node.inputs, *node.outputs):
-            if value is not None and value.buffer is not None and value.buffer.place == "arena":
-                life.setdefault(value.buffer, [i, i])[1] = i
-        if node.kernel.scratch:
-            scratch = Buffer(np.dtype(np.uint8), node.kernel.scratch, name=f"{node.name}.scratch")
-            node.attrs["scratch"] = scratch
-            life[scratch] = [i, i]
-    size = {buffer: -(-(buffer.size_bytes) // ALIGN) * ALIGN for buffer in life}
-    placed: list[Buffer] = []
-    for buffer in sorted(life, key=lambda b: (-size[b], life[b])):
-        first, last = life[buffer]
-        meets = sorted(
-            (other.at, other.at + size[other]) for other in placed if life[other][0] <= last and first <= life[other][1]
-        )
-        at = 0
-        for start, end in meets:
-            if start - at >= size[buffer]:
-                break
-            at = max(at, end)
-        buffer.at = at
-        placed.append(buffer)
-    change = [0] * (len(graph.nodes) + 1)
-    for buffer, (first, last) in life.items():
-        change[first] += size[buffer]
-        change[last + 1] -= size[buffer]
-    live = max(itertools.accumulate(change))
-    # What a kernel may read behind the end of an input lies in the arena, also for the last buffer in it.
-    behind = max(
-        (
-            want.slack * value.dtype.itemsize
-            for node in graph.nodes
-            for i, value in enumerate(node.inputs)
-            if value is not None and (want := node.kernel.want(i)) is not None
-        ),
-        default=0,
-    )
-    total = max((buffer.at + size[buffer] for buffer in placed), default=0)
-    return total + -(-behind // ALIGN) * ALIGN, live
-
-
-def shape_text(shape: Sequence[int]) -> str:
-    """A shape for people: 16x32x32."""
-    return "x".join(c(size).strip("()") if isinstance(size, Size) else str(size) for size in shape) or "scalar"

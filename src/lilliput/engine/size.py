@@ -122,6 +122,11 @@ def product(sizes: Sequence[int]) -> int:
     return total
 
 
+def shown(shape: Sequence[int]) -> str:
+    """A shape for people: 16x32x32."""
+    return "x".join(c(size).strip("()") for size in shape) or "scalar"
+
+
 class Worlds:
     """Several choices of the free sizes, the first their maxima, in which a graph is read to see what depends on them.
 

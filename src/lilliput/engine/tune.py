@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from lilliput.engine.arena import ALIGN
 from lilliput.engine.build import library
 from lilliput.engine.constants import Constants
 from lilliput.engine.graph import Buffer, Graph, Node, Value
 from lilliput.engine.kernel import Kernel, Want, candidates, constant
-from lilliput.engine.plan import ALIGN, Ranked
+from lilliput.engine.plan import Ranked
 from lilliput.engine.target import Target
 from lilliput.engine.write import APART, arguments, function
 

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from lilliput.engine import loops
+from lilliput.engine.arena import ALIGN
 from lilliput.engine.c_names import C_WORDS, comment, identifier
 from lilliput.engine.constants import Constants
 from lilliput.engine.graph import C_TYPES, Node, Value
 from lilliput.engine.kernel import Kernel
-from lilliput.engine.plan import ALIGN, Plan, shape_text
-from lilliput.engine.size import c
+from lilliput.engine.plan import Plan
+from lilliput.engine.size import c, shown
 
 INSIDE_BYTES = 512 * 1024  # up to which constants stand in model.c; more are a file that is mapped
 
@@ -197,7 +198,7 @@ class _Text:
                 "name": node.name,
                 "op": node.op,
                 "kernel": kernel.name,
-                "output": shape_text(node.y.shape),
+                "output": shown(node.y.shape),
                 "values": kernel.values,
                 "nonzeros": kernel.nonzeros,
                 "function": name,
@@ -286,7 +287,7 @@ def written(plan: Plan, name: str = "model.onnx") -> Source:
         ]
     )
     members = [
-        f"    {'const ' if m in inputs else ''}{v.c_type} *{m};    /* {comment(shape_text(v.shape))} */\n"
+        f"    {'const ' if m in inputs else ''}{v.c_type} *{m};    /* {comment(shown(v.shape))} */\n"
         for v, m in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True)
     ]
     members += [f"    int64_t {s};    /* 1 to {graph.sizes[s]} */\n" for s in sizes]
@@ -347,10 +348,10 @@ def _constant_bytes(plan: Plan) -> int:
 
 def describe(node: Node, kernel: Kernel) -> str:
     """One line on a layer for people: what, from which shape to which, how much of it is not zero, by which kernel."""
-    shapes = " ".join(shape_text(v.shape) for v in node.inputs[:1] if v is not None)
+    shapes = " ".join(shown(v.shape) for v in node.inputs[:1] if v is not None)
     kept = f", {kernel.nonzeros} of {kernel.values} non-zero" if kernel.nonzeros is not None else ""
     active = f", {kernel.active:.0%} of the inputs active" if kernel.active is not None else ""
-    return f"{node.name}: {node.op} {shapes} -> {shape_text(node.y.shape)}{kept}{active}, {kernel.name}"
+    return f"{node.name}: {node.op} {shapes} -> {shown(node.y.shape)}{kept}{active}, {kernel.name}"
 
 
 def manifest(plan: Plan, source: Source, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lilliput.code.base import find, pack, parameter_names, realize, storage
 from lilliput.cost.measure import latency
-from lilliput.cost.runtimes import EngineSession
 from lilliput.graph.fold import fold_batchnorm
 from lilliput.onnx.trace import trace
 from lilliput.prune import patterns, scores
 from lilliput.prune.prune import Prune
+from lilliput.registry import lookup
 from lilliput.stage import Reference, Stage, calibration
 from lilliput.statistics.calibrate import statistics
 from lilliput.stored.plain import Plain
@@ -321,6 +321,7 @@ class _Timer:
     """Milliseconds of one example in the engine, with masks on some tensors."""
 
     def __init__(self, model: nn.Module, task: Task) -> None:
+        self.engine = lookup("runtime", "engine")  # by its name: runtimes know all rooms below them, this one too
         plain, self.example = realize(model).cpu().eval(), task.example
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in plain.modules()):
             plain = fold_batchnorm(plain, task.example)
@@ -329,9 +330,9 @@ class _Timer:
         alone: dict[str, Any] = {"dense": self.dense}
         self.dense_ms = latency(alone, self.example, seconds=0.5)["dense"].median_ms
 
-    def _session(self, masks: Mapping[str, Tensor]) -> EngineSession:
+    def _session(self, masks: Mapping[str, Tensor]) -> Any:
         changed = {name: Plain(self.stored[name].decode() * mask.cpu().numpy()) for name, mask in masks.items()}
-        return EngineSession(self.structure.write({**self.stored, **changed}))
+        return self.engine(self.structure.write({**self.stored, **changed}))
 
     def ms(self, masks: Mapping[str, Tensor]) -> float:
         """The time with these masks, taken in turns with the dense network and in its milliseconds."""

@@ -10,9 +10,9 @@ import numpy as np
 from rich.table import Table
 
 from lilliput.cost.measure import latency, machine
-from lilliput.cost.runtimes import open_session
 from lilliput.errors import near
 from lilliput.onnx.session import Session
+from lilliput.runtimes import open_session
 from lilliput.search.ask import shown
 from lilliput.store import write
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from lilliput.cost.measure import latency
-from lilliput.cost.runtimes import EngineSession
 from lilliput.errors import ExportError, NotSupported
 from lilliput.export.guard import compare
 from lilliput.onnx.session import Session
 from lilliput.onnx.structure import Structure
+from lilliput.runtimes.engine import EngineSession
 from lilliput.search.job import Job
 from lilliput.search.points import Point
 from lilliput.stored.base import Stored

@@ -1,34 +1,20 @@
-"""The command line. Nothing heavy is imported before a command runs."""
+"""Commands that shrink networks, apply recipes and say what there is. Nothing heavy is imported before one runs."""
 
-import importlib
-import importlib.util
 import json
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lilliput.cli.app import app, console, fail, speaking
+from lilliput.cli.target import resolve
+
 if TYPE_CHECKING:
     from torch import nn
-
-    from lilliput.task import Task
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    help="A trained neural network in, a many times smaller and faster one out, with the measured "
-    "proof.\n\nExample: lilliput shrink digits --floor 1% --budget 2m",
-)
-console, errors = Console(), Console(stderr=True)
 
 Target = Annotated[
     str,
@@ -38,98 +24,6 @@ Target = Annotated[
     ),
 ]
 Out = Annotated[Path | None, typer.Option(help="folder for the results [default: lilliput-NAME]")]
-
-
-def fail(message: object, status: int = 2) -> NoReturn:
-    """Say what went wrong on stderr and leave."""
-    errors.print(f"[red]error[/red] {escape(str(message))}", highlight=False, soft_wrap=True)
-    raise typer.Exit(status)
-
-
-@contextmanager
-def speaking() -> Iterator[None]:
-    """What the caller can mend is said in one line, with status 2; anything else is a bug and shows where."""
-    from lilliput.errors import ExportError, NotSupported, StoreError
-
-    try:
-        yield
-    except KeyboardInterrupt:
-        fail("stopped. What is finished is kept: go on with --resume.", 130)
-    except (ValueError, NotSupported, ImportError, OSError, ExportError, StoreError) as error:
-        fail(error)
-    except (TypeError, KeyError) as error:
-        text = str(error.args[0]) if error.args else ""
-        if " must " not in text:
-            raise
-        fail(text)
-
-
-def resolve(target: str) -> "tuple[nn.Module, Task]":
-    """(model, task) of an embedded name, file.py:function or package.module:function.
-
-    Raises ValueError for a target that is none of these, that raises, or that returns something else.
-    """
-    from torch import nn
-
-    from lilliput.data import TASKS
-    from lilliput.errors import near
-    from lilliput.task import Task
-
-    where = TASKS[target].target if target in TASKS else target
-    place, _, name = where.rpartition(":")
-    if not place:
-        raise ValueError(
-            "TARGET must be an embedded name, file.py:function, package.module:function or model.onnx, "
-            f"got {target!r}. {near(target, TASKS)}"
-        )
-    module = _module(place)
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [
-            key
-            for key, value in vars(module).items()
-            if callable(value) and getattr(value, "__module__", "") == module.__name__
-        ]
-        raise ValueError(f"TARGET: {place} must have a function {name!r}. {near(name, known) if known else ''}".strip())
-    try:
-        found = function()
-    except ImportError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"TARGET: {target} must return (model, task), but raised {type(error).__name__}: {error}"
-        ) from error
-    if not (
-        isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], nn.Module) and isinstance(found[1], Task)
-    ):
-        shown = tuple(type(part).__name__ for part in found) if isinstance(found, tuple) else type(found).__name__
-        raise ValueError(f"TARGET: {target} must return (model, task), an nn.Module and a lilliput.Task, got {shown}.")
-    return found
-
-
-def _module(place: str) -> Any:
-    if not place.endswith(".py"):
-        sys.path.insert(0, "")
-        try:
-            return importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"TARGET: the module must be importable, got {place!r}: {error}.") from error
-    path = Path(place).resolve()
-    if not path.is_file():
-        raise ValueError(f"TARGET: the file must exist, got {place}.")
-    stem = path.stem if path.stem not in sys.modules else f"target_{path.stem}"
-    spec = importlib.util.spec_from_file_location(stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[stem] = module
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec.loader.exec_module(module)
-    except ImportError:
-        raise
-    except Exception as error:
-        raise ValueError(f"TARGET: {place} must run, but raised {type(error).__name__}: {error}") from error
-    return module
 
 
 @app.command()
@@ -371,109 +265,3 @@ def report(folder: Annotated[Path, typer.Argument(help="a folder that shrink wro
         from lilliput.report.page import write
 
         console.print(str(write(folder)), highlight=False, soft_wrap=True, markup=False)
-
-
-@app.command()
-def measure(
-    files: Annotated[list[Path], typer.Argument(help="ONNX files; the first is what the others are compared with")],
-    seconds: Annotated[float, typer.Option(help="how long to measure")] = 4.0,
-    batch: Annotated[int, typer.Option(help="examples in each call")] = 1,
-    shape: Annotated[list[str] | None, typer.Option(help="name=8x128: an input's free sizes")] = None,
-) -> None:
-    """Compare the latency and bytes of ONNX files in one interleaved run.
-
-    Example: lilliput measure lilliput-digits/model.onnx other.onnx
-    """
-    with speaking():
-        from lilliput.search.compare import compare
-
-        console.print(compare(files, seconds, batch, shape or []))
-
-
-@app.command("compile")
-def compile_(
-    model: Annotated[Path, typer.Argument(help="model.onnx")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="folder to write [default: MODEL-engine]")] = None,
-    to: Annotated[str, typer.Option("--for", help="native, portable, cortex-m or wasm")] = "native",
-    cc: Annotated[str | None, typer.Option(help='the C compiler, such as clang or "python -m ziglang cc"')] = None,
-    no_tune: Annotated[bool, typer.Option("--no-tune", help="choose kernels by a cost model, do not measure")] = False,
-    shape: Annotated[list[str] | None, typer.Option(help="name=1x3x224x224: an input's largest sizes")] = None,
-    example: Annotated[
-        Path | None,
-        typer.Option(
-            help=".npy (or .npz by input name): inputs such as it will see, to skip zero activations where that pays"
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print manifest.json and nothing else")] = False,
-) -> None:
-    """Compile an ONNX file to a small C program whose kernels skip the zeros.
-
-    Example: lilliput compile lilliput-digits/model.onnx
-    """
-    with speaking():
-        from lilliput.engine.compile import write
-        from lilliput.engine.describe import described
-        from lilliput.engine.target import target
-        from lilliput.search.compare import shapes
-
-        given: Any = None
-        if example is not None:
-            import numpy as np
-
-            try:
-                given = np.load(example, allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"compile: {example} must be a file of numpy's (.npy or .npz): {error}") from error
-        folder = write(
-            model, out or Path(f"{model.stem}-engine"), target(to, cc), not no_tune, shapes(shape or []), given=given
-        )
-    if as_json:
-        print((folder / "manifest.json").read_text(encoding="utf-8"))
-    else:
-        for part in described(folder):
-            console.print(part, highlight=False)
-
-
-@app.command()
-def bench(
-    files: Annotated[list[Path], typer.Argument(help="ONNX files; the first is what the others are compared with")],
-    runtimes: Annotated[str, typer.Option(help="of engine, onnxruntime, openvino")] = "onnxruntime,engine",
-    seconds: Annotated[float, typer.Option(help="how long to measure")] = 8.0,
-    batch: Annotated[int, typer.Option(help="examples in each call")] = 1,
-    shape: Annotated[list[str] | None, typer.Option(help="name=8x128: an input's free sizes")] = None,
-    out: Annotated[Path | None, typer.Option(help="a JSON file for the record")] = None,
-) -> None:
-    """Compare ONNX files in several runtimes, all in one interleaved run, as ratios to the first.
-
-    Example: lilliput bench dense.onnx pruned.onnx --runtimes onnxruntime,engine
-    """
-    with speaking():
-        from lilliput.search.compare import compare
-
-        console.print(compare(files, seconds, batch, shape or [], [name.strip() for name in runtimes.split(",")], out))
-
-
-@app.command()
-def evidence(
-    key: Annotated[str | None, typer.Argument(help="a system; all of them when left out")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="prove in seconds that the scripts run")] = False,
-    out: Annotated[Path, typer.Option(help="folder for the records")] = Path("results"),
-) -> None:
-    """Measure the claim of a published system on this machine, and write the record.
-
-    Example: lilliput evidence learn2compress --quick
-    """
-    with speaking():
-        from lilliput.evidence import gather
-
-        for path in gather(key, quick, out):
-            console.print(str(path), highlight=False, soft_wrap=True, markup=False)
-
-
-def main() -> None:
-    """The console script."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,12 @@
+"""The command line. Nothing heavy is imported before a command runs."""
+
+from lilliput.cli import jobs, runtimes  # each adds its commands, in this order
+from lilliput.cli.app import app, fail
+from lilliput.cli.target import resolve
+
+__all__ = ["app", "fail", "jobs", "main", "resolve", "runtimes"]
+
+
+def main() -> None:
+    """The console script."""
+    app()

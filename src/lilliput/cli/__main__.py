@@ -1,0 +1,5 @@
+"""`python -m lilliput.cli`."""
+
+from lilliput.cli import main
+
+main()

@@ -1,0 +1,43 @@
+"""The command line's application: where it prints, and how it says what went wrong."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="A trained neural network in, a many times smaller and faster one out, with the measured "
+    "proof.\n\nExample: lilliput shrink digits --floor 1% --budget 2m",
+)
+console, errors = Console(), Console(stderr=True)
+
+
+def fail(message: object, status: int = 2) -> NoReturn:
+    """Say what went wrong on stderr and leave."""
+    errors.print(f"[red]error[/red] {escape(str(message))}", highlight=False, soft_wrap=True)
+    raise typer.Exit(status)
+
+
+@contextmanager
+def speaking() -> Iterator[None]:
+    """What the caller can mend is said in one line, with status 2; anything else is a bug and shows where."""
+    from lilliput.errors import ExportError, NotSupported, StoreError
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail("stopped. What is finished is kept: go on with --resume.", 130)
+    except (ValueError, NotSupported, ImportError, OSError, ExportError, StoreError) as error:
+        fail(error)
+    except (TypeError, KeyError) as error:
+        text = str(error.args[0]) if error.args else ""
+        if " must " not in text:
+            raise
+        fail(text)

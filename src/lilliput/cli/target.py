@@ -1,0 +1,80 @@
+"""What a command line names: a model and a task, embedded, in a file or in a module."""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lilliput.task import Task
+
+
+def resolve(target: str) -> "tuple[nn.Module, Task]":
+    """(model, task) of an embedded name, file.py:function or package.module:function.
+
+    Raises ValueError for a target that is none of these, that raises, or that returns something else.
+    """
+    from torch import nn
+
+    from lilliput.data import TASKS
+    from lilliput.errors import near
+    from lilliput.task import Task
+
+    where = TASKS[target].target if target in TASKS else target
+    place, _, name = where.rpartition(":")
+    if not place:
+        raise ValueError(
+            "TARGET must be an embedded name, file.py:function, package.module:function or model.onnx, "
+            f"got {target!r}. {near(target, TASKS)}"
+        )
+    module = _module(place)
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [
+            key
+            for key, value in vars(module).items()
+            if callable(value) and getattr(value, "__module__", "") == module.__name__
+        ]
+        raise ValueError(f"TARGET: {place} must have a function {name!r}. {near(name, known) if known else ''}".strip())
+    try:
+        found = function()
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"TARGET: {target} must return (model, task), but raised {type(error).__name__}: {error}"
+        ) from error
+    if not (
+        isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], nn.Module) and isinstance(found[1], Task)
+    ):
+        shown = tuple(type(part).__name__ for part in found) if isinstance(found, tuple) else type(found).__name__
+        raise ValueError(f"TARGET: {target} must return (model, task), an nn.Module and a lilliput.Task, got {shown}.")
+    return found
+
+
+def _module(place: str) -> Any:
+    if not place.endswith(".py"):
+        sys.path.insert(0, "")
+        try:
+            return importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"TARGET: the module must be importable, got {place!r}: {error}.") from error
+    path = Path(place).resolve()
+    if not path.is_file():
+        raise ValueError(f"TARGET: the file must exist, got {place}.")
+    stem = path.stem if path.stem not in sys.modules else f"target_{path.stem}"
+    spec = importlib.util.spec_from_file_location(stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[stem] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ValueError(f"TARGET: {place} must run, but raised {type(error).__name__}: {error}") from error
+    return module
