@@ -29,7 +29,9 @@ class OpenVinoSession:
 
     threads = 1
 
-    def __init__(self, model: str | Path | bytes | ModelProto, shapes: Mapping[str, Sequence[int]] | None = None) -> None:
+    def __init__(
+        self, model: str | Path | bytes | ModelProto, shapes: Mapping[str, Sequence[int]] | None = None
+    ) -> None:
         try:
             import openvino
         except ImportError as error:
