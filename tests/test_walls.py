@@ -13,7 +13,7 @@ MOST_LINES = 400
 # From the bottom up. A file imports from its own room and from those of its line, and from those below; imports inside
 # functions and under TYPE_CHECKING count. The package itself (lilliput/__init__.py) names everything and has no room.
 ROOMS = (
-    ("errors", "schedule", "registry"),
+    ("errors", "schedule", "registry", "proposal"),
     ("stored",),
     ("onnx",),
     ("task", "cost"),
@@ -30,9 +30,9 @@ ROOMS = (
 )
 # What is being moved now. An entry that holds no longer fails the test: take it out.
 PENDING: dict[str, set[str]] = {
-    "circles": {"search.engine search.finish search.post search.post_onnx search.shrink"},
-    "arrows": {"search.finish -> report.page"},
-    "long": {"prune/patterns.py", "prune/scores.py", "search/shrink.py", "task.py"},
+    "circles": set(),
+    "arrows": {"search.shrink -> report.page"},
+    "long": {"prune/patterns.py", "prune/scores.py", "task.py"},
 }
 
 
