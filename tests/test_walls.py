@@ -26,12 +26,13 @@ ROOMS = (
     ("export", "engine", "runtimes"),
     ("search",),
     ("report",),
+    ("shrinking",),
     ("evidence", "cli"),
 )
 # What is being moved now. An entry that holds no longer fails the test: take it out.
 PENDING: dict[str, set[str]] = {
     "circles": set(),
-    "arrows": {"search.shrink -> report.page"},
+    "arrows": set(),
     "long": {"prune/patterns.py", "prune/scores.py", "task.py"},
 }
 
