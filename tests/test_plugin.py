@@ -183,6 +183,28 @@ def test_its_kind_is_written_to_both_files_and_read_in_another_process(run: Run)
     assert all(size < 1.15 * counted for size in json.loads(made.stdout))
 
 
+def test_a_dry_run_shows_what_it_proposes(run: Run) -> None:
+    made = run("-m", "lilliput.cli", "shrink", "toy.py:make", "--dry-run", "--json")
+    tried = json.loads(made.stdout)["tried"]
+    assert tried["BecomeFunnel"].endswith("funnel of 32, funnel of 16, funnel of 8, funnel of 4")
+    assert "25% of twins merged" in tried["MergeTwins"] and "palette (1 tensors)" in tried["codes"]
+
+
+def test_a_search_trains_its_students_and_merges_its_twins(run: Run, tmp_path: Path) -> None:
+    made = run(
+        "-m", "lilliput.cli", "shrink", "toy.py:make", "--floor", "30%", "--trials", "6", "--out", "out", "--json"
+    )
+    summary = json.loads(made.stdout)
+    rungs = [row["name"] for row in summary["points"] if row["kind"] == "rung" and row["status"] == "rung"]
+    assert any("funnel of 16" in name for name in rungs) and any("of twins merged" in name for name in rungs)
+    again = run(*program("""
+        import json, lilliput
+        recipe = lilliput.Recipe.read("out/recipe.toml")
+        print(json.dumps(recipe.data()))
+    """))  # fmt: skip
+    assert json.loads(again.stdout) == summary["chosen"]["recipe"]
+
+
 def test_its_finding_counts_what_its_stage_merges_exactly(run: Run) -> None:
     run(*program("""
         import copy, torch

@@ -1,7 +1,8 @@
 """Codes for tensors: what every registered code proposes for each, what that harms, and the choice under one budget."""
 
+import copy
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
@@ -19,6 +20,7 @@ from lilliput.quant.quantize import Quantize
 from lilliput.quant.uniform import Uniform
 from lilliput.search.sensitivity import by_bits
 from lilliput.stage import calibration
+from lilliput.statistics.calibrate import statistics
 from lilliput.task import Task, predict
 
 LEVELS = (8, 4, 3, 2)
@@ -47,13 +49,45 @@ def proposing() -> tuple[type[Code], ...]:
     return tuple(code for code in found if code.proposals.__func__ is not cast(Any, Code.proposals).__func__)
 
 
-def proposed(tensor: Tensor, statistics: dict[str, Tensor]) -> list[Code]:
+class Measured(Mapping[str, Tensor]):
+    """The statistics of one tensor, each measured for all of a model's tensors when a code first asks for it.
+
+    Args:
+        model, task: what is measured, and on which calibration inputs.
+        names: the tensors.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, names: list[str]) -> None:
+        self.model, self.task, self.names, self.name = model, task, names, ""
+        self._known: dict[str, dict[str, dict[str, Tensor]]] = {}
+
+    def of(self, name: str) -> "Measured":
+        """The same statistics, read for the tensor `name`."""
+        other = copy.copy(self)
+        other.name = name
+        return other
+
+    def __getitem__(self, need: str) -> Tensor:
+        if need not in {entry.name for entry in registry.entries("statistic")}:
+            raise KeyError(need)
+        if need not in self._known:
+            self._known[need] = statistics(self.model, self.task, self.names, [need])
+        return self._known[need][self.name][need]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(entry.name for entry in registry.entries("statistic"))
+
+    def __len__(self) -> int:
+        return len(registry.entries("statistic"))
+
+
+def proposed(tensor: Tensor, statistics: Mapping[str, Tensor]) -> list[Code]:
     """What every code proposes for a tensor; a refusal, or an error about this tensor, proposes nothing."""
     found: list[Code] = []
     for code in proposing():
         try:
             offered = code.proposals(tensor, statistics)
-        except (ValueError, TypeError, RuntimeError):
+        except (ValueError, TypeError, RuntimeError, KeyError):
             continue
         found += [] if isinstance(offered, Refusal) else list(offered)
     return found
@@ -74,10 +108,11 @@ def offers(model: nn.Module, task: Task, *, examples: int = 256, seconds: float 
     parameters = dict(work.named_parameters())
     before = predict(work, inputs)
     names = [name for name in find(work, who="codes") if name in parameters]
+    measured = Measured(model, task, names)
     for name in sorted(names, key=lambda name: -parameters[name].numel()):
         parameter = parameters[name]
         original = parameter.detach().clone()
-        for code in proposed(original, {}):
+        for code in proposed(original, measured.of(name)):
             if time.monotonic() - began > seconds:
                 return found
             uniform = isinstance(code, Uniform)
@@ -94,12 +129,14 @@ def offers(model: nn.Module, task: Task, *, examples: int = 256, seconds: float 
     return found
 
 
-def offered(model: nn.Module) -> dict[str, str]:
+def offered(model: nn.Module, task: Task) -> dict[str, str]:
     """What codes are proposed for a model's tensors, for --dry-run: the widths, and how many tensors each may store."""
     counts: dict[str, int] = {}
     parameters = dict(model.named_parameters())
-    for name in find(model, who="codes"):
-        for code in proposed(parameters[name].detach(), {}) if name in parameters else ():
+    names = [name for name in find(model, who="codes") if name in parameters]
+    measured = Measured(model, task, names)
+    for name in names:
+        for code in proposed(parameters[name].detach(), measured.of(name)):
             counts[code.label()] = counts.get(code.label(), 0) + 1
     listed = ", ".join(f"{label} ({count} tensors)" for label, count in counts.items())
     return {"codes": listed or "no tensor can be coded"}

@@ -76,7 +76,7 @@ class Network(Target):
 
     def plan(self, model: nn.Module, task: Task) -> dict[str, Any]:
         known = Known()
-        tried = offers(model, task, known) | codes.offered(model)
+        tried = offers(model, task, known) | codes.offered(model, task)
         tried["training"] = "distilled from the dense network throughout"
         return {
             "values": parameters(model),

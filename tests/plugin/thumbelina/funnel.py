@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lilliput.proposal import Known, Proposals, Refusal
 from lilliput.registry import lookup, register
 from lilliput.stage import Reference, Stage
 from lilliput.task import Task, call, leaves
@@ -45,6 +46,8 @@ class BecomeFunnel(Stage):
     net: str = "Funnel"
 
     structural: ClassVar[bool] = True
+    replaces: ClassVar[bool] = True
+    moment: ClassVar[str] = "structure"
 
     def __call__(self, model: nn.Module, task: Task, reference: Reference | None) -> nn.Module:
         example = leaves(task.example)[0]
@@ -53,3 +56,13 @@ class BecomeFunnel(Stage):
             outputs = call(model.eval(), task.example).shape[1]
             made: nn.Module = lookup("net", self.net, "BecomeFunnel")(example[0].numel(), self.hidden, outputs)
         return made.eval()
+
+    def label(self) -> str:
+        return f"funnel of {self.hidden}"
+
+    @classmethod
+    def proposals(cls, model: nn.Module, task: Task, known: Known) -> Proposals | Refusal:
+        """Offer students from 32 down to 4 hidden units, for a network of one input and one row of outputs."""
+        if len(leaves(task.example)) != 1 or call(model.eval(), task.example).ndim != 2:
+            return Refusal("it takes one input and puts out one row of numbers")
+        return Proposals(tuple(cls(hidden) for hidden in (32, 16, 8, 4)), 2)

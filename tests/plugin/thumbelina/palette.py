@@ -1,5 +1,6 @@
 """A code: 16 values for the whole tensor, and a kind of storing them that is written into both files."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from lilliput.code.base import Code
+from lilliput.proposal import Refusal
 from lilliput.stored.base import Head, HeadReader, Mask, Plan, Section, Source, Storage, Stored
 from lilliput.stored.operators import Operators
 
@@ -74,6 +76,14 @@ class Palette(Code):
         super().__init__()
         self.rounds = rounds
         self.register_buffer("places", torch.zeros(0, dtype=torch.uint8))
+
+    @classmethod
+    def proposals(cls, tensor: Tensor, statistics: Mapping[str, Tensor]) -> list[Code] | Refusal:
+        """Offer itself where 16 colours do not outweigh the tensor."""
+        return [cls()] if tensor.numel() >= 8 * ENTRIES else Refusal("16 values of its own outweigh the tensor")
+
+    def label(self) -> str:
+        return "palette"
 
     def encode(self, weight: Tensor) -> Tensor:
         values = weight.detach().float().flatten()

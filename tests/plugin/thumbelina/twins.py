@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lilliput.code.base import copy_model
 from lilliput.finding import Finding
+from lilliput.proposal import Known, Proposals, Refusal
 from lilliput.stage import Reference, Stage
 from lilliput.task import Task
 
@@ -49,6 +50,9 @@ class MergeTwins(Stage):
     share: float = 0.25
 
     structural: ClassVar[bool] = True
+    same_graph: ClassVar[bool] = True
+    moment: ClassVar[str] = "structure"
+    follows: ClassVar[tuple[str, ...]] = ("RemoveBlocks",)
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1:
@@ -60,6 +64,16 @@ class MergeTwins(Stage):
             for _ in range(int(self.share * first.out_features)):
                 _merge_(first, second)
         return model
+
+    def label(self) -> str:
+        return f"{self.share:.0%} of twins merged"
+
+    @classmethod
+    def proposals(cls, model: nn.Module, task: Task, known: Known) -> Proposals | Refusal:
+        """Offer a quarter, half and three quarters of the hidden units."""
+        if not list(_pairs(model)):
+            return Refusal("no activation lies between two linear layers")
+        return Proposals((cls(0.25), cls(0.5), cls(0.75)), 1)
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Linear, nn.Linear]]:
