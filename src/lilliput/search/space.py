@@ -107,7 +107,8 @@ class Space:
         """Choices that are worth trying on any network: where the search starts.
 
         All methods where they like to begin; then the same with one of them milder, stronger, or alone, taught mostly
-        by the dense network or mostly by the labels. Short budgets take the first few, which lie far apart.
+        by the dense network or mostly by the labels; then with each method that is not used at first. Short budgets
+        take the first few, which lie far apart.
         """
         joint = [axis for axis in self.axes if not getattr(axis.method, "replaces", False)]
         whole = [axis for axis in self.axes if getattr(axis.method, "replaces", False)]
@@ -117,18 +118,19 @@ class Space:
         found = [base | {"labels": 0}]
         found += [{axis.name: axis.offered.first or 1, "labels": last} for axis in whole]
         if used:
-            *_, final = used
+            early, final = used[-2:] if len(used) > 1 else (used[0], used[0])
             first, most = final.offered.first, len(final.offered)
-            early = used[-2] if len(used) > 1 else final
             found += [
                 base | {early.name: early.offered.first // 2, "labels": last},
                 {final.name: 1, "labels": last},
                 base | {final.name: first + -(-(most - first) // 3), "labels": 0},
                 base | {"labels": last},
+                base | {final.name: first + 2 * (most - first) // 3, "labels": last},
                 {final.name: -(-2 * first // 3), "labels": last},
-                base | {used[0].name: used[0].offered.first // 2, "labels": 0},
+                *([base | {used[0].name: used[0].offered.first // 2, "labels": 0}] if used[0] is not early else []),
                 base | {final.name: min(first + 1, most), "labels": 0},
             ]
+        found += [base | {axis.name: 1, "labels": last} for axis in joint if not axis.offered.first]
         found += [{axis.name: 1, "labels": last} for axis in whole]
         found += [base | {axis.name: axis.offered.first or 1, "labels": 0} for axis in self.rules]
         return list({tuple(sorted(choice.items())): choice for choice in found}.values())
