@@ -64,7 +64,7 @@ def trained(model: nn.Module, task: lilliput.Task, steps: int, seed: int, sigma:
         for step, batch in enumerate(task.batches(steps, seed, 64)):
             adam.param_groups[0]["lr"] = lr(step, steps)
             adam.zero_grad()
-            task.supervised(model(batch.inputs), batch).backward()
+            task.loss(model(batch.inputs), batch).backward()
             adam.step()
     seen = {
         name: [[at, round(share, 4)] for at, share in values] for name, values in activities(followed.state).items()

@@ -46,7 +46,7 @@ def make(name: str) -> None:
         rate = peak * min(1, (step + 1) / (steps / 20)) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = task.supervised(model(batch.inputs), batch)
+        loss = task.loss(model(batch.inputs), batch)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)

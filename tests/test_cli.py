@@ -245,7 +245,7 @@ def test_measure_compares_files_in_one_run(shrunk: subprocess.CompletedProcess[s
         (["{targets}:not_a_function"], "must have a function"),
         (["{targets}:no_task"], "must return (model, task)"),
         (["{targets}:raises"], "AttributeError"),
-        (["{targets}:two_outputs"], "must return one floating-point tensor"),
+        (["{targets}:two_outputs"], "metric and loss must take outputs of shape"),
         (["{targets}:wrong_shape"], "an example has the shape (1, 5)"),
         (["{targets}:wrong_targets"], "Check the task's targets"),
         (["{targets}:empty_loader"], "got an empty loader"),

@@ -43,7 +43,6 @@ PENDING = {
     "shrink",
     "Reference",
     "Stage",
-    "Task",
     "Train",
     "run",
 }

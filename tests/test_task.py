@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lilliput.task import METRICS, Task, auc, f1, perplexity, predict, uniform
+from lilliput.task import Meaning, Task, predict, uniform
+from lilliput.task.metrics import auc, f1, perplexity
 
 X, Y = torch.arange(40.0).reshape(20, 2), torch.arange(20) % 2
 
@@ -48,7 +49,7 @@ def test_dictionary_tuple_and_unlabelled_inputs() -> None:
         assert task.examples == 40
         batch = task.batch(torch.tensor([30, 2, 39, 7]), 0)
         assert len(batch.targets) == 2 and batch.index.tolist() == [2, 7, 30, 39], "labelled ones come first"
-        assert task.supervised(torch.zeros(4, 2), task.batch(torch.tensor([30, 39]), 0)) == 0
+        assert task.loss(torch.zeros(4, 2), task.batch(torch.tensor([30, 39]), 0)) == 0
 
 
 def test_batches_are_a_pure_function_of_seed_and_step() -> None:
@@ -75,9 +76,10 @@ def test_metrics_have_the_values_of_their_definitions() -> None:
     scores, targets = torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([0, 0, 1, 1])
     assert float(auc(scores, targets)) == pytest.approx(0.75)
     assert float(auc(torch.zeros(4), targets)) == pytest.approx(0.5), "ties count half"
-    assert float(f1(torch.eye(2)[[0, 1, 1, 1]], targets)) == pytest.approx((2 / 3 + 4 / 5) / 2)
-    assert float(perplexity(torch.zeros(2, 3, 5), torch.zeros(2, 3).long())) == pytest.approx(5.0)
-    assert {name for name, (_, higher) in METRICS.items() if not higher} == {"mse", "perplexity"}
+    logits = Meaning("logits", labels=())
+    assert float(f1(torch.eye(2)[[0, 1, 1, 1]], targets, meaning=logits)) == pytest.approx((2 / 3 + 4 / 5) / 2)
+    tokens = Meaning("logits", labels=(3,))
+    assert float(perplexity(torch.zeros(2, 3, 5), torch.zeros(2, 3).long(), meaning=tokens)) == pytest.approx(5.0)
 
 
 def test_what_was_lost_points_the_same_way_for_every_metric() -> None:

@@ -22,7 +22,7 @@ _CORE = {
     "compile": "lilliput.engine.compile",
     "Engine": "lilliput.engine.run",
     # the nouns
-    "Task": "lilliput.task",
+    "Task": "lilliput.task.protocol",
     "Code": "lilliput.code.base",
     "Stage": "lilliput.stage",
     "Rule": "lilliput.rule",

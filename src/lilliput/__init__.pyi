@@ -72,7 +72,8 @@ from lilliput.shrinking import shrink as shrink
 from lilliput.stage import Reference as Reference
 from lilliput.stage import Stage as Stage
 from lilliput.store import Store as Store
-from lilliput.task import Task as Task
+from lilliput.task.arrays import Arrays as Arrays
+from lilliput.task.protocol import Task as Task
 from lilliput.train import Train as Train
 from lilliput.workshop import run as run
 

@@ -48,6 +48,7 @@ METHODS = {
     "Half": "lilliput.quant.half",
     "Uniform": "lilliput.quant.uniform",
     "Activity": "lilliput.analyse.activity",
+    "Arrays": "lilliput.task.arrays",
     "Cosine": "lilliput.schedule",
     "Linear": "lilliput.schedule",
     "Cubic": "lilliput.schedule",

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lilliput.task import Task, call, leaves, length, predict, take
+from lilliput.task import Task, call, predict
+from lilliput.task import on as on
 
 
 class Stage(ABC):
@@ -92,15 +93,5 @@ class Reference:
 
 
 def calibration(task: Task, examples: int = 256) -> Any:
-    """The first `examples` training inputs, evenly spread, without augmentation: what statistics are taken from."""
-    inputs, _ = task.split("train")
-    count = length(inputs)
-    return take(inputs, torch.linspace(0, count - 1, min(examples, count)).long())
-
-
-def on(inputs: Any, device: torch.device) -> Any:
-    """The same inputs on a device."""
-    if isinstance(inputs, dict):
-        return {name: value.to(device) for name, value in inputs.items()}
-    moved = tuple(value.to(device) for value in leaves(inputs))
-    return moved if isinstance(inputs, tuple) else moved[0]
+    """`task.calibration(examples)`: training inputs, evenly spread, without augmentation, to take statistics from."""
+    return task.calibration(examples)

@@ -155,7 +155,7 @@ def _loss(
     output: Any,
     reference: Reference,
 ) -> Tensor:
-    loss = task.supervised(output, batch) * stage.supervised if stage.supervised else output.sum() * 0
+    loss = task.loss(output, batch) * stage.supervised if stage.supervised else output.sum() * 0
     for rule, state in zip(stage.rules, states, strict=True):
         added = rule.loss(state, model, step, stage.steps, batch, output, reference)
         if added is not None:
@@ -184,5 +184,4 @@ def _moved(batch: Batch, device: torch.device) -> Batch:
     """A batch's inputs and targets where the model is; `index` stays, it points into main memory."""
     if device.type == "cpu":
         return batch
-    targets = None if batch.targets is None else batch.targets.to(device)
-    return replace(batch, inputs=on(batch.inputs, device), targets=targets)
+    return replace(batch, inputs=on(batch.inputs, device), targets=on(batch.targets, device))

@@ -26,7 +26,7 @@ def hand_made(rule, model, task):
     with rule.attached(model, optimizer, steps=STEPS, task=task, reference=reference) as driver:
         for batch in task.batches(STEPS, 0):
             output = model(batch.inputs)
-            loss = task.supervised(output, batch)
+            loss = task.loss(output, batch)
             if rule.has_loss:
                 loss = loss + driver.loss(batch, output)
             optimizer.zero_grad()
@@ -54,7 +54,7 @@ def test_state_is_tensors_and_moments_return_it(rule, model, task):
     assert (added is not None) == rule.has_loss
     if added is not None:
         assert added.dim() == 0 and added.isfinite() and added.requires_grad
-    task.supervised(output, batch).backward()
+    task.loss(output, batch).backward()
     for moment in (rule.on_grad, rule.on_step):
         state = moment(state, model, 0, STEPS)
         assert all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items())
@@ -71,7 +71,7 @@ def test_a_copied_state_drives_on_the_same_way(rule, model, task):
     model = copy_model(model).train()
     state = rule.begin(model, task, Reference(copy_model(model), task), STEPS)
     batch = next(iter(task.batches(1, 0)))
-    task.supervised(model(batch.inputs), batch).backward()
+    task.loss(model(batch.inputs), batch).backward()
     state = rule.on_grad(state, model, STEPS - 1, STEPS)
     twin, copied = copy_model(model), {key: value.clone() for key, value in state.items()}
     for which, kept in ((model, state), (twin, copied)):
@@ -119,7 +119,7 @@ def events(rule, model, task):
         output = model(batch.inputs)
         added = rule.loss(state, model, step, LONG, batch, output, reference)
         optimizer.zero_grad()
-        (task.supervised(output, batch) + (0 if added is None else added)).backward()
+        (task.loss(output, batch) + (0 if added is None else added)).backward()
         state = rule.on_grad(state, model, step, LONG)
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         shown.append([output.detach(), torch.zeros(()) if added is None else added.detach(), *gradients])

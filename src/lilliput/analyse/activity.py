@@ -73,8 +73,7 @@ def activity(model: nn.Module, task: Task, where: str = "*", split: str = "val")
     Source:
         The fraction that Bricken et al., Emergence of sparse representations from noise, ICML 2023, follow.
     """
-    inputs, _ = task.split(split)
-    return _seen(model, _chosen(model, where, "activity"), inputs)
+    return _seen(model, _chosen(model, where, "activity"), task.probe(split).inputs)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Distillation of outputs: the student imitates what the dense network says."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from lilliput.rule import Rule, State
 from lilliput.schedule import Schedule, at
 from lilliput.stage import Reference
-from lilliput.task import Batch, cosine
+from lilliput.task import Batch
+from lilliput.task.metrics import cosine
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Distill(Rule):
         if weight == 0:
             return None
         return weight * distance(
-            output, reference.outputs(batch.index, batch.draw), self.temperature, reference.task.loss_name
+            output, reference.outputs(cast(Tensor, batch.index), batch.draw), self.temperature, reference.task.loss_name
         )
 
 

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from lilliput.onnx.compare import verify
 from lilliput.onnx.session import Inputs, Session
 from lilliput.stored.base import Stored
 from lilliput.stored.bits import Array
+from lilliput.task.nested import leaves
 
 if TYPE_CHECKING:
     from lilliput.cost.measure import Measured
@@ -82,25 +83,63 @@ def guard(
         raise ExportError(f"{error} {reason}".strip()) from error
 
 
+def last_axis(outputs: Any) -> int | None:
+    """The last axis: where classes lie if nothing else is known."""
+    return -1
+
+
 def compare(
-    outputs: Array,
-    expected: Array,
+    outputs: Any,
+    expected: Any,
     *,
     exact: bool,
     who: str = "guard",
     most_changed: float = 0.005,
     least_cosine: float = 0.98,
+    axis: Callable[[Any], int | None] = last_axis,
 ) -> dict[str, float]:
-    """`verify`, and for wide outputs such as embeddings the mean cosine too, which predictions do not show.
+    """`verify` every output, and for wide ones such as embeddings the mean cosine too, which predictions do not show.
+
+    Args:
+        outputs, expected: arrays or tensors (n, ...), or nested structures of them.
+        exact: a float artifact.
+        who: whose outputs they are, for messages.
+        most_changed, least_cosine: what is allowed.
+        axis: gives the axis of an output that holds the classes, None for values (`Task.class_axis`).
+
+    Returns:
+        The agreement; of several outputs the worst.
 
     Raises:
-        ExportError: if the outputs are further apart than allowed.
+        ExportError: if the outputs are further apart than allowed, or there are others.
     """
-    found = verify(outputs, expected, exact=exact, most_changed=most_changed, who=who)
+    pairs = list(zip(leaves(outputs), leaves(expected), strict=False))
+    if not pairs or not len(leaves(outputs)) == len(leaves(expected)) == len(pairs):
+        raise ExportError(f"{who}: there must be {len(leaves(expected))} outputs, got {len(leaves(outputs))}.")
+    rows = []
+    for a, b in pairs:
+        place = axis(b)
+        found = verify(np.asarray(a), np.asarray(b), exact=exact, axis=place, most_changed=most_changed, who=who)
+        rows.append(found | _directions(np.asarray(a), np.asarray(b), place, least_cosine, who))
+    return worst(rows)
+
+
+def worst(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of several outputs' agreements the largest difference of each kind, and the smallest cosine."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return {key: (min if key == "cosine" else max)(row[key] for row in rows if key in row) for key in keys}
+
+
+def _directions(outputs: Array, expected: Array, axis: int | None, least_cosine: float, who: str) -> dict[str, float]:
+    found: dict[str, float] = {}
     a, b = np.asarray(outputs, np.float64), np.asarray(expected, np.float64)
+    if axis is None and a.ndim > 2:  # a part of an image or a series has no direction of its own
+        a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+    elif axis is not None and a.ndim > 1:
+        a, b = np.moveaxis(a, axis, -1), np.moveaxis(b, axis, -1)
     if a.ndim > 1 and a.shape[-1] > 1:
         norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-        cosine = float(((a * b).sum(-1) / np.maximum(norms, 1e-12)).mean())
+        cosine = float(np.where(np.abs(a - b).max(-1) < 1e-6, 1, (a * b).sum(-1) / np.maximum(norms, 1e-12)).mean())
         if cosine < least_cosine:
             raise ExportError(
                 f"{who}: outputs must lie where the model's do (cosine at least {least_cosine}), got {cosine:.3f}. "

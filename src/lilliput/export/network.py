@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from onnx import ModelProto, numpy_helper
-from torch import Tensor, nn
+from torch import nn
 
 from lilliput.onnx.clean import copied
 from lilliput.onnx.narrow import narrow
@@ -16,6 +16,7 @@ from lilliput.onnx.session import Session
 from lilliput.store import write
 from lilliput.stored.base import Stored
 from lilliput.stored.bits import Array
+from lilliput.task.nested import structured
 
 
 class Network(nn.Module):
@@ -29,11 +30,11 @@ class Network(nn.Module):
         self._proto, self._stored = proto, stored
         self.session = Session(proto, threads=threads)
 
-    def forward(self, *inputs: Any, **named: Any) -> Tensor | tuple[Tensor, ...]:
-        """The output, or all of them where there are several."""
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """The output; where the model returned several, all of them in its structure."""
         given = named or (inputs[0] if len(inputs) == 1 else inputs)
-        outputs = tuple(torch.from_numpy(np.array(output)) for output in self.session.all(given))
-        return outputs[0] if len(outputs) == 1 else outputs
+        flat = [torch.from_numpy(np.array(output)) for output in self.session.all(given)]
+        return structured(self.session.output_names, flat)
 
     def proto(self) -> ModelProto:
         """The float32 ONNX model."""

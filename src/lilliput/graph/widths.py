@@ -66,7 +66,7 @@ def taylor(
         model: The model.
         found: Its groups.
         losses: A function of a model that yields one scalar loss a batch, computed on the copy it is given, in eval
-            mode: `lambda net: (task.loss(net(b.inputs), b.targets) for b in task.batches(8, seed=0))`.
+            mode: `lambda net: (task.loss(net(b.inputs), b) for b in task.batches(8, seed=0))`.
 
     Returns:
         Scores (size,) by the name of the group.

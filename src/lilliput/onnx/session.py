@@ -16,6 +16,7 @@ from onnx import ModelProto
 
 from lilliput.errors import ExportError
 from lilliput.stored.bits import Array
+from lilliput.task.nested import leaves, structured
 
 Inputs = Any
 """A tensor, a dict of tensors by input name, or a tuple of tensors in order; arrays too."""
@@ -41,13 +42,14 @@ def arrays(inputs: Inputs, names: Iterable[str]) -> dict[str, Array]:
         ValueError: if their number or names are others than the network's.
     """
     names = list(names)
+    if isinstance(inputs, dict) and len(leaves(inputs)) == len(names) != len(inputs):
+        inputs = tuple(leaves(inputs))  # structures inside: the exporter keeps their order
     if isinstance(inputs, dict):
         missing = [name for name in names if name not in inputs]
         if missing:
             raise ValueError(f"Session: inputs must have {', '.join(names)}, got {', '.join(map(str, inputs))}.")
         inputs = tuple(inputs[name] for name in names)
-    if not isinstance(inputs, tuple):
-        inputs = (inputs,)
+    inputs = [leaf for part in inputs for leaf in leaves(part) or [part]] if isinstance(inputs, tuple) else [inputs]
     if len(inputs) != len(names):
         raise ValueError(f"Session: the network takes {len(names)} inputs ({', '.join(names)}), got {len(inputs)}.")
     plain = (x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x) for x in inputs)
@@ -66,9 +68,11 @@ class Session:
     Raises:
         ExportError: if the runtime refuses the model.
 
-    >>> session = Session(trace(nn.Linear(4, 2), torch.zeros(1, 4)).proto)
-    >>> session.outputs(torch.zeros(3, 4)).shape
-    (3, 2)
+    Example:
+        >>> from lilliput.onnx.trace import trace
+        >>> session = Session(trace(torch.nn.Linear(4, 2), torch.zeros(1, 4)).proto)
+        >>> session.outputs(torch.zeros(3, 4)).shape, session(torch.zeros(3, 4)).shape
+        ((3, 2), torch.Size([3, 2]))
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class Session:
         self.inputs = list(self._session.get_inputs())
         self.input_names = [value.name for value in self.inputs]
         self.input_types = [value.type for value in self.inputs]
+        self.output_names = [value.name for value in self._session.get_outputs()]
 
     def feed(self, inputs: Inputs) -> dict[str, Array]:
         """The inputs by name, in the types that the network takes."""
@@ -122,15 +127,27 @@ class Session:
 
     def outputs(self, inputs: Inputs, batch: int = 256) -> Array:
         """The first output for any number of examples, `batch` at a time."""
+        return self._batched(inputs, batch)[0]
+
+    def _batched(self, inputs: Inputs, batch: int) -> list[Array]:
         feed = self.feed(inputs)
         count = len(next(iter(feed.values())))
         parts = [
-            self._session.run(None, {name: x[i : i + batch] for name, x in feed.items()})[0]
+            self._session.run(None, {name: x[i : i + batch] for name, x in feed.items()})
             for i in range(0, max(count, 1), batch)
         ]
-        return np.concatenate(parts) if len(parts) > 1 else np.asarray(parts[0])
+        return [np.concatenate(part) if len(part) > 1 else np.asarray(part[0]) for part in zip(*parts, strict=True)]
 
-    def __call__(self, *inputs: Any, **named: Any) -> torch.Tensor:
-        """As a model: tensors in, the first output as a tensor."""
-        given = named or (inputs[0] if len(inputs) == 1 else inputs)
-        return torch.from_numpy(np.array(self.outputs(given)))
+    def predict(self, inputs: Inputs, batch: int = 256) -> Any:
+        """What the model returns for any number of examples: tensors in its structure.
+
+        Args:
+            inputs: the examples along the first axis.
+            batch: examples at a time.
+        """
+        flat = [torch.from_numpy(np.array(part)) for part in self._batched(inputs, batch)]
+        return structured(self.output_names, flat)
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """As a model: tensors in, its outputs as tensors in the model's structure."""
+        return self.predict(named or (inputs[0] if len(inputs) == 1 else inputs))

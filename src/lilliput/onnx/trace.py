@@ -17,6 +17,7 @@ from lilliput.onnx.clean import clean, renamed
 from lilliput.onnx.session import Inputs, arrays, quiet
 from lilliput.onnx.structure import Structure
 from lilliput.stored.operators import CONSTANT
+from lilliput.task.nested import leaves, mapped, output_names, take
 
 
 def trace(model: nn.Module, example: Inputs) -> Structure:
@@ -41,11 +42,12 @@ def trace(model: nn.Module, example: Inputs) -> Structure:
     modes = [(module, module.training) for module in model.modules()]
     named = example if isinstance(example, dict) else {}
     ordered = () if named else example if isinstance(example, tuple) else (example,)
-    two = [torch.cat([x[:1], x[:1]]) for x in (*ordered, *named.values())]
+    two = [mapped(lambda leaf: torch.cat([leaf[:1], leaf[:1]]), x) for x in (*ordered, *named.values())]
     batch = torch.export.Dim("batch")
-    shapes: Any = {name: {0: batch} for name in named} if named else tuple({0: batch} for _ in ordered)
+    free = [mapped(lambda leaf: {0: batch}, x) for x in two]
+    shapes: Any = dict(zip(named, free, strict=True)) if named else tuple(free)
     try:
-        with quiet(), torch.no_grad(), _looked_up(model):
+        with quiet(), torch.no_grad(), _looked_up(model), _flat(model) as outputs:
             model.eval()
             program = torch.onnx.export(
                 model,
@@ -73,12 +75,33 @@ def trace(model: nn.Module, example: Inputs) -> Structure:
                 "forward write x.shape[0] in place of len(x), and no number in place of either."
             )
     keys = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
-    proto, aliases = _name(proto, held, keys)
+    proto, aliases = _name(proto, held, keys, outputs)
     proto = clean(proto)
     kept = {tensor.name for tensor in proto.graph.initializer}
     unused = frozenset(name for name in keys if aliases.get(name, name) not in kept)
-    inputs = arrays(tuple(x[:1] for x in two), [value.name for value in proto.graph.input])
+    inputs = arrays(take(tuple(two), slice(0, 1)), [value.name for value in proto.graph.input])
     return Structure(proto, {a: b for a, b in aliases.items() if b in kept}, unused, inputs)
+
+
+@contextlib.contextmanager
+def _flat(model: nn.Module) -> Iterator[list[str]]:
+    """The model returning a flat tuple inside, as files do; the list holds the names of its outputs once it has run."""
+    found: list[str] = []
+    whole, own = model.forward, vars(model).get("forward")
+
+    @functools.wraps(whole)
+    def forward(*inputs: Any, **named: Any) -> Any:
+        outputs = whole(*inputs, **named)
+        found[:] = output_names(outputs)
+        return outputs if isinstance(outputs, torch.Tensor) else tuple(leaves(outputs))
+
+    model.forward = forward
+    try:
+        yield found
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
 
 
 @contextlib.contextmanager
@@ -127,7 +150,9 @@ def _optimise(model: Any) -> dict[str, Any]:
     return held
 
 
-def _name(proto: ModelProto, held: Iterable[str], keys: dict[str, torch.Tensor]) -> tuple[ModelProto, dict[str, str]]:
+def _name(
+    proto: ModelProto, held: Iterable[str], keys: dict[str, torch.Tensor], called: list[str]
+) -> tuple[ModelProto, dict[str, str]]:
     """Weights under their state_dict key (by name, else by value), other initialisers as constants, ties aliased."""
     held, graph = set(held), proto.graph
     by_place: dict[tuple[int, tuple[int, ...]], str] = {}
@@ -148,7 +173,6 @@ def _name(proto: ModelProto, held: Iterable[str], keys: dict[str, torch.Tensor])
             same = [k for k, v in alike.items() if torch.equal(v, values)]
             rename[name] = same[0] if same else f"{CONSTANT}{number}"
     outputs = [value.name for value in graph.output]
-    plain = ["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))]
     taken = {value.name for value in graph.input} | set(keys)
-    rename.update((old, new) for old, new in zip(outputs, plain, strict=True) if new not in taken and old not in taken)
+    rename.update((old, new) for old, new in zip(outputs, called, strict=True) if new not in taken and old not in taken)
     return renamed(proto, rename), aliases

@@ -208,7 +208,7 @@ def terms(net: Reused, m: Masks, names: Collection[str], sub: Task, batch: Batch
     device = net.head.weight.device
     output = call(under(net, m), on(batch.inputs, device))
     labels = None if batch.targets is None else batch.targets.to(device)
-    return sub.supervised(output, replace(batch, targets=labels)), _rate(net.body, m, names)
+    return sub.loss(output, replace(batch, targets=labels)), _rate(net.body, m, names)
 
 
 def retention(model: nn.Module) -> float:

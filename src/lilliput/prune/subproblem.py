@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lilliput.task import METRICS, Task, take
+from lilliput.task import Arrays, Task, take
 
 
 def subproblem(task: Task, classes: tuple[int, ...], rest: bool = False) -> Task:
@@ -31,9 +31,9 @@ def subproblem(task: Task, classes: tuple[int, ...], rest: bool = False) -> Task
         tensor([1, 0, 1, 0, 1, 0])
     """
     check_classes(classes, rest, "subproblem")
-    if task.loss_name != "cross_entropy":
+    if not isinstance(task, Arrays) or task.loss_name != "cross_entropy":
         raise TypeError(
-            f"subproblem: the task must have class labels and the loss 'cross_entropy', got "
+            "subproblem: the task must have class labels and the loss 'cross_entropy', got "
             f"{task.loss_name!r}. Make the Task of the sub-problem by hand."
         )
     parts = {}
@@ -59,15 +59,14 @@ def subproblem(task: Task, classes: tuple[int, ...], rest: bool = False) -> Task
         labels = torch.full((max(known) + 1,), len(classes))
         labels[torch.tensor(classes)] = torch.arange(len(classes))
         parts[name] = (take(inputs, index), labels[targets[index]])
-    metric: Any = task.metric_name if METRICS.get(task.metric_name, (None,))[0] is task.metric else task.metric
     about = " ".join(map(str, classes)) + (" or another" if rest else "")
-    return Task(
+    return Arrays(
         f"{task.name}: {about}",
         parts["train"],
         parts["val"],
         parts.get("test"),
         "cross_entropy",
-        metric,
+        task.metric,
         higher_is_better=task.higher_is_better,
         augment=task.augment,
         draws=task.draws,

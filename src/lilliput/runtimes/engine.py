@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from onnx import ModelProto
 
 from lilliput.engine.compile import compile
 from lilliput.onnx.session import Inputs, arrays
 from lilliput.registry import register
+from lilliput.task.nested import structured
 
 
 @register("runtime", name="engine")
@@ -64,11 +66,23 @@ class EngineSession:
 
     def outputs(self, inputs: Inputs) -> Any:
         """Compute the first output for any number of examples, as many at a time as were compiled for."""
+        return self._batched(inputs)[0]
+
+    def _batched(self, inputs: Inputs) -> list[Any]:
         feed = self.feed(inputs)
         batch = self._batch()
         count = len(next(iter(feed.values())))
-        parts = [self.run({name: x[i : i + batch] for name, x in feed.items()})[0] for i in range(0, count, batch)]
-        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+        parts = [self.run({name: x[i : i + batch] for name, x in feed.items()}) for i in range(0, count, batch)]
+        return [np.concatenate(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True)]
+
+    def predict(self, inputs: Inputs) -> Any:
+        """Compute what the model returns for any number of examples, as tensors in its structure."""
+        names = [value["name"] for value in self.engine.outputs]
+        return structured(names, [torch.from_numpy(np.array(part)) for part in self._batched(inputs)])
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Compute as a model does: tensors in, its outputs as tensors in its structure."""
+        return self.predict(named or (inputs[0] if len(inputs) == 1 else inputs))
 
     def _batch(self) -> int:
         first = self.engine.inputs[0]["shape"][0]

@@ -1,18 +1,20 @@
 """What a model, a task and a device must be before anything is tried or written."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lilliput.search.onnx_target import OnnxModel
-from lilliput.task import Task, call, leaves, length, predict, take
+from lilliput.task import Batch, Task, leaves, length, outline, predict, take
 
 
-def check(model: nn.Module, task: Task, most: int | None = None) -> Tensor:
-    """The model's outputs on val, or on its first `most` examples, whose metric is then not asked for.
+def check(model: nn.Module, task: Task, most: int | None = None) -> Any:
+    """The model's outputs on the task's probe of val, or on its first `most` examples, whose metric is not asked for.
 
-    Raises ValueError unless the model runs on the task's inputs and its metric and loss are finite.
+    Raises:
+        ValueError: unless the model runs on the task's inputs and its metric and loss are finite.
     """
     if not isinstance(model, OnnxModel) and not any(p.dim() > 1 and p.is_floating_point() for p in model.parameters()):
         raise ValueError(
@@ -20,50 +22,63 @@ def check(model: nn.Module, task: Task, most: int | None = None) -> Tensor:
             f"{type(model).__name__} with {sum(1 for _ in model.parameters())} parameters. There is "
             "nothing to make smaller."
         )
-    inputs, targets = task.split("val")
+    probe = task.probe("val")
     if most is not None:
-        inputs, targets = take(inputs, slice(0, most)), None if targets is None else targets[:most]
-    try:
-        with torch.no_grad():
-            outputs = call(model, task.example)
-        if isinstance(outputs, torch.Tensor):
-            outputs = predict(model, inputs)
-    except Exception as error:
-        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves(task.example))
-        raise ValueError(
-            f"shrink: the model must run on the task's inputs (an example has the shape {shapes}), but it "
-            f"raised {type(error).__name__}: {error}. Check the task's arrays."
-        ) from error
-    if not isinstance(outputs, torch.Tensor) or not outputs.is_floating_point() or len(outputs) != length(inputs):
-        got = (
-            f"{outputs.dtype} of shape {tuple(outputs.shape)}"
-            if isinstance(outputs, torch.Tensor)
-            else (type(outputs).__name__)
-        )
-        raise ValueError(
-            f"shrink: the model must return one floating-point tensor with a row for each example, got "
-            f"{got}. Wrap it in a module that returns the tensor that matters."
-        )
-    if not bool(torch.isfinite(outputs).all()):
+        probe = Batch(take(probe.inputs, slice(0, most)), take(probe.targets, slice(0, most)))
+    score, failure = None, None
+    _outputs(model, task, task.example)
+    if most is None:
+        try:
+            score = task.score(model, "val")
+        except Exception as error:
+            failure = error
+    outputs = score.outputs if score is not None else None
+    if outputs is None:
+        outputs = _outputs(model, task, probe.inputs)
+    if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves(outputs) if leaf.is_floating_point()):
         raise ValueError(
             f"shrink: the model's outputs must be finite, got NaN or infinity on the val inputs of "
             f"{task.name}. Check its weights and the inputs."
         )
+    loss = 0.0
     try:
-        if most is None:
-            task.rate(outputs, "val")
-        taught = targets is not None and task.split("train")[1] is not None
-        loss = float(task.loss(outputs, targets)) if taught else 0.0
+        if failure is not None:
+            raise failure
+        if task.labelled and probe.targets is not None:
+            loss = float(task.loss(outputs, probe))
     except ValueError:
         raise
     except Exception as error:
         raise ValueError(
-            f"shrink: metric and loss must take outputs of shape {tuple(outputs.shape)} and targets of "
-            f"shape {None if targets is None else tuple(targets.shape)}, but raised "
+            f"shrink: metric and loss must take outputs of shape {outline(outputs)} and targets of "
+            f"shape {None if probe.targets is None else outline(probe.targets)}, but raised "
             f"{type(error).__name__}: {error}. Check the task's targets."
         ) from error
     if not math.isfinite(loss):
         raise ValueError(f"shrink: the loss of the model must be finite, got {loss} on val. Check the task's loss.")
+    return outputs
+
+
+def _outputs(model: nn.Module, task: Task, inputs: Any) -> Any:
+    """What the model returns, which must be floating-point tensors with a row for each example."""
+    try:
+        outputs = predict(model, inputs)
+    except Exception as error:
+        raise ValueError(
+            f"shrink: the model must run on the task's inputs (an example has the shape {outline(task.example)}), but "
+            f"it raised {type(error).__name__}: {error}. Check the task's arrays."
+        ) from error
+    found = leaves(outputs)
+    if (
+        not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in found)
+        or any(leaf.ndim == 0 for leaf in found)
+        or {len(leaf) for leaf in found} != {length(inputs)}
+    ):
+        got = f"{outputs.dtype} of shape {outline(outputs)}" if isinstance(outputs, Tensor) else outline(outputs)
+        raise ValueError(
+            f"shrink: the model must return floating-point tensors with a row for each example, got {got}. Wrap it in "
+            "a module that returns the tensors that matter."
+        )
     return outputs
 
 

@@ -105,15 +105,18 @@ def _resampled(task: Task, dense: Score, scores: Sequence[Score], draws: int, se
             inside[b] = counts @ gap / n
             outside[b] = out @ gap / max(1.0, out.sum())
         return inside, outside
-    n, draws = len(dense.outputs), min(draws, 200)
+    n, draws = dense.units, min(draws, 200)
     inside, outside = np.empty((draws, len(scores))), np.empty((draws, len(scores)))
     for b in range(draws):
         index = generator.integers(0, n, n)
         left = np.setdiff1d(np.arange(n), index)
         for rows, target in ((index, inside), (left, outside)):
-            base = task.rate(dense.outputs, "val", rows).value
-            target[b] = [task.loss_of(base, task.rate(score.outputs, "val", rows).value) for score in scores]
-    return inside, outside
+            base = dense.resampled(rows) if len(rows) else np.nan
+            target[b] = [task.loss_of(base, score.resampled(rows) if len(rows) else np.nan) for score in scores]
+    defined = np.isfinite(inside).all(1)  # a metric may have no value on a draw: AUC without a positive example
+    if not defined.any():
+        return np.array([[task.loss_of(dense.value, score.value) for score in scores]]), outside[:1] * np.nan
+    return inside[defined], outside[defined]
 
 
 def _losses(task: Task, dense: Score, score: Score) -> Floats:
@@ -125,7 +128,7 @@ def _losses(task: Task, dense: Score, score: Score) -> Floats:
 def examples_for(task: Task, dense: Score, score: Score, interval: Floats) -> int | None:
     """How many validation examples would halve the interval's width, which shrinks with the root of their number."""
     width = float(interval[1] - interval[0])
-    return None if width <= 0 else 4 * len(dense.outputs if dense.outcomes is None else dense.outcomes)
+    return None if width <= 0 else 4 * dense.units
 
 
 def front(costs: Sequence[Sequence[float]]) -> list[int]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from lilliput.cost.measure import latency
 from lilliput.errors import ExportError, NotSupported
@@ -14,9 +13,10 @@ from lilliput.onnx.session import Session
 from lilliput.onnx.structure import Structure
 from lilliput.runtimes.engine import EngineSession
 from lilliput.search.job import Job
-from lilliput.search.points import Point
+from lilliput.search.points import Point, judged
 from lilliput.stored.base import Stored
 from lilliput.stored.plain import Plain
+from lilliput.task import leaves
 
 MOST_VALUES = 3_000_000  # of a network that is compiled while a search goes on; a larger one takes minutes
 RESERVED = 0.05  # of a search's budget, for compiling its survivors
@@ -38,10 +38,9 @@ def sessions(job: Job, points: list[Point], seconds: float) -> dict[int, EngineS
             continue
         try:
             session = EngineSession(point.proto)
-            example = session.feed(job.task.example)
-            got = session.run({name: x[:1] for name, x in example.items()})[0]
-            wanted = Session(point.proto).outputs({name: x[:1] for name, x in example.items()})
-            compare(np.asarray(got), wanted, exact=True, who=f"{point.name} in the engine")
+            example = job.task.example
+            who, axis = f"{point.name} in the engine", job.task.class_axis
+            compare(session.predict(example), Session(point.proto).predict(example), exact=True, who=who, axis=axis)
             found[i] = session
         except REFUSALS as error:
             job.known.skip("the engine", f"{point.name}: {str(error)[:200]}")
@@ -83,14 +82,13 @@ def keep(job: Job, point: Point, session: EngineSession, folder: Path) -> dict[s
 
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(session.engine.folder, folder)
-    inputs, _ = job.task.split("val")
-    outputs = torch.from_numpy(np.array(session.outputs(inputs)))
-    score = job.task.rate(outputs, "val")
+    score, outputs = judged(job.task, session)
+    apart = [(a - b).abs().max() for a, b in zip(leaves(outputs), leaves(point.outputs), strict=True)]
     manifest = session.engine.manifest
     return {
         "val": round(float(score.value), 6),
         "library_bytes": manifest.get("library_bytes"),
         "weight_bytes": manifest["weight_bytes"],
         "arena_bytes": manifest["arena_bytes"],
-        "distance": float(np.abs(outputs.numpy() - point.score.outputs.numpy()).max()),
+        "distance": float(max(apart)),
     }

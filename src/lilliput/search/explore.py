@@ -18,9 +18,8 @@ from lilliput.recipe import Recipe
 from lilliput.search.choose import front
 from lilliput.search.job import FAILURES, Job, finite
 from lilliput.search.pace import Pace
-from lilliput.search.points import parameters
+from lilliput.search.points import judged, parameters
 from lilliput.search.space import Space, name, structure, topology
-from lilliput.task import predict
 
 RUNGS = (1 / 16, 1 / 4)
 Row = dict[str, Any]
@@ -104,15 +103,15 @@ def _rung(job: Job, pace: Pace, plan: Recipe, until: float) -> Row:
             return kept
         with job.clock.on("train"):
             model = job.runner.make(recipe, job.halt(0.7))
-        inputs, _ = job.task.split("val")
-        outputs = finite(predict(model, inputs))
+        score, outputs = judged(job.task, model)
+        outputs = finite(outputs)
         row: Row = {
             "kind": "rung",
             "name": name(plan),
             "until": until,
             "status": "rung",
             "distance": _rank(job, outputs),
-            "drop": job.task.loss_of(job.dense.score.value, job.task.rate(outputs, "val").value),
+            "drop": job.task.loss_of(job.dense.score.value, score.value),
             "price": _price(job, model, plan),
             "values": parameters(model),
         }
@@ -127,13 +126,13 @@ def _rung(job: Job, pace: Pace, plan: Recipe, until: float) -> Row:
     return row
 
 
-def _rank(job: Job, outputs: torch.Tensor) -> float:
+def _rank(job: Job, outputs: Any) -> float:
     """What structures are ranked by while they train, far steadier than a metric: the task's own loss on val where
     there are labels (a student may come to know better than the dense network), else the distance from it."""
-    targets = job.task.split("val")[1]
-    if targets is not None and job.task.split("train")[1] is not None:
-        return float(job.task.loss(outputs, targets))
-    return float(job.task.divergence(outputs, job.dense.score.outputs).mean())
+    probe = job.task.probe("val")
+    if job.task.labelled and probe.targets is not None:
+        return float(job.task.loss(outputs, probe))
+    return float(job.task.divergence(outputs, job.dense.outputs).mean())
 
 
 def _price(job: Job, model: torch.nn.Module, plan: Recipe) -> float:

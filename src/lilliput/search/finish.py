@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from lilliput.cost.measure import latency, machine
@@ -139,11 +138,7 @@ def _choose(job: Job, rivals: list[Point]) -> Choice:
 def _test(job: Job, winner: Point) -> dict[str, Any]:
     """The test split, read once, after the choice: both scores, the drop and its bootstrap interval."""
     task = job.task
-    inputs, _ = task.split("test")
-    dense, chosen = (
-        task.rate(torch.from_numpy(np.array(Session(point.proto).outputs(inputs))), "test")
-        for point in (job.dense, winner)
-    )
+    dense, chosen = (task.score(Session(point.proto), "test") for point in (job.dense, winner))
     found: dict[str, Any] = {"dense": dense.value, "chosen": chosen.value}
     if dense.outcomes is not None and chosen.outcomes is not None:
         gap = (dense.outcomes - chosen.outcomes) * (1 if task.higher_is_better else -1)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from lilliput.errors import ExportError, NotSupported
 from lilliput.proposal import Known
 from lilliput.search import ask
-from lilliput.search.points import Clock, Point, Press
+from lilliput.search.points import Clock, Point, Press, kept
 from lilliput.search.progress import Silent
 from lilliput.store import Store
-from lilliput.task import Task
+from lilliput.task import Task, leaves
 from lilliput.train import Diverged
 from lilliput.workshop import Workshop
 
@@ -143,7 +143,7 @@ class Job:
         with self.lock:
             self.points.append(point)
             self.attempts.append(row)
-        self.store.put(f"point-{point.key}", {"kind": "point", **point.row()}, {"outputs": point.score.outputs})
+        self.store.put(f"point-{point.key}", {"kind": "point", **point.row()}, kept(point.outputs))
         self.show.advance(point.name)
         self.show.best(self._best())
 
@@ -185,12 +185,12 @@ class Job:
         )
 
 
-def finite(outputs: torch.Tensor) -> torch.Tensor:
+def finite(outputs: Any) -> Any:
     """The outputs, where all of them are numbers.
 
     Raises:
         Diverged: where one is NaN or infinite.
     """
-    if not bool(torch.isfinite(outputs).all()):
+    if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves(outputs)):
         raise Diverged("Train: the outputs must stay finite, got NaN or infinity. Lower the learning rate.")
     return outputs

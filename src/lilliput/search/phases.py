@@ -55,13 +55,13 @@ def search(job: Job, fresh: bool) -> Result:
 
 def cheaper(task: Task, model: nn.Module, clock: Clock, store: Store, workers: int) -> Task:
     """The task with as many augmentations as the dense network can be run on within a tenth of the budget."""
-    if task.augment is None:
+    if task.draws < 2:
         return task
     if clock.budget_s is None:
         return task.with_draws(min(task.draws, 4))
     kept = store.record("draws")
     if not kept:
-        inputs, _ = task.split("train")
+        inputs = task.probe("train").inputs
         few = take(inputs, slice(0, 64))
         predict(model, few)
         first = clock.now

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lilliput.code.base import codes, pack, realize
 from lilliput.cost.count import count, stored_values
@@ -17,10 +17,11 @@ from lilliput.cost.measure import latency
 from lilliput.errors import ExportError
 from lilliput.export import onnx as onnx_export
 from lilliput.export import pack as pack_format
-from lilliput.export.guard import compare
+from lilliput.export.guard import compare, worst
 from lilliput.graph.fold import fold_batchnorm
 from lilliput.stored.base import Stored
-from lilliput.task import Score, Task, leaves, predict
+from lilliput.task import Model, Score, Task, leaves, length, predict, take
+from lilliput.task.nested import output_names
 
 
 class Clock:
@@ -73,8 +74,9 @@ class Clock:
 class Point:
     """One artifact: what made it, the file it is, and what it scored in its runtime.
 
-    score: on val, of `model.onnx` in ONNX Runtime. distance: mean divergence from the dense outputs. agreement: with
-    the torch model it came from. latency: filled in by the final interleaved measurement.
+    score: on val, of `model.onnx` in ONNX Runtime. outputs: what it gave on the task's probe of val.
+    distance: mean divergence from the dense outputs. agreement: with the torch model it came from. latency: filled in
+    by the final interleaved measurement.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Point:
     latency: Any = None
     engine: Any = None
     flags: list[str] = field(default_factory=list)
+    outputs: Any = None
 
     def row(self) -> dict[str, Any]:
         """The point as plain data for a record."""
@@ -205,20 +208,27 @@ class Press:
         model: nn.Module | None,
     ) -> Point:
         """Score and weigh a written artifact; one that no torch model stands behind is compared with the dense one."""
-        inputs, _ = self.task.split("val")
-        batch = 1 if plain is None else 256  # arithmetic that depends on the whole input is judged as it will be used
-        outputs = torch.from_numpy(np.array(onnx_export.Session(proto).outputs(inputs, batch)))
+        inputs = self.task.probe("val").inputs
+        session = onnx_export.Session(proto)
+        # Arithmetic that depends on the whole input is judged as it will be used.
+        runner = session if plain is not None else one_by_one(session)
+        score, outputs = judged(self.task, runner)
         if plain is None:
             assert self.dense is not None
-            agreement = onnx_export.agreement(outputs.numpy(), self.dense.score.outputs.numpy())
+            agreement = worst(
+                [
+                    onnx_export.agreement(a.numpy(), b.numpy(), self.task.class_axis(b))
+                    for a, b in zip(leaves(outputs), leaves(self.dense.outputs), strict=True)
+                ]
+            )
         else:
-            expected = predict(plain, inputs if self.compared is None else examples(inputs, self.compared))
+            expected = predict(plain, inputs if self.compared is None else take(inputs, slice(0, self.compared)))
+            first = take(outputs, slice(0, length(expected)))
             exact = all(s.plain for s in stored.values())
-            agreement = compare(outputs[: len(expected)].numpy(), expected.numpy(), exact=exact, who=name)
-        score = self.task.rate(outputs, "val")
-        if not bool(torch.isfinite(outputs).all()):
+            agreement = compare(first, expected, exact=exact, who=name, axis=self.task.class_axis)
+        if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves(outputs)):
             raise ExportError(f"{name}: outputs must be finite, got NaN or infinity. Train it more slowly.")
-        dense = outputs if self.dense is None else self.dense.score.outputs
+        dense = outputs if self.dense is None else self.dense.outputs
         packed = pack_format.size(structure.fill(stored), stored)
         kept = sum(s.values for s in stored.values()) or stored_values(proto)
         return Point(
@@ -236,18 +246,31 @@ class Press:
             count(proto, self.task.example).macs,
             agreement,
             model,
+            outputs=outputs,
         )
 
 
-def examples(inputs: Any, count: int) -> Any:
-    """The first `count` examples."""
-    return (
-        {k: v[:count] for k, v in inputs.items()}
-        if isinstance(inputs, dict)
-        else (tuple(v[:count] for v in inputs) if isinstance(inputs, tuple) else leaves(inputs)[0][:count])
-    )
+def one_by_one(session: onnx_export.Session) -> Model:
+    """A session as a model that is given one example at a time."""
+
+    def run(*inputs: Any, **named: Any) -> Any:
+        return session.predict(named or (inputs[0] if len(inputs) == 1 else inputs), 1)
+
+    return run
+
+
+def judged(task: Task, model: Model, split: str = "val") -> tuple[Score, Any]:
+    """A model's score on a split, and its outputs on the task's probe of it."""
+    score = task.score(model, split)
+    return score, predict(model, task.probe(split).inputs) if score.outputs is None else score.outputs
 
 
 def parameters(model: nn.Module) -> int:
     """How many parameters a model has."""
     return sum(p.numel() for p in model.parameters())
+
+
+def kept(outputs: Any) -> dict[str, Tensor]:
+    """Outputs as the store keeps them, by the names that a file gives them."""
+    names = ["outputs"] if isinstance(outputs, Tensor) else output_names(outputs)
+    return {name: leaf.contiguous() for name, leaf in zip(names, leaves(outputs), strict=True)}

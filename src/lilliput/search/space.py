@@ -62,8 +62,7 @@ class Space:
     def of(cls, runner: Workshop, known: Known) -> "Space":
         """Ask every method about the dense network; refusals are kept in `known.skipped`."""
         task = runner.task
-        taught = task.has("train") and task.split("train")[1] is not None
-        space = cls(runner, known, labels=LABELS if taught else (0.0,))
+        space = cls(runner, known, labels=LABELS if task.labelled else (0.0,))
         space.axes = tuple(space._axes("structure"))
         space.rules = tuple(space._axes("training"))
         return space

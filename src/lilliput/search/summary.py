@@ -12,7 +12,7 @@ from lilliput.record import commit, versions
 from lilliput.search.choose import Choice, examples_for, front
 from lilliput.search.job import Job
 from lilliput.search.points import Point
-from lilliput.task import Task, length
+from lilliput.task import Task
 
 FORMAT = 2
 Plain = dict[str, Any]
@@ -183,7 +183,7 @@ def rounded(value: Any) -> float:
 
 def _examples(task: Task) -> dict[str, int]:
     """How many examples each split holds, and how many training ones calibrate."""
-    found = {split: length(task.split(split)[0]) for split in ("train", "val", "test") if task.has(split)}
+    found = {split: task.size(split) for split in task.splits}
     return found | {"calibration": min(256, found["train"])}
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lilliput.stage import calibration, on
-from lilliput.task import Task, call, leaves, length, take
+from lilliput.task import Batch, Task, call, leaves, length, mapped, on, take
 
 Parameters = dict[str, Tensor]
 
@@ -45,23 +44,22 @@ class Calibration(Weights):
 
     task: Task
     inputs: Any
-    labels: Tensor | None
+    labels: Any
 
     @classmethod
     def of(cls, model: nn.Module, task: Task, examples: int, seed: int = 0, batch_size: int = 64) -> Self:
         """Evenly spread training examples of a task, at most `examples` of them."""
-        inputs, (_, labels) = single(calibration(task, examples)), task.split("train")
+        inputs, labels = single(task.calibration(examples)), task.probe("train").targets
         if labels is not None:
-            labels = labels[torch.linspace(0, len(labels) - 1, length(inputs)).long()]
-            labels = labels.float() if labels.is_floating_point() else labels
+            labels = single(take(labels, torch.linspace(0, length(labels) - 1, length(inputs)).long()))
         return cls(model, task, inputs, labels, seed=seed, batch_size=batch_size)
 
-    def outputs(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def outputs(self, batch_size: int | None = None) -> Iterator[tuple[Any, Any]]:
         """The model's output and the labels, batch by batch."""
         device, size = next(self.model.parameters()).device, batch_size or self.batch_size
         for first in range(0, length(self.inputs), size):
             part = slice(first, first + size)
-            labels = None if self.labels is None else self.labels[part].to(device)
+            labels = on(take(self.labels, part), device)
             yield call(self.model, on(take(self.inputs, part), device)), labels
 
     def projections(self) -> Iterator[tuple[Tensor, float]]:
@@ -106,7 +104,7 @@ class Labelled(Calibration):
         """
         generator = torch.Generator().manual_seed(self.seed)
         for output, labels in self.outputs(batch_size):
-            yield _loss(self.task, output, labels, generator), len(output) / length(self.inputs)
+            yield _loss(self.task, output, labels, generator), length(output) / length(self.inputs)
 
 
 def sees_inputs(model: nn.Module, name: str) -> bool:
@@ -126,10 +124,7 @@ def sees_inputs(model: nn.Module, name: str) -> bool:
 
 def single(inputs: Any) -> Any:
     """Inputs with every number in float32."""
-    if isinstance(inputs, dict):
-        return {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
-    parts = tuple(value.float() if value.is_floating_point() else value for value in leaves(inputs))
-    return parts if isinstance(inputs, tuple) else parts[0]
+    return mapped(lambda leaf: leaf.float() if leaf.is_floating_point() else leaf, inputs)
 
 
 def gradients(scalar: Tensor, parameters: Parameters, again: bool = False) -> tuple[Tensor, ...]:
@@ -137,17 +132,20 @@ def gradients(scalar: Tensor, parameters: Parameters, again: bool = False) -> tu
     return torch.autograd.grad(scalar, list(parameters.values()), create_graph=again, materialize_grads=True)
 
 
-def _loss(task: Task, output: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+def _loss(task: Task, output: Any, labels: Any, generator: torch.Generator) -> Tensor:
     """The task's loss; without labels, on ones drawn from the output itself."""
     loss: Tensor
+    axis = task.class_axis(output)
     if labels is not None:
-        loss = task.loss(output, labels)
-    elif task.loss_name == "cross_entropy":
-        chances = output.detach().softmax(-1).cpu()
-        loss = task.loss(output, torch.multinomial(chances, 1, generator=generator)[:, 0].to(output.device))
+        loss = task.loss(output, Batch((), labels))
+    elif axis is not None and task.meaning.kind == "logits":
+        chances = output.detach().movedim(axis, -1).softmax(-1).cpu()
+        drawn = torch.multinomial(chances.flatten(0, -2), 1, generator=generator).reshape(chances.shape[:-1])
+        loss = task.loss(output, Batch((), drawn.to(output.device)))
     else:
         # A task that is no classification: random signs to project on.
-        loss = (output * _signs(output, generator)).sum() / len(output)
+        signed = [(leaf * _signs(leaf, generator)).sum() for leaf in leaves(output)]
+        loss = torch.stack(signed).sum() / length(output)
     return loss
 
 
@@ -155,16 +153,20 @@ def _signs(output: Tensor, generator: torch.Generator) -> Tensor:
     return (torch.randint(0, 2, tuple(output.shape), generator=generator) * 2 - 1).to(output)
 
 
-def _projection(task: Task, output: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
-    if task.loss_name == "cross_entropy":
-        rows = output.movedim(1, -1).reshape(-1, output.shape[1])
+def _projection(task: Task, output: Any, labels: Any, generator: torch.Generator) -> Tensor:
+    found: Tensor
+    axis = task.class_axis(output)
+    if axis is not None and task.meaning.kind == "logits":
+        rows = output.movedim(axis, -1).reshape(-1, output.shape[axis])
         chances = rows.detach().softmax(-1)
         drawn = torch.multinomial(chances.cpu(), 1, generator=generator)[:, 0].to(output.device)
-        return (rows * (chances - F.one_hot(drawn, rows.shape[1]))).sum() / math.sqrt(len(rows))
-    if task.loss_name == "bce":
+        found = (rows * (chances - F.one_hot(drawn, rows.shape[1]))).sum() / math.sqrt(len(rows))
+    elif task.meaning.kind == "bits":
         chance = output.detach().sigmoid()
         drawn = torch.rand(tuple(output.shape), generator=generator).to(output) < chance
-        return (output * (chance - drawn.to(output))).sum() / math.sqrt(output.numel())
-    if task.loss_name == "mse":
-        return (output * _signs(output, generator)).sum() * math.sqrt(2 / output.numel())
-    return _loss(task, output, labels, generator)
+        found = (output * (chance - drawn.to(output))).sum() / math.sqrt(output.numel())
+    elif task.loss_name == "mse":
+        found = (output * _signs(output, generator)).sum() * math.sqrt(2 / output.numel())
+    else:
+        found = _loss(task, output, labels, generator)
+    return found

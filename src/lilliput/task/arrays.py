@@ -1,0 +1,290 @@
+"""Arrays: the task of examples that are held in memory, with labels or without."""
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lilliput.errors import near
+from lilliput.registry import entries, lookup
+from lilliput.task.meaning import Kind, Meaning, bound, of_loss
+from lilliput.task.nested import Inputs, Model, joined, leaves, length, mapped, predict, take
+from lilliput.task.protocol import Batch, Indices, Score, Task
+from lilliput.task.random import mixed
+from lilliput.task.read import read, source, tensors
+
+KEPT_BYTES = 2**30
+Function = Callable[..., Any]
+
+
+class Arrays(Task, default=True):
+    """Examples in memory, in up to three splits, with a loss and a metric by name or by function.
+
+    A split is `(inputs, targets)` of arrays or tensors, `inputs` alone, a Dataset, or a loader of any length. Inputs,
+    targets and outputs may each be a tensor or tensors in tuples and dictionaries, examples along the first axis: a
+    tuple of inputs is given to the model in order, a dictionary by name. Everything is read into memory once.
+
+    Args:
+        name: what the task is called in files and reports.
+        train: what is trained on.
+        val: what decisions read.
+        test: what is read once, at the end; it may be left out.
+        loss: a registered name (`lilliput methods` lists them) or a function (output, target) -> mean over the batch.
+        metric: a registered name or a function (outputs, targets) -> outcomes (n,) whose mean is the score, or one
+            number (F1, AUC), which is then resampled over examples.
+        higher_is_better: which way a metric of your own runs; known for registered ones.
+        augment: (inputs, seeds) -> inputs, a pure function of int64 seeds (n,).
+        draws: how many augmentations of each example are used in turn, so that the dense outputs can be kept for each.
+        batch_size: examples in a training batch.
+        unlabelled: more inputs, which training imitates the dense network on.
+        outputs: what the outputs are: "logits", "probabilities", "bits", "directions" or "values"; read off the loss
+            without it.
+        class_axis: the axis of the outputs that holds the classes, where shapes leave it open.
+        ignore_index: the label that means "no label here": it counts in neither loss nor metric.
+
+    Raises:
+        ValueError: for an empty split, lengths that differ, or an unknown name.
+        TypeError: for data of another kind.
+
+    Example:
+        >>> words, tags = torch.randint(9, (8, 5)), torch.randint(3, (8, 5))
+        >>> tags[:, 3:] = -100  # padding
+        >>> Arrays("tags", train=(words, tags), val=(words, tags)).score(lambda x: torch.eye(3)[x % 3]).outcomes.shape
+        (8,)
+    """
+
+    def __init__(
+        self,
+        name: str,
+        train: Any,
+        val: Any,
+        test: Any = None,
+        loss: str | Function = "cross_entropy",
+        metric: str | Function = "accuracy",
+        *,
+        higher_is_better: bool | None = None,
+        augment: Callable[[Any, Tensor], Any] | None = None,
+        draws: int = 8,
+        batch_size: int = 64,
+        unlabelled: Any = None,
+        outputs: Kind | None = None,
+        class_axis: int | None = None,
+        ignore_index: int = -100,
+    ) -> None:
+        self.name, self.augment, self.batch_size = name, augment, batch_size
+        self.draws = draws if augment is not None else 1
+        self._augmented: dict[int, Any] = {}
+        self._splits = {"train": read(name, "train", train), "val": read(name, "val", val)}
+        if test is not None:
+            self._splits["test"] = read(name, "test", test)
+        # A tuple is taken as inputs alone: without labels there is nothing else that it could hold.
+        self._unlabelled = (
+            tensors(unlabelled)
+            if isinstance(unlabelled, tuple)
+            else (None if unlabelled is None else read(name, "unlabelled", unlabelled)[0])
+        )
+        self.labelled = self._splits["train"][1] is not None
+        self.loss_name, self._loss = _named(name, "loss", loss)
+        self.metric_name, self._metric = _named(name, "metric", metric)
+        if higher_is_better is None:
+            higher_is_better = getattr(self._metric, "higher_is_better", True)
+        self.higher_is_better = higher_is_better
+        self.meaning = self._described(outputs, class_axis, ignore_index)
+        self.criterion, self.metric = bound(self._loss, self.meaning), bound(self._metric, self.meaning)
+
+    def _described(self, outputs: Kind | None, axis: int | None, ignore: int) -> Meaning:
+        kind = outputs or of_loss(self._loss)
+        if kind == "values" and outputs is None and axis is not None:
+            kind = "logits"
+        known = [targets for _, targets in self._splits.values() if isinstance(targets, Tensor)]
+        classes = [targets for targets in known if not targets.is_floating_point() or kind == "bits"]
+        # Looked for once: a step of training has no time for it.
+        padded = any(bool((targets == ignore).any()) for targets in classes)
+        labels = tuple(classes[0].shape[1:]) if classes else None
+        return Meaning(kind, axis, ignore if padded else None, labels)
+
+    def with_draws(self, draws: int) -> "Arrays":
+        other = copy.copy(self)
+        other.draws = max(1, min(self.draws, draws))
+        other.__dict__.pop("fingerprint", None)
+        return other
+
+    def split(self, split: str) -> tuple[Any, Any]:
+        """(inputs, targets or None) of a split.
+
+        Raises:
+            KeyError: where the task has none of that name.
+        """
+        if split not in self._splits:
+            raise KeyError(f"Task {self.name}: split must be one of {sorted(self._splits)}, got {split!r}.")
+        return self._splits[split]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self._splits)
+
+    def probe(self, split: str) -> Batch:
+        return Batch(*self.split(split))
+
+    @cached_property
+    def example(self) -> Inputs:
+        return take(self._splits["train"][0], slice(0, 1))
+
+    @cached_property
+    def _pool(self) -> Any:
+        inputs = self._splits["train"][0]
+        return inputs if self._unlabelled is None else joined([inputs, self._unlabelled])
+
+    @property
+    def examples(self) -> int:
+        """How many examples training draws from, unlabelled ones included."""
+        return length(self._pool)
+
+    def inputs(self, index: Tensor, draw: int) -> Any:
+        """Training inputs under an augmentation: the same tensors whenever they are asked for.
+
+        Args:
+            index: int64 (n,) training examples, unlabelled ones behind the labelled.
+            draw: the number of the augmentation.
+        """
+        if self.augment is None:
+            return take(self._pool, index)
+        draw = draw % self.draws
+        table = self._augmented.get(draw)
+        if table is not None:
+            return take(table, index)
+        return self.augment(take(self._pool, index), mixed(index * 65537 + draw + 1))
+
+    def prepare(self, draw: int) -> None:
+        """Augment every training example once and keep the result, where memory allows it."""
+        size = sum(leaf.numel() * leaf.element_size() for leaf in leaves(self._pool))
+        if self.augment is not None and draw % self.draws not in self._augmented and size * self.draws <= KEPT_BYTES:
+            parts = [self.inputs(index, draw) for index in torch.arange(self.examples).split(1024)]
+            self._augmented[draw % self.draws] = joined(parts)
+
+    def batch(self, index: Tensor, draw: int) -> Batch:
+        """The batch of some training examples under an augmentation; labelled examples come first in it.
+
+        Args:
+            index, draw: as in `inputs`.
+        """
+        targets = self._splits["train"][1]
+        if targets is not None and self._unlabelled is not None:
+            count = length(targets)
+            known = index[index < count]
+            index = torch.cat([known, index[index >= count]])
+            targets = take(targets, known)
+        elif targets is not None:
+            targets = take(targets, index)
+        return Batch(self.inputs(index, draw), targets, index, draw % self.draws)
+
+    def batches(self, steps: int, seed: int, batch_size: int | None = None, first: int = 0) -> Iterator[Batch]:
+        size = min(batch_size or self.batch_size, self.examples)
+        per_epoch = self.examples // size
+        order, shown = torch.empty(0), -1
+        for step in range(first, steps):
+            epoch, place = divmod(step, per_epoch)
+            if epoch != shown:
+                generator = torch.Generator().manual_seed(seed * 1000003 + epoch)
+                order, shown = torch.randperm(self.examples, generator=generator), epoch
+            yield self.batch(order[place * size : (place + 1) * size], epoch)
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        count = 0 if batch.targets is None else length(batch.targets)
+        if not count:
+            return torch.stack([leaf.sum() for leaf in leaves(output)]).sum() * 0
+        output = output if length(output) == count else take(output, slice(0, count))
+        loss: Tensor = self.criterion(output, batch.targets)
+        return loss
+
+    def score(self, model: Model, split: str = "val") -> Score:
+        return self.rate(predict(model, self.split(split)[0]), split)
+
+    def rate(self, outputs: Any, split: str) -> Score:
+        """The metric of outputs that were computed before.
+
+        Args:
+            outputs: what a network returned for the inputs of the split.
+            split: its name.
+        """
+        targets = self.split(split)[1]
+        outputs = mapped(_plain, outputs)
+        targets = outputs if targets is None else targets
+        value = _tensor(self.metric(outputs, targets))
+        number = float(value.double().mean())
+        if not np.isfinite(number):
+            raise ValueError(
+                f"Task {self.name}: metric {self.metric_name!r} must be a finite number, got {number} on {split}. "
+                "Check the metric on the dense model's outputs, and the outputs for NaN."
+            )
+        outcomes = value.double().numpy() if value.ndim == 1 else None
+
+        def again(index: Indices) -> float:
+            chosen = torch.from_numpy(index)
+            return float(_tensor(self.metric(take(outputs, chosen), take(targets, chosen))).double().mean())
+
+        return Score(number, outcomes, outputs, None if outcomes is not None else again, length(outputs))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for split, (inputs, targets) in sorted(self._splits.items()):
+            digest.update(split.encode())
+            for tensor in [*leaves(inputs), *leaves(targets)]:
+                _digest(digest, tensor)
+        for tensor in leaves(self._unlabelled):
+            _digest(digest, tensor)
+        for part in (self._loss, self._metric, self.augment):
+            _digest_function(digest, part)
+        digest.update(f"{self.draws} {self.batch_size} {self.higher_is_better} {self.meaning}".encode())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{length(inputs)} {split}" for split, (inputs, _) in self._splits.items())
+        return f"Task({self.name!r}: {sizes}; {self.loss_name}, {self.metric_name})"
+
+
+def _plain(leaf: Tensor) -> Tensor:
+    return leaf.detach().float().cpu() if leaf.is_floating_point() else leaf.detach().cpu()
+
+
+def _tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.as_tensor(value)
+
+
+def _digest(digest: Any, tensor: Tensor) -> None:
+    digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+
+
+def _digest_function(digest: Any, part: Any) -> None:
+    """A function by its source, a partial one with its settings, a module with its tensors."""
+    if isinstance(part, partial):
+        _digest_function(digest, part.func)
+        digest.update(f"{part.args} {sorted(part.keywords.items())}".encode())
+    elif isinstance(part, nn.Module):
+        plain = {key: value for key, value in vars(part).items() if isinstance(value, str | int | float)}
+        digest.update(f"{source(type(part))} {plain}".encode())
+        for tensor in part.state_dict().values():
+            _digest(digest, tensor)
+    else:
+        digest.update(source(part).encode())
+
+
+def _named(task: str, family: str, given: Any) -> tuple[str, Any]:
+    if isinstance(given, str):
+        try:
+            return given, lookup(family, given)
+        except KeyError as error:
+            known = [entry.name for entry in entries(family)]
+            raise ValueError(
+                f"Task {task}: {family} must be a function or a known name, got {given!r}. {near(given, known)}"
+            ) from error
+    if not callable(given):
+        raise TypeError(f"Task {task}: {family} must be a name or a function, got {type(given).__name__}.")
+    return getattr(given, "__name__", family), given

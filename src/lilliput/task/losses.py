@@ -1,0 +1,145 @@
+"""Losses by name: functions (output, target) -> mean over the batch, registered one by one.
+
+A loss says by `reads` what it takes the outputs for, so that distillation and divergence read them in the same way.
+One that has a keyword-only argument `meaning` is given the task's description of its outputs.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lilliput.registry import register
+from lilliput.task.meaning import Kind, Meaning, matched
+
+F_ = TypeVar("F_", bound=Callable[..., Any])
+
+
+def reads(outputs: Kind) -> Callable[[F_], F_]:
+    """Say what a loss takes the outputs for.
+
+    Args:
+        outputs: a kind of `lilliput.task.Meaning`: "logits", "probabilities", "bits", "directions" or "values".
+    """
+
+    def keep(loss: F_) -> F_:
+        loss.outputs = outputs  # type: ignore[attr-defined]
+        return loss
+
+    return keep
+
+
+@register("loss")
+@reads("logits")
+def cross_entropy(output: Tensor, target: Tensor, *, meaning: Meaning) -> Tensor:
+    """Mean of -log p(label) over the labels that are not padding; zero where a batch has none.
+
+    Args:
+        output: logits (or probabilities, where the task says so) with the classes on any axis: (N, C), (N, T, C),
+            (N, C, T), (N, C, H, W).
+        target: int64 labels (N), (N, T), (N, H, W), or probabilities of the output's shape.
+        meaning: the axis of the classes and the label that is padding.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> labels = torch.tensor([[0, -100], [1, 1]])
+        >>> cross_entropy(torch.zeros(2, 2, 3), labels, meaning=Meaning("logits", labels=(2,)))
+        tensor(1.0986)
+    """
+    axis = meaning.class_axis(output)
+    output = output if axis in (None, 1) else output.movedim(axis, 1)
+    ignore = -100 if meaning.ignore is None else meaning.ignore
+    if meaning.kind == "probabilities":
+        loss = F.nll_loss(output.clamp_min(1e-12).log(), target, ignore_index=ignore)
+    else:
+        loss = F.cross_entropy(output, target, ignore_index=ignore)
+    if meaning.ignore is not None and not bool((target != ignore).any()):
+        return output.sum() * 0  # the mean over no label is no number
+    return loss
+
+
+@register("loss")
+@reads("bits")
+def bce(output: Tensor, target: Tensor, *, meaning: Meaning) -> Tensor:
+    """Binary cross entropy of yes-no logits, over the labels that are not padding.
+
+    Args:
+        output: logits (N) or (N, ...).
+        target: 0 or 1, as many as outputs.
+        meaning: the label that is padding.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> bce(torch.zeros(3, 1), torch.tensor([0.0, 1.0, 1.0]), meaning=Meaning("bits"))
+        tensor(0.6931)
+    """
+    output = output.view_as(target)
+    if meaning.ignore is not None:
+        known = target != meaning.ignore
+        output, target = output[known], target[known]
+        if not len(output):
+            return output.sum() * 0
+    return F.binary_cross_entropy_with_logits(output, target.float())
+
+
+@register("loss")
+@reads("values")
+def mse(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over all values.
+
+    Args:
+        output: (n, ...).
+        target: of the same shape; axes of size one may be missing in either.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> mse(torch.zeros(2, 1), torch.tensor([1.0, 3.0]))
+        tensor(5.)
+    """
+    return F.mse_loss(*matched(output, target, "mse"))
+
+
+@register("loss")
+@reads("values")
+def l1(output: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error over all values.
+
+    Args:
+        output: (n, ...).
+        target: of the same shape; axes of size one may be missing in either.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> l1(torch.zeros(2, 1), torch.tensor([1.0, 3.0]))
+        tensor(2.)
+    """
+    return F.l1_loss(*matched(output, target, "l1"))
+
+
+@register("loss")
+@reads("directions")
+def cosine(output: Tensor, target: Tensor) -> Tensor:
+    """One minus the mean cosine similarity along the last axis.
+
+    Args:
+        output: (n, ..., d).
+        target: of the same shape.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> cosine(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]))
+        tensor(1.)
+    """
+    return 1 - torch.cosine_similarity(output, target, dim=-1).mean()
