@@ -21,8 +21,10 @@ PACKAGE = "thumbelina"
 BROUGHT = {
     ("code", "Palette"),
     ("finding", "TwinUnits"),
+    ("grid", "tapered"),
     ("kind", "Swatches"),
     ("net", "Funnel"),
+    ("rounding", "toward_zero"),
     ("score", "input_energy"),
     ("stage", "BecomeFunnel"),
     ("stage", "MergeTwins"),
@@ -203,6 +205,22 @@ def test_a_search_trains_its_students_and_merges_its_twins(run: Run, tmp_path: P
         print(json.dumps(recipe.data()))
     """))  # fmt: skip
     assert json.loads(again.stdout) == summary["chosen"]["recipe"]
+
+
+def test_its_grid_and_rounding_quantize(run: Run) -> None:
+    run(*program("""
+        import torch, lilliput
+        model, task = make()
+        stage = lilliput.Quantize(4, grid="tapered", rounding="toward_zero")
+        coded = stage(model, task, None)
+        for before, after in zip(model.parameters(), lilliput.realize(coded).parameters()):
+            if before.dim() > 1:
+                assert after.unique().numel() > 3 and max(len(row.unique()) for row in after) <= 13
+                assert bool((after.abs() <= before.abs() + 1e-6).all())
+        recipe = lilliput.Recipe((stage,))
+        assert recipe.data()[0] == {"stage": "Quantize", "grid": "tapered", "rounding": "toward_zero", "bits": 4}
+        assert lilliput.Recipe.parse(recipe.data()) == recipe
+    """))  # fmt: skip
 
 
 def test_its_finding_counts_what_its_stage_merges_exactly(run: Run) -> None:
