@@ -40,7 +40,6 @@ PENDING = {
     "Factorize",
     "Rule",
     "Result",
-    "shrink",
     "Reference",
     "Stage",
     "Train",

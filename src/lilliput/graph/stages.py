@@ -113,7 +113,8 @@ class RemoveBlocks(Stage):
         >>> len(list(RemoveBlocks(("1",))(net, Task("toy", (x, x), (x, x)), None).parameters()))
         4
 
-    Source: Huang, Sun, Liu, Sedra and Weinberger, Deep networks with stochastic depth, ECCV 2016, arXiv:1603.09382
+    Source:
+        Huang, Sun, Liu, Sedra and Weinberger, Deep networks with stochastic depth, ECCV 2016, arXiv:1603.09382
         (residual networks survive missing blocks).
     """
 
@@ -211,7 +212,8 @@ class Narrow(Stage):
         >>> Narrow(0.5)(net, Task("toy", (x, x), (x, x)), None)[0]
         Linear(in_features=4, out_features=8, bias=True)
 
-    Source: Li, Kadav, Durdanovic, Samet and Graf, Pruning filters for efficient ConvNets, ICLR 2017, arXiv:1608.08710
+    Source:
+        Li, Kadav, Durdanovic, Samet and Graf, Pruning filters for efficient ConvNets, ICLR 2017, arXiv:1608.08710
         (norms); Fang, Ma, Song, Mi and Wang, DepGraph, CVPR 2023, arXiv:2301.12900 (coupled groups).
     """
 

@@ -29,6 +29,9 @@ class PruneRows(Stage):
         >>> net = PruneRows(0.5)(nn.Sequential(nn.EmbeddingBag(100, 8), nn.Linear(8, 2)), None, None)
         >>> int((net[0].weight == 0).all(1).sum())
         50
+
+    Source:
+        No paper: magnitude pruning by whole rows.
     """
 
     sparsity: float
