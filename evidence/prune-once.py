@@ -36,10 +36,11 @@ from torch.nn import functional as F
 
 import lilliput
 from lilliput.code.base import copy_model, pack
-from lilliput.data import cache_folder, package_file, write_whole
+from lilliput.data import cache_folder, package_file
 from lilliput.data.sentences import halves, network, tokenize
 from lilliput.export import pack as packed
 from lilliput.export.onnx import Session, Structure, trace
+from lilliput.files import write
 from lilliput.nets.bert import Classifier, SentenceBert, States
 from lilliput.prune.masks import masks
 from lilliput.prune.prune_once import PatternLock, transfer
@@ -130,7 +131,7 @@ def docstrings(quick: bool) -> list[Docstring]:
     file = cache_folder() / f"prune-once-{_hash(stamp):08x}.json"
     if not file.exists():
         found = json.dumps([list(vars(doc).values()) for doc in _read(PACKAGES, 10**9)])
-        write_whole(file, lambda path: path.write_text(found, encoding="utf-8"))
+        write(file, lambda out: out.write(found.encode()))
     return [Docstring(*values) for values in json.loads(file.read_text(encoding="utf-8"))]
 
 

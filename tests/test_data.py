@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lilliput.data import TASKS, package_file, stratified, write_whole
+from lilliput.data import TASKS, package_file, stratified
 from lilliput.task import Task
 
 pytestmark = pytest.mark.slow  # data sets are generated and read
@@ -59,18 +59,6 @@ def test_stratified_splits_are_disjoint_and_even() -> None:
     again = stratified(labels, (300, 100, 50), seed=3)
     assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
     assert not torch.equal(parts[0], stratified(labels, (300, 100, 50), seed=4)[0])
-
-
-def test_write_whole_leaves_nothing_behind_when_writing_fails(tmp_path: Path) -> None:
-    def fail(path: Path) -> None:
-        path.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(tmp_path / "new" / "file", fail)
-    assert list((tmp_path / "new").iterdir()) == []
-    write_whole(tmp_path / "new" / "file", lambda path: path.write_text("whole"))
-    assert (tmp_path / "new" / "file").read_text() == "whole"
 
 
 @pytest.mark.parametrize(

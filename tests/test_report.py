@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from lilliput import report
+from lilliput.errors import StoreError
 from lilliput.report import formats, tables
 from lilliput.report import summary as summaries
 from lilliput.report.formats import Quality
@@ -205,7 +206,7 @@ def test_write_takes_the_folders_files_and_leaves_no_trace(met: dict[str, Any], 
 def test_write_that_fails_leaves_no_half_page(met: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps(met))
     (tmp_path / "report.html").mkdir()  # nothing can be renamed onto a folder
-    with pytest.raises(OSError, match=r"report\.html"):
+    with pytest.raises(StoreError, match=r"report\.html"):
         report.write(tmp_path)
     assert {entry.name for entry in tmp_path.iterdir()} == {"summary.json", "report.html"}
 

@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
 
 from lilliput.errors import StoreError
-from lilliput.store import Store, write
+from lilliput.files import write
+from lilliput.store import Store
 
 
 def test_a_record_and_its_tensors_come_back(tmp_path: Path) -> None:
@@ -104,3 +106,15 @@ def test_no_number_that_json_lacks_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range"):
         Store(tmp_path).put("a", {"x": float("nan")})
     assert not list(tmp_path.glob("a*"))
+
+
+def test_writing_leaves_nothing_behind_when_it_fails(tmp_path: Path) -> None:
+    def stop(file: BinaryIO) -> None:
+        file.write(b"half")
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write(tmp_path / "new" / "file", stop)
+    assert list((tmp_path / "new").iterdir()) == []
+    write(tmp_path / "new" / "file", lambda file: file.write(b"whole"))
+    assert (tmp_path / "new" / "file").read_bytes() == b"whole"

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from lilliput.errors import near
-from lilliput.store import write
+from lilliput.files import write
 
 Key = TypeVar("Key")
 
@@ -65,11 +65,10 @@ def front(points: Mapping[Key, tuple[float, float]]) -> list[Key]:
     >>> front({"a": (0.9, 2.0), "b": (0.8, 1.0), "c": (0.8, 2.0)})
     ['a', 'b']
     """
-    return [
-        key
-        for key, (gain, cost) in points.items()
-        if not any(g >= gain and c <= cost and (g, c) != (gain, cost) for g, c in points.values())
-    ]
+    from lilliput.search.choose import unbeaten
+
+    keys = list(points)
+    return [keys[i] for i in unbeaten([(-gain, cost) for gain, cost in points.values()])]
 
 
 def load(key: str) -> ModuleType:

@@ -5,11 +5,9 @@ KEY's tensors are written first, its JSON record last, each by atomic rename: th
 
 import contextlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lilliput.errors import StoreError
+from lilliput.files import write
 
 
 class Store:
@@ -125,28 +124,3 @@ def _number(value: Any) -> Any:
     if hasattr(value, "item"):
         return value.item()
     raise TypeError(f"Store: a record must hold plain data, got {type(value).__name__}.")
-
-
-def write(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
-    """Write a file whole or not at all: a temporary file beside it, synced, then renamed.
-
-    Raises StoreError, with what was there before still in place.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            fill(file)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        raise StoreError(
-            f"Store: {path} could not be written: {error.strerror or error}. What was there before is "
-            "unharmed. Free some space or choose another folder with --out."
-        ) from error

@@ -6,11 +6,9 @@ mode and what it must preserve. `TASKS` is read off the folder and imports neith
 
 import ast
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import mkstemp
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -86,18 +84,6 @@ def cache_folder() -> Path:
     from platformdirs import user_cache_path
 
     return Path(os.environ.get("LILLIPUT_CACHE") or user_cache_path("lilliput"))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Make a file that is there whole or not at all: `write` is given a name beside it, which is then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    try:
-        write(Path(name))
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def progress() -> "Progress":

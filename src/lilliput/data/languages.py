@@ -8,11 +8,12 @@ from functools import cache
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lilliput.data import cache_folder, package_file, progress, write_whole
+from lilliput.data import cache_folder, package_file, progress
+from lilliput.files import write
 from lilliput.nets.bag import Bag
 from lilliput.task import Task, uniform
 
@@ -168,7 +169,7 @@ def languages() -> tuple[nn.Module, Task]:
         torch.set_num_threads(1)
         weights = train(*parts["train"]).state_dict()
         torch.set_num_threads(threads)
-        write_whole(file, lambda path: save_file(weights, path))
+        write(file, lambda out: out.write(save(weights)))
     model = Bag(classes=len(names))
     model.load_state_dict(load_file(file))
     return model.eval(), task

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lilliput.data import cache_folder, package_file, progress, write_whole
+from lilliput.data import cache_folder, package_file, progress
+from lilliput.files import write
 from lilliput.nets.bert import SentenceBert
 from lilliput.task import Task
 
@@ -167,7 +168,7 @@ def texts() -> tuple[list[tuple[str, str]], list[str]]:
         chosen = sorted(heads.items(), key=_hash)
         used = {text for pair in chosen[:PAIRS] for text in pair}
         found = json.dumps([chosen, sorted(free - used, key=lambda text: _hash([text]))])
-        write_whole(file, lambda path: path.write_text(found, encoding="utf-8"))
+        write(file, lambda out: out.write(found.encode()))
     chosen, others = json.loads(file.read_text(encoding="utf-8"))
     return [(head, rest) for head, rest in chosen], others
 

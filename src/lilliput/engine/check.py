@@ -8,7 +8,7 @@ import onnx
 from onnx import NodeProto
 
 from lilliput.engine.facts import Facts
-from lilliput.engine.load import ONNX_DOMAINS
+from lilliput.onnx.file import ONNX_DOMAINS
 
 
 def checked(facts: Facts, proto: NodeProto, label: str) -> None:

@@ -13,9 +13,9 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
 from lilliput.engine.graph import Array, Narrow
-from lilliput.engine.load import ONNX_DOMAINS
 from lilliput.engine.size import Worlds
 from lilliput.errors import NotSupported
+from lilliput.onnx.file import ONNX_DOMAINS
 
 Shape = tuple[int, ...]
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import onnx
-from onnx import NodeProto, helper
-from onnx.reference import ReferenceEvaluator
+from onnx import NodeProto
 
 from lilliput.engine.facts import Facts, Known, Shape
 from lilliput.engine.graph import Array, Narrow, Node
-from lilliput.engine.load import MOST_ELEMENTS, elements
 from lilliput.errors import NotSupported
+from lilliput.onnx.evaluate import evaluate
+from lilliput.onnx.file import MOST_ELEMENTS, elements
 
 MOST_FOLDED = 2**24  # elements of a constant that folding may make larger than what it is made of
 CODES = {"int8": 8, "uint8": 8, "int4": 4, "uint4": 4, "int2": 2, "uint2": 2}  # bits by numpy's name
@@ -162,20 +160,6 @@ def _constant_of(node: Node) -> Array:
         if key in ("value_int", "value_ints"):
             return np.asarray(held, np.int64)
     raise NotSupported(f"compile: {node.name} (Constant) must hold a tensor of numbers.")
-
-
-def evaluate(proto: NodeProto, imports: list[Any], feeds: Mapping[str, Array]) -> list[Array]:
-    """What ONNX's own reference computes for one node."""
-    graph = helper.make_graph(
-        [proto],
-        "fold",
-        [onnx.ValueInfoProto(name=name) for name in feeds],
-        [onnx.ValueInfoProto(name=name) for name in proto.output if name],
-    )
-    model = helper.make_model(graph, opset_imports=imports)
-    with np.errstate(all="ignore"):
-        found = iter(ReferenceEvaluator(model).run(None, dict(feeds)))
-    return [next(found) if name else np.zeros(0) for name in proto.output]
 
 
 def _grown(node: Node, feeds: list[Array | None]) -> int:

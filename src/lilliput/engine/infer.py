@@ -10,10 +10,11 @@ import onnx
 from onnx import NodeProto, TypeProto, helper, numpy_helper
 
 from lilliput.engine.facts import Facts, Known, Shape
-from lilliput.engine.fold import MOST_FOLDED, evaluate
+from lilliput.engine.fold import MOST_FOLDED
 from lilliput.engine.graph import Array, Node
-from lilliput.engine.load import ONNX_DOMAINS, elements
 from lilliput.errors import NotSupported
+from lilliput.onnx.evaluate import evaluate
+from lilliput.onnx.file import ONNX_DOMAINS, elements
 
 MOST_COMPUTED = 2**28  # elements of a tensor that is computed
 Typed = tuple[Any, Shape]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import onnx
 from onnx import ModelProto, inliner
 
-from lilliput.engine.load import ONNX_DOMAINS
+from lilliput.onnx.file import ONNX_DOMAINS
 
 MOST_NODES = 100_000
 Name = tuple[str, str]  # domain, type

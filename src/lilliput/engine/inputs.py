@@ -12,9 +12,9 @@ from onnx import ModelProto, ValueInfoProto, helper
 
 from lilliput.engine.facts import Facts, Known
 from lilliput.engine.graph import Array
-from lilliput.engine.load import array_of, elements
 from lilliput.engine.size import Worlds
 from lilliput.errors import NotSupported, near
+from lilliput.onnx.file import array_of, elements
 
 Shapes = Mapping[str, Sequence[int]]
 Constants = Mapping[str, Array]

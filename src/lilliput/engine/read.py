@@ -15,10 +15,10 @@ from lilliput.engine.half_tables import widened
 from lilliput.engine.infer import inferred
 from lilliput.engine.inline import inlined
 from lilliput.engine.inputs import Constants, Shapes, given, opened
-from lilliput.engine.load import array_of, load, op_name
 from lilliput.engine.qlinear import spelled
 from lilliput.engine.size import Size
 from lilliput.errors import NotSupported
+from lilliput.onnx.file import array_of, load, op_name
 
 Step = tuple[NodeProto, Node]
 

@@ -10,10 +10,10 @@ import torch
 from onnx import ModelProto, numpy_helper
 from torch import nn
 
+from lilliput.files import write
 from lilliput.onnx.clean import copied
 from lilliput.onnx.narrow import narrow
 from lilliput.onnx.session import Session
-from lilliput.store import write
 from lilliput.stored.base import Stored
 from lilliput.stored.bits import Array
 from lilliput.task.nested import structured

@@ -26,7 +26,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, numpy_helper
 
-from lilliput import store
+from lilliput import files
 from lilliput.errors import ExportError, StoreError
 from lilliput.export.graph import read_nodes, read_values, write_nodes, write_values
 from lilliput.export.network import Network
@@ -100,7 +100,7 @@ def write(proto: ModelProto | Structure, stored: dict[str, Stored], path: str | 
     values = 2 * sum(math.prod(value.shape) for value in stored.values())
     if values > most_values(len(data)):
         raise ExportError(f"write: {values} values cannot come from {len(data)} bytes: a reader would refuse the file.")
-    store.write(Path(path), lambda file: file.write(data))
+    files.write(Path(path), lambda file: file.write(data))
     return Size(len(_header(head)), len(head[1]), {name: len(bits) for name, bits in sections.items()})
 
 

@@ -13,6 +13,7 @@ from onnx import ModelProto, TensorProto, numpy_helper
 
 from lilliput.errors import ExportError
 from lilliput.onnx.clean import copied, every_node, renamed
+from lilliput.onnx.file import load
 from lilliput.onnx.session import quiet
 from lilliput.stored.operators import CONSTANT
 
@@ -24,28 +25,12 @@ def load_onnx(path: str | Path) -> ModelProto:
         ExportError: if it is no valid ONNX model, or refers to a file outside of its folder.
         FileNotFoundError: if it is not there.
     """
-    path = Path(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"load_onnx: the model must be an ONNX file that exists, got {path}.")
     try:
-        proto = onnx.load(path, load_external_data=False)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ExportError(f"load_onnx: {path.name} must be an ONNX model, and is not ({str(error)[:120]}).") from error
-    if not proto.graph.node:
-        raise ExportError(f"load_onnx: {path.name} must be an ONNX model with nodes, got none. Export it again.")
-    folder = path.resolve().parent
-    for tensor in onnx.external_data_helper._get_all_tensors(proto):
-        for entry in tensor.external_data:
-            if entry.key == "location" and not (folder / entry.value).resolve().is_relative_to(folder):
-                raise ExportError(
-                    f"load_onnx: tensors must lie beside {path.name}, got {entry.value!r} outside of its folder. "
-                    "Save the model as one file."
-                )
-    try:
-        onnx.load_external_data_for_model(proto, str(folder))
-    except Exception as error:
-        raise ExportError(f"load_onnx: the tensors of {path.name} cannot be read ({str(error)[:200]}).") from error
-    return proto
+        return load(path, "load_onnx")
+    except ValueError as error:
+        raise ExportError(str(error)) from error
 
 
 def free_batch(proto: ModelProto) -> ModelProto:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from lilliput.errors import NotSupported
+from lilliput.onnx.evaluate import evaluate
 from lilliput.quant.int8 import Arithmetic, channel_codes, pair_codes, row_balance
 from lilliput.quant.products import Array, Floats, Group, Observed, inner
 
@@ -188,8 +188,6 @@ def _opset(proto: ModelProto) -> int:
 
 def folded(proto: ModelProto) -> ModelProto:
     """A copy whose nodes have unique names, with what depends on constants alone computed (unless it would grow)."""
-    from onnx.reference import ReferenceEvaluator
-
     if _opset(proto) < 13:
         raise NotSupported(f"dynamic: the opset must be at least 13, got {_opset(proto)}. Export the network again.")
     copy = ModelProto()
@@ -200,11 +198,7 @@ def folded(proto: ModelProto) -> ModelProto:
         inputs = [name for name in node.input if name]
         if node.domain == "" and len(node.output) == 1 and all(name in arrays for name in inputs) and _pure(node):
             known = {name: numpy_helper.to_array(arrays[name]) for name in inputs}
-            graph = helper.make_graph(
-                [node], "one", [], [onnx.ValueInfoProto(name=node.output[0])], [arrays[n] for n in inputs]
-            )
-            one = helper.make_model(graph, opset_imports=proto.opset_import)
-            value = np.asarray(ReferenceEvaluator(one).run(None, {})[0])
+            value = np.asarray(evaluate(node, proto.opset_import, known)[0])
             if value.nbytes <= max(4096, sum(a.nbytes for a in known.values()) * 4):
                 arrays[node.output[0]] = numpy_helper.from_array(value, node.output[0])
                 continue

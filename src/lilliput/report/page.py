@@ -10,12 +10,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from lilliput.files import write as write_file
 from lilliput.report import formats, sections
 from lilliput.report import summary as summaries
 from lilliput.report.formats import Quality, Summary, known
@@ -86,19 +85,16 @@ def page(source: str | Path | Summary) -> str:
 
 
 def write(folder: str | Path) -> Path:
-    """Write ``folder/report.html`` from ``folder/summary.json``, whole or not at all (by rename); returns its path."""
+    """Write ``folder/report.html`` from ``folder/summary.json``, whole or not at all (by rename); returns its path.
+
+    Raises:
+        FileNotFoundError, ValueError: as `page`.
+        StoreError: the file cannot be written.
+    """
     folder = Path(folder)
     html = page(folder)
     target = folder / "report.html"
-    handle, name = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=folder)
-    try:
-        with open(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(html)
-        os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_file(target, lambda file: file.write(html.encode()))
     return target
 
 

@@ -13,12 +13,13 @@ from lilliput.cost.measure import machine
 from lilliput.errors import StoreError
 from lilliput.export import pack as pack_format
 from lilliput.export.guard import worst
+from lilliput.files import write
 from lilliput.onnx.compare import agreement
 from lilliput.recipe import Recipe
 from lilliput.record import commit, versions
 from lilliput.search.check import check, place
 from lilliput.search.points import Clock, Press
-from lilliput.store import Store, write
+from lilliput.store import Store
 from lilliput.task import Task, leaves, length
 from lilliput.workshop import Workshop
 

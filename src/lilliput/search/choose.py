@@ -131,12 +131,13 @@ def examples_for(task: Task, dense: Score, score: Score, interval: Floats) -> in
     return None if width <= 0 else 4 * dense.units
 
 
-def front(costs: Sequence[Sequence[float]]) -> list[int]:
-    """The indices that no other point beats on every axis; all axes are to be small."""
+def unbeaten(costs: Sequence[Sequence[float]]) -> list[int]:
+    """The indices of the points that no other is at most equal to on every axis and smaller on one; equal ones stay."""
     points = np.asarray(costs, float)
-    return [
-        i
-        for i, p in enumerate(points)
-        if not any(bool((q <= p).all() and (q < p).any()) for q in points)
-        and not any(bool((points[j] == p).all()) for j in range(i))
-    ]
+    return [i for i, p in enumerate(points) if not any(bool((q <= p).all() and (q < p).any()) for q in points)]
+
+
+def front(costs: Sequence[Sequence[float]]) -> list[int]:
+    """The indices of the points that no other beats, the first of equal ones; all axes are to be small."""
+    points = np.asarray(costs, float)
+    return [i for i in unbeaten(costs) if not any(bool((points[j] == points[i]).all()) for j in range(i))]

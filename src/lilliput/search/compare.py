@@ -11,10 +11,10 @@ from rich.table import Table
 
 from lilliput.cost.measure import latency, machine
 from lilliput.errors import near
+from lilliput.files import write
 from lilliput.onnx.session import Session
 from lilliput.runtimes import open_session
 from lilliput.search.ask import shown
-from lilliput.store import write
 
 TYPES = {
     "tensor(float)": np.float32,

@@ -7,10 +7,10 @@ from safetensors.torch import save
 
 from lilliput.errors import StoreError
 from lilliput.export import pack as pack_format
+from lilliput.files import write
 from lilliput.search.job import Job
 from lilliput.search.points import Point
 from lilliput.search.summary import Summary
-from lilliput.store import write
 
 
 def write_folder(job: Job, winner: Point | None, summary: Summary) -> Summary:

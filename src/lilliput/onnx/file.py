@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
-
-from lilliput.engine.graph import Array
 
 MOST_ELEMENTS = 2**31 - 1  # of one tensor
 ONNX_DOMAINS = ("", "ai.onnx")
@@ -143,7 +142,7 @@ def elements(dims: Sequence[int], who: str = "compile") -> int:
     return 0 if 0 in dims else count
 
 
-def array_of(tensor: TensorProto, who: str = "compile") -> Array:
+def array_of(tensor: TensorProto, who: str = "compile") -> NDArray[Any]:
     """A tensor's numbers.
 
     Raises ValueError where they are not as many as its sizes say.
