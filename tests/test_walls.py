@@ -15,8 +15,9 @@ MOST_LINES = 400
 ROOMS = (
     ("errors", "files", "schedule", "registry", "proposal"),
     ("stored",),
+    ("task",),
     ("onnx",),
-    ("task", "cost"),
+    ("cost",),
     ("code",),
     ("stage", "finding"),
     ("statistics",),
@@ -30,11 +31,7 @@ ROOMS = (
     ("evidence", "cli"),
 )
 # What is being moved now. An entry that holds no longer fails the test: take it out.
-PENDING: dict[str, set[str]] = {
-    "circles": set(),
-    "arrows": set(),
-    "long": {"prune/patterns.py", "prune/scores.py", "task.py"},
-}
+PENDING: dict[str, set[str]] = {"circles": set(), "arrows": set(), "long": {"prune/patterns.py", "prune/scores.py"}}
 
 
 def files() -> dict[str, Path]:
