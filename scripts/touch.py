@@ -51,8 +51,8 @@ def examples() -> dict[str, tuple[str, str]]:
     for section in re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE):
         heading, _, body = section.partition("\n")
         if heading in ROOMS:
-            ((title, text),) = re.findall(r'^```python title="([^"]+)"\n(.*?)^```$', body, re.MULTILINE | re.DOTALL)
-            found[heading] = (Path(title).name, text)
+            title = r'^```python title="my-methods/my_methods/([^"]+)"\n(.*?)^```$'
+            (found[heading],) = re.findall(title, body, re.MULTILINE | re.DOTALL)
     return found
 
 

@@ -41,6 +41,8 @@ def test_the_page_is_run(tmp_path: Path) -> None:
     (tmp_path / "page.py").write_text("\n".join(scripts), encoding="utf-8")
     shown = "\n".join(run("sh", "-ec", command, folder=tmp_path, environment=environment) for command in commands)
     assert re.search(r"input_energy +my_methods +Score a weight", shown)
+    assert re.search(r'"Trim": .*25% trimmed, 50% trimmed, 75% trimmed', shown)
+    assert re.search(r'"codes": .*ternary', shown)
     run(sys.executable, "page.py", folder=tmp_path, environment=environment)
 
 
