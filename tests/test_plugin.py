@@ -28,6 +28,7 @@ BROUGHT = {
     ("score", "input_energy"),
     ("stage", "BecomeFunnel"),
     ("stage", "MergeTwins"),
+    ("task", "MarkovStream"),
 }
 TARGET = """
 import torch
@@ -221,6 +222,23 @@ def test_its_grid_and_rounding_quantize(run: Run) -> None:
         assert recipe.data()[0] == {"stage": "Quantize", "grid": "tapered", "rounding": "toward_zero", "bits": 4}
         assert lilliput.Recipe.parse(recipe.data()) == recipe
     """))  # fmt: skip
+
+
+def test_its_task_without_arrays_is_trained_and_scored(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "stream.py").write_text("""
+import torch
+from torch import nn
+from lilliput.registry import lookup
+
+def make():
+    torch.manual_seed(0)
+    task = lookup("task", "MarkovStream")()
+    return nn.Sequential(nn.Flatten(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 6)), task
+""")
+    stages = ['stage = "Train"\nsteps = 300\nsupervised = 1.0\nlr = 0.01\n', 'stage = "Prune"\nsparsity = 0.3\n']
+    (tmp_path / "recipe.toml").write_text("".join(f"[[stages]]\n{stage}" for stage in stages))
+    summary = json.loads(run("-m", "lilliput.cli", "run", "recipe.toml", "stream.py:make", "--out", "out").stdout)
+    assert summary["task"] == "walks of 4" and 0.4 < summary["val"] <= 1
 
 
 def test_its_finding_counts_what_its_stage_merges_exactly(run: Run) -> None:
