@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lilliput import registry
 from lilliput.code.base import codes, pack, realize, storage
 from lilliput.export import pack as files
 from lilliput.export.onnx import Structure
@@ -323,9 +324,24 @@ def test_the_table_is_what_was_measured() -> None:
         assert fast_patterns.FAST[kind][0] == wanted, (kind, mean)
 
 
+def test_a_plain_function_is_a_pattern() -> None:
+    @registry.register("pattern")
+    def leading(score: torch.Tensor, sparsity: float) -> torch.Tensor:
+        return (torch.arange(score.shape[1]) >= round(sparsity * score.shape[1])).expand_as(score)
+
+    try:
+        pruned = Prune(0.5, pattern="leading")(nn.Linear(4, 3), None, None)
+        assert (pruned.weight == 0).sum(0).tolist() == [3, 3, 0, 0]
+        with pytest.raises(ValueError, match="pattern 'leading' must be one word, got 'leading 3'"):
+            Prune(0.5, pattern="leading 3")
+    finally:
+        del registry.live["pattern", "leading"]
+        registry._table.cache_clear()
+
+
 def test_the_page_has_every_pattern() -> None:
     page = (Path(__file__).parents[2] / "docs" / "prune" / "patterns.md").read_text(encoding="utf-8")
-    table = page[page.index("| pattern | what goes as one") : page.index("Counts are exact")]
+    table = page[page.index("| pattern |") : page.index("Counts are exact")]
     cells = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
     shown = {text.split()[0] for cell in cells for text in re.findall(r'`"([^"]+)"`', cell)}
     assert {"N:M" if ":" in name else name for name in shown} == {entry.name for entry in entries("pattern")}
