@@ -171,7 +171,8 @@ class Arrays(Task, default=True):
         """The batch of some training examples under an augmentation; labelled examples come first in it.
 
         Args:
-            index, draw: as in `inputs`.
+            index: as in `inputs`.
+            draw: as in `inputs`.
         """
         targets = self._splits["train"][1]
         if targets is not None and self._unlabelled is not None:

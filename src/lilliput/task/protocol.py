@@ -256,7 +256,8 @@ class Task:
         variance of the dense outputs; summed over the tensors of a nested structure.
 
         Args:
-            outputs, dense: what two networks returned for the same inputs (n, ...).
+            outputs: what a network returned for some inputs, (n, ...).
+            dense: what the dense network returned for the same inputs.
 
         Returns:
             (n,)
