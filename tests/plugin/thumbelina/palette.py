@@ -27,7 +27,7 @@ class Swatches(Stored):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.places.shape
+        return tuple(self.places.shape)
 
     @property
     def bits(self) -> float:
@@ -38,7 +38,7 @@ class Swatches(Stored):
         return int(self.places.size)
 
     def decode(self) -> np.ndarray[Any, Any]:
-        return self.colours.astype(np.float32)[self.places]
+        return np.asarray(self.colours.astype(np.float32)[self.places])
 
     def storage(self) -> Storage:
         return Storage((("colours", ENTRIES, 16), ("places", self.values, BITS)))
