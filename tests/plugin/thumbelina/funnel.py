@@ -63,6 +63,7 @@ class BecomeFunnel(Stage):
     @classmethod
     def proposals(cls, model: nn.Module, task: Task, known: Known) -> Proposals | Refusal:
         """Offer students from 32 down to 4 hidden units, for a network of one input and one row of outputs."""
-        if len(leaves(task.example)) != 1 or call(model.eval(), task.example).ndim != 2:
-            return Refusal("it takes one input and puts out one row of numbers")
+        inputs = leaves(task.example)
+        if len(inputs) != 1 or not inputs[0].is_floating_point() or call(model.eval(), task.example).ndim != 2:
+            return Refusal("it takes one input of real numbers and puts out one row of numbers")
         return Proposals(tuple(cls(hidden) for hidden in (32, 16, 8, 4)), 2)
