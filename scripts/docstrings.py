@@ -7,7 +7,7 @@ from griffe import Extension, Object
 
 
 class Sections(Extension):
-    """Shows doctests as code, under `Example:` and in the middle of the prose.
+    """Shows doctests as code, under `Example:` and in the middle of the prose, and links arXiv numbers.
 
     griffe's Google style has `Examples:` for doctests; it takes `Example:` for an admonition, in which Markdown reads
     the prompt `>>>` as a quotation.
@@ -22,6 +22,7 @@ class Sections(Extension):
         """
         if obj.docstring:
             text = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
+            text = re.sub(r"\barXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
             text = re.sub(r"(?:^(?=>>>)(?:.+\n?)+)", _fenced, text, flags=re.MULTILINE)
             obj.docstring.value = text
 
