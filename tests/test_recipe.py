@@ -109,7 +109,7 @@ def test_a_stage_that_cannot_be_imported_says_what_to_do(mine: Any) -> None:
         Recipe.parse([{"stage": "absent_module:Scale"}])
     with pytest.raises(KeyError, match="'my_stages:Scales': module 'my_stages' has no attribute"):
         Recipe.parse([{"stage": "my_stages:Scales"}])
-    with pytest.raises(TypeError, match=r"'my_stages:Loose'\. Decorate it @dataclass"):
+    with pytest.raises(TypeError, match=r"'my_stages:Loose'\. Decorate it with @dataclass"):
         Recipe.parse([{"stage": "my_stages:Loose"}])
 
 

@@ -5,9 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib
 import json
-import operator
 import textwrap
 import threading
 import tomllib
@@ -109,37 +107,17 @@ def plain(value: Any) -> Any:
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             if mine != default and mine is not None:
                 kept[field.name] = plain(mine)
-        return {"stage": _name(type(value)), **kept}
+        return {"stage": registry.written(type(value), VALUES), **kept}
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
     return value
 
 
-def _name(kind: type) -> str:
-    try:
-        entry = registry.find(VALUES, kind.__name__)
-    except (KeyError, ValueError):
-        entry = None
-    if entry and (entry.module, entry.attribute) == (kind.__module__, kind.__qualname__):
-        return entry.name
-    return f"{kind.__module__}:{kind.__qualname__}"
-
-
 def _kind(name: str) -> Any:
-    """The class of that name; "module:Name" is imported."""
-    place, colon, attribute = name.partition(":")
-    if not colon:
-        return registry.lookup(VALUES, name, "Recipe")
-    try:
-        kind = operator.attrgetter(attribute)(importlib.import_module(place))
-    except (ImportError, AttributeError) as error:
-        raise KeyError(
-            f"Recipe: a stage must be a class that can be imported, got {name!r}: {error}. Install the package that "
-            f"has it, or start Python in the folder of {place.partition('.')[0]}.py."
-        ) from error
+    kind = registry.resolve(VALUES, name, "Recipe")
     if not dataclasses.is_dataclass(kind):
         raise TypeError(
-            f"Recipe: a stage must be a frozen dataclass, got {name!r}. Decorate it @dataclass(frozen=True)."
+            f"Recipe: a stage must be a frozen dataclass, got {name!r}. Decorate it with @dataclass(frozen=True)."
         )
     return kind
 
@@ -212,7 +190,7 @@ def versions(value: Any) -> set[str]:
         return {found for item in value for found in versions(item)}
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return set()
-    kind, name = type(value), _name(type(value))
+    kind, name = type(value), registry.written(type(value), VALUES)
     used = {f"{kind.__name__} {getattr(value, 'version', 1)}"}
     if ":" in name:
         used.add(f"{name} {_digest(kind)}")

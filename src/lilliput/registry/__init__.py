@@ -10,6 +10,8 @@ A package from elsewhere joins by an entry point in its pyproject.toml, whose va
     mine = "my_package"
 """
 
+import importlib
+import operator
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -19,7 +21,19 @@ from lilliput.errors import near
 from lilliput.registry.entry import FAMILIES, METHODS, NOUNS, Entry, Key, collision, first, live
 from lilliput.registry.source import read, sources
 
-__all__ = ["FAMILIES", "METHODS", "NOUNS", "Entry", "entries", "find", "lookup", "methods", "register"]
+__all__ = [
+    "FAMILIES",
+    "METHODS",
+    "NOUNS",
+    "Entry",
+    "entries",
+    "find",
+    "lookup",
+    "methods",
+    "register",
+    "resolve",
+    "written",
+]
 
 T = TypeVar("T")
 
@@ -119,6 +133,51 @@ def find(families: str | tuple[str, ...], name: str, who: str = "registry") -> E
             f'Write "module:Name", as in "{matches[0].module}:{matches[0].attribute}".'
         )
     return matches[0]
+
+
+def written(kind: type, families: str | tuple[str, ...]) -> str:
+    """How plain data names a class: by its name in these families, or as "module:Name" where that is not it.
+
+    Example:
+        >>> from lilliput.schedule import Linear
+        >>> written(Linear, "schedule"), written(dict, "schedule")
+        ('Linear', 'builtins:dict')
+    """
+    try:
+        entry = find(families, kind.__name__)
+    except (KeyError, ValueError):
+        entry = None
+    if entry and (entry.module, entry.attribute) == _place(kind):
+        return entry.name
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def resolve(families: str | tuple[str, ...], name: str, who: str = "registry") -> Any:
+    """The class that `written` has named; "module:Name" is imported.
+
+    Args:
+        families: the family to look in, or several.
+        name: its name there, or "module:Name".
+        who: what an error message begins with.
+
+    Raises:
+        KeyError: for an unknown name, and for a class that cannot be imported, with what to do.
+        ValueError: where objects of several of these families have the name.
+
+    Example:
+        >>> resolve("schedule", "Linear") is resolve("schedule", "lilliput.schedule:Linear")
+        True
+    """
+    place, colon, attribute = name.partition(":")
+    if not colon:
+        return lookup(families, name, who)
+    try:
+        return operator.attrgetter(attribute)(importlib.import_module(place))
+    except (ImportError, AttributeError) as error:
+        raise KeyError(
+            f"{who}: a class must be one that can be imported, got {name!r}: {error}. Install the package that has it, "
+            f"or start Python in the folder of {place.partition('.')[0]}.py."
+        ) from error
 
 
 def _place(thing: Any) -> tuple[str, str]:
