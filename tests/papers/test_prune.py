@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lilliput.prune import allocations, patterns, scores
+from lilliput.prune import allocations, patterns, scores, scores_of_inputs
 from lilliput.prune.prune import Prune
 from lilliput.schedule import Cubic
 from lilliput.statistics.calibrate import statistics
@@ -42,7 +42,7 @@ def test_wanda_equation_1_is_weight_times_the_norm_of_its_input() -> None:
     """arXiv:2306.11695: S_ij = |W_ij| ||X_j||_2, over all examples and places; figure 1's worked comparison by rows."""
     weight = torch.tensor([[4.0, 0.0, 1.0, -1.0], [3.0, -2.0, -1.0, -3.0], [-3.0, 1.0, 0.0, 2.0]])
     norm = torch.tensor([[1.0, 2.0, 8.0, 3.0]])
-    score = scores.wanda(weight, input_norm=norm)
+    score = scores_of_inputs.wanda(weight, input_norm=norm)
     assert score.tolist() == [[4, 0, 8, 3], [3, 4, 8, 9], [3, 2, 0, 6]]
     kept = patterns.parse("even")(score, 0.5)
     assert (weight * kept).tolist() == [[4, 0, 1, 0], [0, 0, -1, -3], [-3, 0, 0, 2]]

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lilliput.code.base import codes
-from lilliput.prune import scores
+from lilliput.prune import scores, scores_of_inputs
 from lilliput.prune.prune import Prune
 from lilliput.prune.rounds import Rounds
 from lilliput.registry import entries
@@ -345,8 +345,8 @@ def test_ria_equation_is_relative_importance_times_the_root_of_the_input_norm() 
     """Zhang et al., ICLR 2024: (|w| / column sum + |w| / row sum) ||x||^0.5; scaling a whole row keeps half of it."""
     weight, norm = torch.tensor([[1.0, -3.0], [3.0, 1.0]]), torch.tensor([[4.0, 9.0]])
     expected = torch.tensor([[1 / 4 + 1 / 4, 3 / 4 + 3 / 4], [3 / 4 + 3 / 4, 1 / 4 + 1 / 4]]) * torch.tensor([2.0, 3.0])
-    torch.testing.assert_close(scores.ria(weight, input_norm=norm), expected)
-    assert scores.ria(torch.zeros(2, 2), input_norm=norm).isfinite().all()
+    torch.testing.assert_close(scores_of_inputs.ria(weight, input_norm=norm), expected)
+    assert scores_of_inputs.ria(torch.zeros(2, 2), input_norm=norm).isfinite().all()
 
 
 def test_data_needed_says_what_a_score_takes() -> None:

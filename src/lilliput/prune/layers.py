@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lilliput.code.base import copy_model, realize, theta
 from lilliput.errors import near
 from lilliput.prune.masks import Allocation, amounts, attach_masks, check_sparsity, prunable, put_
-from lilliput.prune.patterns import NM, Blocks, Channels, Pattern, Units, parse
+from lilliput.prune.patterns import NM, Pattern, parse
+from lilliput.prune.patterns_of_blocks import Blocks, Channels, Units
 from lilliput.stage import calibration, on
 from lilliput.statistics.hessian import products
 from lilliput.statistics.sources import sees_inputs, single
