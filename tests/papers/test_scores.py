@@ -19,7 +19,7 @@ from lilliput.registry import entries
 from lilliput.statistics import inverse_fisher
 from lilliput.statistics.calibrate import running, statistics, taken_from
 from lilliput.statistics.sources import Labelled
-from lilliput.task import Task
+from lilliput.task import Batch, Task
 
 KNOWN = [entry.name for entry in entries("statistic")]
 FROM_DATA = [name for name in KNOWN if taken_from(name) != "none"]
@@ -232,7 +232,7 @@ def test_curvature_is_the_gauss_newton_diagonal_of_a_likelihood(loss: str) -> No
     y = torch.arange(500) % 2
     task = Task("logits", (x, y), (x, y), None, loss, "accuracy")
     found = statistics(net, task, ["weight"], ["curvature"], examples=500)
-    _, hessian = dense(net, ["weight"], lambda f: task.loss(f(x[:1].double()), y[:1]))
+    _, hessian = dense(net, ["weight"], lambda f: task.loss(f(x[:1].double()), Batch(x[:1], y[:1])))
     torch.testing.assert_close(together(found, "curvature"), hessian.diagonal(), rtol=0.25, atol=3e-3)
     other = Task("labels do not matter", (x, 1 - y), (x, y), None, loss, "accuracy")
     assert torch.equal(
@@ -471,7 +471,7 @@ def test_layers_of_one_channel_frozen_and_unused_weights() -> None:
 
 def test_the_page_lists_every_score_with_the_data_it_needs() -> None:
     page = (Path(__file__).parents[2] / "docs" / "prune" / "scores.md").read_text(encoding="utf-8")
-    table = page[page.index("## All of them") : page.index("## In rounds")]
+    table = page[page.index("## All scores") : page.index("## Prune in rounds")]
     rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (\w+) \|[^|]*\|$", table, re.MULTILINE))
     assert rows == {name: scores.data_needed(name) for name in SCORES}
     code = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
