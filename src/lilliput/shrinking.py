@@ -74,8 +74,8 @@ def shrink(
 
     Example:
         >>> import lilliput
-        >>> from lilliput.data import digits
-        >>> found = lilliput.shrink(*digits.load(), floor="1%", budget="2m")  # doctest: +SKIP
+        >>> from lilliput.data.digits import digits
+        >>> found = lilliput.shrink(*digits(), floor="1%", budget="2m")  # doctest: +SKIP
         >>> found.chosen["packed_bytes"]  # doctest: +SKIP
         9120
     """

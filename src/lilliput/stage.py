@@ -13,10 +13,25 @@ from lilliput.task import on as on
 
 
 class Stage(ABC):
-    """One thing done to a model: prune once, factorise, train, remove channels.
+    """Do one thing to a model: prune once, factorise, train, remove channels.
 
-    A stage is plain data (it hashes, prints, stores, compares) and never changes its argument. A `structural` one
-    changes shapes and is given plain tensors. `version` rises when its result changes.
+    A stage is a frozen dataclass of plain values (it hashes, prints, stores, compares) and never changes its argument.
+    A `structural` one changes shapes and is given plain tensors. `version` rises when its result changes.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from lilliput.code.base import copy_model
+        >>> @dataclass(frozen=True)
+        ... class Scale(Stage):
+        ...     factor: float = 2.0
+        ...     def __call__(self, model, task, reference):
+        ...         model = copy_model(model)
+        ...         for parameter in model.parameters():
+        ...             parameter.data *= self.factor
+        ...         return model
+        >>> net = nn.Linear(1, 1, bias=False)
+        >>> bool(Scale(3.0)(net, None, None).weight == 3 * net.weight)
+        True
     """
 
     version: ClassVar[int] = 1
@@ -30,7 +45,7 @@ class Stage(ABC):
 
     @abstractmethod
     def __call__(self, model: nn.Module, task: Task, reference: "Reference") -> nn.Module:
-        """A new model."""
+        """Return a new model."""
 
     def label(self) -> str:
         """Name the stage in a few words, as a search shows it."""

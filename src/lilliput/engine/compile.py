@@ -39,17 +39,34 @@ def compile(
 ) -> Engine:
     """Compile an ONNX model to C and load it.
 
-    model: a path, its bytes or a ModelProto. out: the folder to write; a temporary one that goes with the Engine when
-    left out. to: "native", "portable", "cortex-m" or "wasm". cc: the C compiler. tune: choose kernels by measuring
-    them, else by a cost model. shapes: the largest size of each input that has free ones; it runs any smaller one.
-    constants: inputs that are bound to these numbers. example: an input such as the model will see, or several along
-    the first dimension (arrays by name where it has several inputs): the model is run on it to learn which products
-    are given many zeros, and those may then be computed by kernels that skip them. The result is right for any input.
+    With `example` the model is run on it to learn which products have many zero inputs; those may then be computed by
+    kernels that skip zeros. The result is right for any input.
+
+    Args:
+        model: A path, its bytes or a ModelProto.
+        out: The folder to write; by default a temporary one, which goes with the Engine.
+        to: "native", "portable", "cortex-m" or "wasm".
+        cc: The C compiler; by default one that is found.
+        tune: Whether kernels are chosen by measuring them, else by a cost model.
+        shapes: The largest size of each input that has free ones; it runs any smaller one.
+        constants: Inputs that are bound to these numbers, by name.
+        example: A representative input, or several along the first dimension (arrays by name where the model has
+            several inputs).
+
+    Returns:
+        The compiled model.
 
     Raises:
-        ValueError: for a file that is damaged, or settings that do not fit it.
-        NotSupported: naming every node that cannot be compiled; nothing is written.
-        OSError: where no compiler is found. ExportError: where it fails.
+        ValueError: For a file that is damaged, or settings that do not fit it.
+        NotSupported: Naming every node that cannot be compiled; nothing is written.
+        OSError: Where no compiler is found.
+        ExportError: Where the compiler fails.
+
+    Example:
+        >>> import torch; from lilliput.onnx.trace import trace
+        >>> x = torch.rand(1, 4)
+        >>> compile(trace(torch.nn.Linear(4, 2), x).proto, tune=False)(x.numpy()).shape
+        (1, 2)
     """
     found = target(to, cc)
     folder = write(model, out, found, tune, shapes, constants, example)

@@ -18,15 +18,25 @@ from lilliput.errors import near
 
 
 class Engine:
-    """A model compiled by `lilliput.compile`: called with its inputs, it gives its outputs.
+    """Run a model that was compiled by `lilliput.compile`.
 
-    folder: what `compile` wrote. Calls on several threads run at once, each with an arena of its own.
+    `engine(x)` gives the output (a tuple where there are several), `engine(x, out=y)` writes into an existing array;
+    inputs are given in order or by name. `engine.manifest` describes each layer, `engine.profile(x)` measures each.
+    Calls on several threads run at once, each with an arena of its own.
 
-    `engine(x)` gives the output (a tuple where there are several), `engine(x, out=y)` writes into an array that is
-    there; inputs are given in order or by name. `engine.manifest` says what each layer is, `engine.profile(x)` how long
-    each takes.
+    Args:
+        folder: What `compile` wrote.
 
-    Raises OSError where the folder has no library, ValueError for inputs that do not fit.
+    Raises:
+        OSError: Where the folder has no library.
+        ValueError: For inputs that do not fit.
+
+    Example:
+        >>> import torch; from lilliput.engine.compile import compile; from lilliput.onnx.trace import trace
+        >>> x = torch.rand(1, 4)
+        >>> engine = compile(trace(torch.nn.Linear(4, 2), x).proto, tune=False)
+        >>> engine(x.numpy()).shape, len(engine.manifest["layers"])
+        ((1, 2), 1)
     """
 
     def __init__(self, folder: str | Path) -> None:

@@ -183,11 +183,20 @@ def _written(
 
 
 def load(path: str | Path) -> Network:
-    """The network in a folder that `lilliput shrink` wrote (its `model.lil`), or in a packed file.
+    """Load the network of a folder that `lilliput shrink` wrote (its `model.lil`), or of a packed file.
+
+    Args:
+        path: The folder or the file.
+
+    Returns:
+        A network that computes in ONNX Runtime.
 
     Raises:
-        FileNotFoundError: if there is none.
-        StoreError: if it is damaged.
+        FileNotFoundError: If there is none.
+        StoreError: If it is damaged.
+
+    Example:
+        >>> network = load("lilliput-digits")  # doctest: +SKIP
     """
     path = Path(path)
     return read(path / "model.lil" if path.is_dir() else path)

@@ -24,13 +24,19 @@ SECONDS_EACH = 0.5
 
 @dataclass(frozen=True)
 class Result:
-    """What a search found.
+    """Hold what a search found.
 
     Args:
-        met: whether the question was met.
-        folder: where the files are.
-        found: the summary.
-        model: the chosen network, with its codes, or None where nothing meets the question.
+        met: Whether the question was met.
+        folder: Where the files are.
+        found: The summary.
+        model: The chosen network, with its codes, or None where nothing meets the question.
+
+    Example:
+        >>> import lilliput
+        >>> result = lilliput.shrink(model, task, floor="1%", budget="5m")  # doctest: +SKIP
+        >>> result.met, result.chosen["packed_bytes"]  # doctest: +SKIP
+        (True, 9120)
     """
 
     met: bool
@@ -40,17 +46,17 @@ class Result:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What summary.json holds."""
+        """Return what summary.json holds."""
         return self.found.data()
 
     @property
     def front(self) -> list[dict[str, Any]]:
-        """The Pareto front of (validation score, bytes, latency)."""
+        """Return the Pareto front of (validation score, bytes, latency)."""
         return self.found.front
 
     @property
     def chosen(self) -> dict[str, Any] | None:
-        """The chosen point, or None where nothing meets the question."""
+        """Return the chosen point, or None where nothing meets the question."""
         return self.found.chosen
 
 
