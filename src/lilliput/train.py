@@ -1,7 +1,7 @@
 """Train: the one training loop. Distillation, pruning and quantizing happen in it as rules."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.code.base import copy_model
-from lilliput.rule import Rule, State, start_anew
+from lilliput.rule import Rule, State, frozen, nothing, start_anew, thawed, to
+from lilliput.rule import parameters as extras
 from lilliput.schedule import Cosine, Schedule, at
 from lilliput.stage import Reference, Stage, on
 from lilliput.task import Batch, Task, call
@@ -59,8 +60,8 @@ class Train(Stage):
         return fit(self, model, task, reference)
 
 
-def _optimizer(stage: Train, model: nn.Module) -> torch.optim.Optimizer:
-    trained = [p for p in model.parameters() if p.requires_grad]
+def _optimizer(stage: Train, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    trained = [p for p in parameters if p.requires_grad]
     if not trained:
         raise ValueError("Train: the model must have a trainable parameter, got none. Unfreeze one.")
     matrices = [p for p in trained if (p.dim() > 1 and p.shape[-1] > 1) or p.dim() > 2]
@@ -87,22 +88,25 @@ def fit(
 ) -> nn.Module:
     """Run `stage` on a copy of `model`; `load` and `save` keep the checkpoints, `stop(step)` ends it early.
 
-    A checkpoint holds the model, the optimizer, every rule's state and the step; with batches that are a pure function
-    of (seed, step) the rest of the training is the same as if it had never been interrupted.
+    A checkpoint holds the model, the optimizer, every rule's state with its learnable extras and the step; with batches
+    that are a pure function of (seed, step) the rest of the training is the same as if it had never been interrupted.
     """
     # glibc hands large blocks back and faults them in anew at every step, until one of them has been freed.
     torch.empty(30 * 2**18).zero_()
     model = copy_model(model).to(reference.device)
     model.train()
-    states = [rule.begin(model, task, reference, stage.steps) for rule in stage.rules]
-    optimizer = _optimizer(stage, model)
+    states = [to(rule.begin(model, task, reference, stage.steps), reference.device) for rule in stage.rules]
+    optimizer = _optimizer(stage, [*model.parameters(), *extras(states)])
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     first, until = 0, stage.until or stage.steps
     checkpoint = load()
     if checkpoint is not None and checkpoint["step"] <= until:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        states = [{name: value.to(reference.device) for name, value in state.items()} for state in checkpoint["rules"]]
+        states = [
+            thawed(state, saved, lambda value: value.to(reference.device))
+            for state, saved in zip(states, checkpoint["rules"], strict=True)
+        ]
         first = checkpoint["step"]
         _set_random(checkpoint["random"])
     else:
@@ -111,6 +115,8 @@ def fit(
     step = first
     for batch in task.batches(until, stage.seed, stage.batch_size, first):
         batch = _moved(batch, reference.device)
+        for rule, state in zip(stage.rules, states, strict=True):
+            batch = rule.batch(state, model, step, stage.steps, batch)
         lr = at(stage.lr, step, stage.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -155,7 +161,7 @@ def _loss(
     output: Any,
     reference: Reference,
 ) -> Tensor:
-    loss = task.loss(output, batch) * stage.supervised if stage.supervised else output.sum() * 0
+    loss = task.loss(output, batch) * stage.supervised if stage.supervised else nothing(output)
     for rule, state in zip(stage.rules, states, strict=True):
         added = rule.loss(state, model, step, stage.steps, batch, output, reference)
         if added is not None:
@@ -168,7 +174,7 @@ def _checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, states: list
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "rules": states,
+        "rules": [frozen(state) for state in states],
         "step": step,
         "random": random,
     }

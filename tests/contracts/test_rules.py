@@ -1,5 +1,6 @@
 """What holds for every rule: it does the same in our loop and attached to an optimizer that is not ours."""
 
+import copy
 from dataclasses import dataclass, replace
 from typing import get_args, get_type_hints
 
@@ -7,24 +8,25 @@ import torch
 
 from lilliput import registry
 from lilliput.code.base import copy_model
+from lilliput.rule import parameters
 from lilliput.schedule import Schedule
 from lilliput.stage import Reference
 from lilliput.train import Train, _optimizer, fit
 
 STEPS = 4
-# Their codes hold parameters that the model did not have: applied as stages, before the optimizer is made.
-ADDS = ("STR", "L0")
 
 
 def hand_made(rule, model, task):
     """The loop of Train, written by somebody else."""
     reference = Reference(copy_model(model).eval(), task)
-    model = (rule(model, task, reference) if type(rule).__name__ in ADDS else copy_model(model)).train()
-    optimizer = _optimizer(Train(STEPS, lr=0.05, optimizer="sgd"), model)
+    model = copy_model(model).train()
+    state = rule.begin(model, task, reference, STEPS)  # first, since codes and extras may bring parameters
+    optimizer = _optimizer(Train(STEPS, lr=0.05, optimizer="sgd"), [*model.parameters(), *parameters(state)])
     for group in optimizer.param_groups:
         group["lr"] = 0.05
-    with rule.attached(model, optimizer, steps=STEPS, task=task, reference=reference) as driver:
+    with rule.attached(model, optimizer, steps=STEPS, reference=reference, state=state) as driver:
         for batch in task.batches(STEPS, 0):
+            batch = driver.batch(batch)
             output = model(batch.inputs)
             loss = task.loss(output, batch)
             if rule.has_loss:
@@ -44,7 +46,7 @@ def test_the_same_in_both_loops(rule, model, task):
         torch.testing.assert_close(theirs.state_dict()[name], value, msg=name)
 
 
-def test_state_is_tensors_and_moments_return_it(rule, model, task):
+def test_state_is_tensors_and_modules_and_moments_return_it(rule, model, task):
     reference = Reference(copy_model(model), task)
     model = copy_model(model).train()
     state = rule.begin(model, task, reference, STEPS)
@@ -57,7 +59,8 @@ def test_state_is_tensors_and_moments_return_it(rule, model, task):
     task.loss(output, batch).backward()
     for moment in (rule.on_grad, rule.on_step):
         state = moment(state, model, 0, STEPS)
-        assert all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items())
+        assert all(isinstance(key, str) for key in state)
+        assert all(isinstance(value, torch.Tensor | torch.nn.Module) for value in state.values())
     assert isinstance(rule.end(state, model), dict)
 
 
@@ -73,7 +76,7 @@ def test_a_copied_state_drives_on_the_same_way(rule, model, task):
     batch = next(iter(task.batches(1, 0)))
     task.loss(model(batch.inputs), batch).backward()
     state = rule.on_grad(state, model, STEPS - 1, STEPS)
-    twin, copied = copy_model(model), {key: value.clone() for key, value in state.items()}
+    twin, copied = copy_model(model), copy.deepcopy(state)
     for which, kept in ((model, state), (twin, copied)):
         rule.on_step(kept, which, STEPS - 1, STEPS)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
@@ -114,8 +117,9 @@ def events(rule, model, task):
     reference = Reference(copy_model(model).eval(), task)
     model = copy_model(model).train()
     state, shown = rule.begin(model, task, reference, LONG), []
-    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    optimizer = torch.optim.SGD([*model.parameters(), *parameters(state)], 0.05)
     for step, batch in enumerate(task.batches(LONG, 0)):
+        batch = rule.batch(state, model, step, LONG, batch)
         output = model(batch.inputs)
         added = rule.loss(state, model, step, LONG, batch, output, reference)
         optimizer.zero_grad()
