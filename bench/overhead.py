@@ -1,16 +1,24 @@
 """What a code costs while training: steps with a mask or a quantizer against dense steps, interleaved, one thread.
 
-python bench/overhead.py [rounds]    writes results/bench/overhead.json
+python bench/overhead.py [rounds]                            writes results/bench/overhead.json
+python bench/overhead.py --against COMMIT [--pairs 40]       writes results/bench/overhead-against.json
 
 Every round takes a few steps of each variant in turn, so that a change of the machine's load meets all of them, and is
 timed by the processor's clock; the ratio is the median over the rounds. What happens once in many steps is no part of a
 median: `updates` is the mean time of all that a rule does between the backward pass and the next step, in dense steps.
+
+With --against, the training loops of this working tree and of a commit take their steps in turn, each in a process of
+its own: the median ratio of steps a second over the pairs says whether the loop became slower.
 """
 
+import argparse
+import io
 import json
 import platform
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -114,23 +122,78 @@ def measure(
     return found
 
 
+class Worker:
+    """A training in a process of its own, which takes steps when it is asked to."""
+
+    def __init__(self, source: Path, network: str, variant: str) -> None:
+        worker = Path(__file__).with_name("overhead_worker.py")
+        command = [sys.executable, str(worker), str(source), network, variant]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def seconds(self, steps: int) -> float:
+        """The processor's seconds for so many steps."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(steps, file=self.process.stdin, flush=True)
+        return float(self.process.stdout.readline())
+
+    def close(self) -> None:
+        """End the training."""
+        self.process.communicate()
+
+
+def against(commit: str, pairs: int) -> dict[str, dict[str, Any]]:
+    """The ratio of steps a second, this working tree over a commit, for each network and variant."""
+    archive = subprocess.run(["git", "archive", commit, "src"], cwd=ROOT, capture_output=True, check=True).stdout
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        tarfile.open(fileobj=io.BytesIO(archive)).extractall(folder, filter="data")
+        for network, count in (("MLP", 200), ("ResNet-20", 4)):
+            for variant in ("dense", "mask", "gradual pruning", "distillation"):
+                workers = [Worker(source / "src", network, variant) for source in (ROOT, Path(folder).resolve())]
+                for worker in workers:  # what happens once is no part of a step
+                    worker.seconds(count)
+                ratios = []
+                for pair in range(pairs):
+                    order = workers if pair % 2 else workers[::-1]
+                    times = {worker: worker.seconds(count) for worker in order}
+                    ratios.append(times[workers[1]] / times[workers[0]])
+                for worker in workers:
+                    worker.close()
+                low, middle, high = (round(float(q), 4) for q in np.quantile(ratios, [0.25, 0.5, 0.75]))
+                found.setdefault(network, {})[variant] = {"ratio": middle, "ratio_quartiles": [low, high]}
+                print(f"{network:12s}{variant:18s}{middle:8.4f} x the steps a second [{low:.4f}, {high:.4f}]", flush=True)
+    return found
+
+
 def main() -> None:
-    """Measure both networks and write the record."""
+    """Measure, and write the record."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("rounds", nargs="?", type=int, default=20)
+    parser.add_argument("--against", metavar="COMMIT")
+    parser.add_argument("--pairs", type=int, default=40)
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     before = machine()
-    results = {"ResNet-20": measure(ResNet, (1, 28, 28), 1, rounds), "MLP": measure(MLP, (40,), 50, rounds)}
+    if given.against:
+        name, results = "overhead-against", against(given.against, given.pairs)
+        what = f"steps a second over those of commit {given.against}, batch {BATCH}, one thread, {given.pairs} pairs"
+        command = f"python bench/overhead.py --against {given.against} --pairs {given.pairs}"
+    else:
+        name, rounds = "overhead", given.rounds
+        results = {"ResNet-20": measure(ResNet, (1, 28, 28), 1, rounds), "MLP": measure(MLP, (40,), 50, rounds)}
+        what = f"processor milliseconds a training step at batch {BATCH}, one thread, {rounds} interleaved rounds"
+        command = f"python bench/overhead.py {rounds}"
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     record = {
-        "what": f"processor milliseconds a training step at batch {BATCH}, one thread, {rounds} interleaved rounds",
-        "command": f"python bench/overhead.py {rounds}",
+        "what": what,
+        "command": command,
         "results": results,
         "machine": before,
         "machine_after": machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "commit": commit.stdout.strip(),
     }
-    path = ROOT / "results" / "bench" / "overhead.json"
+    path = ROOT / "results" / "bench" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
