@@ -146,7 +146,8 @@ def against(commit: str, pairs: int) -> dict[str, dict[str, Any]]:
     archive = subprocess.run(["git", "archive", commit, "src"], cwd=ROOT, capture_output=True, check=True).stdout
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        tarfile.open(fileobj=io.BytesIO(archive)).extractall(folder, filter="data")
+        with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+            files.extractall(folder, filter="data")
         for network, count in (("MLP", 200), ("ResNet-20", 4)):
             for variant in ("dense", "mask", "gradual pruning", "distillation"):
                 workers = [Worker(source / "src", network, variant) for source in (ROOT, Path(folder).resolve())]
@@ -161,7 +162,9 @@ def against(commit: str, pairs: int) -> dict[str, dict[str, Any]]:
                     worker.close()
                 low, middle, high = (round(float(q), 4) for q in np.quantile(ratios, [0.25, 0.5, 0.75]))
                 found.setdefault(network, {})[variant] = {"ratio": middle, "ratio_quartiles": [low, high]}
-                print(f"{network:12s}{variant:18s}{middle:8.4f} x the steps a second [{low:.4f}, {high:.4f}]", flush=True)
+                print(
+                    f"{network:12s}{variant:18s}{middle:8.4f} x the steps a second [{low:.4f}, {high:.4f}]", flush=True
+                )
     return found
 
 

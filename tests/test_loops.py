@@ -1,6 +1,8 @@
 """Rules in loops that are not ours: gradient accumulation, a gradient scaler that skips, Accelerate, Hugging Face."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lilliput.code.base import realize
+from lilliput.distill.features import Features
 from lilliput.distill.logits import Distill
+from lilliput.distill.mixup import Mixup
 from lilliput.prune.prune import Prune
-from lilliput.schedule import Cubic
-from lilliput.stage import Reference
+from lilliput.schedule import Cubic, Linear
+from lilliput.reference import Reference
+from lilliput.rule import parameters
 from lilliput.task import Batch, Task
 
 STEPS = 6
@@ -86,6 +91,135 @@ def test_distillation_is_one_more_line() -> None:
             adam.step()
             seen.append(float(loss.detach()))
     assert seen[-1] < 0.2 * seen[0]
+
+
+def wide() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 4)).eval()
+
+
+def test_a_teacher_is_enough_for_batches_of_any_loader() -> None:
+    """The same numbers as by a task's batches, whose dense outputs are kept."""
+    losses: list[list[float]] = []
+    task = Task("loops", (X, Y), (X, Y))
+    for given in ({"teacher": wide()}, {"reference": Reference(wide(), task)}):
+        model = net()
+        sgd, seen = torch.optim.SGD(model.parameters(), 0.1), []
+        with Distill(Linear(1.0, 0.0)).attached(model, sgd, steps=STEPS, **given) as driver:
+            for step in range(STEPS):
+                index = torch.arange(step * 8, step * 8 + 8)
+                output = model(X[index])
+                added = driver.loss(X[index] if "teacher" in given else task.batch(index, 0), output)
+                sgd.zero_grad()
+                (F.cross_entropy(output, Y[index]) + added).backward()
+                sgd.step()
+                seen.append(float(added.detach()))
+        losses.append(seen)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and min(losses[0]) > 0
+
+
+def test_a_teacher_that_a_loop_sets_to_train_is_evaluated_all_the_same() -> None:
+    dense = nn.Sequential(nn.Linear(8, 4), nn.Dropout(0.9))
+    whole = nn.ModuleDict({"student": net(), "dense": dense})
+    model = whole["student"]
+    with Distill().attached(model, torch.optim.SGD(model.parameters(), 0.1), teacher=dense) as driver:
+        whole.train()
+        first, second = (float(driver.loss(X, model(X)).detach()) for _ in range(2))
+    assert first == second
+
+
+def test_steps_may_be_left_out_where_nothing_changes_with_them() -> None:
+    model = net()
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    for rule in (Prune(0.5), Distill(Linear(1.0, 0.0)), Mixup()):
+        with pytest.raises(ValueError, match=f"{type(rule).__name__}: steps must be given"):
+            rule.attached(model, sgd, teacher=wide()).__enter__()
+    with Distill().attached(model, sgd, teacher=wide()) as driver:
+        assert float(driver.loss(X, model(X)).detach()) > 0
+
+
+def loop(model: nn.Module, driver: Any, optimizer: Any, first: int, last: int, after: Any = lambda: None) -> None:
+    """A loop that zeroes the gradients of its model alone, as the Hugging Face Trainer does."""
+    for step in range(first, last):
+        x = X[step * 8 % 48 :][:8]
+        (driver.loss(x, model(x)) + model(x).square().mean() * 0.01).backward()
+        optimizer.step()
+        model.zero_grad()
+        after()
+
+
+HINTS = Features(("0",), weight=5.0)
+
+
+def hints() -> Reference:
+    return Reference(wide(), example=X[:1])
+
+
+def test_learnable_extras_join_the_optimizer_and_its_schedule_until_the_end() -> None:
+    model = net()
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: 0.5**step)
+    moved = []
+    with HINTS.attached(model, sgd, reference=hints()) as driver:
+        (regressor,) = parameters(driver.state)
+        before = regressor.detach().clone()
+
+        def after() -> None:
+            moved.append(float((regressor.detach() - before).norm()))
+            before.copy_(regressor.detach())
+            schedule.step()
+
+        loop(model, driver, sgd, 0, 4, after)
+        assert regressor.grad is None, "nothing piles up"
+        assert len(sgd.param_groups[0]["params"]) == 5
+    assert moved[0] > 0 and moved[3] < 0.3 * moved[0]
+    assert [id(p) for p in sgd.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
+
+
+def test_extras_may_have_settings_of_their_own() -> None:
+    model = net()
+    state = HINTS.begin(model, None, hints(), STEPS)
+    (regressor,) = parameters(state)
+    first = regressor.detach().clone()
+    sgd = torch.optim.SGD([{"params": model.parameters()}, {"params": [regressor], "lr": 0.0}], 0.1)
+    with HINTS.attached(model, sgd, reference=hints(), state=state) as driver:
+        loop(model, driver, sgd, 0, 4)
+    assert torch.equal(regressor, first) and len(sgd.param_groups[1]["params"]) == 1
+
+
+def test_a_loop_of_ones_own_goes_on_from_its_checkpoint() -> None:
+    """Model, optimizer and driver are all there is: the regressor's weights, its momenta and the step with them."""
+
+    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = net()
+        return model, torch.optim.AdamW(model.parameters(), 0.05)
+
+    whole, adam = make()
+    with HINTS.attached(whole, adam, steps=8, reference=hints()) as driver:
+        loop(whole, driver, adam, 0, 8)
+    cut, adam = make()
+    with HINTS.attached(cut, adam, steps=8, reference=hints()) as driver:
+        loop(cut, driver, adam, 0, 3)
+        saved = copy.deepcopy((cut.state_dict(), adam.state_dict(), driver.state_dict()))
+    again, adam = make()
+    with HINTS.attached(again, adam, steps=8, reference=hints()) as driver:
+        again.load_state_dict(saved[0])
+        adam.load_state_dict(saved[1])
+        driver.load_state_dict(saved[2])
+        assert driver.step == 3
+        loop(again, driver, adam, 3, 8)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_a_rule_that_changes_batches_is_one_more_line() -> None:
+    model = net()
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    with Mixup(1.0, classes=4).attached(model, sgd, steps=2) as driver:
+        first = driver.batch(X, Y)
+        F.cross_entropy(model(first.inputs), first.targets).backward()
+        sgd.step()
+        second = driver.batch(X, Y)
+    assert first.targets.shape == (48, 4) and not torch.equal(first.inputs, second.inputs)
 
 
 @pytest.mark.filterwarnings("ignore")

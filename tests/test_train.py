@@ -1,5 +1,6 @@
 """The training loop: repeatable, resumable at any rung, and it says when a loss is not finite."""
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -115,12 +116,21 @@ def test_wrong_settings_are_refused(model: nn.Module, task: Task) -> None:
 def test_the_dense_outputs_are_computed_once_for_each_augmentation(model: nn.Module, task: Task) -> None:
     calls = []
     model.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
-    saved: dict[int, Tensor] = {}
+    saved: dict[int, dict[str, Tensor]] = {}
     reference = Reference(model, task, save=saved.__setitem__)
     Train(48, rules=(Distill(),), supervised=0.0)(nn.Sequential(nn.Linear(6, 4)), task, reference)
     assert sum(calls) <= 96 * 2 + 2 and set(saved) == {0, 1}
     again = Reference(model, task, load=saved.get)
     calls.clear()
     index = torch.arange(96)
-    assert torch.equal(again.outputs(index, 3), reference.outputs(index, 1)) and not calls
-    torch.testing.assert_close(again.outputs(index[:5], 0), model(task.inputs(index[:5], 0)).detach())
+    assert torch.equal(again.outputs(task.batch(index, 3)), reference.outputs(task.batch(index, 1)))
+    assert sum(calls) <= 2
+    torch.testing.assert_close(again.outputs(task.batch(index[:5], 0)), model(task.inputs(index[:5], 0)).detach())
+
+
+def test_what_a_training_needs_goes_to_another_process(model: nn.Module, task: Task) -> None:
+    """A process that is spawned has only what was pickled."""
+    reference = Reference(model, task)
+    reference.outputs(task.batch(torch.arange(8), 0))
+    stage, sent, model = pickle.loads(pickle.dumps((STAGE, reference, model)))
+    assert equal(stage(model, sent.task, sent), STAGE(model, task, reference))

@@ -164,7 +164,7 @@ class Rule:
     def _changes(self) -> bool:
         """Whether what this rule does depends on the step."""
         moments = ("batch", "on_grad", "on_step")
-        settings = [getattr(self, field.name) for field in fields(self)] if is_dataclass(self) else []
+        settings: list[Any] = [getattr(self, field.name) for field in fields(self)] if is_dataclass(self) else []
         return any(getattr(type(self), name) is not getattr(Rule, name) for name in moments) or any(
             map(callable, settings)
         )
@@ -194,9 +194,7 @@ class Attached:
                 by argument name.
             output: what the model returned for them.
         """
-        added = self.rule.loss(
-            self.state, self.model, self.step, self.steps, _batch(batch), output, self.reference
-        )
+        added = self.rule.loss(self.state, self.model, self.step, self.steps, _batch(batch), output, self.reference)
         return nothing(output) if added is None else added
 
     def before(self, optimizer: torch.optim.Optimizer, *unused: Any) -> None:

@@ -64,12 +64,11 @@ class Workshop:
         self.steps = 0
 
     def _reference(self, device: torch.device) -> Reference:
-        def load(draw: int) -> Tensor | None:
-            found = self.store.tensors(f"outputs-{self.start}-{draw}")
-            return None if found is None else found["outputs"]
+        def load(draw: int) -> dict[str, Tensor] | None:
+            return self.store.tensors(f"outputs-{self.start}-{draw}")
 
-        def save(draw: int, outputs: Tensor) -> None:
-            self.store.put(f"outputs-{self.start}-{draw}", {"kind": "outputs", "draw": draw}, {"outputs": outputs})
+        def save(draw: int, outputs: dict[str, Tensor]) -> None:
+            self.store.put(f"outputs-{self.start}-{draw}", {"kind": "outputs", "draw": draw}, outputs)
 
         dense = copy_model(self.model).requires_grad_(False)
         return Reference(dense, self.task, load, save, device)
