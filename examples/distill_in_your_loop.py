@@ -19,7 +19,7 @@ optimizer = torch.optim.AdamW(student.parameters(), lr=2e-2)
 with lilliput.Distill(temperature=2.0).attached(student, optimizer, steps=800, reference=reference) as rule:
     for batch in task.batches(800, seed=0):
         output = student(batch.inputs)
-        loss = task.loss(output, batch.targets) + rule.loss(batch, output)
+        loss = task.loss(output, batch) + rule.loss(batch, output)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -123,17 +123,15 @@ class Reference:
         if index is None or self.task is None or key in self._refused:
             return compute(batch.inputs)
         table = self._tables.get(key)
-        if table is None or not table.whole:
-            if table is None or not bool(table.known[index].all()):
-                # The whole batch, since a matrix product of fewer rows may round differently: a training that goes on
-                # after an interruption must see the same numbers.
-                parts = [compute(take(batch.inputs, slice(i, i + CHUNK))) for i in range(0, len(index), CHUNK)]
-                table = table or self._room(key, parts[0], min(CHUNK, len(index)))
-                if table is None or not table.put(index, joined(parts)):
-                    self._tables.pop(key, None)
-                    self._refused.add(key)
-                    return compute(batch.inputs)
-        assert table is not None
+        if table is None or not table.holds(index):
+            # The whole batch, since a matrix product of fewer rows may round differently: a training that goes on after
+            # an interruption must see the same numbers.
+            parts = [compute(take(batch.inputs, slice(i, i + CHUNK))) for i in range(0, len(index), CHUNK)]
+            table = table or self._room(key, parts[0], min(CHUNK, len(index)))
+            if table is None or not table.put(index, joined(parts)):
+                self._tables.pop(key, None)
+                self._refused.add(key)
+                return compute(batch.inputs)
         return mapped(lambda rows: rows[index].to(self.device), table.rows)
 
     def _room(self, key: Hashable, rows: Any, count: int = 1) -> "_Table | None":
@@ -171,6 +169,10 @@ class _Table:
     size: int
     store: Callable[[dict[str, Tensor]], None] | None = None
     whole: bool = False
+
+    def holds(self, index: Tensor) -> bool:
+        """Whether the rows of these examples are known."""
+        return self.whole or bool(self.known[index].all())
 
     def put(self, index: Tensor, rows: Any) -> bool:
         """Keep those rows that are not known yet; False where they have another shape than those before."""
