@@ -11,6 +11,7 @@ from lilliput.code.low_rank import LowRank as LowRank
 from lilliput.code.masked import Masked as Masked
 from lilliput.distill.features import Features as Features
 from lilliput.distill.logits import Distill as Distill
+from lilliput.distill.mixup import Mixup as Mixup
 from lilliput.engine.compile import compile as compile
 from lilliput.engine.run import Engine as Engine
 from lilliput.errors import ExportError as ExportError

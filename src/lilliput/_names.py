@@ -29,6 +29,7 @@ METHODS = {
     "FollowActivity": "lilliput.analyse.activity",
     "Features": "lilliput.distill.features",
     "Distill": "lilliput.distill.logits",
+    "Mixup": "lilliput.distill.mixup",
     "ACDC": "lilliput.prune.acdc",
     "Saturating": "lilliput.prune.bonsai",
     "Growing": "lilliput.prune.growing",

@@ -100,7 +100,7 @@ class Rule:
 
         Learnable extras of the rule that the optimizer does not hold join its first group of parameters until the
         block ends, so that they train with that group's settings and under its schedulers. To give them settings of
-        their own, call `begin` first, make the optimizer with `lilliput.rule.parameters(state)` in it, and give `state`.
+        their own, call `begin` first, give `lilliput.rule.parameters(state)` to the optimizer, and pass `state`.
 
         Args:
             model: what is trained.
