@@ -14,9 +14,9 @@ from lilliput.distill.features import Features
 from lilliput.distill.logits import Distill
 from lilliput.distill.mixup import Mixup
 from lilliput.prune.prune import Prune
-from lilliput.schedule import Cubic, Linear
 from lilliput.reference import Reference
 from lilliput.rule import parameters
+from lilliput.schedule import Cubic, Linear
 from lilliput.task import Batch, Task
 
 STEPS = 6
@@ -275,3 +275,66 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
     with Prune(0.75, every=1).attached(model, optimizer, steps=STEPS) as driver:
         trainer.train()
     assert driver.step == STEPS and zeros(model) == 144
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_distillation_in_the_hugging_face_trainer(tmp_path: Path) -> None:
+    """Outputs are dictionaries there, batches too, and the trainer zeroes the gradients of its model alone."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    teacher, model, seen = Classifier(), Classifier(), []
+    with torch.no_grad():
+        teacher.net[2].weight.mul_(3.0)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.02)
+    settings = transformers.TrainingArguments(
+        str(tmp_path), max_steps=40, per_device_train_batch_size=16, use_cpu=True, report_to=[], save_strategy="no",
+        disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+
+    class Distilling(transformers.Trainer):
+        def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **more: Any) -> Any:
+            output = model(**inputs)
+            loss = driver.loss(inputs, output)
+            seen.append(float(loss.detach()))
+            return (loss, output) if return_outputs else loss
+
+    data = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
+    trainer = Distilling(model, settings, train_dataset=data, optimizers=(optimizer, None))
+    with Distill(temperature=1.0).attached(model, optimizer, teacher=teacher) as driver:
+        trainer.train()
+    assert driver.step == 40 and sum(seen[-6:]) < 0.5 * sum(seen[:6])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning() -> None:
+    """Pruning and distillation at once, each attached to the optimizer that the module hands out."""
+    lightning = pytest.importorskip("lightning")
+    model, teacher, seen = net(), wide(), []
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return optimizer
+
+        def training_step(self, batch: list[Tensor]) -> Tensor:
+            x, y = batch
+            output = self.net(x)
+            seen.append(float(distilled.loss(x, output).detach()))
+            return F.cross_entropy(output, y) + distilled.loss(x, output)
+
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=8)
+    trainer = lightning.Trainer(
+        max_steps=STEPS, accelerator="cpu", accumulate_grad_batches=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with (
+        Prune(0.75, every=1).attached(model, optimizer, steps=STEPS) as pruned,
+        Distill(Linear(1.0, 0.0)).attached(model, optimizer, steps=STEPS, teacher=teacher) as distilled,
+    ):
+        trainer.fit(Module(), loader)
+    assert pruned.step == distilled.step == STEPS and zeros(model) == 144
+    assert len(seen) == 2 * STEPS and min(seen) > 0

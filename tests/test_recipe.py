@@ -16,8 +16,8 @@ import lilliput
 from lilliput import Cosine, Distill, Prune, Quantize, Recipe, Student, Task, Train, registry, run
 from lilliput.recipe import next_key, start_key
 from lilliput.registry import lookup
+from lilliput.runner import Runner
 from lilliput.store import Store
-from lilliput.workshop import Workshop
 
 RECIPE = Recipe(
     (
@@ -160,9 +160,9 @@ def test_run_leaves_the_model_alone_and_is_repeatable(tmp_path: Path) -> None:
 
 def test_a_training_is_not_done_twice_and_comes_back_from_the_store(tmp_path: Path) -> None:
     recipe = Recipe((Train(20, lr=1e-2), Prune(0.5), Quantize(4), Train(5, lr=1e-3)))
-    first = Workshop(net(), task(), Store(tmp_path))
+    first = Runner(net(), task(), Store(tmp_path))
     a = first.make(recipe)
-    again = Workshop(net(), task(), Store(tmp_path))
+    again = Runner(net(), task(), Store(tmp_path))
     b = again.make(recipe)
     assert first.steps == 25 and again.steps == 0
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
@@ -170,10 +170,10 @@ def test_a_training_is_not_done_twice_and_comes_back_from_the_store(tmp_path: Pa
 
 def test_a_rung_continues_the_same_schedule(tmp_path: Path) -> None:
     whole = Train(30, lr=Cosine(1e-2), rules=(Distill(),))
-    rungs = Workshop(net(), task(), Store(tmp_path / "a"))
+    rungs = Runner(net(), task(), Store(tmp_path / "a"))
     for until in (7, 19, None):
         stepped = rungs.make(Recipe((Train(30, lr=Cosine(1e-2), rules=(Distill(),), until=until),)))
-    straight = Workshop(net(), task(), Store(tmp_path / "b")).make(Recipe((whole,)))
+    straight = Runner(net(), task(), Store(tmp_path / "b")).make(Recipe((whole,)))
     assert rungs.steps == 30
     assert all(
         torch.equal(x, y) for x, y in zip(stepped.state_dict().values(), straight.state_dict().values(), strict=True)
@@ -183,9 +183,9 @@ def test_a_rung_continues_the_same_schedule(tmp_path: Path) -> None:
 def test_a_training_that_is_cut_short_is_not_kept_but_continues(tmp_path: Path) -> None:
     recipe = Recipe((Train(30, lr=Cosine(1e-2)),))
     store = Store(tmp_path)
-    Workshop(net(), task(), store).make(recipe, stop=lambda step: step >= 11)
+    Runner(net(), task(), store).make(recipe, stop=lambda step: step >= 11)
     assert not [key for key, record in store.records() if record["kind"] == "train"]
-    later = Workshop(net(), task(), store)
+    later = Runner(net(), task(), store)
     continued = later.make(recipe)
     straight = run(net(), task(), recipe)
     assert later.steps == 19

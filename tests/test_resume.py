@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import lilliput.train
 from lilliput import Distill, Recipe, Task, Train
+from lilliput.runner import Runner
 from lilliput.search import finish
 from lilliput.shrinking import shrink
 from lilliput.store import Store
-from lilliput.workshop import Workshop
 
 pytestmark = pytest.mark.slow  # whole searches, killed and resumed
 
@@ -219,7 +219,7 @@ def test_a_long_training_goes_on_from_its_checkpoint(
 ) -> None:
     model, task = stochastic()
     recipe = Recipe((Train(40, rules=(Distill(),), batch_size=16, optimizer=optimizer),))
-    left_alone = Workshop(model, task, Store(tmp_path / "a")).make(recipe).state_dict()
+    left_alone = Runner(model, task, Store(tmp_path / "a")).make(recipe).state_dict()
     monkeypatch.setattr(lilliput.train, "CHECKPOINT_SECONDS", -1.0)
     steps: list[int] = []
 
@@ -230,11 +230,11 @@ def test_a_long_training_goes_on_from_its_checkpoint(
         return False
 
     with pytest.raises(Interrupted):
-        Workshop(model, task, Store(tmp_path / "b")).make(recipe, kill)
+        Runner(model, task, Store(tmp_path / "b")).make(recipe, kill)
     assert steps == list(range(1, 26))
     torch.manual_seed(12345)  # another process has another random state
     steps.clear()
-    found = Workshop(model, task, Store(tmp_path / "b")).make(recipe, lambda step: bool(steps.append(step)))
+    found = Runner(model, task, Store(tmp_path / "b")).make(recipe, lambda step: bool(steps.append(step)))
     assert steps == list(range(25, 41))
     assert all(torch.equal(left_alone[name], value) for name, value in found.state_dict().items())
     assert not list((tmp_path / "b").glob("*.ckpt"))  # of no use once the training is finished
@@ -243,7 +243,7 @@ def test_a_long_training_goes_on_from_its_checkpoint(
 def test_a_damaged_checkpoint_starts_the_training_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, task = stochastic()
     recipe = Recipe((Train(20, batch_size=16),))
-    left_alone = Workshop(model, task, Store(tmp_path / "a")).make(recipe).state_dict()
+    left_alone = Runner(model, task, Store(tmp_path / "a")).make(recipe).state_dict()
     monkeypatch.setattr(lilliput.train, "CHECKPOINT_SECONDS", -1.0)
 
     def kill(step: int) -> bool:
@@ -252,12 +252,12 @@ def test_a_damaged_checkpoint_starts_the_training_again(tmp_path: Path, monkeypa
         return False
 
     with pytest.raises(Interrupted):
-        Workshop(model, task, Store(tmp_path / "b")).make(recipe, kill)
+        Runner(model, task, Store(tmp_path / "b")).make(recipe, kill)
     path = next((tmp_path / "b").glob("*.ckpt"))
     path.write_bytes(path.read_bytes()[:-100])
-    shop = Workshop(model, task, Store(tmp_path / "b"))
-    found = shop.make(recipe).state_dict()
-    assert shop.store.damaged == [path.name]
+    runner = Runner(model, task, Store(tmp_path / "b"))
+    found = runner.make(recipe).state_dict()
+    assert runner.store.damaged == [path.name]
     assert all(torch.equal(left_alone[name], value) for name, value in found.items())
 
 

@@ -15,8 +15,8 @@ import lilliput
 from lilliput import Recipe, Task
 from lilliput.cli import app
 from lilliput.export.onnx import Session
+from lilliput.runner import run
 from lilliput.search import finish
-from lilliput.workshop import run
 
 pytestmark = pytest.mark.slow  # whole searches
 

@@ -17,7 +17,7 @@ _CORE = {
     "shrink": "lilliput.shrinking",
     "Result": "lilliput.search.finish",
     "load": "lilliput.export.pack",
-    "run": "lilliput.workshop",
+    "run": "lilliput.runner",
     # the engine
     "compile": "lilliput.engine.compile",
     "Engine": "lilliput.engine.run",

@@ -62,6 +62,7 @@ from lilliput.quant.quantize import Quantize as Quantize
 from lilliput.quant.uniform import Uniform as Uniform
 from lilliput.recipe import Recipe as Recipe
 from lilliput.rule import Rule as Rule
+from lilliput.runner import run as run
 from lilliput.schedule import Cosine as Cosine
 from lilliput.schedule import Cubic as Cubic
 from lilliput.schedule import Cyclic as Cyclic
@@ -76,6 +77,5 @@ from lilliput.store import Store as Store
 from lilliput.task.arrays import Arrays as Arrays
 from lilliput.task.protocol import Task as Task
 from lilliput.train import Train as Train
-from lilliput.workshop import run as run
 
 __version__: str

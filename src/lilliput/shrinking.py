@@ -14,6 +14,7 @@ from torch import nn
 from lilliput.code.base import copy_model
 from lilliput.errors import near
 from lilliput.proposal import Known
+from lilliput.runner import Runner
 from lilliput.search import ask
 from lilliput.search.check import check, place
 from lilliput.search.finish import Result
@@ -24,7 +25,6 @@ from lilliput.search.points import Clock, Press
 from lilliput.search.progress import Silent
 from lilliput.store import Store
 from lilliput.task import Task
-from lilliput.workshop import Workshop
 
 OBJECTIVES = ("size", "latency", "macs")
 
@@ -106,7 +106,7 @@ def shrink(
     try:
         clock, store = Clock(budget_s), Store(folder / "records")
         task = cheaper(task, model, clock, store, count)
-        runner = Workshop(model, task, store, seed, device=where)
+        runner = Runner(model, task, store, seed, device=where)
         known = Known(objective, budget_s)
         job = Job(
             target=target(model),

@@ -31,7 +31,7 @@ def test_hinton_equation_2_the_gradient_is_the_difference_of_the_soft_targets() 
 
 
 def test_hinton_equation_4_at_high_temperature_it_matches_centred_logits() -> None:
-    """With logits of mean zero: T^2 dC/dz_i -> (z_i - v_i) / N, the gradient of half their squared divergence over N."""
+    """With logits of mean zero: T^2 dC/dz_i -> (z_i - v_i) / N, the gradient of half their squared distance over N."""
     z = (STUDENT - STUDENT.mean(1, keepdim=True)).requires_grad_()
     v = TEACHER - TEACHER.mean(1, keepdim=True)
     (gradient,) = torch.autograd.grad(divergence(z, v, 1e3, CLASSES), z)
@@ -91,7 +91,7 @@ def hinted(reference: Reference, until: int | None = None, **kept: Any) -> tuple
 
 
 def test_fitnets_equation_3_the_regressor_is_trained_kept_and_resumed() -> None:
-    """W_r maps the guided layer to the hint's width and is trained with it; a training that was cut goes on the same."""
+    """W_r maps the guided layer to the hint's width and is trained with it; a cut training goes on the same way."""
     whole, _ = hinted(Reference(copy.deepcopy(WIDE), HINTS))
     _, shown = hinted(Reference(copy.deepcopy(WIDE), HINTS), until=10)
     began = Features(("0",)).begin(copy.deepcopy(NARROW), HINTS, Reference(copy.deepcopy(WIDE), HINTS), 24)

@@ -94,7 +94,7 @@ def test_unlabelled_examples_are_mixed_among_themselves() -> None:
 
 
 def test_patient_teachers_see_the_same_mixture() -> None:
-    """arXiv:2106.05237, section 3: one and the same input for student and teacher, so their outputs may agree exactly."""
+    """arXiv:2106.05237, section 3: one and the same input for student and teacher, so that outputs can agree."""
     dense = net().eval()
     seen = []
     dense.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].clone()))

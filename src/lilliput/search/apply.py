@@ -17,11 +17,11 @@ from lilliput.files import write
 from lilliput.onnx.compare import agreement
 from lilliput.recipe import Recipe
 from lilliput.record import commit, versions
+from lilliput.runner import Runner
 from lilliput.search.check import check, place
 from lilliput.search.points import Clock, Press
 from lilliput.store import Store
 from lilliput.task import Task, leaves, length
-from lilliput.workshop import Workshop
 
 COMPARED = 128
 """Examples on which the result is compared with the dense network and the artifact with the model it came from."""
@@ -39,10 +39,10 @@ def apply(
     dense = check(model, task, COMPARED)
     fresh = not folder.exists()
     try:
-        shop = Workshop(model, task, Store(folder / "records"), seed, device=where)
-        made = shop.make(recipe)
+        runner = Runner(model, task, Store(folder / "records"), seed, device=where)
+        made = runner.make(recipe)
         press = Press(task, clock, compared=COMPARED)
-        point = press.point(made, "own", recipe.describe(), recipe.data(), shop.key(recipe))
+        point = press.point(made, "own", recipe.describe(), recipe.data(), runner.key(recipe))
     except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
         if fresh and not isinstance(error, StoreError):
             shutil.rmtree(folder, ignore_errors=True)
@@ -62,7 +62,7 @@ def apply(
         "machine": machine(),
         "versions": versions(),
         "commit": commit(),
-        "damaged": shop.store.damaged,
+        "damaged": runner.store.damaged,
         "wall_s": round(clock.now, 3),
     }
     write(folder / "summary.json", lambda file: file.write(json.dumps(summary, indent=1).encode()))

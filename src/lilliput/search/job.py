@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from lilliput.errors import ExportError, NotSupported
 from lilliput.proposal import Known
+from lilliput.runner import Runner
 from lilliput.search import ask
 from lilliput.search.points import Clock, Point, Press, kept
 from lilliput.search.progress import Silent
 from lilliput.store import Store
 from lilliput.task import Task, leaves
 from lilliput.train import Diverged
-from lilliput.workshop import Workshop
 
 FAILURES = (Diverged, TimeoutError, ExportError, NotSupported, ValueError, RuntimeError)
 """What a stranger's model or a method may raise: the end of one point, never of the search."""
@@ -112,7 +112,7 @@ class Job:
     seed: int
     folder: Path
     store: Store
-    runner: Workshop
+    runner: Runner
     press: Press
     workers: int
     show: Silent

@@ -15,10 +15,10 @@ from lilliput.distill.logits import Distill
 from lilliput.proposal import Known, Proposals, Refusal, in_order, proposals
 from lilliput.recipe import Recipe
 from lilliput.rule import Rule
+from lilliput.runner import Runner
 from lilliput.stage import Stage
 from lilliput.task import Task
 from lilliput.train import Train
-from lilliput.workshop import Workshop
 
 LABELS = (0.3, 10.0)
 """Weights of the task's own loss, against one for the distance to the dense network's outputs."""
@@ -51,7 +51,7 @@ class Space:
         labels: the weights of the task's own loss that are tried.
     """
 
-    runner: Workshop
+    runner: Runner
     known: Known
     axes: tuple[Axis, ...] = ()
     rules: tuple[Axis, ...] = ()
@@ -59,7 +59,7 @@ class Space:
     _asked: dict[tuple[str, str], Proposals | Refusal] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, runner: Workshop, known: Known) -> "Space":
+    def of(cls, runner: Runner, known: Known) -> "Space":
         """Ask every method about the dense network; refusals are kept in `known.skipped`."""
         task = runner.task
         space = cls(runner, known, labels=LABELS if task.labelled else (0.0,))

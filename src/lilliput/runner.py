@@ -41,11 +41,11 @@ def run(
     recipe = recipe if isinstance(recipe, Recipe) else Recipe(tuple(recipe))
     if store is None:
         with TemporaryDirectory() as folder:
-            return Workshop(model, task, Store(folder), seed, reference).make(recipe)
-    return Workshop(model, task, store if isinstance(store, Store) else Store(store), seed, reference).make(recipe)
+            return Runner(model, task, Store(folder), seed, reference).make(recipe)
+    return Runner(model, task, store if isinstance(store, Store) else Store(store), seed, reference).make(recipe)
 
 
-class Workshop:
+class Runner:
     """Everything that runs of recipes on one model and task share: the dense model's outputs, the store, the keys."""
 
     def __init__(
