@@ -14,7 +14,8 @@ import lilliput
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")])
 RUN = [*sorted((ROOT / "docs" / "nouns").glob("*.md")),
-       *(ROOT / "docs" / f"{name}.md" for name in ("own-loop", "file-format", "quant/index", "distill/index"))]  # fmt: skip
+       *(ROOT / "docs" / f"{name}.md" for name in ("own-loop", "file-format")),
+       *(ROOT / "docs" / name / "index.md" for name in ("quant", "distill"))]  # fmt: skip
 
 
 def name(page: Path) -> str:
