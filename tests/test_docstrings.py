@@ -32,13 +32,7 @@ PENDING = {
     "storage",
     "LowRank",
     "Masked",
-    "Features",
-    "Distill",
     "Factorize",
-    "Rule",
-    "Reference",
-    "Train",
-    "run",
 }
 
 

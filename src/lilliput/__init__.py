@@ -28,7 +28,7 @@ _CORE = {
     "Rule": "lilliput.rule",
     "Finding": "lilliput.finding",
     "Recipe": "lilliput.recipe",
-    "Reference": "lilliput.stage",
+    "Reference": "lilliput.reference",
     "Store": "lilliput.store",
     # what is done with codes
     "attach": "lilliput.code.base",

@@ -61,6 +61,7 @@ from lilliput.quant.half import Half as Half
 from lilliput.quant.quantize import Quantize as Quantize
 from lilliput.quant.uniform import Uniform as Uniform
 from lilliput.recipe import Recipe as Recipe
+from lilliput.reference import Reference as Reference
 from lilliput.rule import Rule as Rule
 from lilliput.runner import run as run
 from lilliput.schedule import Cosine as Cosine
@@ -71,7 +72,6 @@ from lilliput.schedule import Once as Once
 from lilliput.schedule import Steps as Steps
 from lilliput.search.finish import Result as Result
 from lilliput.shrinking import shrink as shrink
-from lilliput.stage import Reference as Reference
 from lilliput.stage import Stage as Stage
 from lilliput.store import Store as Store
 from lilliput.task.arrays import Arrays as Arrays

@@ -29,14 +29,25 @@ def run(
 ) -> nn.Module:
     """The model that a recipe makes of `model`, which stays as it is.
 
-    store: a folder in which trainings and their checkpoints are kept; a run that was killed continues from there.
-    Stages that change shapes are given plain tensors: codes are realized first.
+    Stages that change shapes are given plain tensors: codes are realized first. A stage that fails raises its own error.
 
-    >>> import torch, lilliput
-    >>> net = torch.nn.Linear(4, 2); x, y = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
-    >>> small = run(net, lilliput.Task("toy", (x, y), (x, y)), [lilliput.Prune(0.5)])
-    >>> int((small.weight == 0).sum())
-    4
+    Args:
+        model: the dense network.
+        task: what must be preserved.
+        recipe: the stages, in order.
+        store: a folder in which trainings and their checkpoints are kept; a run that was killed continues from there.
+        seed: part of the key under which results are kept.
+        reference: the dense network with its outputs; made from `model` without one.
+
+    Returns:
+        The new model, with its codes.
+
+    Example:
+        >>> import torch, lilliput
+        >>> net = torch.nn.Linear(4, 2); x, y = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
+        >>> small = run(net, lilliput.Task("toy", (x, y), (x, y)), [lilliput.Prune(0.5)])
+        >>> int((small.weight == 0).sum())
+        4
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe(tuple(recipe))
     if store is None:

@@ -26,12 +26,30 @@ class Diverged(ArithmeticError):
 class Train(Stage):
     """Train for `steps` optimizer steps: supervised * (the task's loss) + what the rules add.
 
-    lr: a number or schedule of the step. until: stop there, at a rung of the same schedule (None: run it to the end);
-    training on from a rung gives the same numbers as never having stopped. optimizer: "adamw" or "sgd" (momentum 0.9,
-    Nesterov). weight_decay applies to tensors of two and more dimensions.
-    clip: largest norm of the whole gradient (0: as it is).
+    Args:
+        steps: optimizer steps of the whole training.
+        lr: the learning rate, a number or a schedule of the step.
+        rules: what happens while it trains: gradual pruning, distillation.
+        supervised: the weight of the task's own loss; 0 leaves the rules' losses alone.
+        batch_size: examples in a batch; None: the task's own.
+        optimizer: "adamw" or "sgd" (momentum 0.9, Nesterov).
+        weight_decay: of tensors with two and more dimensions.
+        clip: the largest norm of the whole gradient; 0: as it is.
+        seed: of the order of the batches and of random numbers inside the network.
+        until: stop at this step, a rung of the same schedule; None: run to the end. Training on from a rung gives the
+            same numbers as never having stopped.
 
-    Raises ValueError for steps or until below 1; Diverged when the loss is not finite.
+    Raises:
+        ValueError: for steps or until below 1, and for another optimizer.
+        Diverged: while training, when the loss or a weight is not finite.
+
+    Example:
+        >>> x, y = torch.randn(32, 4), torch.zeros(32, dtype=torch.long)
+        >>> task = Task("zeros", train=(x, y), val=(x, y))
+        >>> net = nn.Linear(4, 2)
+        >>> trained = Train(20, lr=0.1)(net, task, Reference(net, task))
+        >>> task.score(trained).value > 0.9
+        True
     """
 
     steps: int

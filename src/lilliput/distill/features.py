@@ -37,8 +37,9 @@ class Features(Rule):
         >>> Features(("0",)).begin(student, None, reference, 1)
         {'regressor 0': Linear(in_features=3, out_features=8, bias=False)}
 
-    Source: Romero, Ballas, Kahou, Chassang, Gatta and Bengio, FitNets: hints for thin deep nets, ICLR 2015,
-    arXiv:1412.6550, equation 3.
+    Source:
+        Romero, Ballas, Kahou, Chassang, Gatta and Bengio, FitNets: hints for thin deep nets, ICLR 2015,
+        arXiv:1412.6550, equation 3.
     """
 
     version: ClassVar[int] = 2

@@ -42,7 +42,8 @@ class Distill(Rule):
         >>> with Distill().attached(student, sgd, teacher=dense) as rule:
         ...     rule.loss(x, student(x)).backward(); sgd.step()
 
-    Source: Hinton, Vinyals and Dean, Distilling the knowledge in a neural network, 2015, arXiv:1503.02531, section 2.
+    Source:
+        Hinton, Vinyals and Dean, Distilling the knowledge in a neural network, 2015, arXiv:1503.02531, section 2.
     """
 
     weight: float | Schedule = 1.0

@@ -40,9 +40,10 @@ class Mixup(Rule):
         >>> bool((batch.inputs == batch.targets).all()), batch.index
         (True, None)
 
-    Sources: Zhang, Cisse, Dauphin and Lopez-Paz, mixup: Beyond empirical risk minimization, ICLR 2018,
-    arXiv:1710.09412, section 1; with distillation: Beyer, Zhai, Royer, Markeeva, Anil and Kolesnikov, Knowledge
-    distillation: A good teacher is patient and consistent, CVPR 2022, arXiv:2106.05237, section 3.
+    Source:
+        Zhang, Cisse, Dauphin and Lopez-Paz, mixup: Beyond empirical risk minimization, ICLR 2018, arXiv:1710.09412,
+        section 1; with distillation: Beyer, Zhai, Royer, Markeeva, Anil and Kolesnikov, Knowledge distillation: A good
+        teacher is patient and consistent, CVPR 2022, arXiv:2106.05237, section 3.
     """
 
     alpha: float | Schedule = 0.2
