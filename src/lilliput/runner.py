@@ -29,7 +29,7 @@ def run(
 ) -> nn.Module:
     """The model that a recipe makes of `model`, which stays as it is.
 
-    Stages that change shapes are given plain tensors: codes are realized first. A stage that fails raises its own error.
+    Stages that change shapes are given plain tensors: codes are realized first.
 
     Args:
         model: the dense network.
