@@ -1,4 +1,4 @@
-"""Proposals: what a method offers to try on a model, from mild to strong, or why it offers nothing.
+"""Proposals: the settings that a method offers for a model, from mild to strong, or the reason why it offers none.
 
 A Stage or Rule that a search may use names its `moment` and has a class method
 

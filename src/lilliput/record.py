@@ -1,4 +1,4 @@
-"""Record: where and with what a result was made, so that it can be made again."""
+"""Record: the commit, versions and machine of a result, so that it can be reproduced."""
 
 import platform
 import subprocess

@@ -1,4 +1,4 @@
-"""shrink: a network and a floor in, the smallest or fastest network that meets it out, with the proof.
+"""shrink: search for the smallest or fastest network that loses no more than a floor allows.
 
 The search proposes structures (what every registered method offers), trains them against the dense network's outputs
 for short, lets the promising ones train on, stores the best in fewer bits with training through the rounding, scores

@@ -1,4 +1,4 @@
-"""Store: a folder of tensors and records, written so that a kill at any moment loses nothing that was finished.
+"""Store: a folder of tensors and records that loses no finished point when a process is killed.
 
 KEY's tensors are written first, its JSON record last, each by atomic rename: the JSON is the commit mark.
 """

@@ -1,4 +1,4 @@
-"""The command line's application: where it prints, and how it says what went wrong."""
+"""The typer application of the command line: consoles, and error messages on exit."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What a command line names: a model and a task, embedded, in a file or in a module."""
+"""Read the TARGET of a command: an embedded task, a function in a file, or a function in a module."""
 
 import importlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Which language a string of Django's user interface is written in."""
+"""Identify the language of strings from Django's user interface."""
 
 import gettext
 import hashlib

@@ -1,4 +1,4 @@
-"""Three networks on MNIST-1D, forty values a signal."""
+"""Three networks on MNIST-1D: signals of forty values in ten classes."""
 
 import importlib
 import random

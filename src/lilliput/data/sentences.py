@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2 on pairs of texts found inside installed packages."""
+"""all-MiniLM-L6-v2 on pairs of texts from the docstrings of installed packages."""
 
 import ast
 import hashlib

@@ -1,4 +1,4 @@
-"""How many inputs of each product are not zero when a model runs on an example, for the kernels that skip zeros."""
+"""Measure how many inputs of each product are non-zero on an example, for kernels that skip zero inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arena: one piece of memory in which every value that lives while the model runs has its place."""
+"""Plan the arena: one block of memory with an offset for every value that lives while the model runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention found in a graph: softmax(f(Q K)) V becomes one node, whose scores never leave the cache."""
+"""Fuse attention: replace softmax(f(Q K)) V in a graph by one node whose scores stay in the cache."""
 
 from __future__ import annotations
 

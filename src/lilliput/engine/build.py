@@ -1,4 +1,4 @@
-"""From C to a library: the compiler is called, what it says is kept."""
+"""Compile C to a shared library, and keep the compiler's messages."""
 
 from __future__ import annotations
 

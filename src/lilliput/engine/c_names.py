@@ -1,4 +1,4 @@
-"""Names and comments in generated C that are safe whatever a model file calls its values."""
+"""Make safe C identifiers and comments from the names of values in a model file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of single nodes: ONNX's own code that infers shapes is not safe from nodes that ONNX does not define so."""
+"""Check single ONNX nodes before ONNX's own shape inference, which is not safe for invalid nodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""compile: an ONNX file in, a folder with its C program, its library and what is known about it out."""
+"""compile: turn an ONNX file into a folder with its C program, shared library and manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `lilliput compile` says about a folder that it wrote."""
+"""Describe a compiled folder in the output of `lilliput compile`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""example.c: the shortest program that runs a compiled model."""
+"""Write example.c, the shortest program that runs a compiled model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of the values of an ONNX model while it is read: types, shapes, constants and how they are stored.
+"""Hold what is known of the values of an ONNX model while it is read: types, shapes, constants, stored types.
 
 Free sizes are read in several worlds, each a choice of numbers for them (`size.Worlds`): a value has one shape, and a
 constant one array, for each world, or a single one where it is the same in all.

@@ -1,4 +1,4 @@
-"""Tables of float16 that are looked up and then widened: widened first, which the engine computes while it compiles."""
+"""Convert float16 lookup tables to float32 at compile time, before the lookup."""
 
 from __future__ import annotations
 

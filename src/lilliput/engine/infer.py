@@ -1,4 +1,4 @@
-"""Shape inference: the types and shapes of what a node makes."""
+"""Shape inference: compute the types and shapes of a node's outputs."""
 
 from __future__ import annotations
 

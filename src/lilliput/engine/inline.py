@@ -1,4 +1,4 @@
-"""Write out the functions of a model, and the operators that ONNX defines by others."""
+"""Inline the functions of a model, and operators that ONNX defines by other operators."""
 
 from __future__ import annotations
 

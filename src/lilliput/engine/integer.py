@@ -1,4 +1,4 @@
-"""Integer products: what follows one (the step of its codes, a bias, an activation, a rounding) is computed by it."""
+"""Fuse into an integer product what follows it: its scale, a bias, an activation, a rounding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a kernel is: one way to compute a node, the layouts it asks for, the constants it keeps, the C it writes."""
+"""Kernel: one way to compute a node, with the layouts it needs, the constants it keeps and the C it writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A compiled model in Python: the library is loaded, its arena owned by each thread."""
+"""Run a compiled model from Python: load the library, and give each thread an arena of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is compiled for: the width of a vector, the compiler's flags, and how a compiler is found."""
+"""Compilation targets: vector width, compiler flags, and how a compiler is found."""
 
 from __future__ import annotations
 

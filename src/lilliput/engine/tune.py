@@ -1,4 +1,4 @@
-"""Choosing kernels: by measuring the candidates of each layer on this machine, or by their own estimates."""
+"""Choose kernels by measuring the candidates of each layer on this machine, or by their own estimates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Views: where the elements of a value that is only looked at in another way lie."""
+"""Views: compute where the elements of a transposed, sliced or expanded value lie in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a plan to C: model.c and model.h, with the constants in them or beside them."""
+"""Write model.c and model.h from a plan, with the constants in them or in a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is left of a pruned bonsai network, as a graph: a picture of it, and a Python program that does the same."""
+"""Export a pruned bonsai network as a graph: a picture of it, and a Python program that computes the same."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""What goes wrong without a word in compressed networks, and how each is noticed before anything is deployed.
+"""Checks for silent failures of compressed models, run before anything is deployed.
 
 - `saturating`: 8-bit products of unsigned activations and signed weights that overflow 16 bits on CPUs without VNNI;
 - `compare`: a runtime, or a file, that computes something else than the model;

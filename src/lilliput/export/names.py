@@ -1,4 +1,4 @@
-"""What the numbers in a packed graph stand for: append only, or old files change their meaning.
+"""Names behind the numbers in a packed graph. Only append: a change would alter the meaning of old files.
 
 Every operator of the ONNX standard up to onnx 1.23 and every attribute of theirs, the frequent ones first so that they
 take one byte. New names go to the end; a test holds the list that has been published.

@@ -1,4 +1,4 @@
-"""Network: what is read from a packed file, as a torch module that computes in ONNX Runtime."""
+"""Network: a packed file as a torch module that computes in ONNX Runtime."""
 
 from __future__ import annotations
 

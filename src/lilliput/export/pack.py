@@ -1,4 +1,4 @@
-"""`model.lil`: a network in one small file, whose length is the sum of parts that are known beforehand.
+"""`model.lil`: a network in one small file whose length is known before it is written.
 
     "lil" version | CRC-32 of all that follows | length of the head | head | a section for each tensor
 

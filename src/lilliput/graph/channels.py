@@ -1,4 +1,4 @@
-"""Channels that must go together, found by Torch-Pruning's dependency graph, and networks without some of them."""
+"""Channel groups: find the channels that must be removed together, and remove some of them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

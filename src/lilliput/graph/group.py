@@ -1,4 +1,4 @@
-"""Groups of channels: what they are called, and which of their channels to keep by scores."""
+"""Groups of coupled channels: their names, and the choice of the channels that stay by scores."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

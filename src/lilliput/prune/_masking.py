@@ -1,4 +1,4 @@
-"""What rules share that train a dense tensor behind a mask that they move."""
+"""Shared base of rules that train a dense tensor behind a mask that they update."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Patterns of blocks: entries that stay or go as one, by the mean of their scores."""
+"""Patterns of blocks: prune blocks of entries as one, by the mean of their scores."""
 
 import re
 from dataclasses import dataclass

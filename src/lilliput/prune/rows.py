@@ -1,4 +1,4 @@
-"""PruneRows: drop the least important rows of lookup tables; the file keeps only the rows that stay."""
+"""PruneRows: drop the least important rows of lookup tables; the file stores only the kept rows."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Scores that weigh each weight by the inputs that it multiplies."""
+"""Scores that use the inputs of a weight: Wanda, RIA."""
 
 import torch
 from torch import Tensor

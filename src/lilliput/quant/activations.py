@@ -1,4 +1,4 @@
-"""Codes on activations: what a module puts out, on a grid of few bits."""
+"""Quantize activations: round the outputs of modules to a grid of few bits."""
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase

@@ -1,4 +1,4 @@
-"""Bits for each tensor under one budget."""
+"""Allocate bits to tensors under one budget."""
 
 from collections.abc import Hashable, Mapping
 

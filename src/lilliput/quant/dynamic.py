@@ -1,4 +1,4 @@
-"""Int8 arithmetic for the matrix products of an ONNX network, after training, on a CPU.
+"""Dynamic int8 quantization of the matrix products of an ONNX network, after training, on a CPU.
 
 A product y = x W of activations x (rows, in) with stored weights W (in, out) becomes y = (q - z) C * (s t): q are the
 8-bit codes of x, found anew in every run (z their zero point, s their step), C (in, out) the 8-bit codes of W with one

@@ -1,4 +1,4 @@
-"""GPTQ: round a layer column by column, each column's error made up for by the columns that follow."""
+"""GPTQ: round a layer column by column, with later columns compensating for the error of earlier ones."""
 
 import torch
 from torch import Tensor

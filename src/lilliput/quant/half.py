@@ -1,4 +1,4 @@
-"""Half: sixteen-bit floats, the gradient passed straight through."""
+"""Half: store weights as 16-bit floats, with a straight-through gradient."""
 
 from typing import Any
 

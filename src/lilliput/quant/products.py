@@ -1,4 +1,4 @@
-"""Products of an ONNX network: which multiply the same activations, and what these activations look like."""
+"""Find the products of an ONNX network that share activations, and collect statistics of these activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewriting an ONNX network: products in int8 arithmetic, tables in 8 bits, constants computed."""
+"""Rewrite an ONNX network: products in int8 arithmetic, lookup tables in 8 bits, folded constants."""
 
 from __future__ import annotations
 

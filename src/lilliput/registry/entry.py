@@ -1,4 +1,4 @@
-"""What the registry knows of an object: its family, its name, and where it is defined."""
+"""Entry: what the registry knows of an object, its family, name and file."""
 
 import importlib
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What source declares, read without importing it: classes that are nouns by their bases, and `@register`."""
+"""Read declarations from source without importing it: classes by their bases, and `@register`."""
 
 import ast
 import re

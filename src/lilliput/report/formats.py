@@ -1,4 +1,4 @@
-"""Numbers, scores and recipes of a report as text."""
+"""Format the numbers, scores and recipes of a report as text."""
 
 from __future__ import annotations
 

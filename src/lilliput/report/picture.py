@@ -1,4 +1,4 @@
-"""The front as a still picture for a README, drawn by matplotlib (the extra ``lilliput[docs]``).
+"""Draw the Pareto front as a picture for a README, by matplotlib (the extra ``lilliput[docs]``).
 
 python -m lilliput.report.picture DIR front.svg [--dark]
 """

@@ -1,4 +1,4 @@
-"""What the front's plot shows, whoever draws it: its points, its axes, its staircase."""
+"""Plan the plot of the Pareto front for every renderer: its points, axes and staircase."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The front of a report as an interactive plot, drawn by Bokeh."""
+"""Draw the Pareto front as an interactive plot, by Bokeh."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sections of a report below its plot, as plain data for the template."""
+"""Collect the sections of a report below its plot, as plain data for the template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a summary says: the point that it describes, what that costs, the floor, and the verdict in one sentence."""
+"""Describe a summary in words: its chosen point, the cost, the floor, and the result in one sentence."""
 
 from __future__ import annotations
 

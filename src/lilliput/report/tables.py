@@ -1,4 +1,4 @@
-"""Tables: the front for a terminal, and Markdown for RESULTS.md made from summaries or records."""
+"""Tables: the Pareto front for a terminal, and Markdown for RESULTS.md."""
 
 from __future__ import annotations
 

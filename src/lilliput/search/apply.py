@@ -1,4 +1,4 @@
-"""lilliput run: one recipe, applied, exported, scored and written."""
+"""lilliput run: apply one recipe, export, score and write its files."""
 
 import json
 import shutil

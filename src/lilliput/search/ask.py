@@ -1,4 +1,4 @@
-"""What people write on a command line, read strictly: floors, times, sizes."""
+"""Parse command-line values strictly: floors, times, sizes."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a model, a task and a device must be before anything is tried or written."""
+"""Check a model, a task and a device before any work starts."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Codes for tensors: what every registered code proposes for each, what that harms, and the choice under one budget."""
+"""Codes for tensors: collect what every registered code proposes, measure its harm, and choose under one budget."""
 
 import copy
 import time

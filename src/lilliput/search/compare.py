@@ -1,4 +1,4 @@
-"""lilliput measure and bench: ONNX files, and runtimes, side by side in one interleaved run."""
+"""lilliput measure and bench: compare ONNX files and runtimes in one interleaved run."""
 
 import json
 from collections.abc import Sequence

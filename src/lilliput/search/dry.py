@@ -1,4 +1,4 @@
-"""--dry-run: what a search would try, how long it takes, what is left alone and why."""
+"""--dry-run: print what a search would try, how long it takes, and what stays unchanged with the reasons."""
 
 import time
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The engine in a search for speed: survivors measured in it, zeros proposed where it rewards them."""
+"""Use the engine in a search for speed: measure survivors in it, and propose zeros where they make it faster."""
 
 import time
 from pathlib import Path

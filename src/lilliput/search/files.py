@@ -1,4 +1,4 @@
-"""Files: what a search and `lilliput run` leave in their folder, each file whole or not at all."""
+"""Write the output folder of a search or of `lilliput run`, each file atomically."""
 
 import json
 from dataclasses import replace

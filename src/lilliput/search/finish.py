@@ -1,4 +1,4 @@
-"""The end of a search: the best points measured side by side, the choice, the test split read once, the files."""
+"""Finish a search: measure the best points in one run, choose, read the test split once, write the files."""
 
 import math
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""What a person sees while a search runs: what it is doing, how far it is, and the best point so far."""
+"""Show progress while a search runs: its phase, how far it is, and the best point so far."""
 
 from types import TracebackType
 from typing import Self

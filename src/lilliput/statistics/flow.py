@@ -1,4 +1,4 @@
-"""Flow: what passes through each weight of the linearised network when every input is one."""
+"""Flow: the share of the linearised network's output that passes through each weight."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""Uniform noise: what the random score ranks by and stochastic rounding rounds by."""
+"""Uniform noise, for the random score and for stochastic rounding."""
 
 import zlib
 

@@ -1,4 +1,4 @@
-"""Values that modules put out: what the ranges of activations are fitted on."""
+"""Outputs of modules on calibration inputs, from which ranges of activations are fitted."""
 
 from dataclasses import dataclass, field
 from typing import Any

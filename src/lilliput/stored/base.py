@@ -1,4 +1,4 @@
-"""Stored: what a kind of storing a tensor must be able to say, and the head and sections that it is written into.
+"""Stored: the interface of one way to store a tensor, and the head and sections that it is written into.
 
 A stored tensor is plain numpy. `decode()` gives the float32 tensor that every artifact must reproduce bit for bit;
 `storage()` predicts, from the numbers alone and by formula, how many bits its section of `model.lil` takes. Nothing

@@ -1,4 +1,4 @@
-"""Numbers as bits and bytes: what the head and the sections of a packed file are written in.
+"""Read and write numbers as bits and bytes, for the head and the sections of a packed file.
 
 The head is a string of bytes: variable-length numbers (7 bits a byte, the lowest first), signed ones with the sign in
 the lowest bit, and texts with their length. A section is a string of bits, the lowest bit of a number first.

@@ -1,4 +1,4 @@
-"""Entropy-coded small integers, with a length that is known beforehand; and integers of b bits each.
+"""Entropy coding of small integers with a length that is known in advance.
 
 Symbols are coded by the library constriction (asymmetric numeral systems), under a table of 5-bit logarithms of their
 frequencies, which costs about 0.01 bits a symbol. The library rounds probabilities to multiples of 2^-24, so a symbol

@@ -1,4 +1,4 @@
-"""The kinds of storing that a file may name, found by their tag."""
+"""Find the class of a stored kind by the tag in a file."""
 
 from __future__ import annotations
 

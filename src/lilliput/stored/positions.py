@@ -1,4 +1,4 @@
-"""Which entries of a tensor are kept, written in the cheapest of several ways.
+"""Store which entries of a tensor are kept, in the cheapest of several ways.
 
 0: a bitmap. 1: a bitmap, entropy-coded. 2 to 17: gaps between kept entries in Golomb-Rice code with 0 to 15 low bits.
 18 and up: one of C(m, n) choices for each m consecutive entries, of which exactly n are kept.

@@ -1,4 +1,4 @@
-"""Shared: a tensor that another name holds already, stored once."""
+"""Shared: refer to another tensor of the file that holds the same numbers."""
 
 from __future__ import annotations
 

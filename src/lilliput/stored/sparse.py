@@ -1,4 +1,4 @@
-"""Sparse: zeros that are not stored."""
+"""Sparse: store kept values and their positions, not the zeros."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Table: every entry, or short run of entries, one of a few that stand in a codebook."""
+"""Table: store indices into a codebook of values or short vectors."""
 
 from __future__ import annotations
 

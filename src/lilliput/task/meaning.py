@@ -1,4 +1,5 @@
-"""Meaning: what the numbers of an output stand for, said in one place and asked by loss, metric and distillation."""
+"""Meaning: what the numbers of an output stand for (classes, bits, directions, values), for loss, metric and
+distillation."""
 
 from dataclasses import dataclass
 from functools import partial, update_wrapper

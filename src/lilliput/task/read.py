@@ -1,4 +1,4 @@
-"""Reading: arrays, data sets and loaders of people's own as inputs and targets in memory."""
+"""Read arrays, data sets and loaders into inputs and targets in memory."""
 
 import inspect
 from typing import Any

@@ -1,4 +1,4 @@
-"""A vector times a matrix that walks over the inputs that are not zero: what comes out of a ReLU is zero for the most.
+"""Multiply a vector by a matrix over the non-zero inputs only; most outputs of a ReLU are zero.
 
 Weights are kept by input. The inputs that are not zero are listed first, with their numbers; then a block of outputs
 at a time stays in registers while the list is walked through. It is right for any input (NaN and infinities are not

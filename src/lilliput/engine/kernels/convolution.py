@@ -1,4 +1,4 @@
-"""What the convolutions share: their geometry, and what becomes of a tile of sums."""
+"""Shared parts of convolution kernels: geometry, and writing a tile of sums."""
 
 from __future__ import annotations
 

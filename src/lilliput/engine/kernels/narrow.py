@@ -1,4 +1,4 @@
-"""How the non-zeros of a sparse layer are stored: as narrow as the file has them, unpacked when the layer starts."""
+"""Store the non-zeros of a sparse layer in as few bits as the file does, and unpack them when the layer starts."""
 
 from __future__ import annotations
 

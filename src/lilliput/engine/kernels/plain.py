@@ -1,4 +1,4 @@
-"""Products, written plainly: right for every setting, and the kernel where no better one applies."""
+"""Plain loops for products: correct for every setting, used where no faster kernel applies."""
 
 from __future__ import annotations
 
