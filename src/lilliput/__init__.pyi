@@ -75,6 +75,8 @@ from lilliput.shrinking import shrink as shrink
 from lilliput.stage import Stage as Stage
 from lilliput.store import Store as Store
 from lilliput.task.arrays import Arrays as Arrays
+from lilliput.task.episodes import Episodes as Episodes
+from lilliput.task.generation import Generation as Generation
 from lilliput.task.protocol import Task as Task
 from lilliput.train import Train as Train
 

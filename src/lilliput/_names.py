@@ -50,6 +50,8 @@ METHODS = {
     "Uniform": "lilliput.quant.uniform",
     "Activity": "lilliput.analyse.activity",
     "Arrays": "lilliput.task.arrays",
+    "Episodes": "lilliput.task.episodes",
+    "Generation": "lilliput.task.generation",
     "Cosine": "lilliput.schedule",
     "Linear": "lilliput.schedule",
     "Cubic": "lilliput.schedule",

@@ -46,12 +46,14 @@ def trace(model: nn.Module, example: Inputs) -> Structure:
     batch = torch.export.Dim("batch")
     free = [mapped(lambda leaf: {0: batch}, x) for x in two]
     shapes: Any = dict(zip(named, free, strict=True)) if named else tuple(free)
+    # A dictionary in the last place would be taken for the named ones.
+    last: Any = ({},) if not named and isinstance(two[-1], dict) else ()
     try:
         with quiet(), torch.no_grad(), _looked_up(model), _flat(model) as outputs:
             model.eval()
             program = torch.onnx.export(
                 model,
-                () if named else tuple(two),
+                () if named else (*two, *last),
                 kwargs=dict(zip(named, two, strict=True)) if named else None,
                 dynamo=True,
                 dynamic_shapes=shapes,

@@ -1,6 +1,8 @@
 """What must be preserved: the protocol of tasks, the tasks there are, and the losses and metrics they name."""
 
 from lilliput.task.arrays import Arrays as Arrays
+from lilliput.task.episodes import Episodes as Episodes
+from lilliput.task.generation import Generation as Generation
 from lilliput.task.losses import reads as reads
 from lilliput.task.meaning import Meaning as Meaning
 from lilliput.task.metrics import lower_is_better as lower_is_better

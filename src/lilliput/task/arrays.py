@@ -215,7 +215,10 @@ class Arrays(Task, default=True):
         """
         targets = self.split(split)[1]
         outputs = mapped(_plain, outputs)
-        targets = outputs if targets is None else targets
+        return self._measured(outputs, outputs if targets is None else targets, split)
+
+    def _measured(self, outputs: Any, targets: Any, split: str, kept: bool = True) -> Score:
+        """The metric of outputs; kept: whether they are what a network gives on the probe of the split."""
         value = _tensor(self.metric(outputs, targets))
         number = float(value.double().mean())
         if not np.isfinite(number):
@@ -227,9 +230,15 @@ class Arrays(Task, default=True):
 
         def again(index: Indices) -> float:
             chosen = torch.from_numpy(index)
-            return float(_tensor(self.metric(take(outputs, chosen), take(targets, chosen))).double().mean())
+            try:
+                value = _tensor(self.metric(take(outputs, chosen), take(targets, chosen)))
+            except (ValueError, RuntimeError, ArithmeticError, IndexError):
+                return float("nan")  # it is defined on all examples, but not on these
+            return float(value.double().mean())
 
-        return Score(number, outcomes, outputs, None if outcomes is not None else again, length(outputs))
+        return Score(
+            number, outcomes, outputs if kept else None, None if outcomes is not None else again, length(outputs)
+        )
 
     @cached_property
     def fingerprint(self) -> str:
