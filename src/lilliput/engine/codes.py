@@ -1,4 +1,4 @@
-"""Narrow storage: values that a quantized file keeps as 8-bit codes are codes between layers, and products integer.
+"""Quantized activations: keep values as 8-bit integers between layers, and compute products in integer arithmetic.
 
 After lowering such a value is computed as clamp(round(...)) * scale. Where a convolution or a product with 8-bit
 weights reads it, the value is stored as the codes alone and that layer becomes a Conv8 or a MatMulInteger; elementwise

@@ -37,7 +37,7 @@ def compile(
     constants: Mapping[str, Array] | None = None,
     example: Any = None,
 ) -> Engine:
-    """Compile an ONNX model to C and load it.
+    """Compile an ONNX model to C, and load it.
 
     With `example` the model is run on it to learn which products have many zero inputs; those may then be computed by
     kernels that skip zeros. The result is right for any input.
@@ -87,7 +87,19 @@ def write(
     constants: Mapping[str, Array] | None = None,
     given: Any = None,
 ) -> Path:
-    """Compile a model into a folder, which is whole or not there; returns it."""
+    """Compile a model into a folder, which is whole or not there.
+
+    Args:
+        model, out, tune, shapes, constants: as in `compile`.
+        found: What to compile for.
+        given: The example of `compile`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError, NotSupported, ExportError: as `compile`.
+    """
     name = Path(model).name if isinstance(model, str | Path) else "model.onnx"
     measure = tune and found.name == "native" and found.here
 
@@ -129,7 +141,7 @@ def write(
 
 
 def _save(plan: Plan, folder: Path, found: Target, name: str) -> None:
-    """Write a plan's files into a folder that is there."""
+    """Write a plan's files into an existing folder."""
     graph, source = plan.graph, written(plan, name)
     (folder / "model.c").write_text(source.c, encoding="utf-8")
     (folder / "model.h").write_text(source.h, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Constants of a compiled model: each array once, as C initializers or as the bytes of a file of weights."""
+"""Store the constants of a compiled model, each array once, as C initializers or as the bytes of a file of weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Elementwise expressions: what an operator does to one element, fused over a chain of operators and printed as C."""
+"""Elementwise expressions: what an operator computes for one element, fused over operators and printed as C."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Constant folding: compute what depends on constants alone, or on shapes."""
+"""Constant folding: compute the nodes that depend on constants or shapes alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fusion: chains of elementwise operators become one; bias, residual and activation join the product before them."""
+"""Fusion: merge chains of elementwise operators, and join bias, residual and activation to the product before them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The graph that a model is compiled from: nodes over values, and where each value lies."""
+"""The graph that a model is compiled from: nodes, values, and the memory layout of each value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""C helpers that generated code calls: each text stands once in a file that needs it.
+"""C helper functions that generated code calls: each is written once into a file that needs it.
 
 The functions of an element are polynomials (or their quotients) fitted for the least largest relative error. They have
 no branch and call nothing, so that the loop which calls them becomes vector instructions; where float32 ends they are

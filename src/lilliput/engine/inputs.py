@@ -1,4 +1,4 @@
-"""The inputs of an ONNX model: which sizes are free, their maxima, and which inputs are bound to constants."""
+"""Read the inputs of an ONNX model: which sizes are free, their maxima, and which inputs are bound to constants."""
 
 from __future__ import annotations
 

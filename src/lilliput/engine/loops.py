@@ -1,4 +1,4 @@
-"""Loop nests over strided operands, as C text."""
+"""Write loop nests over strided operands as C."""
 
 from __future__ import annotations
 

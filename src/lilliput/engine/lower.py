@@ -1,4 +1,4 @@
-"""Lowering: ONNX's many operators become few, so that each is fused, laid out and computed in one way.
+"""Lowering: rewrite ONNX's many operators in few, so that each is fused, laid out and computed in one way.
 
 What is left after it: Map (elementwise expressions), View (another way to look at a value), Copy, Reduce, and the
 operators that have kernels of their own (Conv, MatMul, Softmax, ...).

@@ -1,4 +1,4 @@
-"""Normalisations found in a graph that spells them out, and elementwise work that joins what reduces its result."""
+"""Find normalizations that a graph spells out, and join elementwise work to the reduction that it follows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan: which kernel computes each node, where every value lies, and one arena for all that lives while running."""
+"""Planning: choose a kernel for each node, a layout for each value, and the arena for all of them."""
 
 from __future__ import annotations
 

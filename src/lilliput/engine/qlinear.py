@@ -1,4 +1,4 @@
-"""Operators on 8-bit codes written out as what they mean: codes to numbers, the operator, numbers to codes.
+"""Rewrite operators on 8-bit integers as dequantize, operator, quantize.
 
 ONNX's QLinearConv and ONNX Runtime's own QLinear operators become DequantizeLinear, the operator of floats and
 QuantizeLinear, the form that quantized files have otherwise, so that one way of compiling serves both.

@@ -81,7 +81,19 @@ class Engine:
         return self._local.held
 
     def __call__(self, *inputs: Any, out: Any = None, **named: Any) -> Any:
-        """The outputs for these inputs."""
+        """Compute the outputs.
+
+        Args:
+            inputs: Arrays in the order of `engine.inputs`, or one dictionary of arrays by name.
+            out: A contiguous array for the output, or several where there are several.
+            named: Inputs by name.
+
+        Returns:
+            The output, or a tuple where there are several; `out` where that is given.
+
+        Raises:
+            ValueError: For missing or unknown inputs, and shapes, types or free sizes that do not fit.
+        """
         call, at, _ = getattr(self._local, "held", None) or self._mine()
         plain = not named and len(inputs) == len(self._kinds) and not (inputs and type(inputs[0]) is dict)
         given = inputs if plain else self._given(inputs, named)
@@ -169,7 +181,15 @@ class Engine:
         )
 
     def profile(self, *inputs: Any, runs: int = 30, **named: Any) -> list[dict[str, Any]]:
-        """What each layer takes: the manifest's layers with "ms", a mean over `runs` runs."""
+        """Measure each layer.
+
+        Args:
+            inputs, named: As in a call.
+            runs: How many runs the mean is taken over.
+
+        Returns:
+            The manifest's layers, each with its mean time "ms".
+        """
         library = loaded(profiling(self.folder))
         run = library.model_profile
         run.argtypes = [ctypes.c_void_p, ctypes.c_void_p]

@@ -1,4 +1,4 @@
-"""The report of a job as one HTML file that works offline.
+"""Write the report of a job as one HTML file that works offline.
 
 Nothing is fetched: Bokeh's script, the style and the data are inside the file, and a content security policy allows the
 scripts by their hashes and no connection at all. All text that comes from a model or a task goes through Jinja's

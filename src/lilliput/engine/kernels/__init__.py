@@ -1,1 +1,1 @@
-"""Kernels by operator, one idea a file. A module registers functions with `kernel`; the folder is the list."""
+"""Kernels by operator, one idea a file: each module registers functions with `kernel`, and the folder is the list."""

@@ -1,4 +1,4 @@
-"""Attention, softmax(f(Q K)) V, one block of queries at a time: all its scores stay in the first-level cache.
+"""Compute attention, softmax(f(Q K)) V, one block of queries at a time: all its scores stay in the L1 cache.
 
 Scores are held with the queries of a block side by side, so that every step (the product, f, the largest score and the
 sum of exponentials of each query, the product with V) is a loop over vectors of queries.

@@ -1,4 +1,4 @@
-"""A matrix times one vector where zeros come in blocks: neighbouring outputs share them, so one index serves a block.
+"""Multiply a block-sparse matrix by one vector: outputs that share their zeros share one index.
 
 For each block of outputs its non-zero inputs are run through: each one a broadcast times a piece of a column as long as
 the block. Several sums of a block are kept apart, so that no product waits for the one before. Values stay 8-bit where

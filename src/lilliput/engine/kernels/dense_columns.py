@@ -1,4 +1,4 @@
-"""Dense products with constant weights, positions innermost: blocks of outputs x positions in registers."""
+"""Dense products with constant weights, vectorized over positions: blocks of outputs x positions in registers."""
 
 from __future__ import annotations
 

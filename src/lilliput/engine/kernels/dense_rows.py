@@ -1,4 +1,4 @@
-"""Dense products with constant weights, outputs innermost: blocks of positions x outputs in registers."""
+"""Dense products with constant weights, vectorized over outputs: blocks of positions x outputs in registers."""
 
 from __future__ import annotations
 

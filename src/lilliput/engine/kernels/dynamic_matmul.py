@@ -1,4 +1,4 @@
-"""Products of two computed matrices, or of stacks of them: vectors run along the columns of the result, or its rows."""
+"""Multiply two computed matrices, or stacks of them, vectorized over the columns of the result or over its rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gather and scatter at positions that come when the model runs: each is checked before it is used."""
+"""Gather and scatter at positions that are computed when the model runs: each is checked before it is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products of 8-bit codes, exact in int32: four inputs at a time, outputs side by side.
+"""Products of 8-bit integers, exact in int32: four inputs at a time, outputs side by side.
 
 acc[t, o] = sum_k a[t, k] b[k, o] - za sum_k b[k, o]: unsigned a times signed b, the second term computed beforehand up
 to the zero point za. Signed a and unsigned b are shifted by 128, which their zero points take up. Where b's zero point

@@ -1,4 +1,4 @@
-"""Elementwise expressions and copies: one nest of loops over all operands, in the order of the output's strides."""
+"""Elementwise expressions and copies: one loop nest over all operands, in the order of the output's strides."""
 
 from __future__ import annotations
 

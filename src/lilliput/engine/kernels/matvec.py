@@ -1,4 +1,4 @@
-"""Matrix times vector, y = W x, with W known: the inner loop of recurrent networks, several ways to store W.
+"""Multiply a constant matrix by a vector, y = W x, the inner loop of recurrent networks: several ways to store W.
 
 Outputs are the lanes of a vector, so that nothing is summed across lanes. A dense matrix is read once for each
 product, and what limits it is how fast the second-level cache gives it out; so one way keeps it as floats of 24 bits.

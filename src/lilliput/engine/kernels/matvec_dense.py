@@ -1,4 +1,4 @@
-"""A dense matrix times a vector: outputs in the lanes of vectors, weights of 32, 16 or 24 bits."""
+"""Multiply a dense matrix by a vector: outputs in the lanes of vectors, weights of 32, 16 or 24 bits."""
 
 from __future__ import annotations
 

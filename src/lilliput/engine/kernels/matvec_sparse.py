@@ -1,4 +1,4 @@
-"""A sparse matrix times a vector: zeros are skipped by elements, by 16 outputs at once, or by blocks of outputs."""
+"""Multiply a sparse matrix by a vector, skipping zeros by element, by 16 outputs at once, or by block of outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One way to compute a matrix times a vector: what it stores, what it calls, how long it takes by estimate."""
+"""One way to multiply a matrix by a vector: what it stores, the C that it calls, its estimated time."""
 
 from __future__ import annotations
 

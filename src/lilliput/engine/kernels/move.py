@@ -1,4 +1,4 @@
-"""Moving elements: concatenation, padding, tables of positions, and numbers that follow from the free sizes."""
+"""Move elements: concatenation, padding, tables of positions, and integers that follow from free sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Normalisations: elements minus their mean over some dimensions, over their deviation, scaled and shifted."""
+"""Normalizations: subtract the mean over some dimensions, divide by the deviation, scale and shift."""
 
 from __future__ import annotations
 

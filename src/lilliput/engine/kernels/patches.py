@@ -1,4 +1,4 @@
-"""Convolution of any size through patches: what each output pixel reads is gathered, some output rows at a time.
+"""Convolution of any size by im2col: gather the inputs of some output rows at a time, then multiply.
 
 The gathered rows, one for each input channel and tap, stay in the cache and are multiplied as the planes of a 1x1
 convolution are. This suits few input channels, strides and dilations, for which nothing special is written.

@@ -1,4 +1,4 @@
-"""What the kernels over planes share: runs of pixels, accumulators that cover a run, and what follows the sum.
+"""Helpers that kernels over planes share: runs of pixels, accumulators that cover a run, what follows the sum.
 
 A value (N, C, ...) in channel-major order is one plane a channel. A kernel works on runs: pixels that lie one after
 another in every plane, in blocks whose accumulators stay in registers.

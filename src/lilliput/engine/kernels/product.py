@@ -1,4 +1,4 @@
-"""What all matrix products share: the dimension that is summed over, how positions are walked, what follows the sum.
+"""Helpers that all matrix products share: the summed dimension, the loops over positions, what follows the sum.
 
 A product with constant weights is y[t, o] = tail(sum_k x[t, k] W[o, k] + bias[o]): t runs over the positions (tokens,
 pixels, rows of a batch), o over the outputs. Positions may be several dimensions; those whose strides allow it are

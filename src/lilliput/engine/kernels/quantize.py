@@ -1,4 +1,4 @@
-"""Convolutions of 8-bit codes, exact in int32."""
+"""Convolutions of 8-bit integers, exact in int32."""
 
 from __future__ import annotations
 

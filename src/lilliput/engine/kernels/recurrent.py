@@ -1,4 +1,4 @@
-"""Recurrence: step after step, the product of the recurrent weights with the state, then the gates.
+"""Recurrent layers: for each step multiply the state by the recurrent weights, then apply the gates.
 
 The state and the sums lie in scratch memory; gates are loops over the hidden units that become vector instructions.
 """

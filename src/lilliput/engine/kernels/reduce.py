@@ -1,4 +1,4 @@
-"""Reductions over some dimensions, and what runs along one."""
+"""Reductions over some dimensions, and scans along one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interpolation along one dimension, by a table of positions and weights."""
+"""Interpolate along one dimension by a table of positions and weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Softmax and its logarithm: the largest, then the exponentials and their sum, then the quotients."""
+"""Softmax and its logarithm: find the maximum, then sum the exponentials, then divide."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparse convolution over planes: every output plane runs through its non-zeros, each a number times shifted rows.
+"""Sparse convolution over planes: each output plane sums shifted rows, one for each non-zero weight.
 
 Loads that start anywhere in a cache line take twice as long as aligned ones. So the rows are never read shifted: all
 non-zeros of one column of the kernel are summed up first, over rows as they lie, and their sum is shifted once:

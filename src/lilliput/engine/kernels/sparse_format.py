@@ -1,4 +1,4 @@
-"""The non-zeros of a product's weights, sorted and packed in the order in which sparse kernels read them."""
+"""Sort and pack the non-zeros of a product's weights in the order in which sparse kernels read them."""
 
 from __future__ import annotations
 

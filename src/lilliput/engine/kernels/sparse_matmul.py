@@ -1,4 +1,4 @@
-"""Sparse products over columns of positions: each non-zero is a broadcast times a row of positions that lies in L1.
+"""Sparse products, vectorized over positions: each non-zero is a broadcast times a row of positions in L1.
 
 The activations of a block of positions (32 or 64) are copied to a buffer, as many inputs at a time as the first-level
 cache holds. Then, for a few outputs at once, their non-zeros are run through: accumulators stay in registers, an index

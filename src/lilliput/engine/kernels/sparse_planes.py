@@ -1,4 +1,4 @@
-"""Where the non-zeros of a convolution over planes are, and the tiles in which its outputs are computed."""
+"""Pack the non-zeros of a sparse convolution, and choose the tiles in which its outputs are computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Elementwise work where operands lie in different orders: square tiles are turned, then everything is walked alike."""
+"""Elementwise work over operands in different orders: transpose square tiles first, then loop over all alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transposed convolution: every input is spread over the outputs that its taps reach."""
+"""Transposed convolution: add every input to the outputs that its taps reach."""
 
 from __future__ import annotations
 

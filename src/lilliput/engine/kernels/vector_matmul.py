@@ -1,4 +1,4 @@
-"""A sparse matrix times a position or a few, one after the other, in the ways that recurrent networks use."""
+"""Multiply a sparse matrix by one or a few positions, one after the other, in the ways that recurrent networks use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loops that reduce: at every kept position something is accumulated over the reduced elements, then more is done.
+"""Loop nests that reduce: at each kept position accumulate over the reduced elements, then finish.
 
 The same steps are written in two ways. *inside*: the reduced elements lie side by side, so that several partial
 accumulators run along them and are folded at the end. *across*: kept positions lie side by side, so that a block of

@@ -1,4 +1,4 @@
-"""Weights that the file stores in few bits: kept so, and widened to float32 panel by panel where they are multiplied.
+"""Multiply by weights that are stored in few bits: widen them to float32 panel by panel, just before they are used.
 
 A panel holds some outputs' weights for some inputs, one input after the other. Codes of 4 or 2 bits share a byte with
 those of the next inputs of the same output, so that widening runs along the outputs.

@@ -1,1 +1,1 @@
-"""ONNX operators by family: how each becomes the few operators that kernels compute. The folder is the list."""
+"""Lowerings of ONNX operators by family: each becomes operators that kernels compute. The folder is the list."""

@@ -1,4 +1,4 @@
-"""Attention: softmax(softcap(Q K^T scale) + bias) V, written as the products and the softmax that it is.
+"""Lower attention: write softmax(softcap(Q K^T scale) + bias) V as two products and a softmax.
 
 The bias is what the mask, causality, the window and the lengths of the sequences forbid: 0 or minus infinity. A query
 that may look at nothing gives 0.

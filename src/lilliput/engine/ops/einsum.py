@@ -1,4 +1,4 @@
-"""Einsum: operands two by two, each pair one matrix product (or, where nothing is summed, one multiplication)."""
+"""Lower Einsum: combine operands two by two, each pair by one matrix product or one multiplication."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Elementwise operators: one expression each, which is all that ONNX's definition says of an element."""
+"""Lower elementwise operators: one expression each, by ONNX's definition."""
 
 from __future__ import annotations
 

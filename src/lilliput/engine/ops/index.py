@@ -1,4 +1,4 @@
-"""Gather and scatter: elements at positions that are known now (views and tables) or come when the model runs."""
+"""Lower gather and scatter: as views and tables where positions are constant, else as operators with kernels."""
 
 from __future__ import annotations
 

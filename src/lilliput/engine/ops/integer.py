@@ -1,4 +1,4 @@
-"""Products of 8-bit codes, and of weights in few bits."""
+"""Lower products of 8-bit integers, and of weights in few bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operators that have kernels of their own: brought to one form each."""
+"""Lower operators that have kernels of their own to one form each."""
 
 from __future__ import annotations
 

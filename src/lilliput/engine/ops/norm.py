@@ -1,4 +1,4 @@
-"""Normalisations and softmax, brought to two operators: Normalize and Softmax."""
+"""Lower normalizations and softmax to two operators: Normalize and Softmax."""
 
 from __future__ import annotations
 

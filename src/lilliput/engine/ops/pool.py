@@ -1,4 +1,4 @@
-"""Pooling: windows brought to one operator, whole planes to a reduction."""
+"""Lower pooling: windows to one operator, whole planes to a reduction."""
 
 from __future__ import annotations
 

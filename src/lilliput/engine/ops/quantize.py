@@ -1,4 +1,4 @@
-"""Numbers to 8-bit codes and back, as elementwise expressions that join what comes before them.
+"""Lower QuantizeLinear and DequantizeLinear to elementwise expressions that join what comes before them.
 
 Codes that are turned back at once are never stored: the number is rounded to the nearest that has a code.
 """

@@ -1,4 +1,4 @@
-"""Recurrent layers: the products with their inputs become one matrix product for all steps, the rest a Recurrence.
+"""Lower recurrent layers: one matrix product for the inputs of all steps, then the operator Recurrence.
 
 A Recurrence has as inputs what each step gets from the input (steps, batch, directions * gates * hidden) with every
 bias that can be added before; the recurrent weights R (directions, gates * hidden, hidden); the bias (directions,

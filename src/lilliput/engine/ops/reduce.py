@@ -1,4 +1,4 @@
-"""Reductions, and what runs along one dimension: sums and products so far, the largest elements and their places."""
+"""Lower reductions, scans along one dimension, ArgMax and TopK."""
 
 from __future__ import annotations
 

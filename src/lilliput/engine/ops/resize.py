@@ -1,4 +1,4 @@
-"""Resize: each dimension by itself, since every interpolation that ONNX has is separable."""
+"""Lower Resize: one dimension at a time, since every interpolation that ONNX has is separable."""
 
 from __future__ import annotations
 

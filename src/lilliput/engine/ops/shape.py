@@ -1,4 +1,4 @@
-"""Operators that move elements and compute none: views where strides can say it, else one copy."""
+"""Lower operators that move elements and compute none: views where strides can express them, else one copy."""
 
 from __future__ import annotations
 
