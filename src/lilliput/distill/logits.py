@@ -87,7 +87,8 @@ def pairs(output: Any, dense: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """The tensors of two nested outputs that are compared, in order.
 
     Args:
-        output, dense: what two networks returned for the same inputs.
+        output: what the student returned for some inputs.
+        dense: what the dense network returned for the same inputs.
 
     Raises:
         ValueError: where no tensor of the one has a counterpart of its shape in the other.
@@ -122,7 +123,8 @@ def divergence(output: Tensor, dense: Tensor, temperature: float, meaning: Meani
     """The mean divergence of a student's outputs from the dense ones, in the way of the task's loss.
 
     Args:
-        output, dense: (n, ...).
+        output: (n, ...).
+        dense: (n, ...).
         temperature: T, for classes.
         meaning: what the numbers stand for.
 
