@@ -24,10 +24,13 @@ BROUGHT = {
     ("grid", "tapered"),
     ("kind", "Swatches"),
     ("net", "Funnel"),
+    ("range", "four_deviations"),
+    ("rounding", "mean_keeping"),
     ("rounding", "toward_zero"),
     ("score", "input_energy"),
     ("stage", "BecomeFunnel"),
     ("stage", "MergeTwins"),
+    ("statistic", "input_mean"),
     ("task", "MarkovStream"),
 }
 TARGET = """
@@ -238,6 +241,26 @@ def make():
     (tmp_path / "recipe.toml").write_text("".join(f"[[stages]]\n{stage}" for stage in stages))
     summary = json.loads(run("-m", "lilliput.cli", "run", "recipe.toml", "stream.py:make", "--out", "out").stdout)
     assert summary["task"] == "walks of 4" and 0.4 < summary["val"] <= 1
+
+
+def test_its_rounding_asks_for_its_statistic_and_keeps_the_mean_of_every_output(run: Run, tmp_path: Path) -> None:
+    run(*program("""
+        import torch, lilliput
+        from lilliput.quant.quantize import Quantize
+        net, task = make()
+        net[0].bias.data += 1
+        ours, plain = (Quantize(3, grid="tapered", rounding=rounding, biases="float32")(net, task, None)
+                       for rounding in ("mean_keeping", "nearest"))
+        x = task.calibration()
+        hidden = net[:2](x)
+        moved = [(found[2](hidden) - net[2](hidden)).mean(0).abs().max().item() for found in (ours, plain)]
+        assert moved[0] < 0.5 * moved[1], moved
+        stages = (Quantize(5, range="four_deviations", grid="tapered", rounding="mean_keeping"),)
+        open("recipe.toml", "w").write(lilliput.Recipe(stages).toml())
+    """))  # fmt: skip
+    summary = json.loads(run("-m", "lilliput.cli", "run", "recipe.toml", "toy.py:make", "--out", "out").stdout)
+    assert summary["recipe"][0]["rounding"] == "mean_keeping" and summary["recipe"][0]["grid"] == "tapered"
+    assert summary["packed_bytes"] == (tmp_path / "out" / "model.lil").stat().st_size
 
 
 def test_its_finding_counts_what_its_stage_merges_exactly(run: Run) -> None:

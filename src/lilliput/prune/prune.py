@@ -97,7 +97,7 @@ class Prune(Stage, Rule):
 
     def on_grad(self, state: State, model: nn.Module, step: int, steps: int) -> State:
         wanted = scores.needs(scores.lookup(self.score))
-        gathered = {need: update for need, update in running().items() if need in wanted}
+        gathered = {need: update for need, update in running().items() if need in wanted} if wanted else {}
         if not gathered:
             return state
         state = dict(state)

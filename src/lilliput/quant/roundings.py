@@ -2,8 +2,8 @@
 
 A rounding takes weights (out, d), d the values of one output, with the scale and the zero point of each (broadcastable
 to them) and the levels of the grid, and returns a level for each weight. Its keyword-only arguments name the statistics
-that it needs; `lilliput.statistics.calibrate` supplies them. A tensor that lacks one, since its inputs cannot be seen,
-is rounded to nearest. Weights that are zero, such as pruned ones, must stay zero.
+that it needs; calibration supplies them, each as (out, d), the layer-wise Hessian as (groups, d, d). A tensor that has
+none, since its inputs cannot be seen, is rounded to nearest. Weights that are zero, such as pruned ones, must stay so.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def stochastic(weight: Tensor, scale: Tensor, zero: Tensor, levels: Levels, *, n
         scale: The steps, broadcastable to weight.
         zero: The zero points, likewise.
         levels: Those of the grid.
-        noise: Uniform in [0, 1), of the weight's size.
+        noise: Uniform in [0, 1), (out, d).
 
     Returns:
         A level for each weight, in its type.
@@ -66,4 +66,4 @@ def stochastic(weight: Tensor, scale: Tensor, zero: Tensor, levels: Levels, *, n
         Gupta, Agrawal, Gopalakrishnan and Narayanan, Deep learning with limited numerical precision, ICML 2015,
         arXiv:1502.02551, section 3.
     """
-    return (weight / scale + zero + noise.reshape(weight.shape)).floor().clamp(levels.low, levels.high)
+    return (weight / scale + zero + noise).floor().clamp(levels.low, levels.high)

@@ -104,12 +104,13 @@ class Uniform(Code):
         Args:
             weight: as `encode` takes it.
             rounding: see `lilliput.quant.roundings`.
-            statistics: those that the rounding names.
+            statistics: those that the rounding names, as they are measured.
         """
         rows = self._rows(weight.float())
         scale, zero = fit(rows, self._levels, self.range)
         scale, zero, rows = (part.expand_as(rows).reshape(len(weight), -1) for part in (scale, zero, rows))
-        found = rounding(rows, scale, zero, self._levels, **statistics)
+        known = {name: _by_output(value, weight) for name, value in statistics.items()}
+        found = rounding(rows, scale, zero, self._levels, **known)
         return ((found - zero) * scale).reshape(weight.shape).to(weight.dtype)
 
     def decode(self, *theta: Tensor) -> Tensor:
@@ -140,6 +141,14 @@ class Uniform(Code):
             None if zero is None else zero.reshape(shape).numpy(),
             group,
         )
+
+
+def _by_output(value: Tensor, weight: Tensor) -> Tensor:
+    """A statistic of a weight as roundings take it: (out, d), or as it is where it is a matrix for each group."""
+    d = weight.numel() // len(weight)
+    if value.dim() == 3 and value.shape[1:] == (d, d):
+        return value
+    return value.expand_as(weight).reshape(len(weight), d)
 
 
 def _scale(log_scale: Tensor) -> Tensor:
