@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lilliput.registry import register
-from lilliput.stage import on
 from lilliput.statistics.sources import Calibration, Parameters, gradients
-from lilliput.task import call, leaves
+from lilliput.task import call, leaves, mapped, on
 
 ACTIVATIONS = frozenset(
     (
@@ -100,7 +99,7 @@ def flow(calibration: Calibration, parameters: Parameters) -> Parameters:
     own: Parameters = {name: model.get_parameter(name).requires_grad_(True) for name in parameters}
     example = on(calibration.task.example, next(model.parameters()).device)
     with torch.enable_grad(), _Linear():
-        total = call(model, _ones(example)).sum()
+        total = torch.stack([leaf.sum() for leaf in leaves(call(model, _ones(example)))]).sum()
     found = gradients(total, own) if total.requires_grad else ()
     if not any(bool(g.any()) for g in found):
         raise ValueError(
@@ -131,7 +130,4 @@ def _ones(example: Any) -> Any:
     def ones(x: Tensor) -> Tensor:
         return torch.ones_like(x, dtype=torch.float64) if x.is_floating_point() else x
 
-    if isinstance(example, dict):
-        return {name: ones(value) for name, value in example.items()}
-    parts = tuple(map(ones, leaves(example)))
-    return parts if isinstance(example, tuple) else parts[0]
+    return mapped(ones, example)

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lilliput.stage import calibration, on
-from lilliput.task import Task, call, length, take
+from lilliput.task import Task, call, length, on, take
 
 SAMPLE = 65536  # values of a module, enough for a quantile of one in a thousand
 BATCH = 64
@@ -49,7 +48,7 @@ def outputs(model: nn.Module, names: list[str], task: Task, examples: int = 256)
     into: dict[str, set[str]] = {}
     # By identity, with the tensor held: the same number may name another tensor once this one is gone.
     put_out: dict[int, tuple[str, Tensor]] = {}
-    inputs = calibration(task, examples)
+    inputs = task.calibration(examples)
     starts = range(0, length(inputs), BATCH)
 
     def listener(name: str) -> Any:
