@@ -6,6 +6,7 @@ Google style: a first sentence, then `Args:` (shapes, units), `Returns:`, `Raise
 
 import ast
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -132,3 +133,25 @@ def test_docstring_has_its_sections(name: str) -> None:
 def test_nothing_else_is_pending() -> None:
     for end in PENDING:
         assert any(name.endswith(f".{end}") for name in names()), f"PENDING names {end}, which is not there"
+
+
+def documented(module: griffe.Module) -> Iterator[griffe.Class | griffe.Function]:
+    """Every class, function and method of a package that has a docstring, those of its modules included."""
+    for member in list(module.members.values()):
+        if isinstance(member, griffe.Module):
+            yield from documented(member)
+        elif isinstance(member, griffe.Class | griffe.Function):
+            yield from (thing for thing in (member, *member.members.values())
+                        if isinstance(thing, griffe.Class | griffe.Function) and thing.docstring)  # fmt: skip
+
+
+def test_args_explain_parameters_that_exist() -> None:
+    """One parameter a line, under its own name; the API reference warns of anything else."""
+    wrong = []
+    for thing in documented(package()):
+        known = {parameter.name.lstrip("*") for parameter in thing.parameters}
+        for section in thing.docstring.parse("google", warnings=False):  # type: ignore[union-attr]
+            if section.kind is griffe.DocstringSectionKind.parameters:
+                names = [item.name.lstrip("*") for item in section.value]
+                wrong += [f"{thing.path}: {name}" for name in names if name not in known]
+    assert not wrong, "\n".join(wrong)

@@ -90,7 +90,11 @@ def write(
     """Compile a model into a folder, which is whole or not there.
 
     Args:
-        model, out, tune, shapes, constants: as in `compile`.
+        model: As in `compile`.
+        out: As in `compile`.
+        tune: As in `compile`.
+        shapes: As in `compile`.
+        constants: As in `compile`.
         found: What to compile for.
         given: The example of `compile`.
 

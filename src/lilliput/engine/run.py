@@ -184,7 +184,8 @@ class Engine:
         """Measure each layer.
 
         Args:
-            inputs, named: As in a call.
+            inputs: As in a call.
+            named: As in a call.
             runs: How many runs the mean is taken over.
 
         Returns:

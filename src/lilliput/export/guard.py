@@ -42,8 +42,10 @@ def flags(
     """What is wrong with a file beside the dense one on this machine, a sentence each; nothing is raised.
 
     Args:
-        artifact, dense: the two files.
-        latency, dense_latency: both measured in one interleaved run.
+        artifact: the file.
+        dense: the dense network's file.
+        latency: of the artifact, measured in one interleaved run with the dense network's.
+        dense_latency: of the dense network.
         values: how many numbers the network keeps, where known.
     """
     found = [larger(artifact, dense), slower(latency, dense_latency), bloated(artifact, values)]
@@ -101,10 +103,12 @@ def compare(
     """`verify` every output, and for wide ones such as embeddings the mean cosine too, which predictions do not show.
 
     Args:
-        outputs, expected: arrays or tensors (n, ...), or nested structures of them.
+        outputs: arrays or tensors (n, ...), or nested structures of them.
+        expected: the same for the model.
         exact: a float artifact.
         who: whose outputs they are, for messages.
-        most_changed, least_cosine: what is allowed.
+        most_changed: the largest allowed fraction of changed predictions.
+        least_cosine: the smallest allowed cosine.
         axis: gives the axis of an output that holds the classes, None for values (`Task.class_axis`).
 
     Returns:

@@ -12,7 +12,8 @@ def agreement(a: Array, b: Array, axis: int | None = -1) -> dict[str, float]:
     """How far two networks' outputs for the same inputs are apart.
 
     Args:
-        a, b: (n, ...) outputs for the same examples.
+        a: (n, ...) outputs.
+        b: outputs of another network for the same examples.
         axis: which one holds the classes; None: they are values.
 
     Returns:
@@ -55,12 +56,14 @@ def verify(
     """Compare an artifact's outputs with the model's it was written from; their `agreement` if it is close enough.
 
     Args:
-        artifact, model: (n, ...) outputs for the same examples.
+        artifact: (n, ...) outputs of the file.
+        model: outputs of the model for the same examples.
         exact: a float artifact: no prediction may change whose margin (the largest output minus the second) is over
             `margin`, no value by more than that beside the largest one of its example. Otherwise a quantised one: at
             most the share `most_changed` of predictions may change.
         axis: which one holds the classes; None: the outputs are values.
-        margin, most_changed: what is allowed.
+        margin: the largest margin at which a prediction may change.
+        most_changed: the largest allowed fraction of changed predictions.
         who: whose outputs they are, for messages.
 
     Raises:

@@ -53,7 +53,8 @@ class Measured(Mapping[str, Tensor]):
     """The statistics of one tensor, each measured for all of a model's tensors when a code first asks for it.
 
     Args:
-        model, task: what is measured, and on which calibration inputs.
+        model: what is measured.
+        task: gives the calibration inputs.
         names: the tensors.
     """
 

@@ -26,12 +26,15 @@ class Summary:
         format: the version of these keys.
         floor: what may be lost, in points of the metric; None where a limit turned the question round.
         met: whether a point was found that meets the question.
-        dense, chosen: the dense network and the point that was handed over, each a row of numbers and its layers.
+        dense: the dense network, a row of numbers and its layers.
+        chosen: the point that was handed over, likewise.
         front: what no other measured point beats on (score, ONNX bytes, packed bytes, latency).
         nearest: the point that came nearest, where none was chosen.
-        drop_val, drop_corrected, drop_corrected_interval: what the chosen (or nearest) point loses on val, as seen,
-            with the optimism of having chosen taken off, and the central 95% of that.
-        drop_test, drop_test_interval: what it loses on test, which was read once, after the choice.
+        drop_val: what the chosen (or nearest) point loses on val, uncorrected.
+        drop_corrected: the same, corrected for the optimism of having chosen.
+        drop_corrected_interval: the central 95% of `drop_corrected`.
+        drop_test: what it loses on test, which was read once, after the choice.
+        drop_test_interval: the central 95% of `drop_test`.
         left_alone: name and reason of what no technique could change.
         points: everything that was tried.
         steps_per_s: optimizer steps a second of training.

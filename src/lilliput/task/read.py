@@ -44,7 +44,8 @@ def read(task: str, split: str, data: Any) -> tuple[Any, Any]:
     """(inputs, targets or None) of a split as tensors.
 
     Args:
-        task, split: whose they are, for messages.
+        task: the task's name, for messages.
+        split: the split's name, for messages.
         data: (inputs, targets), inputs alone, a Dataset, or a loader of any length.
 
     Raises:
