@@ -27,6 +27,7 @@ BROUGHT = {
     ("range", "four_deviations"),
     ("rounding", "mean_keeping"),
     ("rounding", "toward_zero"),
+    ("rule", "LearnedTranslation"),
     ("score", "input_energy"),
     ("stage", "BecomeFunnel"),
     ("stage", "MergeTwins"),
@@ -261,6 +262,37 @@ def test_its_rounding_asks_for_its_statistic_and_keeps_the_mean_of_every_output(
     summary = json.loads(run("-m", "lilliput.cli", "run", "recipe.toml", "toy.py:make", "--out", "out").stdout)
     assert summary["recipe"][0]["rounding"] == "mean_keeping" and summary["recipe"][0]["grid"] == "tapered"
     assert summary["packed_bytes"] == (tmp_path / "out" / "model.lil").stat().st_size
+
+
+def test_the_loss_of_its_rule_follows_the_schedule_and_its_extra_trains_and_resumes(run: Run) -> None:
+    run(*program("""
+        import torch, lilliput
+        from lilliput.registry import lookup
+        rule = lookup("rule", "LearnedTranslation")
+        model, task = make()
+        fading = rule(lilliput.Linear(1.0, 0.0))
+        reference = lilliput.Reference(model, task)
+        batch = next(iter(task.batches(1, 0)))
+        student = torch.nn.Linear(8, 3)
+        state = fading.begin(student, task, reference, 8)
+        losses = [fading.loss(state, student, k, 8, batch, student(batch.inputs), reference) for k in range(9)]
+        torch.testing.assert_close(torch.stack(losses), losses[0] * (1 - torch.arange(9) / 8))
+        sgd = torch.optim.SGD(student.parameters(), 0.1)
+        with fading.attached(student, sgd, steps=3, task=task, reference=reference, state=state) as driver:
+            for batch in task.batches(3, 0):
+                y = student(batch.inputs)
+                sgd.zero_grad(); (task.loss(y, batch) + driver.loss(batch, y)).backward(); sgd.step()
+        assert not torch.equal(state["translate"].weight, torch.eye(3))
+
+        def trained(until):
+            return lilliput.Recipe((lilliput.Train(20, lr=0.01, rules=(fading,), until=until),))
+
+        straight = lilliput.run(model, task, trained(None))
+        lilliput.run(model, task, trained(7), "store")
+        resumed = lilliput.run(model, task, trained(None), "store")
+        for a, b in zip(straight.state_dict().values(), resumed.state_dict().values()):
+            assert torch.equal(a, b)
+    """))  # fmt: skip
 
 
 def test_its_finding_counts_what_its_stage_merges_exactly(run: Run) -> None:
