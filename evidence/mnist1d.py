@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import lilliput
-from lilliput.code.base import codes, copy_model, theta
+from lilliput.code.base import codes, copy_model
+from lilliput.code.names import theta
 from lilliput.data import mnist1d
 from lilliput.evidence import interval
 from lilliput.nets.mnist1d import MLP

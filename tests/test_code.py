@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lilliput.code.base import attach, build, codes, copy_model, find, pack, realize
+from lilliput.code.base import attach, codes, copy_model, pack, realize
+from lilliput.code.deploy import build
 from lilliput.code.low_rank import LowRank
 from lilliput.code.masked import Masked
+from lilliput.code.names import find
 from lilliput.errors import NotSupported
 from lilliput.export.onnx import Session, trace
 from lilliput.factor.svd import Factorize
@@ -19,6 +21,7 @@ from lilliput.quant.activations import Activation, QuantizeActivations
 from lilliput.quant.half import Half
 from lilliput.quant.quantize import Quantize
 from lilliput.quant.uniform import Uniform
+from lilliput.stored.shared import Shared
 from lilliput.task import Task
 
 
@@ -164,8 +167,16 @@ def test_tied_weights_stay_one_tensor() -> None:
         shrunk = stage(model, None, None)
         assert shrunk.out.weight is shrunk.embed.weight and set(stage.left(model)) == {"embed.weight"}
         assert "mid.weight" in codes(shrunk)
-    with pytest.raises(NotSupported, match="2 modules share it"):
-        attach(copy_model(model), "out.weight", Half())
+    coded, x = copy_model(model), torch.randint(0, 10, (3, 5))
+    attach(coded, "out.weight", Uniform(4))
+    assert set(codes(coded)) == {"embed.weight"} and torch.equal(coded.out.weight, coded.embed.weight)
+    for plain in (realize(coded), realize(copy_model(coded))):
+        assert plain.out.weight is plain.embed.weight
+        torch.testing.assert_close(plain(x), coded(x))
+    stored = pack(coded)
+    assert isinstance(stored["out.weight"], Shared) and stored["out.weight"].storage().bits == 0
+    coded(x).sum().backward()
+    assert len([p for p in coded.parameters() if p.grad is not None]) == 4  # one weight, one scale; mid has two
 
 
 def test_another_parametrization_is_left_alone_and_realized() -> None:
@@ -222,8 +233,12 @@ def test_factors_can_be_quantized_and_still_be_built() -> None:
     attach(model, "0.weight", LowRank(2))
     attach(model, "0.weight", Uniform(8))
     built = build(model)
-    assert [tuple(p.shape) for p in built[0].parameters()] == [(2, 8), (16, 2), (16,)]
+    assert sorted(tuple(p.shape) for p in realize(built)[0].parameters()) == [(2, 8), (16,), (16, 2)]
     torch.testing.assert_close(built(x), model(x))
+    assert {name: type(code[0]) for name, code in codes(built).items()} == {
+        "0.0.weight": Uniform,
+        "0.1.weight": Uniform,
+    }
 
 
 def test_prune_again_only_adds_zeros() -> None:

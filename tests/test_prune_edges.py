@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lilliput import registry
-from lilliput.code.base import codes, copy_model, pack, realize, theta
+from lilliput.code.base import codes, copy_model, pack, realize
+from lilliput.code.names import theta
 from lilliput.errors import NotSupported
 from lilliput.prune import patterns
 from lilliput.prune.masks import masks

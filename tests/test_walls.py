@@ -19,7 +19,7 @@ ROOMS = (
     ("onnx",),
     ("cost",),
     ("code",),
-    ("stage", "finding", "reference"),
+    ("stage", "finding", "reference", "encode"),
     ("statistics",),
     ("train", "rule"),
     ("prune", "quant", "factor", "adapt", "share", "graph", "distill", "nets", "analyse", "data"),

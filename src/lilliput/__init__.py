@@ -16,6 +16,7 @@ _CORE = {
     # the main job
     "shrink": "lilliput.shrinking",
     "Result": "lilliput.search.finish",
+    "save": "lilliput.export.save",
     "load": "lilliput.export.pack",
     "run": "lilliput.runner",
     # the engine
@@ -33,7 +34,8 @@ _CORE = {
     # what is done with codes
     "attach": "lilliput.code.base",
     "realize": "lilliput.code.base",
-    "build": "lilliput.code.base",
+    "build": "lilliput.code.deploy",
+    "deploy": "lilliput.code.deploy",
     "codes": "lilliput.code.base",
     "storage": "lilliput.code.base",
     # failures

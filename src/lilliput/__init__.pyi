@@ -3,15 +3,18 @@ from lilliput.analyse.activity import Activity as Activity
 from lilliput.analyse.activity import FollowActivity as FollowActivity
 from lilliput.code.base import Code as Code
 from lilliput.code.base import attach as attach
-from lilliput.code.base import build as build
 from lilliput.code.base import codes as codes
 from lilliput.code.base import realize as realize
 from lilliput.code.base import storage as storage
+from lilliput.code.deploy import build as build
+from lilliput.code.deploy import deploy as deploy
 from lilliput.code.low_rank import LowRank as LowRank
 from lilliput.code.masked import Masked as Masked
+from lilliput.code.reshape import Reshape as Reshape
 from lilliput.distill.features import Features as Features
 from lilliput.distill.logits import Distill as Distill
 from lilliput.distill.mixup import Mixup as Mixup
+from lilliput.encode import Encode as Encode
 from lilliput.engine.compile import compile as compile
 from lilliput.engine.run import Engine as Engine
 from lilliput.errors import ExportError as ExportError
@@ -19,6 +22,7 @@ from lilliput.errors import FloorNotMet as FloorNotMet
 from lilliput.errors import NotSupported as NotSupported
 from lilliput.errors import StoreError as StoreError
 from lilliput.export.pack import load as load
+from lilliput.export.save import save as save
 from lilliput.factor.svd import Factorize as Factorize
 from lilliput.finding import Finding as Finding
 from lilliput.graph.empty import RemoveEmpty as RemoveEmpty

@@ -1,6 +1,7 @@
 """The methods that `import lilliput` offers. Written by scripts/names.py; do not edit."""
 
 METHODS = {
+    "Encode": "lilliput.encode",
     "Factorize": "lilliput.factor.svd",
     "RemoveEmpty": "lilliput.graph.empty",
     "FoldBatchNorm": "lilliput.graph.stages",
@@ -44,6 +45,7 @@ METHODS = {
     "TopKAST": "lilliput.prune.topkast",
     "LowRank": "lilliput.code.low_rank",
     "Masked": "lilliput.code.masked",
+    "Reshape": "lilliput.code.reshape",
     "HardConcrete": "lilliput.prune.hard_concrete",
     "SoftThreshold": "lilliput.prune.threshold",
     "Half": "lilliput.quant.half",

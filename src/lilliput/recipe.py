@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lilliput import registry
+from lilliput.code.spec import Spec
 from lilliput.stage import Stage
 from lilliput.task import Task, source
 
@@ -100,6 +101,8 @@ def plain(value: Any) -> Any:
     The type is its name in the registry, or "module:Name" for a class that the registry does not know or where several
     have the name.
     """
+    if isinstance(value, Spec):
+        return value.data()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kept = {}
         for field in dataclasses.fields(value):
@@ -125,6 +128,8 @@ def _kind(name: str) -> Any:
 def _object(value: Any) -> Any:
     if isinstance(value, dict):
         settings = dict(value)
+        if "code" in settings and "stage" not in settings:
+            return Spec.of(settings)
         if "stage" not in settings:
             raise ValueError(f'Recipe: each table must name its stage, got {sorted(settings)}. Add stage = "...".')
         kind = _kind(settings.pop("stage"))
@@ -188,6 +193,10 @@ def versions(value: Any) -> set[str]:
     """
     if isinstance(value, tuple):
         return {found for item in value for found in versions(item)}
+    if isinstance(value, Spec):
+        code = value.kind()
+        version = f"{value.code} {code.version}"
+        return {f"{version} {_digest(code)}" if ":" in value.code else version}
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return set()
     kind, name = type(value), registry.written(type(value), VALUES)

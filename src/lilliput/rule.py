@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lilliput.code.base import theta
+from lilliput.code.names import theta
 from lilliput.stage import Reference
 from lilliput.task import Batch, Task, leaves
 

@@ -14,6 +14,7 @@ CHECKER = torch.arange(6 * 18).reshape(6, 18) % 3 != 0
 
 MADE: dict[str, list[dict[str, Any]]] = {
     "LowRank": [{"rank": 2}],
+    "Reshape": [{"inside": (108,)}],
     "Masked": [{"mask": CHECKER}, {"mask": torch.arange(6)[:, None].expand(6, 18) != 2, "block": (1, 18)}],
     "Uniform": [
         {},
@@ -67,9 +68,9 @@ def made(kind: str) -> list[Any]:
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
-    for kind in ("code", "stage", "rule"):
-        if kind in metafunc.fixturenames:
-            metafunc.parametrize(kind, made(kind.title()), indirect=True)
+    for kind, fixture in (("Code", "code"), ("Code", "code_for"), ("Stage", "stage"), ("Rule", "rule")):
+        if fixture in metafunc.fixturenames:
+            metafunc.parametrize(fixture, made(kind), indirect=True)
 
 
 @pytest.fixture
@@ -77,6 +78,22 @@ def code(request: Any) -> Any:
     """A function that makes the code anew."""
     entry, settings = request.param
     return lambda: entry.load()(**settings)
+
+
+@pytest.fixture
+def code_for(request: Any) -> Any:
+    """A function that makes the code anew for a tensor: a mask, or another setting of its size, is given its shape."""
+    entry, settings = request.param
+
+    def make(tensor: torch.Tensor) -> Any:
+        fitted = dict(settings)
+        if "mask" in settings and "block" not in settings:
+            fitted["mask"] = (torch.arange(tensor.numel()) % 3 != 0).reshape(tensor.shape)
+        if "inside" in settings:
+            fitted["inside"] = (tensor.numel(),)
+        return entry.load()(**fitted)
+
+    return make
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lilliput.code.base import Code, attach, build, codes, copy_model, pack, realize, storage
+from lilliput.code.base import Code, attach, codes, copy_model, pack, realize, storage
+from lilliput.code.deploy import build
 from lilliput.quant.uniform import Uniform
 from lilliput.stored.base import section
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lilliput.code.base import codes, realize, theta
+from lilliput.code.base import codes, realize
+from lilliput.code.names import theta
 from lilliput.prune import patterns
 from lilliput.prune.acdc import ACDC
 from lilliput.prune.growing import Growing

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lilliput.code.base import attach, codes, realize, theta
+from lilliput.code.base import attach, codes, realize
 from lilliput.code.masked import Masked
+from lilliput.code.names import theta
 from lilliput.errors import NotSupported
 from lilliput.prune.hard_concrete import BETA, GAMMA, ZETA, HardConcrete
 from lilliput.prune.l0 import L0

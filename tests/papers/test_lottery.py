@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lilliput.code.base import theta
+from lilliput.code.names import theta
 from lilliput.prune.lottery import Lottery
 from lilliput.prune.masks import masks
 from lilliput.prune.prune import Prune

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lilliput.code.base import attach, build
+from lilliput.code.base import attach
+from lilliput.code.deploy import build
 from lilliput.code.low_rank import LowRank
 from lilliput.factor.svd import Factorize, rank_by_energy, ranks_by_budget
 

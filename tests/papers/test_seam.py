@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lilliput.code.base import codes, realize, theta
+from lilliput.code.base import codes, realize
+from lilliput.code.names import theta
 from lilliput.export.onnx import Session, trace
 from lilliput.graph.empty import RemoveEmpty, remove_empty
 from lilliput.graph.fold import fold_batchnorm

@@ -6,30 +6,49 @@ weights, factors) may be stored by another, attached to the originals that it na
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lilliput.errors import NotSupported, near
+from lilliput.code.names import lists, original_names, originals, plain_modules
+from lilliput.errors import NotSupported
 from lilliput.proposal import Refusal
 from lilliput.stored.base import Storage, Stored
 from lilliput.stored.plain import Plain
+from lilliput.stored.shared import Shared
 
 
 class Code(nn.Module):
     """One way to store a tensor: plain settings, float theta as parameters, everything discrete as buffers.
 
-    encode(W) gives theta (a tensor or a tuple), decode(*theta) gives W; both differentiable where they can be.
-    `inner` lists which theta another code may store in turn. `pack(*theta)` takes theta as `Stored` values and returns
-    the tensor's `Stored`; `storage()` of that is the predicted size of its section.
+    A subclass overwrites encode, decode and pack, all differentiable where they can be; refuses, build and made where
+    it needs to. It is attached to a tensor as a parametrization, so every module works unchanged.
+
+    Attributes:
+        inner: which theta another code may store in turn, by place.
+        version: rises when the result of the code changes.
+
+    Example:
+        >>> class Negated(Code):
+        ...     def encode(self, weight):
+        ...         return -weight
+        ...
+        ...     def decode(self, *theta):
+        ...         return -theta[0]
+        >>> Negated().decode(Negated().encode(torch.ones(2)))
+        tensor([1., 1.])
     """
 
     version: ClassVar[int] = 1
     inner: ClassVar[tuple[int, ...]] = ()
+    _shape: tuple[int, ...] = ()  # of the tensor that is stored, once it is attached
+
+    def refuses(self, weight: Tensor) -> str | None:
+        """Why this code cannot store a tensor, or None where it can; asked before anything is attached."""
+        return None
 
     def encode(self, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
         """theta for a tensor; overwritten by each code."""
@@ -43,6 +62,17 @@ class Code(nn.Module):
         """theta as it goes into a file; overwritten by each code."""
         return theta[0]
 
+    def build(self, module: nn.Module, attribute: str, theta: tuple[Tensor, ...]) -> nn.Module | None:
+        """A module that computes what `module` does from theta, without decoding; None where there is none.
+
+        Args:
+            module: the layer that holds the tensor; it is left as it is.
+            attribute: the name of the tensor in it.
+            theta: parameters that the new module takes as they are, or reshaped without a copy: codes that store a
+                theta in turn then go along with it.
+        """
+        return None
+
     def settings(self) -> dict[str, Any]:
         """The plain values that the code was made with."""
         return {
@@ -50,6 +80,30 @@ class Code(nn.Module):
             for name, value in vars(self).items()
             if not name.startswith("_") and name != "training" and isinstance(value, int | float | str | tuple)
         }
+
+    def spec(self) -> dict[str, Any]:
+        """The code as plain data, from which it can be made again: its class and settings."""
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in self.settings().items()}
+        return {"code": type(self).__name__, **plain}
+
+    @classmethod
+    def made(cls, settings: Mapping[str, Any], buffers: Mapping[str, Tensor]) -> "Code":
+        """A code of these settings with the buffers of one that was stored; none for one that is to encode a tensor.
+
+        A code whose constructor needs a tensor overwrites it.
+
+        Raises:
+            TypeError: for settings that the code does not take.
+        """
+        try:
+            code = cls(**settings)
+        except TypeError as error:
+            raise TypeError(f"{cls.__name__}: its settings must be those of its constructor, but {error}.") from error
+        for name, buffer in buffers.items():
+            path, _, key = name.rpartition(".")
+            if key in code.get_submodule(path)._buffers:
+                setattr(code.get_submodule(path), key, buffer.clone())
+        return code
 
     def label(self) -> str:
         """Name the code and its settings in a few words, as a search shows it."""
@@ -72,102 +126,11 @@ class Code(nn.Module):
         return self.decode(*theta)
 
     def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
+        self._shape = tuple(weight.shape)
         return self.encode(weight)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
-
-
-def find(model: nn.Module, where: str = "*", *, least_dim: int = 2, who: str = "find") -> list[str]:
-    """The names of the tensors that `where` chooses, such as "layers.0.conv1.weight".
-
-    where: glob patterns on module or tensor names, separated by commas; "*" takes every weight of at least
-    `least_dim` dimensions. A name chosen outright is taken whatever its dimensions. Tied tensors are named once.
-
-    Raises ValueError when nothing matches, with near misses.
-    """
-    owners = parameter_names(model)
-    patterns = [pattern.strip() for pattern in where.split(",") if pattern.strip()]
-    chosen = []
-    for name, tensor in owners.items():
-        module = name.rpartition(".")[0]
-        by_glob = any(fnmatchcase(name, p) or fnmatchcase(module, p) for p in patterns)
-        if by_glob and (tensor.dim() >= least_dim or name in patterns) and tensor.is_floating_point():
-            chosen.append(name)
-    if not chosen:
-        modules = {name.rpartition(".")[0] or name for name in owners}
-        raise ValueError(
-            f"{who}: where must match a floating-point tensor of at least {least_dim} dimensions, got "
-            f"{where!r}. {near(where, modules)}"
-        )
-    return chosen
-
-
-def parameter_names(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter by the name it had before codes were attached, decoded; tied ones under their first name."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for path, module in _plain_modules(model):
-        for name in (*module._parameters, *_lists(module)):
-            if parametrize.is_parametrized(module, name):
-                identity = id(next(_originals(module, name)))
-                with torch.no_grad():
-                    tensor = getattr(module, name)
-            else:
-                tensor = module._parameters[name]
-                identity = id(tensor)
-            if tensor is not None and identity not in seen:
-                seen.add(identity)
-                found[f"{path}.{name}" if path else name] = tensor
-    return found
-
-
-def _lists(module: nn.Module) -> Any:
-    """The parametrization list of each parametrised tensor of a module, by attribute."""
-    return module._modules.get("parametrizations") or {}  # getattr would raise, slowly, at every step of a rule
-
-
-def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once, in the order and with the paths of `named_modules`, without what parametrizations hold."""
-    seen, waiting = set(), [("", model)]
-    while waiting:
-        path, module = waiting.pop()
-        if module not in seen:
-            seen.add(module)
-            yield path, module
-            waiting += [
-                (f"{path}.{name}" if path else name, child)
-                for name, child in reversed(module._modules.items())
-                if child is not None and name != "parametrizations"
-            ]
-
-
-def _originals(module: nn.Module, name: str) -> Iterator[Tensor]:
-    """The innermost tensors behind a parametrised one."""
-    holder = _lists(module)[name]
-    for original in _original_names(holder):
-        if original in _lists(holder):
-            yield from _originals(holder, original)
-        else:
-            yield getattr(holder, original)
-
-
-def _original_names(holder: Any) -> list[str]:
-    if getattr(holder, "is_tensor", True):
-        return ["original"]
-    return [f"original{i}" for i in range(holder.ntensors)]
-
-
-def theta(model: nn.Module, name: str) -> Tensor:
-    """The tensor that is trained for `name`: the first innermost one behind its codes, or the plain parameter itself.
-
-    >>> net = nn.Linear(2, 2)
-    >>> theta(net, "weight") is net.weight
-    True
-    """
-    path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
-    return next(_originals(module, attribute)) if attribute in _lists(module) else module.get_parameter(attribute)
 
 
 def holders(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
@@ -175,11 +138,12 @@ def holders(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
     path, _, attribute = name.rpartition(".")
     target = model.get_submodule(path)
     if parametrize.is_parametrized(target, attribute):
-        return [(target, attribute)]
+        holder = lists(target)[attribute]
+        return [(m, key) for _, m in plain_modules(model) for key, value in lists(m).items() if value is holder]
     parameter = target._parameters[attribute]
     return [
         (module, key)
-        for _, module in _plain_modules(model)
+        for _, module in plain_modules(model)
         for key, value in module._parameters.items()
         if value is parameter
     ]
@@ -188,27 +152,51 @@ def holders(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
 def attach(model: nn.Module, name: str, code: Code) -> None:
     """Store the tensor `name` of `model` by `code`, in place; on top of a code that is there, its inner theta.
 
-    Raises NotSupported for a tied tensor, whose two readings would come apart, and for a code with nothing to nest in.
+    A tied tensor gets one code, which all of its modules read.
+
+    Args:
+        model: its module that holds the tensor is changed.
+        name: a parameter, by the name that it has in `named_parameters()` before codes are attached.
+        code: what stores it; a copy of it stores each further inner theta.
+
+    Raises:
+        NotSupported: for a code that refuses the tensor, and for one with nothing to nest in. Nothing is changed then.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2))
+        >>> attach(net, "0.weight", Code())
+        >>> list(codes(net))
+        ['0.weight']
     """
-    owners = holders(model, name)
-    if len(owners) > 1:
-        raise NotSupported(
-            f"attach: {name} must be held by one module, but {len(owners)} modules share it. Leave it out with where=."
-        )
-    module, attribute = owners[0]
+    (module, attribute), *tied = holders(model, name)
+    fresh = not parametrize.is_parametrized(module, attribute)
     _attach(module, attribute, name, code)
+    for other, key in tied if fresh else ():
+        hold(other, key, lists(module)[attribute])
+
+
+def hold(module: nn.Module, attribute: str, holder: nn.Module) -> None:
+    """Let a module read a tensor from the parametrization list of another one, in place of its own parameter."""
+    parametrize.register_parametrization(module, attribute, nn.Identity(), unsafe=True)
+    lists(module)[attribute] = holder
 
 
 def _attach(module: nn.Module, attribute: str, name: str, code: Code) -> None:
     if not parametrize.is_parametrized(module, attribute):
         tensor = getattr(module, attribute)
+        if not tensor.is_floating_point():
+            why: str | None = f"it holds {tensor.dtype}"
+        else:
+            why = code.refuses(tensor.detach())
+        if why:
+            raise NotSupported(f"attach: {type(code).__name__} cannot store {name}: {why}. Leave it out with where=.")
         trains = tensor.requires_grad
         parametrize.register_parametrization(module, attribute, code, unsafe=True)
-        for original in _originals(module, attribute):
-            original.requires_grad_(trains)
+        for part in originals(module, attribute):
+            part.requires_grad_(trains)
         return
-    holder = _lists(module)[attribute]
-    originals = _original_names(holder)
+    holder = lists(module)[attribute]
+    names = original_names(holder)
     if not isinstance(holder[0], Code):
         raise NotSupported(f"attach: {name} must be a plain tensor, but {foreign(holder[0])}.")
     inner = holder[0].inner
@@ -217,16 +205,38 @@ def _attach(module: nn.Module, attribute: str, name: str, code: Code) -> None:
             f"attach: {name} must be stored by a code that others can nest in, got "
             f"{type(holder[0]).__name__}. Realize it first."
         )
-    for k, i in enumerate(inner):
-        _attach(holder, originals[i], name, code if k == 0 else copy.deepcopy(code))
+    done: list[str] = []
+    try:
+        for k, i in enumerate(inner):
+            _attach(holder, names[i], name, code if k == 0 else copy.deepcopy(code))
+            done.append(names[i])
+    except NotSupported:
+        for taken in done:
+            strip(holder, taken, dense(holder, taken))
+        raise
 
 
 def codes(model: nn.Module) -> dict[str, tuple[Code, ...]]:
-    """The codes of each coded tensor, outermost first."""
+    """The codes of each coded tensor.
+
+    Args:
+        model: any module.
+
+    Returns:
+        By name, outermost first; a tied tensor is there once, under its first name.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2))
+        >>> attach(net, "0.weight", Code())
+        >>> codes(net)
+        {'0.weight': (Code(),)}
+    """
     found: dict[str, tuple[Code, ...]] = {}
-    for path, module in _plain_modules(model):
-        for attribute, holder in _lists(module).items():
-            if isinstance(holder[0], Code):
+    seen: set[int] = set()
+    for path, module in plain_modules(model):
+        for attribute, holder in lists(module).items():
+            if isinstance(holder[0], Code) and id(holder) not in seen:
+                seen.add(id(holder))
                 found[f"{path}.{attribute}" if path else attribute] = tuple(_chain(module, attribute))
     return found
 
@@ -240,29 +250,35 @@ def foreign(parametrization: nn.Module) -> str:
 def reason(model: nn.Module, name: str) -> str | None:
     """Why no code can store the tensor `name` (it is tied, another parametrization computes it), or None."""
     path, _, attribute = name.rpartition(".")
-    lists = _lists(model.get_submodule(path))
-    if attribute in lists:
-        return None if isinstance(lists[attribute][0], Code) else foreign(lists[attribute][0])
+    coded = lists(model.get_submodule(path))
+    if attribute in coded:
+        return None if isinstance(coded[attribute][0], Code) else foreign(coded[attribute][0])
     return "its weights are tied to another layer's" if len(holders(model, name)) > 1 else None
 
 
 def _chain(module: nn.Module, attribute: str) -> Iterator[Code]:
-    holder = _lists(module)[attribute]
+    holder = lists(module)[attribute]
     yield holder[0]
-    for original in _original_names(holder):
+    for original in original_names(holder):
         if parametrize.is_parametrized(holder, original):
             yield from _chain(holder, original)
 
 
 def pack(model: nn.Module) -> dict[str, Stored]:
-    """Every parameter and buffer of a model as it goes into a file, by the name it has in the realized state_dict."""
+    """Every parameter and buffer of a model as it goes into a file, by the name it has in the realized state_dict.
+
+    A tied tensor is stored under its first name; under the others it is `Shared`.
+    """
     found: dict[str, Stored] = {}
+    first: dict[int, str] = {}
     with torch.no_grad():
-        for path, module in _plain_modules(model):
+        for path, module in plain_modules(model):
             prefix = f"{path}." if path else ""
-            for name in dict.fromkeys((*module._parameters, *_lists(module))):
-                if parametrize.is_parametrized(module, name) or module._parameters.get(name) is not None:
-                    found[prefix + name] = _pack(module, name)
+            for name in dict.fromkeys((*module._parameters, *lists(module))):
+                held = lists(module)[name] if name in lists(module) else module._parameters[name]
+                if held is not None:
+                    one = first.setdefault(id(held), prefix + name)
+                    found[prefix + name] = _pack(module, name) if one == prefix + name else Shared(one, found[one])
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:
                     found[prefix + name] = Plain(_array(buffer, prefix + name))
@@ -282,16 +298,27 @@ def _array(tensor: Tensor, name: str) -> Any:
 
 
 def _pack(module: nn.Module, name: str) -> Stored:
-    if name in _lists(module) and isinstance(_lists(module)[name][0], Code):
-        holder = _lists(module)[name]
-        stored: Stored = holder[0].pack(*(_pack(holder, original) for original in _original_names(holder)))
+    if name in lists(module) and isinstance(lists(module)[name][0], Code):
+        holder = lists(module)[name]
+        stored: Stored = holder[0].pack(*(_pack(holder, original) for original in original_names(holder)))
         return stored
     tensor = getattr(module, name)
     return Plain(_array(tensor if tensor.is_complex() else tensor.float(), name))
 
 
 def storage(model: nn.Module) -> dict[str, Storage]:
-    """The predicted section of each tensor, from theta alone."""
+    """The predicted section of each tensor in model.lil, from theta alone.
+
+    Args:
+        model: any module; tensors without a code are counted as they are.
+
+    Returns:
+        The parts of each tensor's section, by its name in the realized state_dict.
+
+    Example:
+        >>> storage(nn.Linear(4, 2))["weight"].size_bytes
+        32
+    """
     return {name: stored.storage() for name, stored in pack(model).items()}
 
 
@@ -316,38 +343,46 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 
 def realize(model: nn.Module) -> nn.Module:
-    """A copy with plain parameters: every coded tensor is decoded once and stored densely."""
+    """Decode every coded tensor, once, into a plain parameter; tied ones stay tied.
+
+    Args:
+        model: any module; it stays as it is.
+
+    Returns:
+        A copy without codes.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2))
+        >>> attach(net, "0.weight", Code())
+        >>> sorted(realize(net).state_dict())
+        ['0.bias', '0.weight']
+    """
     result = copy_model(model)
-    for _, module in list(_plain_modules(result)):
+    decoded: dict[int, tuple[nn.Module, nn.Parameter]] = {}
+    for _, module in list(plain_modules(result)):
         if parametrize.is_parametrized(module):
-            for attribute in list(_lists(module)):
-                with torch.no_grad():
-                    dense = getattr(module, attribute).detach().clone()
-                trains = any(original.requires_grad for original in _originals(module, attribute))
-                _strip(module, attribute)
-                setattr(module, attribute, nn.Parameter(dense, requires_grad=trains))
+            for attribute in list(lists(module)):
+                holder = lists(module)[attribute]
+                if id(holder) not in decoded:
+                    decoded[id(holder)] = holder, dense(module, attribute)
+                strip(module, attribute, decoded[id(holder)][1])
             if isinstance(module, nn.RNNBase):
                 module._init_flat_weights()
     return result
 
 
-def _strip(module: nn.Module, attribute: str) -> None:
-    """Remove a (nested) parametrization whatever its inner structure, restoring the class when it was the last."""
-    del _lists(module)[attribute]
+def dense(module: nn.Module, attribute: str) -> nn.Parameter:
+    """The decoded tensor as a parameter."""
+    trains = any(original.requires_grad for original in originals(module, attribute))
+    with torch.no_grad():
+        return nn.Parameter(getattr(module, attribute).detach().clone(), requires_grad=trains)
+
+
+def strip(module: nn.Module, attribute: str, parameter: nn.Parameter) -> None:
+    """A plain parameter in place of a (nested) parametrization; the class comes back where it was the last one."""
+    del lists(module)[attribute]
     delattr(type(module), attribute)
-    if not len(_lists(module)):
+    if not len(lists(module)):
         del module.parametrizations
         module.__class__ = type(module).__bases__[0]
-
-
-def build(model: nn.Module) -> nn.Module:
-    """A copy in which codes that can compute without decoding do so (a factorised layer becomes two layers)."""
-    result = copy_model(model)
-    for path, module in list(_plain_modules(result)):
-        if not path or not parametrize.is_parametrized(module, "weight"):
-            continue
-        builder: Callable[[nn.Module], nn.Module] | None = getattr(_lists(module)["weight"][0], "build", None)
-        if builder is not None:
-            parent, _, key = path.rpartition(".")
-            setattr(result.get_submodule(parent), key, builder(module))
-    return result
+    setattr(module, attribute, parameter)

@@ -1,5 +1,6 @@
 """Masked: keep some entries of a tensor, drop the others."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,17 @@ class Masked(Code):
     """W = m * theta, with a boolean mask m of W's shape.
 
     theta keeps its dense shape while training, so that a rule can move the mask; stored are the kept entries and their
-    positions (a bitmap or index gaps, whichever is smaller). `block` is the shape that the pattern keeps together.
-    straight: gradients reach dropped entries too, as methods need that ask which ones would help.
+    positions (a bitmap or index gaps, whichever is smaller).
 
-    >>> code = Masked(torch.tensor([[True, False]]))
-    >>> code.decode(torch.tensor([[3.0, 4.0]]))
-    tensor([[3., 0.]])
+    Args:
+        mask: W's shape, True or nonzero where an entry is kept.
+        block: the shape that the pattern keeps together, which needs one position.
+        straight: let gradients reach dropped entries too, as methods need that ask which ones would help.
+
+    Example:
+        >>> code = Masked(torch.tensor([[True, False]]))
+        >>> code.decode(torch.tensor([[3.0, 4.0]]))
+        tensor([[3., 0.]])
     """
 
     inner = (0,)
@@ -42,6 +48,19 @@ class Masked(Code):
         super().__init__()
         self.block, self.straight = block, straight
         self.register_buffer("mask", mask.bool())
+
+    @classmethod
+    def made(cls, settings: Mapping[str, Any], buffers: Mapping[str, Tensor]) -> "Masked":
+        if "mask" not in buffers:
+            raise TypeError("Masked: a mask must be given, and a recipe holds none. Use a stage that makes one: Prune.")
+        return cls(buffers["mask"].clone(), **settings)
+
+    def refuses(self, weight: Tensor) -> str | None:
+        return (
+            None
+            if weight.shape == self.mask.shape
+            else (f"the mask has the shape {tuple(self.mask.shape)}, the tensor {tuple(weight.shape)}")
+        )
 
     def encode(self, weight: Tensor) -> Tensor:
         return weight * self.mask

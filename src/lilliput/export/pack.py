@@ -183,20 +183,24 @@ def _written(
 
 
 def load(path: str | Path) -> Network:
-    """Load the network of a folder that `lilliput shrink` wrote (its `model.lil`), or of a packed file.
+    """The network in a folder that `lilliput shrink` or `lilliput.save` wrote (its `model.lil`), or in a packed file.
 
     Args:
-        path: The folder or the file.
+        path: the folder or the file.
 
     Returns:
-        A network that computes in ONNX Runtime.
+        A module that computes in ONNX Runtime.
 
     Raises:
-        FileNotFoundError: If there is none.
-        StoreError: If it is damaged.
+        FileNotFoundError: if there is none.
+        StoreError: if it is damaged, or stored in a kind that is not installed.
 
     Example:
-        >>> network = load("lilliput-digits")  # doctest: +SKIP
+        >>> import lilliput, tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sizes = lilliput.save(torch.nn.Linear(4, 2), torch.zeros(1, 4), folder)
+        ...     load(folder)(torch.zeros(3, 4)).shape
+        torch.Size([3, 2])
     """
     path = Path(path)
     return read(path / "model.lil" if path.is_dir() else path)

@@ -8,8 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lilliput.code.base import attach, build, codes, copy_model, find, parameter_names, reason
+from lilliput.code.base import attach, codes, copy_model, reason
+from lilliput.code.deploy import build
 from lilliput.code.low_rank import LowRank, refusal
+from lilliput.code.names import find, parameter_names
 from lilliput.errors import near
 from lilliput.graph.tables import tables
 from lilliput.proposal import Known, Proposals, Refusal
@@ -19,20 +21,30 @@ from lilliput.task import Task
 
 @dataclass(frozen=True)
 class Factorize(Stage):
-    """W (out, n) becomes A (out, r) B (r, n): two layers that hold r (out + n) values instead of out n.
+    """Replace layers of weight W (out, n) by two of weights A (out, r) and B (r, n), which hold r (out + n) values.
 
-    Give one of: rank, the same r everywhere; energy, the least r whose squared singular values hold that share of
-    ||W||_F^2; budget, the share of all values of the chosen layers that is kept, spent on the singular values that
-    hold the most energy a value; allocation, pairs (tensor, rank). A layer where it would save nothing, and one that is
-    neither linear nor an ungrouped convolution, is left alone (see `left`).
+    Give one of rank, energy, budget and allocation. A layer where it would save nothing, and one that is neither linear
+    nor an ungrouped convolution, is left alone (see `left`). By budget, singular values are taken greedily in the order
+    of s_i^2 / (||W||_F^2 (out + n)).
 
-    Raises ValueError for settings out of range, and when no layer would become smaller.
+    Args:
+        rank: The same r everywhere.
+        energy: In (0, 1): the least r whose squared singular values hold that share of ||W||_F^2.
+        budget: In (0, 1): the share of all values of the chosen layers that is kept, spent on the singular values that
+            hold the most energy a value.
+        allocation: Pairs (tensor, rank).
+        where: Glob patterns on module or tensor names; "*" takes every weight of two and more axes.
 
-    >>> net = Factorize(rank=1)(nn.Sequential(nn.Linear(8, 8)), None, None)
-    >>> [tuple(p.shape) for p in net.parameters()]
-    [(1, 8), (8, 1), (8,)]
+    Raises:
+        ValueError: For settings out of range, and when no layer would become smaller.
 
-    Source: Denton et al., NIPS 2014, arXiv:1404.0736; by budget: greedy in s_i^2 / (||W||_F^2 (out + n)).
+    Example:
+        >>> net = Factorize(rank=1)(nn.Sequential(nn.Linear(8, 8)), None, None)
+        >>> sorted(tuple(p.shape) for p in net.parameters())
+        [(1, 8), (8,), (8, 1)]
+
+    Source:
+        Denton et al., Exploiting linear structure within convolutional networks, NIPS 2014, arXiv:1404.0736.
     """
 
     rank: int | None = None

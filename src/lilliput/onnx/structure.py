@@ -86,10 +86,12 @@ class Structure:
     def named(self, stored: dict[str, Stored]) -> dict[str, Stored]:
         """`stored` by the initialiser that holds each tensor; those that the graph does not need are left out."""
         known = {tensor.name for tensor in self.proto.graph.initializer}
-        named = {}
+        named: dict[str, Stored] = {}
         for name, value in stored.items():
             target = self.aliases.get(name, name)
-            if target in known:
+            if target in known and value.refers and (target in value.refers or not set(value.refers) <= known):
+                named.setdefault(target, value.alone())  # the graph holds the two as one, or only this one
+            elif target in known:
                 named[target] = value
             elif name not in self.unused:
                 raise KeyError(f"Structure: {name} is no tensor of the network. {near(name, known)}")

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lilliput.code.base import Code, attach, codes, theta
+from lilliput.code.base import Code, attach, codes
 from lilliput.code.masked import Masked
+from lilliput.code.names import theta
 from lilliput.errors import NotSupported
 from lilliput.prune import patterns
 from lilliput.prune.masks import (

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lilliput.code.base import theta
+from lilliput.code.names import theta
 from lilliput.prune._masking import Masking, check_number
 from lilliput.rule import Rule, State
 from lilliput.stage import Reference

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lilliput.code.base import copy_model, find, holders, theta
+from lilliput.code.base import copy_model, holders
+from lilliput.code.names import find, theta
 from lilliput.prune import patterns
 from lilliput.prune.masks import attach_masks, prunable
 from lilliput.rule import Rule, State

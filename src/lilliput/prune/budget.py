@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lilliput.code.base import find, pack, parameter_names, realize, storage
+from lilliput.code.base import pack, realize, storage
+from lilliput.code.names import find, parameter_names
 from lilliput.cost.measure import latency
 from lilliput.graph.fold import fold_batchnorm
 from lilliput.onnx.trace import trace

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lilliput.code.base import theta
+from lilliput.code.names import theta
 from lilliput.prune import patterns
 from lilliput.prune._masking import Masking
 from lilliput.prune.masks import put_, select

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lilliput.code.base import codes, copy_model, theta
+from lilliput.code.base import codes, copy_model
+from lilliput.code.names import theta
 from lilliput.prune import patterns
 from lilliput.prune._masking import attach_gates, harden_, second
 from lilliput.prune.hard_concrete import HardConcrete

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lilliput.code.base import copy_model, realize, theta
+from lilliput.code.base import copy_model, realize
+from lilliput.code.names import theta
 from lilliput.errors import near
 from lilliput.prune.masks import Allocation, amounts, attach_masks, check_sparsity, prunable, put_
 from lilliput.prune.patterns import NM, Pattern, parse

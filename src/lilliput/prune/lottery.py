@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from lilliput.code.base import copy_model, theta
+from lilliput.code.base import copy_model
+from lilliput.code.names import theta
 from lilliput.prune import patterns
 from lilliput.prune.masks import Allocation, attach_masks, masks, put_
 from lilliput.prune.prune import Prune

@@ -6,8 +6,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from lilliput.code.base import attach, codes, find, holders, parameter_names, reason, theta
+from lilliput.code.base import attach, codes, holders, reason
 from lilliput.code.masked import Masked
+from lilliput.code.names import find, parameter_names, theta
 from lilliput.errors import NotSupported, near
 from lilliput.prune.patterns import Pattern
 from lilliput.registry import lookup

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lilliput.code.base import theta
+from lilliput.code.names import theta
 from lilliput.prune._masking import Masking
 from lilliput.rule import Rule, State
 from lilliput.schedule import at

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lilliput.code.base import copy_model, holders, theta
+from lilliput.code.base import copy_model, holders
 from lilliput.code.masked import Masked
+from lilliput.code.names import theta
 from lilliput.prune import patterns, scores
 from lilliput.prune.masks import attach_masks, check_allocation, check_sparsity, chosen, prunable, put_, select
 from lilliput.rule import Rule, State

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lilliput.code.base import attach, codes, find, parameter_names, reason
+from lilliput.code.base import attach, codes, reason
 from lilliput.code.masked import Masked
+from lilliput.code.names import find, parameter_names
 from lilliput.distill.logits import Distill
 from lilliput.quant.quantize import Quantize
 from lilliput.rule import Rule, State

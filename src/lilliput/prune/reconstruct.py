@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lilliput.code.base import copy_model, find, realize, theta
+from lilliput.code.base import copy_model, realize
+from lilliput.code.names import find, theta
 from lilliput.prune.layers import finite, prepared, sequentially, sort
 from lilliput.prune.masks import masks
 from lilliput.stage import Reference, Stage

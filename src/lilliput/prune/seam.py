@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lilliput.code.base import attach, parameter_names, realize, theta
+from lilliput.code.base import attach, realize
 from lilliput.code.masked import Masked
+from lilliput.code.names import parameter_names, theta
 from lilliput.graph import slicing
 from lilliput.graph.channels import groups
 from lilliput.graph.empty import MIXERS, remove_empty

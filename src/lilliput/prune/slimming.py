@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lilliput.code.base import find
+from lilliput.code.names import find
 from lilliput.graph.slicing import BATCH_NORMS
 from lilliput.rule import Rule, State
 from lilliput.schedule import Schedule, at

@@ -6,7 +6,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lilliput.code.base import codes, copy_model, holders, theta
+from lilliput.code.base import codes, copy_model, holders
+from lilliput.code.names import theta
 from lilliput.prune import patterns
 from lilliput.prune._masking import attach_gates, harden_, second
 from lilliput.prune.masks import Allocation, check_allocation, check_sparsity, select

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lilliput.code.base import theta
+from lilliput.code.names import theta
 from lilliput.prune import patterns
 from lilliput.prune._masking import Masking, check_number
 from lilliput.prune.masks import Allocation, regrow_

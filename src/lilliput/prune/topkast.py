@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from lilliput.code.base import theta
+from lilliput.code.names import theta
 from lilliput.prune import patterns
 from lilliput.prune._masking import Masking
 from lilliput.prune.masks import select

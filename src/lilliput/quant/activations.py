@@ -142,9 +142,7 @@ class QuantizeActivations(Stage):
         for name, values in seen.items():
             code = Activation(self.bits).to(values.device)
             code.calibrate(values, self.range)
-            module = model.get_submodule(name)
-            module.add_module(CHILD, code)
-            module.register_forward_hook(_apply)
+            put(model.get_submodule(name), code)
         return model
 
     def _chosen(self, model: nn.Module) -> list[str]:
@@ -161,6 +159,21 @@ class QuantizeActivations(Stage):
                 f"{near(self.where, known)}"
             )
         return chosen
+
+
+def put(module: nn.Module, code: Activation) -> None:
+    """Round what a module puts out from now on."""
+    module.add_module(CHILD, code)
+    module.register_forward_hook(_apply)
+
+
+def activations(model: nn.Module) -> dict[str, int]:
+    """The bits of each module's outputs that are rounded."""
+    return {
+        name.removesuffix(CHILD).rstrip("."): module.bits
+        for name, module in model.named_modules()
+        if isinstance(module, Activation)
+    }
 
 
 def _apply(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

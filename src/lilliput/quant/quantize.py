@@ -6,9 +6,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lilliput.code.base import attach, codes, copy_model, parameter_names, reason, theta
-from lilliput.code.base import find as chosen
+from lilliput.code.base import attach, codes, copy_model, reason
 from lilliput.code.masked import Masked
+from lilliput.code.names import find as chosen
+from lilliput.code.names import parameter_names, theta
 from lilliput.errors import NotSupported, near
 from lilliput.quant.half import Half
 from lilliput.quant.roundings import Rounding

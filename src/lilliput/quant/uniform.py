@@ -93,6 +93,11 @@ class Uniform(Code):
             )
         return weight.reshape(-1, size)
 
+    def refuses(self, weight: Tensor) -> str | None:
+        if not isinstance(self.per, int) or (weight.dim() and weight.numel() // len(weight) % self.per == 0):
+            return None
+        return f"groups of {self.per} do not divide the values of an output of the shape {tuple(weight.shape)}"
+
     def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         scale, self.zero_point = fit(self._rows(weight), self._levels, self.range)
         return weight, scale.clamp(2.0**-14, 65504.0).log2()

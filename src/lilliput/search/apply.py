@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import nn
 
 from lilliput.code.base import copy_model
@@ -13,6 +12,7 @@ from lilliput.cost.measure import machine
 from lilliput.errors import StoreError
 from lilliput.export import pack as pack_format
 from lilliput.export.guard import worst
+from lilliput.export.state import state_bytes
 from lilliput.files import write
 from lilliput.onnx.compare import agreement
 from lilliput.recipe import Recipe
@@ -49,7 +49,7 @@ def apply(
         raise
     pack_format.write(point.structure.fill(point.stored), point.stored, folder / "model.lil")
     write(folder / "model.onnx", lambda file: file.write(point.proto.SerializeToString()))
-    held = save({name: tensor.detach().contiguous().clone() for name, tensor in made.state_dict().items()})
+    held = state_bytes(made.state_dict(), made)
     write(folder / "model.safetensors", lambda file: file.write(held))
     write(folder / "recipe.toml", lambda file: file.write(recipe.toml().encode()))
     summary = {

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lilliput import registry
-from lilliput.code.base import Code, attach, copy_model, find
+from lilliput.code.base import Code, attach, copy_model
 from lilliput.code.base import pack as packed
+from lilliput.code.names import find
 from lilliput.graph.tables import tables
 from lilliput.proposal import Refusal
 from lilliput.quant.allocate import allocate

@@ -3,10 +3,9 @@
 import json
 from dataclasses import replace
 
-from safetensors.torch import save
-
 from lilliput.errors import StoreError
 from lilliput.export import pack as pack_format
+from lilliput.export.state import state_bytes
 from lilliput.files import write
 from lilliput.search.job import Job
 from lilliput.search.points import Point
@@ -30,7 +29,7 @@ def write_folder(job: Job, winner: Point | None, summary: Summary) -> Summary:
     data = point.proto.SerializeToString()
     write(folder / "model.onnx", lambda file: file.write(data))
     tensors = job.target.tensors(job, point)
-    held = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+    held = state_bytes(tensors, job.model if point.model is None else point.model)
     write(folder / "model.safetensors", lambda file: file.write(held))
     text = job.target.recipe(job, point).encode()
     write(folder / "recipe.toml", lambda file: file.write(text))

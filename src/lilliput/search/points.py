@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lilliput.code.base import codes, pack, realize
+from lilliput.code.base import pack
 from lilliput.cost.count import count, stored_values
 from lilliput.cost.measure import latency
 from lilliput.errors import ExportError
 from lilliput.export import onnx as onnx_export
 from lilliput.export import pack as pack_format
 from lilliput.export.guard import compare, worst
-from lilliput.graph.fold import fold_batchnorm
+from lilliput.export.save import prepared
 from lilliput.stored.base import Stored
 from lilliput.task import Model, Score, Task, leaves, length, predict, take
 from lilliput.task.nested import output_names
@@ -136,7 +136,7 @@ class Press:
     def __init__(self, task: Task, clock: Clock, compared: int | None = None) -> None:
         self.task, self.clock, self.compared = task, clock, compared
         self.dense: Point | None = None
-        self._structures: dict[str, Any] = {}
+        self._structures: dict[tuple[str, tuple[str, ...]], Any] = {}
         self._own: set[str] = set()
         self._lock = threading.Lock()
 
@@ -146,10 +146,11 @@ class Press:
         own: the name of the one structure, where `fitting` found that the topology's graph cannot hold its shapes.
         """
         with self._lock, self.clock.on("measure"):
-            topology = own if own in self._own else topology
-            if topology not in self._structures:
-                self._structures[topology] = onnx_export.trace(model, self.task.example)
-            return self._structures[topology]
+            name = own if own in self._own else topology
+            key = name, tuple(model.state_dict())  # a layer that was built from factors has other tensors
+            if key not in self._structures:
+                self._structures[key] = onnx_export.trace(model, self.task.example)
+            return self._structures[key]
 
     def point(
         self, model: nn.Module, topology: str, name: str, recipe: list[dict[str, Any]], key: str, own: str = ""
@@ -158,13 +159,7 @@ class Press:
 
         Raises ExportError when the artifact does not compute what the model computes.
         """
-        plain = realize(model).cpu().eval()
-        stored = pack(model)
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in plain.modules()):
-            folded = fold_batchnorm(plain, self.task.example)
-            before, after, coded = plain.state_dict(), folded.state_dict(), codes(model)
-            if all(name in after and torch.equal(before[name], after[name]) for name in coded):
-                plain, stored = folded, pack(folded) | {name: stored[name] for name in coded}
+        plain, stored = prepared(model, self.task.example)
         structure = self.structure(plain, topology, own)
         with self.clock.on("measure"):
             decoded: list[str] = []

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lilliput.code.base import copy_model, find
+from lilliput.code.base import copy_model
+from lilliput.code.names import find
 from lilliput.quant.uniform import Uniform
 from lilliput.task import Task, predict
 

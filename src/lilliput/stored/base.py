@@ -134,6 +134,10 @@ class Stored(ABC):
         """The names of tensors that this one is made from; they are written before it."""
         return ()
 
+    def alone(self) -> Stored:
+        """The same tensor without reference to others."""
+        return self
+
     def onnx(self, writer: Operators, name: str) -> None:
         """Write operators that compute the float32 tensor `name`; where a kind has none, its decoded values.
 
@@ -158,6 +162,10 @@ class Stored(ABC):
 
         The tensor has the mask's shape, or is one axis of the entries under it.
         """
+        return None
+
+    def reshaped(self, shape: tuple[int, ...]) -> Stored | None:
+        """The same numbers under another shape, in the same kind; None where they cannot be seen so."""
         return None
 
     def facts(self) -> dict[str, Any]:

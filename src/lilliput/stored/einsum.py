@@ -87,6 +87,12 @@ class Einsum(Stored):
         return tuple(steps)
 
     @property
+    def _same(self) -> bool:
+        """Whether it is its one factor under another shape."""
+        source, _, output = self.equation.partition("->")
+        return source == output
+
+    @property
     def most(self) -> int:
         """The most values of a product on the way."""
         sizes = self._sizes([factor.shape for factor in self.factors]) or {}
@@ -120,6 +126,8 @@ class Einsum(Stored):
         return Storage(tuple(named))
 
     def facts(self) -> dict[str, Any]:
+        if self._same:
+            return self.factors[0].facts()
         if self.equation != chain(len(self.factors)):
             return super().facts()
         return super().facts() | {"kind": "product", "rank": self.factors[0].shape[-1]}
@@ -153,6 +161,11 @@ class Einsum(Stored):
 
     def onnx(self, writer: Operators, name: str) -> None:
         """MatMul where a step is a product of two matrices, else Einsum, in float64 as decoded; then Cast, Reshape."""
+        if self._same:
+            whole = writer.fresh()
+            self.factors[0].onnx(writer, whole)
+            writer.reshaped(whole, self.shape, name)
+            return
         wide = []
         for factor in self.factors:
             narrow = writer.fresh()

@@ -160,6 +160,19 @@ class Grid(Stored):
         codes[mask] = self.codes if flat or self.at is not None else self.codes[mask]
         return Grid(codes, self.bits, scale, zero, self.group)
 
+    def reshaped(self, shape: tuple[int, ...]) -> Grid | None:
+        scale = np.asarray(self.scale)
+        if self.at is not None or (shape[:1] != self.shape[:1] and scale.size != 1):
+            return None
+        if self.group is not None:
+            return replace(self, codes=self.codes.reshape(shape))
+        rows = scale.size == 1 or (scale.ndim == self.codes.ndim and scale.size == self.shape[0] == scale.shape[0])
+        if not rows:
+            return None
+        axes = (scale.size, *(1,) * (len(shape) - 1)) if shape else ()
+        zero = None if self.zero_point is None else np.asarray(self.zero_point).reshape(axes)
+        return replace(self, codes=self.codes.reshape(shape), scale=scale.reshape(axes), zero_point=zero)
+
     def write(self, head: Head, section: Section) -> None:
         codes, scale = self.unsigned.ravel(), np.asarray(self.scale)
         section.floats(scale.astype(np.float16).ravel())

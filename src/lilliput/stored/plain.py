@@ -85,6 +85,9 @@ class Plain(Stored):
         whole[mask] = self.array[mask] if self.shape == mask.shape else self.array
         return Plain(whole)
 
+    def reshaped(self, shape: tuple[int, ...]) -> Plain:
+        return Plain(self.array.reshape(shape))
+
     def facts(self) -> dict[str, Any]:
         return super().facts() | {"kind": "float"}
 

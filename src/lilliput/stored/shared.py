@@ -46,6 +46,9 @@ class Shared(Stored):
     def bits(self) -> float:
         return self.of.bits
 
+    def alone(self) -> Stored:
+        return self.of
+
     def decode(self) -> Floats:
         """What the other tensor decodes to."""
         return self.of.decode()

@@ -111,6 +111,10 @@ class Sparse(Stored):
         """The values kept and the cheapest way to say where."""
         return Storage((*self._part[0].storage().parts, ("positions", 1, position_bits(self.positions)[1])))
 
+    def reshaped(self, shape: tuple[int, ...]) -> Sparse | None:
+        inner = self.inner.reshaped(shape) if self._whole else self.inner
+        return None if inner is None or self.block is not None else Sparse(self.mask.reshape(shape), inner)
+
     def facts(self) -> dict[str, Any]:
         sparsity = 1 - int(np.count_nonzero(self.mask)) / max(self.mask.size, 1)
         return self.inner.facts() | {"sparsity": round(sparsity, 4)}

@@ -1,0 +1,56 @@
+"""model.safetensors: a model's state, and in its metadata which codes store which tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from lilliput.code.state import describe
+from lilliput.errors import StoreError
+from lilliput.quant.activations import activations
+
+KEY = "lilliput"
+FORMAT = 1
+
+
+def description(model: nn.Module) -> dict[str, Any]:
+    """The codes of a model's tensors and outputs, as plain data."""
+    return {"format": FORMAT, "codes": describe(model), "activations": activations(model)}
+
+
+def state_bytes(tensors: Mapping[str, Tensor], model: nn.Module | None = None) -> bytes:
+    """The file: tensors by name, and the codes of the model that they belong to, where there is one."""
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    metadata = None if model is None else {KEY: json.dumps(description(model), sort_keys=True)}
+    data: bytes = save(plain, metadata)
+    return data
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file, and the description of its codes.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        StoreError: if it is damaged, or was written without a description.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"restore: {path} must be there. Give a folder that lilliput has written.")
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no dictionary
+            text = (file.metadata() or {}).get(KEY)
+    except (SafetensorError, OSError) as error:
+        raise StoreError(f"restore: {path.name} is damaged or cut short ({error}). Copy it again.") from error
+    if text is None:
+        raise StoreError(f"restore: {path.name} must say which codes it holds, and does not. Write it again.")
+    found = json.loads(text)
+    if found.get("format") != FORMAT:
+        got = found.get("format")
+        raise StoreError(f"restore: {path.name} must be of format {FORMAT}, got {got!r}. Update lilliput.")
+    return tensors, found
