@@ -148,7 +148,7 @@ def against(commit: str, pairs: int) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:
             files.extractall(folder, filter="data")
-        for network, count in (("MLP", 200), ("ResNet-20", 4)):
+        for network, count in (("MLP", 100), ("ResNet-20", 2)):
             for variant in ("dense", "mask", "gradual pruning", "distillation"):
                 workers = [Worker(source / "src", network, variant) for source in (ROOT, Path(folder).resolve())]
                 for worker in workers:  # what happens once is no part of a step

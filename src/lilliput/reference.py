@@ -61,9 +61,10 @@ class Reference:
 
     def outputs(self, batch: Batch) -> Any:
         """The dense model's outputs for a batch, in whatever structure it returns them."""
-        if batch.index is not None:
+        key = ("outputs", batch.draw)
+        if batch.index is not None and key not in self._tables:
             self.prepare(batch.draw)
-        return self._kept(("outputs", batch.draw), batch, self._call)
+        return self._kept(key, batch, self._call)
 
     def features(
         self, batch: Batch, paths: tuple[str, ...], reduce: Callable[[Tensor], Tensor] = lambda h: h

@@ -133,8 +133,8 @@ def divergence(output: Tensor, dense: Tensor, temperature: float, meaning: Meani
     """
     q, p = (meaning.log_probabilities(z, temperature) for z in (output, dense))
     if p is not None and q is not None:
-        divided = F.kl_div(q, p, reduction="batchmean", log_target=True) * temperature**2
-        return divided / (p.numel() // (len(p) * p.shape[-1]))
+        places = p.numel() // (len(p) * p.shape[-1])
+        return F.kl_div(q, p, reduction="batchmean", log_target=True) * (temperature**2 / places)
     if meaning.kind == "bits":
         return F.binary_cross_entropy_with_logits(output, dense.sigmoid())
     if meaning.kind == "directions":

@@ -82,7 +82,7 @@ class Meaning:
         axis = self.class_axis(outputs)
         if axis is None:
             return None
-        z = outputs.movedim(axis, -1)
+        z = outputs if axis == outputs.ndim - 1 else outputs.movedim(axis, -1)
         z = z.clamp_min(1e-12).log() if self.kind == "probabilities" else z
         return F.log_softmax(z / temperature, -1)
 

@@ -29,6 +29,8 @@ class Named(dict[str, Any]):
 
 def children(value: Any) -> dict[Any, Any] | None:
     """The parts of a container by key or place, without those that are None; None for what is no container."""
+    if isinstance(value, Tensor):  # first, since a step of training comes here often
+        return None
     if is_dataclass(value) and not isinstance(value, type):
         named: dict[Any, Any] = {field.name: getattr(value, field.name) for field in fields(value)}
     elif isinstance(value, Mapping):
