@@ -94,7 +94,6 @@ class Want:
         return True
 
 
-ANY: None = None  # an input that a kernel reads through whatever strides it has
 ROWS = Want(exact=True)  # dense, in C order
 
 

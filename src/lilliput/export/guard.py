@@ -5,7 +5,7 @@
 - `bloated`, `larger`, `slower`: a file with more bytes than its values need, or worse than the dense one;
 - `untouched`: a technique that changed nothing.
 
-`flags` says in sentences what is worth a look in a report; `guard` raises on what must not be deployed.
+`flags` says in sentences what is worth a look in a report; `compare` raises on what must not be deployed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from lilliput.errors import ExportError
 from lilliput.onnx.compare import verify
-from lilliput.onnx.session import Inputs, Session
+from lilliput.onnx.session import Session
 from lilliput.stored.base import Stored
 from lilliput.stored.bits import Array
 from lilliput.task.nested import leaves
@@ -52,37 +52,6 @@ def flags(
     if saturates():
         found.append(saturating(artifact))
     return [sentence for sentence in found if sentence]
-
-
-def guard(
-    artifact: ModelProto,
-    inputs: Inputs,
-    expected: Array,
-    *,
-    exact: bool,
-    who: str = "guard",
-    most_changed: float = 0.005,
-    least_cosine: float = 0.98,
-) -> dict[str, float]:
-    """Compare an artifact with the outputs of the model that it was written from, in the deployment runtime, here.
-
-    Returns their agreement. `exact`: a float artifact.
-
-    Raises:
-        ExportError: if it computes something else; where 8-bit products saturate on this machine, that is named.
-    """
-    try:
-        return compare(
-            Session(artifact).outputs(inputs),
-            expected,
-            exact=exact,
-            who=who,
-            most_changed=most_changed,
-            least_cosine=least_cosine,
-        )
-    except ExportError as error:
-        reason = saturating(artifact) if saturates() else ""
-        raise ExportError(f"{error} {reason}".strip()) from error
 
 
 def last_axis(outputs: Any) -> int | None:
@@ -199,19 +168,6 @@ def untouched(
             and np.array_equal(after[name].native(), before[name])
         )
     ]
-
-
-def touched(before: Mapping[str, Array], after: Mapping[str, Stored], chosen: Iterable[str], who: str) -> list[str]:
-    """`untouched`, which must not be all of them.
-
-    Raises:
-        ExportError: if the technique changed nothing at all.
-    """
-    chosen = list(chosen)
-    same = untouched(before, after, chosen)
-    if chosen and len(same) == len(chosen):
-        raise ExportError(f"{who}: must change a tensor, but left all of {', '.join(chosen[:5])} as they were.")
-    return same
 
 
 # --------------------------------------------------------------------------------------------------------- saturation

@@ -8,7 +8,6 @@ from torch import Tensor
 from lilliput.prune.patterns import Pattern, parse
 from lilliput.registry import register
 
-FINEST_FIRST = ("elements", "block 4x1", "block 8x1", "kernel", "block 16x1", "block 4x4", "block 1x16")
 FAST: dict[str, tuple[str, ...]] = {
     "recurrent": ("block 4x1", "elements"),
     "linear": ("block 8x1", "block 4x1", "elements"),
