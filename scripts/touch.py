@@ -19,10 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "add-a-method.md"
 ROOMS = {
     "A score": "prune",
+    "A range": "quant",
+    "A statistic": "statistics",
     "A rule": "prune",
     "A code with a stored kind": "code",
     "A structural method": "graph",
-    "A network": "nets",
+    "A network and a family of students": "nets",
+    "A task that is not an array": "task",
 }
 
 
