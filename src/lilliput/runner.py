@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.code.base import codes, copy_model, realize
+from lilliput.code.state import describe, reattach
 from lilliput.recipe import Recipe, next_key, start_key
 from lilliput.stage import Reference, Stage
 from lilliput.store import Store
@@ -105,9 +106,8 @@ class Runner:
         return model
 
     def _train(self, model: nn.Module, stage: Train, before: str, key: str, stop: Callable[[int], bool]) -> nn.Module:
-        found = self.store.tensors(key) if self.store.record(key) else None
-        if found is not None:
-            return self._restored(model, stage, found)
+        if (restored := self._restored(model, key)) is not None:
+            return restored
         schedule = next_key(before, replace(stage, until=None))
         began, first = time.monotonic(), 0
         cut = False
@@ -138,16 +138,20 @@ class Runner:
         self.trained_s += seconds
         if not cut:
             self.steps += max(0, steps)
-            self.store.put(key, {"kind": "train", "steps": steps, "seconds": round(seconds, 3)}, result.state_dict())
+            record = {"kind": "train", "steps": steps, "seconds": round(seconds, 3), "codes": describe(result)}
+            self.store.put(key, record, result.state_dict())
             if stage.until is None:
                 self.store.drop_checkpoint(schedule)
         return result
 
-    def _restored(self, model: nn.Module, stage: Train, tensors: dict[str, Tensor]) -> nn.Module:
-        model = copy_model(model)
-        states = [rule.begin(model, self.task, self.reference, stage.steps) for rule in stage.rules]
-        if stage.until in (None, stage.steps):
-            for rule, state in zip(stage.rules, states, strict=True):
-                rule.end(state, model)
-        model.load_state_dict(tensors)
-        return model.eval()
+    def _restored(self, model: nn.Module, key: str) -> nn.Module | None:
+        """The result of a training that is in the store, with its codes, which nothing is measured for; or None."""
+        record = self.store.record(key)
+        tensors = self.store.tensors(key) if record and "codes" in record else None
+        if record is None or tensors is None:
+            return None
+        result = realize(model) if codes(model) else copy_model(model)
+        reattach(result, record["codes"], tensors)
+        # At a rung rules are still at work, and what their hooks count is in the tensors too.
+        missing = result.load_state_dict(tensors, strict=False).missing_keys
+        return None if missing else result.eval()

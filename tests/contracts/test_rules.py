@@ -4,13 +4,18 @@ import copy
 from dataclasses import dataclass, replace
 from typing import get_args, get_type_hints
 
+import pytest
 import torch
 
 from lilliput import registry
-from lilliput.code.base import copy_model
+from lilliput.code.base import codes, copy_model
+from lilliput.recipe import Recipe
 from lilliput.rule import parameters
+from lilliput.runner import Runner
 from lilliput.schedule import Schedule
 from lilliput.stage import Reference
+from lilliput.store import Store
+from lilliput.task import predict
 from lilliput.train import Train, _optimizer, fit
 
 STEPS = 4
@@ -67,6 +72,28 @@ def test_state_is_tensors_and_modules_and_moments_return_it(rule, model, task):
 def test_no_hook_stays_behind(rule, model, task):
     trained, _ = hand_made(rule, model, task)
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in trained.modules())
+
+
+@pytest.mark.parametrize("until", [None, 2])
+def test_a_result_from_the_store_is_the_same_and_nothing_is_measured_for_it(
+    rule, model, task, until, tmp_path, monkeypatch
+):
+    recipe = Recipe((Train(STEPS, lr=0.05, rules=(rule,), optimizer="sgd", until=until),))
+    first = Runner(model, task, Store(tmp_path)).make(recipe)
+
+    def again(*unused):
+        raise AssertionError("begin is not called for a result that is there")
+
+    monkeypatch.setattr(type(rule), "begin", again)
+    found = Runner(model, task, Store(tmp_path)).make(recipe)
+    assert torch.equal(predict(first, task.example), predict(found, task.example))
+    assert [type(code) for chain in codes(first).values() for code in chain] == [
+        type(code) for chain in codes(found).values() for code in chain
+    ]
+    if until is None:
+        state = first.state_dict()
+        assert state.keys() == found.state_dict().keys()
+        assert all(torch.equal(value, state[name]) for name, value in found.state_dict().items())
 
 
 def test_a_copied_state_drives_on_the_same_way(rule, model, task):
