@@ -212,3 +212,21 @@ def test_bags_are_exported_without_a_loop(mode: str, padding_idx: int | None) ->
     proto = trace(model, x[:1]).proto
     assert "Loop" not in [node.op_type for node in proto.graph.node] and "forward" not in vars(bag)
     np.testing.assert_allclose(Session(proto).outputs(x), model(x).detach().numpy(), atol=1e-6)
+
+
+def test_a_file_with_several_outputs_is_judged_by_its_first(tmp_path: Path) -> None:
+    class Two(nn.Linear):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = super().forward(x)
+            return y, y.flatten(1)[:, :1] * 2
+
+    onnx.save(trace(Two(20, 4), torch.zeros(1, 20)).proto, tmp_path / "net.onnx")
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).standard_normal((40, 20)).astype("f"))
+    model, task = load_target(tmp_path / "net.onnx", tmp_path / "data.npz", [])
+    session = Session(tmp_path / "net.onnx")
+    assert task.score(model).value == task.score(session).value == 1
+    assert task.score(session).outputs.shape == (20, 4)
+    done = shrink(tmp_path, "--calib", str(tmp_path / "data.npz"), "--floor", "50%", "--budget", "20s")
+    assert done.exit_code == 0, done.stderr
+    names = [value.name for value in onnx.load(tmp_path / "out" / "model.onnx").graph.output]
+    assert names == ["output_0", "output_1"], "the file keeps all of them"

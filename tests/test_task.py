@@ -1,13 +1,22 @@
 """Tasks: any kind of data in one line, batches and augmentations as pure functions, metrics that say what is wrong."""
 
+import copy
+import pickle
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lilliput.task import Meaning, Task, predict, uniform
+import lilliput
+from lilliput.onnx.session import Session
+from lilliput.onnx.trace import trace
+from lilliput.task import Arrays, Batch, Meaning, Score, Task, joined, leaves, length, mapped, predict, take, uniform
 from lilliput.task.metrics import auc, f1, perplexity
+from lilliput.task.nested import Named, output_names, structured
 
 X, Y = torch.arange(40.0).reshape(20, 2), torch.arange(20) % 2
 
@@ -135,3 +144,117 @@ def test_fingerprints_see_arrays_loss_metric_and_augmentation() -> None:
 def test_evaluation_restores_the_mode() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).train()
     assert torch.equal(predict(net, X), predict(net, X)) and net.training
+
+
+# --------------------------------------------------------------------------------------------------------- the protocol
+
+
+class Bare(Task):
+    """A task with nothing but what must be defined."""
+
+    name, metric_name = "bare", "share"
+
+    splits = property(lambda self: ("train", "val"))
+    fingerprint = property(lambda self: "bare")
+
+    def probe(self, split):
+        return Batch(X, Y)
+
+    def batches(self, steps, seed, batch_size=None, first=0):
+        for step in range(first, steps):
+            some = [(5 * step + seed + place) % 20 for place in range(4)]
+            yield Batch(X[some], Y[some])
+
+    def loss(self, output, batch):
+        return nn.functional.cross_entropy(output, batch.targets)
+
+    def score(self, model, split="val"):
+        right = (predict(model, X).argmax(1) == Y).double().numpy()
+        return Score(float(right.mean()), right)
+
+
+def test_task_is_a_protocol_and_makes_arrays_when_called() -> None:
+    task = Task("a", (X, Y), (X, Y))
+    assert type(task) is Arrays and isinstance(Bare(), Task) and issubclass(Arrays, Task)
+    assert type(copy.deepcopy(task)) is Arrays and type(pickle.loads(pickle.dumps(task))) is Arrays
+    bare = Bare()
+    assert bare.examples == bare.size("val") == 20 and bare.draws == 0 and bare.with_draws(3) is bare
+    assert torch.equal(bare.example, X[:1]) and torch.equal(bare.calibration(2), X[[0, 19]])
+    assert repr(bare) == "Bare('bare': 20 train, 20 val; share)"
+    assert bare.divergence(X, X + 1).shape == (20,) and bare.class_axis(X) is None
+
+    class Half(Task):
+        def probe(self, split):
+            return Batch(X, Y)
+
+    with pytest.raises(TypeError, match="Half: a task must define splits, batches, loss, score, fingerprint"):
+        Half()
+
+
+def test_a_task_without_arrays_is_trained_exported_and_shrunk(tmp_path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 2))
+    result = lilliput.shrink(net, Bare(), floor=0.5, budget=None, trials=1, out=tmp_path / "out")
+    done = [point["name"] for point in result.summary["points"] if point["status"] == "done"]
+    assert result.met and any("width" in name for name in done)
+
+
+@dataclass
+class Seen:
+    """Outputs as a dataclass."""
+
+    logits: torch.Tensor
+    hidden: tuple | None = None
+
+
+class Pair(NamedTuple):
+    """Outputs as a named tuple."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+def test_structures_of_any_kind_are_mapped_named_and_put_together() -> None:
+    x = torch.arange(6.0).reshape(3, 2)
+    structure = {"a": [x, (x + 1, None)], "b": Seen(x + 2), "c": Pair(x, x), "d": None}
+    assert length(structure) == 3 and len(leaves(structure)) == 5
+    first = take(structure, slice(0, 1))
+    assert isinstance(first["b"], Seen) and isinstance(first["c"], Pair) and first["a"][0].shape == (1, 2)
+    assert torch.equal(joined([first, take(structure, slice(1, 3))])["b"].logits, x + 2)
+    names = ["output/a/0", "output/a/1/0", "output/b/logits", "output/c/0", "output/c/1"]
+    assert output_names(structure) == names
+    back = structured(names, leaves(structure))
+    assert torch.equal(back.b.logits, x + 2) and isinstance(back["c"], tuple) and isinstance(back.a, tuple)
+    assert output_names((x, x)) == ["output_0", "output_1"] and output_names(x) == ["output"]
+    for whole in (x, (x, x), (x,), {"one": x}, (x, {"y": x})):
+        again = structured(output_names(whole), leaves(whole))
+        assert output_names(again) == output_names(whole) and type(again) in (type(whole), Named)
+    assert structured(["logits", "797"], [1, 2]) == (1, 2), "the outputs of somebody else's file are a tuple"
+    with pytest.raises(ValueError, match=r"same parts, got \{a: \(3, 2\)\} and \{b: \(3, 2\)\}"):
+        mapped(torch.add, {"a": x}, {"b": x})
+    with pytest.raises(AttributeError, match="'other' must be one of a, b"):
+        _ = Named(a=1, b=2).other
+
+
+def test_outputs_of_hugging_face_keep_their_names_through_a_file() -> None:
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+
+    class Classifier(nn.Linear):
+        def forward(self, input_ids, attention_mask):
+            h = input_ids * attention_mask
+            return outputs.SequenceClassifierOutput(logits=super().forward(h), hidden_states=(h, 2 * h))
+
+    net = Classifier(2, 3)
+    inputs = {"input_ids": X, "attention_mask": torch.ones(20, 2)}
+    task = Task(
+        "hf",
+        (inputs, Y),
+        (inputs, Y),
+        loss=lambda out, y: nn.functional.cross_entropy(out.logits, y),
+        metric=lambda out, y: (out["logits"].argmax(1) == y).float(),
+    )
+    session = Session(trace(net, task.example).proto)
+    assert session.output_names == ["output/logits", "output/hidden_states/0", "output/hidden_states/1"]
+    assert task.score(session).value == task.score(net).value
+    assert torch.allclose(predict(session, inputs).hidden_states[1], 2 * X)
+    assert torch.isfinite(task.loss(predict(net, inputs), task.probe("val")))

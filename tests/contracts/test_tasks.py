@@ -212,6 +212,19 @@ class Nested(nn.Module):
         return {"kind": self.a(x), "rest": (h, h[:, 0] * 2)}
 
 
+class Masked(nn.Module):
+    """Inputs by name, with a padding mask; the mean over what is no padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.say = nn.Embedding(6, 8), nn.Linear(8, 2)
+
+    def forward(self, ids: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+        kept = mask.unsqueeze(-1).to(torch.float32)
+        mean = (self.embed(ids) * kept).sum(1) / kept.sum(1)
+        return self.say(mean.masked_fill(~mask[:, :1], 0.0)) * scale
+
+
 class Writer(nn.Module):
     """Writes what it reads, by a table."""
 
@@ -262,6 +275,10 @@ def made(kind: str, seed: int = 0, **settings) -> tuple[nn.Module, Task]:
     if kind == "nested":
         nested = ((x, {"y": x[:, :2]}), (labels, x[:, 2]))
         return Nested(), Task("nested", nested, nested, loss=nested_loss, metric=nested_metric, **settings)
+    if kind == "masked":
+        mask = torch.arange(4) < torch.randint(1, 5, (24, 1), generator=draw)
+        named = ({"ids": words, "mask": mask, "scale": x[:, :1].exp()}, labels)
+        return Masked(), Task("masked", named, named, metric="f1", **settings)
     if kind in ("Generation", "joined"):
         tokens = torch.cat([words[:, :3], torch.full((24, 1), 2)], 1)
         joined = kind == "joined"
@@ -279,6 +296,7 @@ TASKS = [
     "tokens",
     "images",
     "nested",
+    "masked",
     "joined",
 ]
 SETTINGS = {

@@ -16,7 +16,7 @@ from onnx import ModelProto
 
 from lilliput.errors import ExportError
 from lilliput.stored.bits import Array
-from lilliput.task.nested import leaves, structured
+from lilliput.task.nested import children, leaves, structured
 
 Inputs = Any
 """A tensor, a dict of tensors by input name, or a tuple of tensors in order; arrays too."""
@@ -42,7 +42,7 @@ def arrays(inputs: Inputs, names: Iterable[str]) -> dict[str, Array]:
         ValueError: if their number or names are others than the network's.
     """
     names = list(names)
-    if isinstance(inputs, dict) and len(leaves(inputs)) == len(names) != len(inputs):
+    if isinstance(inputs, dict) and any(children(part) is not None for part in inputs.values()):
         inputs = tuple(leaves(inputs))  # structures inside: the exporter keeps their order
     if isinstance(inputs, dict):
         missing = [name for name in names if name not in inputs]

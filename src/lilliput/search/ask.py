@@ -15,6 +15,23 @@ class Floor:
         """The floor in points of the metric."""
         return self.amount * abs(dense) if self.relative else self.amount
 
+    def explained(self, metric: str, dense: float) -> str:
+        """Say what the floor allows for a metric that is better when it is smaller, which is in units of its own.
+
+        Args:
+            metric: its name.
+            dense: the dense network's score.
+
+        Example:
+            >>> Floor(0.02).explained("mae", 0.5)
+            'The floor allows mae to rise from 0.5 to 0.52. It is 0.02 in units of mae; write 2r for 2% of 0.5.'
+        """
+        allowed = f"The floor allows {metric} to rise from {dense:.4g} to {dense + self.points(dense):.4g}."
+        share = f"{100 * self.amount:g}"
+        if self.relative:
+            return f"{allowed} It is {share}% of {dense:.4g}."
+        return f"{allowed} It is {self.amount:g} in units of {metric}; write {share}r for {share}% of {dense:.4g}."
+
 
 def floor(text: str | float) -> Floor:
     """A floor from "1%" (a point of accuracy: 0.01), "0.01", or "0.5r" (half a percent of the dense score).

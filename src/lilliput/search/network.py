@@ -1,7 +1,7 @@
 """Network: a torch module as the target: structures, trainings and codes are proposed for it."""
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from lilliput.search.points import Point, parameters
 from lilliput.search.refine import refine, tails
 from lilliput.search.space import Space, offers, structure
 from lilliput.stage import calibration
-from lilliput.task import Arrays, Task
+from lilliput.task import Task
 
 
 class Network(Target):
@@ -130,10 +130,9 @@ def _too_slow(job: Job, space: Space, pace: Pace) -> str:
 def _teach(job: Job, pool: ThreadPoolExecutor) -> None:
     """The dense network's outputs on every (example, augmentation), side by side."""
     reference, count = job.runner.reference, job.task.examples
-    batch = cast(Arrays, job.task).batch  # no other task has draws
     chunks = [(index, draw) for draw in range(job.task.draws) for index in torch.arange(count).split(512)]
     job.show.phase("the dense network's outputs", len(chunks))
     for draw in range(job.task.draws):
         reference.prepare(draw)
-    for _ in pool.map(lambda chunk: reference.outputs(batch(*chunk)), chunks):
+    for _ in pool.map(lambda chunk: reference.outputs(job.task.batch(*chunk)), chunks):
         job.show.advance()

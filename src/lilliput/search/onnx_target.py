@@ -14,9 +14,9 @@ from lilliput.errors import near
 from lilliput.onnx.session import Session
 from lilliput.onnx.structure import Structure
 from lilliput.search.compare import shapes
-from lilliput.task import Task
+from lilliput.task import Arrays, Model, Score, Task, leaves
 
-Arrays = dict[str, NDArray[Any]]
+Columns = dict[str, NDArray[Any]]
 
 
 class OnnxModel(nn.Module):
@@ -38,6 +38,13 @@ class OnnxModel(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # nothing in it changes, and a session cannot be copied
+
+
+class _FirstOutput(Arrays):
+    """A file's task: its first output is judged, where it has several."""
+
+    def score(self, model: Model, split: str = "val") -> Score:
+        return super().score(lambda *inputs, **named: leaves(model(*inputs, **named))[0], split)
 
 
 def load_target(path: Path, calib: Path | None, given: Sequence[str]) -> tuple[OnnxModel, Task]:
@@ -92,10 +99,10 @@ def load_target(path: Path, calib: Path | None, given: Sequence[str]) -> tuple[O
         for part in (slice(0, half), slice(half, count))
     )
     loss, metric = kind
-    return model, Task(path.stem, train, val, loss=loss, metric=metric)
+    return model, _FirstOutput(path.stem, train, val, loss=loss, metric=metric)
 
 
-def _read(calib: Path) -> Arrays:
+def _read(calib: Path) -> Columns:
     try:
         with np.load(calib, allow_pickle=False) as data:
             return {name: np.asarray(data[name]) for name in data.files}
@@ -106,7 +113,7 @@ def _read(calib: Path) -> Arrays:
         ) from error
 
 
-def _cut(inputs: Mapping[str, NDArray[Any]], fixed: Mapping[str, tuple[int, ...]]) -> Arrays:
+def _cut(inputs: Mapping[str, NDArray[Any]], fixed: Mapping[str, tuple[int, ...]]) -> Columns:
     """The inputs cut to the sizes that are fixed; the first one is the batch and cuts nothing."""
     for name, sizes in fixed.items():
         if name not in inputs:

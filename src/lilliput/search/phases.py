@@ -42,6 +42,8 @@ def search(job: Job, fresh: bool) -> Result:
             job.press.dense = dense
             job.points.append(dense)
             job.show.advance(f"{job.task.metric_name} {dense.score.value:.4f}, {ask.shown(dense.onnx_bytes)}")
+            if job.question.floor is not None and not job.task.higher_is_better:
+                job.show.say(job.question.floor.explained(job.task.metric_name, dense.score.value))
             job.target.look(job)
             for point in job.target.untrained(job):
                 job.add(point)

@@ -255,8 +255,9 @@ class Arrays(Task, default=True):
         return digest.hexdigest()
 
     def __repr__(self) -> str:
-        sizes = ", ".join(f"{length(inputs)} {split}" for split, (inputs, _) in self._splits.items())
-        return f"Task({self.name!r}: {sizes}; {self.loss_name}, {self.metric_name})"
+        sizes = ", ".join(f"{self.size(split)} {split}" for split in self.splits)
+        how = ", ".join(filter(None, (self.loss_name, self.metric_name)))
+        return f"{type(self).__name__}({self.name!r}: {sizes}; {how})"
 
 
 def _plain(leaf: Tensor) -> Tensor:

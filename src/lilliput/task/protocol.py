@@ -217,8 +217,8 @@ class Task:
         count = length(inputs)
         return take(inputs, torch.linspace(0, count - 1, min(examples, count)).long())
 
-    def inputs(self, index: Tensor, draw: int) -> Inputs:
-        """Training inputs again: asked only of a task whose batches have an index.
+    def batch(self, index: Tensor, draw: int) -> Batch:
+        """Training examples again: asked only of a task that has `draws`.
 
         Args:
             index: int64 (n,), as in a batch.
