@@ -43,9 +43,18 @@ def make():
     torch.manual_seed(0)
     x = torch.randn(160, 8)
     model = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 3)).eval()
+    return model, task(model, x)
+
+def wide():
+    torch.manual_seed(0)
+    x = torch.randn(160, 16)
+    model = nn.Sequential(nn.Linear(16, 96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 3)).eval()
+    return model, task(model, x)
+
+def task(model, x):
     with torch.no_grad():
         y = model(x).argmax(1)
-    return model, Task("toy", (x[:96], y[:96]), (x[96:128], y[96:128]), (x[128:], y[128:]))
+    return Task("toy", (x[:96], y[:96]), (x[96:128], y[96:128]), (x[128:], y[128:]))
 """
 
 pytestmark = pytest.mark.slow
@@ -196,13 +205,16 @@ def test_a_dry_run_shows_what_it_proposes(run: Run) -> None:
     assert "25% of twins merged" in tried["MergeTwins"] and "palette (1 tensors)" in tried["codes"]
 
 
-def test_a_search_trains_its_students_and_merges_its_twins(run: Run, tmp_path: Path) -> None:
+def test_a_search_trains_its_students_and_stores_tensors_in_its_code(run: Run, tmp_path: Path) -> None:
     made = run(
-        "-m", "lilliput.cli", "shrink", "toy.py:make", "--floor", "30%", "--trials", "6", "--out", "out", "--json"
+        "-m", "lilliput.cli", "shrink", "toy.py:wide", "--floor", "30%", "--trials", "6", "--out", "out", "--json"
     )
     summary = json.loads(made.stdout)
     rungs = [row["name"] for row in summary["points"] if row["kind"] == "rung" and row["status"] == "rung"]
     assert any("funnel of 16" in name for name in rungs) and any("of twins merged" in name for name in rungs)
+    done = [row for row in summary["points"] if row["kind"] == "point" and row["status"] == "done"]
+    coded = [row for row in done if any(stage["stage"] == "Encode" for stage in row["recipe"])]
+    assert coded, [row["name"] for row in done]
     again = run(*program("""
         import json, lilliput
         recipe = lilliput.Recipe.read("out/recipe.toml")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from onnx import ModelProto
 from torch import nn
 
 from lilliput.code.base import codes, pack, realize
@@ -61,15 +62,35 @@ def save(model: nn.Module, example: Any, folder: str | Path, recipe: Recipe | No
     with torch.no_grad():
         expected = leaves(call(plain, example))
     compare(Session(proto).all(example), expected, exact=all(s.plain for s in stored.values()), who="save")
-    folder = Path(folder)
     filled = structure.fill(stored)
     pack_format.size(filled, stored)  # what the format cannot hold is said before anything is written
     model.train(training)
     state = state_bytes(model.state_dict(), model)
-    texts = {"model.onnx": proto.SerializeToString(), "model.safetensors": state}
-    texts["recipe.toml"] = (recipe or Recipe()).toml().encode()
+    return write_files(Path(folder), filled, stored, proto, state, (recipe or Recipe()).toml())
+
+
+def write_files(
+    folder: Path, filled: ModelProto, stored: dict[str, Stored], proto: ModelProto, state: bytes, recipe: str
+) -> dict[str, int]:
+    """Write the four files of a deployed model, each whole or not at all: a search, a run and `save` all end here.
+
+    Args:
+        folder: where the files go; it is made where it is not there.
+        filled: the float32 graph, from which model.lil is written.
+        stored: how each of its tensors is stored.
+        proto: the graph of model.onnx.
+        state: what model.safetensors holds.
+        recipe: what recipe.toml says.
+
+    Returns:
+        The bytes of each file.
+
+    Raises:
+        StoreError: if a file cannot be written; what was there before is still there.
+    """
+    contents = {"model.onnx": proto.SerializeToString(), "model.safetensors": state, "recipe.toml": recipe.encode()}
     pack_format.write(filled, stored, folder / "model.lil")
-    for name, data in texts.items():
+    for name, data in contents.items():
         write_bytes(folder / name, data)
     return {name: (folder / name).stat().st_size for name in NAMES}
 

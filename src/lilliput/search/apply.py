@@ -10,10 +10,9 @@ from torch import nn
 from lilliput.code.base import copy_model
 from lilliput.cost.measure import machine
 from lilliput.errors import StoreError
-from lilliput.export import pack as pack_format
 from lilliput.export.guard import worst
+from lilliput.export.save import write_bytes, write_files
 from lilliput.export.state import state_bytes
-from lilliput.files import write
 from lilliput.onnx.compare import agreement
 from lilliput.recipe import Recipe
 from lilliput.record import commit, versions
@@ -47,11 +46,8 @@ def apply(
         if fresh and not isinstance(error, StoreError):
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    pack_format.write(point.structure.fill(point.stored), point.stored, folder / "model.lil")
-    write(folder / "model.onnx", lambda file: file.write(point.proto.SerializeToString()))
-    held = state_bytes(made.state_dict(), made)
-    write(folder / "model.safetensors", lambda file: file.write(held))
-    write(folder / "recipe.toml", lambda file: file.write(recipe.toml().encode()))
+    filled, state = point.structure.fill(point.stored), state_bytes(made.state_dict(), made)
+    write_files(folder, filled, point.stored, point.proto, state, recipe.toml())
     summary = {
         "format": 2,
         "task": task.name,
@@ -65,7 +61,7 @@ def apply(
         "damaged": runner.store.damaged,
         "wall_s": round(clock.now, 3),
     }
-    write(folder / "summary.json", lambda file: file.write(json.dumps(summary, indent=1).encode()))
+    write_bytes(folder / "summary.json", json.dumps(summary, indent=1).encode())
     return summary
 
 

@@ -14,6 +14,7 @@ from lilliput import registry
 from lilliput.code.base import Code, attach, copy_model
 from lilliput.code.base import pack as packed
 from lilliput.code.names import find
+from lilliput.encode import Encode
 from lilliput.graph.tables import tables
 from lilliput.proposal import Refusal
 from lilliput.quant.allocate import allocate
@@ -36,11 +37,14 @@ class Offers:
         table: tensor -> label of a code -> mean divergence from the model's own outputs with that tensor alone coded.
         codes: tensor -> label -> (the code, its exact bits), for codes that are no uniform grid.
         sizes: values of each tensor.
+        scales: bits of the step sizes of a uniform grid, which `mean bits` does not count; another code's bits are
+            compared with a grid's by taking as much off.
     """
 
     table: dict[str, dict[str, float]] = field(default_factory=dict)
     codes: dict[str, dict[str, tuple[Code, int]]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    scales: dict[str, int] = field(default_factory=dict)
 
 
 @cache
@@ -117,8 +121,7 @@ def offers(model: nn.Module, task: Task, *, examples: int = 256, seconds: float 
         for code in proposed(original, measured.of(name)):
             if time.monotonic() - began > seconds:
                 return found
-            uniform = isinstance(code, Uniform)
-            if uniform and cast(Uniform, code).bits not in LEVELS:
+            if isinstance(code, Uniform) and code.bits not in LEVELS:
                 continue
             theta: Any = code.encode(original)
             parameter.copy_(code.decode(*(theta if isinstance(theta, tuple) else (theta,))))
@@ -126,7 +129,9 @@ def offers(model: nn.Module, task: Task, *, examples: int = 256, seconds: float 
             parameter.copy_(original)
             found.table.setdefault(name, {})[code.label()] = float(change.mean().clamp_min(0))
             found.sizes[name] = original.numel()
-            if not uniform:
+            if isinstance(code, Uniform):
+                found.scales[name] = 16 * (len(original) if code.per == "channel" else 1)
+            else:
                 found.codes.setdefault(name, {})[code.label()] = code, _bits(code, original)
     return found
 
@@ -159,7 +164,7 @@ def chosen(found: Offers, mean_bits: float) -> dict[str, int | Code]:
     for name, size in found.sizes.items():
         options[name] = {bits: (bits * size, harm) for bits, harm in levels.get(name, {}).items()}
         for label, (_, cost) in found.codes.get(name, {}).items():
-            options[name][label] = cost, found.table[name][label]
+            options[name][label] = max(0, cost - found.scales.get(name, 0)), found.table[name][label]
     picked = allocate(options, int(mean_bits * sum(found.sizes.values())))
     return {
         name: label if isinstance(label, int) else found.codes[name][str(label)][0] for name, label in picked.items()
@@ -175,7 +180,7 @@ def stages(model: nn.Module, found: Offers, mean_bits: float) -> list[Any]:
     width, held = max(2, min(8, round(mean_bits))), tables(model)
     others = {name: code for name, code in picked.items() if not isinstance(code, int)}
     bits = tuple(sorted((name, code) for name, code in picked.items() if isinstance(code, int)))
-    result: list[Any] = []
+    result: list[Any] = [Encode(code, where=name) for name, code in sorted(others.items())]
     rest = tuple(name for name, _ in bits if name not in held)
     if held_here := tuple(name for name in held if name not in others):
         pairs = tuple(pair for pair in bits if pair[0] in held)

@@ -4,9 +4,8 @@ import json
 from dataclasses import replace
 
 from lilliput.errors import StoreError
-from lilliput.export import pack as pack_format
+from lilliput.export.save import write_bytes, write_files
 from lilliput.export.state import state_bytes
-from lilliput.files import write
 from lilliput.search.job import Job
 from lilliput.search.points import Point
 from lilliput.search.summary import Summary
@@ -25,16 +24,9 @@ def write_folder(job: Job, winner: Point | None, summary: Summary) -> Summary:
         StoreError: where a file cannot be written, or has another size than was counted.
     """
     point, folder = winner or job.dense, job.folder
-    pack_format.write(point.structure.fill(point.stored), point.stored, folder / "model.lil")
-    data = point.proto.SerializeToString()
-    write(folder / "model.onnx", lambda file: file.write(data))
-    tensors = job.target.tensors(job, point)
-    held = state_bytes(tensors, job.model if point.model is None else point.model)
-    write(folder / "model.safetensors", lambda file: file.write(held))
-    text = job.target.recipe(job, point).encode()
-    write(folder / "recipe.toml", lambda file: file.write(text))
-    names = ("model.onnx", "model.lil", "model.safetensors", "recipe.toml")
-    sizes = {name: (folder / name).stat().st_size for name in names}
+    state = state_bytes(job.target.tensors(job, point), job.model if point.model is None else point.model)
+    filled = point.structure.fill(point.stored)
+    sizes = write_files(folder, filled, point.stored, point.proto, state, job.target.recipe(job, point))
     if sizes["model.onnx"] != point.onnx_bytes or sizes["model.lil"] != point.packed_bytes:
         raise StoreError(
             f"shrink: the files must have the sizes that were counted ({point.onnx_bytes} and {point.packed_bytes} "
@@ -45,6 +37,5 @@ def write_folder(job: Job, winner: Point | None, summary: Summary) -> Summary:
             if (folder / name).is_file():
                 sizes[name] = (folder / name).stat().st_size
     summary = replace(summary, files=sizes)
-    encoded = json.dumps(summary.data(), indent=1, allow_nan=False).encode()
-    write(folder / "summary.json", lambda file: file.write(encoded))
+    write_bytes(folder / "summary.json", json.dumps(summary.data(), indent=1, allow_nan=False).encode())
     return summary
