@@ -165,22 +165,14 @@ def test_its_kind_is_written_to_both_files_and_read_in_another_process(run: Run)
     """A codebook of 16 float16 entries on 512 x 512: 131,104 bytes counted; ONNX computes it by Gather."""
     made = run(*program("""
         import json, numpy, onnx, torch, lilliput
-        from lilliput.code.base import pack as packed
-        from lilliput.export import pack
-        from lilliput.onnx.narrow import narrow
-        from lilliput.onnx.trace import trace
         from lilliput.registry import lookup
         torch.manual_seed(0)
         net, x = torch.nn.Sequential(torch.nn.Linear(512, 512, bias=False)).eval(), torch.randn(4, 512)
         lilliput.attach(net, "0.weight", lookup("code", "Palette")())
-        stored = packed(net)
-        structure = trace(lilliput.realize(net), x)
-        full = structure.fill(stored)
-        pack.write(full, stored, "model.lil")
-        proto = narrow(full, stored)
-        onnx.save(proto, "model.onnx")
+        lilliput.save(net, x, "saved")
         numpy.savez("expected.npz", x=x.numpy(), y=net(x).detach().numpy())
-        print(json.dumps([stored["0.weight"].storage().size_bytes, [node.op_type for node in proto.graph.node]]))
+        operators = [node.op_type for node in onnx.load("saved/model.onnx").graph.node]
+        print(json.dumps([lilliput.storage(net)["0.weight"].size_bytes, operators]))
     """))  # fmt: skip
     counted, operators = json.loads(made.stdout)
     assert counted == 131_104 and "Gather" in operators
@@ -188,14 +180,28 @@ def test_its_kind_is_written_to_both_files_and_read_in_another_process(run: Run)
         import json, os, sys, numpy, onnxruntime, torch, lilliput
         assert not any(name.startswith("thumbelina") for name in sys.modules)
         expected = numpy.load("expected.npz")
-        net = lilliput.load("model.lil")
+        net = lilliput.load("saved")
         assert abs(net(torch.from_numpy(expected["x"])).detach().numpy() - expected["y"]).max() < 1e-4
-        session = onnxruntime.InferenceSession("model.onnx")
+        session = onnxruntime.InferenceSession("saved/model.onnx")
         y = session.run(None, {session.get_inputs()[0].name: expected["x"]})[0]
         assert abs(y - expected["y"]).max() < 1e-4
-        print(json.dumps([os.path.getsize("model.lil"), os.path.getsize("model.onnx")]))
+        print(json.dumps([os.path.getsize(f"saved/model.{end}") for end in ("lil", "onnx")]))
     """))  # fmt: skip
     assert all(size < 1.15 * counted for size in json.loads(made.stdout))
+
+
+def test_a_recipe_holds_its_code(run: Run, tmp_path: Path) -> None:
+    run(*program("""
+        import lilliput
+        from lilliput.registry import lookup
+        stages = (lilliput.Encode(lookup("code", "Palette")(rounds=9), where="0"), lilliput.Train(5))
+        open("recipe.toml", "w").write(lilliput.Recipe(stages).toml())
+    """))  # fmt: skip
+    assert 'code = { code = "Palette", rounds = 9 }' in (tmp_path / "recipe.toml").read_text()
+    made = run("-m", "lilliput.cli", "run", "recipe.toml", "toy.py:make", "--out", "out")
+    summary = json.loads(made.stdout)
+    assert summary["recipe"][0] == {"stage": "Encode", "code": {"code": "Palette", "rounds": 9}, "where": "0"}
+    assert summary["packed_bytes"] == (tmp_path / "out" / "model.lil").stat().st_size
 
 
 def test_a_dry_run_shows_what_it_proposes(run: Run) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +39,7 @@ class Spec:
         if isinstance(value, Spec):
             return value
         if isinstance(value, Code):
-            value = value.spec() | {"code": _name(type(value))}
+            value = value.spec() | {"code": registry.written(type(value), "code")}
         if not isinstance(value, Mapping) or not isinstance(value.get("code"), str):
             raise TypeError(
                 f'Spec: a code must be given as a Code or as {{"code": "Name", ...}}, got {value!r}. '
@@ -59,18 +57,7 @@ class Spec:
         Raises:
             KeyError: for one that is not known or cannot be imported, with what to install.
         """
-        place, colon, attribute = self.code.partition(":")
-        try:
-            if not colon:
-                found = registry.lookup("code", self.code, "Spec")
-            else:
-                found = operator.attrgetter(attribute)(importlib.import_module(place))
-        except (ImportError, AttributeError) as error:
-            raise KeyError(
-                f"Spec: a code must be a class that can be imported, got {self.code!r}: {error}. Install the package "
-                f"that has it, or start Python in the folder of {place.partition('.')[0]}.py."
-            ) from error
-        kind: type[Code] = found
+        kind: type[Code] = registry.resolve("code", self.code, "Spec")
         return kind
 
     def make(self, buffers: Mapping[str, Tensor] | None = None) -> Code:
@@ -81,15 +68,6 @@ class Spec:
             TypeError, ValueError: for settings that the code does not take.
         """
         return self.kind().made({name: _frozen(value) for name, value in self.settings}, buffers or {})
-
-
-def _name(kind: type[Code]) -> str:
-    try:
-        entry = registry.find("code", kind.__name__)
-    except (KeyError, ValueError):
-        entry = None
-    same = entry is not None and (entry.module, entry.attribute) == (kind.__module__, kind.__qualname__)
-    return kind.__name__ if same else f"{kind.__module__}:{kind.__qualname__}"
 
 
 def _frozen(value: Any) -> Any:

@@ -170,7 +170,10 @@ def resolve(families: str | tuple[str, ...], name: str, who: str = "registry") -
     """
     place, colon, attribute = name.partition(":")
     if not colon:
-        return lookup(families, name, who)
+        try:
+            return lookup(families, name, who)
+        except KeyError as error:
+            raise KeyError(f"{error.args[0]} What another package brings needs that package installed.") from error
     try:
         return operator.attrgetter(attribute)(importlib.import_module(place))
     except (ImportError, AttributeError) as error:
