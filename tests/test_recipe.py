@@ -48,7 +48,7 @@ def test_a_recipe_is_plain_data_both_ways(tmp_path: Path) -> None:
 
 
 def test_unknown_stages_and_settings_are_named() -> None:
-    with pytest.raises(KeyError, match=r"Did you mean 'Prune'\? .* needs that package installed"):
+    with pytest.raises(KeyError, match=r"Did you mean 'Prune'.* needs that package installed"):
         Recipe.parse([{"stage": "Prun"}])
     with pytest.raises(ValueError, match="Prune takes"):
         Recipe.parse([{"stage": "Prune", "sparsty": 0.5}])
