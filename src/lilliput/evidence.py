@@ -62,8 +62,9 @@ def interval(values: Sequence[float], digits: int = 4) -> list[float]:
 def front(points: Mapping[Key, tuple[float, float]]) -> list[Key]:
     """The keys of the points (gain, cost) that no other beats: of no less gain at no more cost, and different.
 
-    >>> front({"a": (0.9, 2.0), "b": (0.8, 1.0), "c": (0.8, 2.0)})
-    ['a', 'b']
+    Example:
+        >>> front({"a": (0.9, 2.0), "b": (0.8, 1.0), "c": (0.8, 2.0)})
+        ['a', 'b']
     """
     from lilliput.search.choose import unbeaten
 

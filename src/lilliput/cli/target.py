@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def resolve(target: str) -> "tuple[nn.Module, Task]":
     """(model, task) of an embedded name, file.py:function or package.module:function.
 
-    Raises ValueError for a target that is none of these, that raises, or that returns something else.
+    Raises:
+        ValueError: For a target that is none of these, that raises, or that returns something else.
     """
     from torch import nn
 

@@ -12,12 +12,22 @@ from lilliput.errors import near
 
 
 def find(model: nn.Module, where: str = "*", *, least_dim: int = 2, who: str = "find") -> list[str]:
-    """The names of the tensors that `where` chooses, such as "layers.0.conv1.weight".
+    """List the names of the tensors that `where` chooses, such as "layers.0.conv1.weight".
 
-    where: glob patterns on module or tensor names, separated by commas; "*" takes every weight of at least
-    `least_dim` dimensions. A name chosen outright is taken whatever its dimensions. Tied tensors are named once.
+    A name chosen outright is taken whatever its dimensions. Tied tensors are named once.
 
-    Raises ValueError when nothing matches, with near misses.
+    Args:
+        model: The model.
+        where: Glob patterns on module or tensor names, separated by commas; "*" takes every weight of at least
+            `least_dim` dimensions.
+        least_dim: The fewest dimensions of a tensor that a pattern takes.
+        who: The method's name, for errors.
+
+    Returns:
+        The names, in the order of the model.
+
+    Raises:
+        ValueError: When nothing matches, with near misses.
     """
     owners = parameter_names(model)
     patterns = [pattern.strip() for pattern in where.split(",") if pattern.strip()]
@@ -95,9 +105,10 @@ def original_names(holder: Any) -> list[str]:
 def theta(model: nn.Module, name: str) -> Tensor:
     """The tensor that is trained for `name`: the first innermost one behind its codes, or the plain parameter itself.
 
-    >>> net = nn.Linear(2, 2)
-    >>> theta(net, "weight") is net.weight
-    True
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> theta(net, "weight") is net.weight
+        True
     """
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)

@@ -14,7 +14,8 @@ from lilliput.errors import ExportError
 def library(source: Path, out: Path, target: Target, more: Sequence[str] = (), timeout_s: float = 600) -> None:
     """Compile a C file to what goes with it on the target: a library to load, an object, a module.
 
-    Raises ExportError with what the compiler said.
+    Raises:
+        ExportError: With what the compiler said.
     """
     command = [*target.cc, *target.flags, *WARNINGS, *more, str(source), "-o", str(out), *target.link]
     run(command, timeout_s)
@@ -23,7 +24,8 @@ def library(source: Path, out: Path, target: Target, more: Sequence[str] = (), t
 def run(command: Sequence[str], timeout_s: float = 600) -> str:
     """Run a compiler; what it printed.
 
-    Raises ExportError where it fails.
+    Raises:
+        ExportError: Where it fails.
     """
     try:
         done = subprocess.run(list(command), capture_output=True, text=True, timeout=timeout_s)

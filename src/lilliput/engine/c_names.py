@@ -16,8 +16,9 @@ C_WORDS = frozenset(
 def identifier(name: str, taken: set[str] | None = None) -> str:
     """A C identifier like a name, different from those in `taken`, which it joins.
 
-    >>> identifier("layer1.0/conv weight")
-    'layer1_0_conv_weight'
+    Example:
+        >>> identifier("layer1.0/conv weight")
+        'layer1_0_conv_weight'
     """
     text = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_")[-48:].strip("_") or "v"
     text = text if re.match(r"[A-Za-z]", text) and text not in C_WORDS else f"n_{text}"

@@ -151,8 +151,9 @@ def where(condition: Expr, yes: Any, no: Any) -> Expr:
 def literal(value: Any, dtype: str) -> str:
     """A number as C writes it.
 
-    >>> literal(0.1, "float32"), literal(-3, "int8"), literal(float("inf"), "float32")
-    ('0.1f', '(-3)', 'INFINITY')
+    Example:
+        >>> literal(0.1, "float32"), literal(-3, "int8"), literal(float("inf"), "float32")
+        ('0.1f', '(-3)', 'INFINITY')
     """
     if dtype.startswith("float"):
         x = float(value)

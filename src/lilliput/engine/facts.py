@@ -63,7 +63,8 @@ class Facts:
     def constant(self, name: str, data: Array) -> None:
         """Keep a constant.
 
-        Raises NotSupported where it holds no numbers.
+        Raises:
+            NotSupported: Where it holds no numbers.
         """
         if data.dtype.kind in "OSU":
             raise NotSupported(f"compile: the constant {name!r} must hold numbers, got {data.dtype.name}.")

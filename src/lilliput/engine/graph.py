@@ -167,7 +167,8 @@ class Node:
     def known(self, i: int) -> Array | None:
         """The numbers of a constant input i; None where it is absent.
 
-        Raises NotSupported where it is only known when the model runs.
+        Raises:
+            NotSupported: Where it is only known when the model runs.
         """
         from lilliput.errors import NotSupported
 

@@ -17,11 +17,12 @@ class Size(int):
     Python code computes with it as with any integer and so plans for the maximum; C code prints it with `c`. What holds
     for the maximum alone must not be decided by it: ask `fixed` first.
 
-    >>> n = Size.named("seq", 128)
-    >>> c(n * 12 + 1), int(n * 12 + 1)
-    ('(1 + 12*seq)', 1537)
-    >>> c(n - n), fixed(n)
-    ('0', False)
+    Example:
+        >>> n = Size.named("seq", 128)
+        >>> c(n * 12 + 1), int(n * 12 + 1)
+        ('(1 + 12*seq)', 1537)
+        >>> c(n - n), fixed(n)
+        ('0', False)
     """
 
     terms: dict[Term, int]

@@ -63,7 +63,9 @@ def target(name: str = "native", cc: str | None = None) -> Target:
     its FPU (`cc` may name another), "wasm" a WebAssembly module for WASI with 128-bit vectors; where no compiler for
     these two is found, the C is made alone.
 
-    Raises ValueError for an unknown name, and OSError where there is no compiler for a library that must be made.
+    Raises:
+        ValueError: For an unknown name.
+        OSError: Where there is no compiler for a library that must be made.
     """
     if name not in NAMES:
         raise ValueError(f"compile: the target must be one of {', '.join(NAMES)}, got {name!r}.")
@@ -160,7 +162,8 @@ def _native(cc: Command) -> Command:
 def _features(cc: Command, flags: Command) -> frozenset[str]:
     """What the compiler may use with these flags, by its macros without underscores.
 
-    Raises OSError where it refuses the flags.
+    Raises:
+        OSError: Where it refuses the flags.
     """
     asked = _asked((*cc, *flags, "-dM", "-E", "-x", "c", os.devnull))
     if asked.returncode:

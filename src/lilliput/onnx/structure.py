@@ -47,16 +47,21 @@ class Structure:
         return frozenset(name for name in (t.name for t in self.proto.graph.initializer) if name.startswith(CONSTANT))
 
     def write(self, stored: dict[str, Stored], decoded: list[str] | None = None) -> ModelProto:
-        """The ONNX model whose tensors are written as they are stored; the rest as traced.
-
-        decoded: a list to which the tensors are added that their kind can only write in float32.
+        """Write the ONNX model with the tensors as they are stored and the rest as traced.
 
         Shapes may differ from the traced ones (narrower channels) as long as the graph holds no number that depends on
         them; that is checked by running the example.
 
+        Args:
+            stored: The tensors, by their names in the state_dict.
+            decoded: A list to which the tensors are added that their kind can only write in float32.
+
+        Returns:
+            The model.
+
         Raises:
-            KeyError: for a name that is no tensor of the network.
-            ExportError: if the graph cannot hold the shapes given; trace the narrower model instead.
+            KeyError: For a name that is no tensor of the network.
+            ExportError: If the graph cannot hold the shapes given; trace the narrower model instead.
         """
         return narrow(self.fill(stored), self.named(stored), decoded)
 

@@ -33,9 +33,10 @@ def trace(model: nn.Module, example: Inputs) -> Structure:
     Raises:
         ExportError: if torch cannot export it, with torch's reason.
 
-    >>> structure = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.zeros(1, 4))
-    >>> sorted(structure.weights)
-    ['0.bias', '0.weight']
+    Example:
+        >>> structure = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.zeros(1, 4))
+        >>> sorted(structure.weights)
+        ['0.bias', '0.weight']
     """
     import onnx_ir
 

@@ -108,7 +108,9 @@ def attach_gates(
 ) -> list[str]:
     """Store tensors by codes that learn which of their entries are zero, in place, unless that is done already.
 
-    Raises ValueError where no tensor is left, NotSupported for tensors that have a code already.
+    Raises:
+        ValueError: Where no tensor is left.
+        NotSupported: For tensors that have a code already.
     """
     kind, seen = type(make("")), codes(model)
     if done := [name for name, chain in seen.items() if isinstance(chain[0], kind)]:

@@ -25,7 +25,8 @@ def allocate(options: Mapping[str, Mapping[Hashable, tuple[int, float]]], budget
         >>> allocate({"a": {2: (20, 1.0), 8: (80, 0.0)}, "b": {2: (20, 0.1), "table": (60, 0.0)}}, 100)
         {'a': 8, 'b': 2}
 
-    Source: Shoham and Gersho, Efficient bit allocation for an arbitrary set of quantizers, IEEE Trans. ASSP 36, 1988.
+    Source:
+        Shoham and Gersho, Efficient bit allocation for an arbitrary set of quantizers, IEEE Trans. ASSP 36, 1988.
     """
     least = sum(min(bits for bits, _ in rows.values()) for rows in options.values())
     if least > budget_bits:

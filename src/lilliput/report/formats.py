@@ -20,8 +20,9 @@ def known(value: object) -> bool:
 def number(value: float | None, digits: int = 3) -> str:
     """`value` with `digits` significant digits and no exponent between 1e-4 and 1e7.
 
-    >>> number(0.0134567), number(1234.5), number(0), number(None), number(3.1e-6, 2)
-    ('0.0135', '1,234', '0', '–', '3.1e-06')
+    Example:
+        >>> number(0.0134567), number(1234.5), number(0), number(None), number(3.1e-6, 2)
+        ('0.0135', '1,234', '0', '–', '3.1e-06')
     """
     if value is None or not known(value):
         return MISSING
@@ -37,8 +38,9 @@ def number(value: float | None, digits: int = 3) -> str:
 def count(value: float | None) -> str:
     """A whole number with thousands separated.
 
-    >>> count(1095545)
-    '1,095,545'
+    Example:
+        >>> count(1095545)
+        '1,095,545'
     """
     return f"{value:,.0f}" if value is not None and known(value) else MISSING
 
@@ -46,8 +48,9 @@ def count(value: float | None) -> str:
 def size(value: float | None) -> str:
     """Bytes in decimal units, three significant digits.
 
-    >>> size(11984), size(1095545), size(612), size(20_000), size(999_999)
-    ('12.0 kB', '1.10 MB', '612 B', '20.0 kB', '1.00 MB')
+    Example:
+        >>> size(11984), size(1095545), size(612), size(20_000), size(999_999)
+        ('12.0 kB', '1.10 MB', '612 B', '20.0 kB', '1.00 MB')
     """
     if value is None or not known(value):
         return MISSING
@@ -62,8 +65,9 @@ def size(value: float | None) -> str:
 def milliseconds(value: float | None) -> str:
     """Milliseconds with three significant digits; microseconds are written as decimals so that points compare.
 
-    >>> milliseconds(0.1031)
-    '0.103 ms'
+    Example:
+        >>> milliseconds(0.1031)
+        '0.103 ms'
     """
     return f"{number(value)} ms" if known(value) else MISSING
 
@@ -71,8 +75,9 @@ def milliseconds(value: float | None) -> str:
 def percent(value: float | None, digits: int = 0) -> str:
     """A fraction as a percentage.
 
-    >>> percent(0.55), percent(None)
-    ('55%', '–')
+    Example:
+        >>> percent(0.55), percent(None)
+        ('55%', '–')
     """
     return f"{100 * value:.{digits}f}%" if value is not None and known(value) else MISSING
 
@@ -80,8 +85,9 @@ def percent(value: float | None, digits: int = 0) -> str:
 def signed(text: str) -> str:
     """`text` of a number with a true minus sign, and no minus before a zero.
 
-    >>> signed("-0.1"), signed("-0.0")
-    ('−0.1', '0.0')
+    Example:
+        >>> signed("-0.1"), signed("-0.0")
+        ('−0.1', '0.0')
     """
     return text[1:] if text.startswith("-") and not text.strip("-0.") else text.replace("-", "−")
 
@@ -96,8 +102,9 @@ def ratio(before: float | None, after: float | None) -> float | None:
 def times(value: float) -> str:
     """A ratio as a person says it: one decimal below 20, none above.
 
-    >>> times(10.2036), times(91.42)
-    ('10.2', '91')
+    Example:
+        >>> times(10.2036), times(91.42)
+        ('10.2', '91')
     """
     return f"{value:.1f}" if value < 19.95 else f"{value:,.0f}"
 
@@ -105,8 +112,9 @@ def times(value: float) -> str:
 def compared(value: float | None, better: str, worse: str, same: str) -> str:
     """A ratio in words, never flattering: `10.2 times faster`, `1.2 times slower`, or `same` within 5%.
 
-    >>> compared(10.2, "faster", "slower", "as fast"), compared(0.84, "faster", "slower", "as fast")
-    ('10.2 times faster', '1.2 times slower')
+    Example:
+        >>> compared(10.2, "faster", "slower", "as fast"), compared(0.84, "faster", "slower", "as fast")
+        ('10.2 times faster', '1.2 times slower')
     """
     if value is None:
         return ""
@@ -138,8 +146,9 @@ class Quality:
     def score(self, value: float | None) -> str:
         """A score with its unit.
 
-        >>> Quality("accuracy", True, True).score(0.986)
-        '98.6%'
+        Example:
+            >>> Quality("accuracy", True, True).score(0.986)
+            '98.6%'
         """
         if value is None or not known(value):
             return MISSING
@@ -159,8 +168,9 @@ class Quality:
     def points(self, drop: float | None) -> str:
         """A loss with its unit.
 
-        >>> Quality("accuracy", True, True).points(0.002)
-        '0.2 points'
+        Example:
+            >>> Quality("accuracy", True, True).points(0.002)
+            '0.2 points'
         """
         bare = self.bare(drop)
         if bare == MISSING or not self.rate:
@@ -194,8 +204,9 @@ class Quality:
 def setting(value: object) -> str:
     """One setting of a recipe as text.
 
-    >>> setting({"rule": "Distil", "temperature": 4.0}), setting([16, 32]), setting(True)
-    ('Distil(temperature 4)', '16, 32', 'yes')
+    Example:
+        >>> setting({"rule": "Distil", "temperature": 4.0}), setting([16, 32]), setting(True)
+        ('Distil(temperature 4)', '16, 32', 'yes')
     """
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -212,8 +223,9 @@ def setting(value: object) -> str:
 def titled(step: Mapping[str, Any]) -> tuple[str, str]:
     """A stage or rule as (name, settings).
 
-    >>> titled({"stage": "Prune", "sparsity": 0.9, "score": "wanda"})
-    ('Prune', 'sparsity 0.9, score wanda')
+    Example:
+        >>> titled({"stage": "Prune", "sparsity": 0.9, "score": "wanda"})
+        ('Prune', 'sparsity 0.9, score wanda')
     """
     key = next((key for key in _TITLES if isinstance(step.get(key), str)), None)
     rest = ", ".join(f"{name} {setting(value)}" for name, value in step.items() if name != key and value is not None)

@@ -31,7 +31,8 @@ def apply(
 ) -> dict[str, Any]:
     """The record of a recipe on a model; model.onnx, model.lil, model.safetensors and summary.json go to `folder`.
 
-    Raises ValueError for a model or task that does not run, and whatever a stage raises; then nothing is written.
+    Raises:
+        ValueError: For a model or task that does not run, and whatever a stage raises; then nothing is written.
     """
     clock, where = Clock(None), place(device)
     model = copy_model(model).cpu().eval()

@@ -36,10 +36,12 @@ class Floor:
 def floor(text: str | float) -> Floor:
     """A floor from "1%" (a point of accuracy: 0.01), "0.01", or "0.5r" (half a percent of the dense score).
 
-    Raises ValueError outside [0, 1).
+    Raises:
+        ValueError: Outside [0, 1).
 
-    >>> floor("1%"), floor("0.5r").relative
-    (Floor(amount=0.01, relative=False), True)
+    Example:
+        >>> floor("1%"), floor("0.5r").relative
+        (Floor(amount=0.01, relative=False), True)
     """
     match = re.fullmatch(r"\s*(-?(?:\d+\.?\d*|\.\d+))\s*(%|r|)\s*", str(text))
     amount = float(match[1]) / (100 if match[2] else 1) if match else float("nan")
@@ -56,8 +58,9 @@ def floor(text: str | float) -> Floor:
 def seconds(text: str | float) -> float:
     """Seconds from "90", "90s", "5m" or "1.5h".
 
-    >>> seconds("5m")
-    300.0
+    Example:
+        >>> seconds("5m")
+        300.0
     """
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(s|m|h|)\s*", str(text))
     value = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
@@ -69,8 +72,9 @@ def seconds(text: str | float) -> float:
 def size_bytes(text: str | float) -> int:
     """Bytes from "900", "64KB", "2MB" (thousands) or "64KiB" (1024s).
 
-    >>> size_bytes("2MB")
-    2000000
+    Example:
+        >>> size_bytes("2MB")
+        2000000
     """
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(B|kB|KB|MB|GB|KiB|MiB|GiB|)\s*", str(text))
     unit = {"": 1, "B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -83,8 +87,9 @@ def size_bytes(text: str | float) -> int:
 def shown(count: float) -> str:
     """Bytes for people.
 
-    >>> shown(1_095_545), shown(9800)
-    ('1.10 MB', '9.8 kB')
+    Example:
+        >>> shown(1_095_545), shown(9800)
+        ('1.10 MB', '9.8 kB')
     """
     if count >= 1e6:
         return f"{count / 1e6:.2f} MB" if count < 1e8 else f"{count / 1e6:.0f} MB"

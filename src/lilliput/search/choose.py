@@ -18,12 +18,16 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen and how sure it is. All drops are in points of the metric, positive is worse.
+    """Hold what was chosen and how sure it is. All drops are in points of the metric, positive is worse.
 
-    winner: index of the chosen point, or None where nothing meets the question. drops and corrected: one for each
-    point; interval: the central 95% of each point's corrected drop over the draws, (points, 2). optimism: how much
-    better a winner looks on the examples that it was chosen on. eligible: who meets the floor. draws: how often the
-    choice was repeated.
+    Args:
+        winner: The index of the chosen point, or None where nothing meets the question.
+        drops: The drop of each point.
+        corrected: The corrected drop of each point.
+        interval: The central 95% of each point's corrected drop over the draws, (points, 2).
+        optimism: How much better a winner looks on the examples that it was chosen on.
+        eligible: Which points meet the floor.
+        draws: How often the choice was repeated.
     """
 
     winner: int | None
@@ -47,16 +51,29 @@ def choose(
     draws: int = 1000,
     seed: int = 0,
 ) -> Choice:
-    """The cheapest point whose corrected drop meets the floor; without a floor, the best point that fits.
+    """Choose the cheapest point whose corrected drop meets the floor; without a floor, the best point that fits.
 
-    With D_p the drop of point p over all examples, w(b) the winner on bootstrap draw b, and D_p(b), D_p(-b) the drop
-    on the draw and on what it left out: optimism = mean over b of max(0, D_w(b)(-b) - D_w(b)(b)); corrected_p = D_p +
+    With D_p the drop of point p over all examples, w(b) the winner on bootstrap draw b, and D_p(b), D_p(-b) the drop on
+    the draw and on what it left out: optimism = mean over b of max(0, D_w(b)(-b) - D_w(b)(b)); corrected_p = D_p +
     optimism; p is eligible when corrected_p <= floor.
 
-    price: what is to be small (bytes, milliseconds). fits: which points may win at all. distance: mean divergence
-    from the dense outputs, which ranks points of equal price, and all points where there is no floor.
+    Args:
+        task: Gives the direction of the metric.
+        dense: The score of the dense network.
+        scores: The score of each point.
+        price: What is to be small (bytes, milliseconds), for each point.
+        floor: How much may be lost, in points of the metric; None for no floor.
+        fits: Which points may win at all.
+        distance: The mean divergence from the dense outputs, which ranks points of equal price, and all points where
+            there is no floor.
+        draws: How many bootstrap draws there are.
+        seed: The seed of the draws.
 
-    Source: Efron and Tibshirani, An introduction to the bootstrap, 1993, chapter 17 (optimism, the .632 family).
+    Returns:
+        The choice.
+
+    Source:
+        Efron and Tibshirani, An introduction to the bootstrap, 1993, chapter 17 (optimism, the .632 family).
     """
     count = len(scores)
     if not count:

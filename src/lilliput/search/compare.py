@@ -30,8 +30,9 @@ TYPES = {
 def shapes(given: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """name=8x128 as sizes by name.
 
-    >>> shapes(["x=8x128"])
-    {'x': (8, 128)}
+    Example:
+        >>> shapes(["x=8x128"])
+        {'x': (8, 128)}
     """
     found = {}
     for text in given:
@@ -77,9 +78,18 @@ def compare(
     runtimes: Sequence[str] = ("onnxruntime",),
     out: Path | None = None,
 ) -> Table:
-    """A table of bytes, median, quartiles and the ratio to the first file in the first runtime, all in one run.
+    """Make a table of bytes, median, quartiles and the ratio to the first file in the first runtime, all in one run.
 
-    runtimes: each file is measured in each of them. out: where the record is written as JSON.
+    Args:
+        files: The ONNX files.
+        seconds: The time of the whole run.
+        batch: Examples a call.
+        given: Sizes of inputs with free ones, as "name=8x128".
+        runtimes: Each file is measured in each of them.
+        out: Where the record is written as JSON.
+
+    Returns:
+        The table.
     """
     for path in files:
         if not path.is_file():

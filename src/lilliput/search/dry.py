@@ -24,7 +24,8 @@ from lilliput.train import Train, fit
 def plan(model: nn.Module, task: Task, **asked: Any) -> dict[str, Any]:
     """The plan of a search as plain data; nothing is written, and nothing trained but a few steps to time them.
 
-    Raises ValueError for what a search would refuse too.
+    Raises:
+        ValueError: For what a search would refuse too.
     """
     device = place(asked["device"])
     check(copy_model(model).cpu().eval(), task)

@@ -140,11 +140,12 @@ class OnnxFile(Target):
 def channels(proto: ModelProto) -> dict[str, int]:
     """Every float32 weight of two and more axes with the axis of its output channels.
 
-    >>> from onnx import helper
-    >>> w = numpy_helper.from_array(np.zeros((4, 3), np.float32), "w")
-    >>> graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [], [], [w])
-    >>> channels(helper.make_model(graph))
-    {'w': 1}
+    Example:
+        >>> from onnx import helper
+        >>> w = numpy_helper.from_array(np.zeros((4, 3), np.float32), "w")
+        >>> graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [], [], [w])
+        >>> channels(helper.make_model(graph))
+        {'w': 1}
     """
     found = {t.name: 0 for t in proto.graph.initializer if len(t.dims) > 1 and t.data_type == TensorProto.FLOAT}
     for node in proto.graph.node:

@@ -55,7 +55,8 @@ def load_target(path: Path, calib: Path | None, given: Sequence[str]) -> tuple[O
     where outputs are unit vectors or have three axes and more, the same class where they have two or more columns, the
     same value otherwise.
 
-    Raises ValueError for a missing file or array, or one of another shape.
+    Raises:
+        ValueError: For a missing file or array, or one of another shape.
     """
     if not path.exists():
         raise ValueError(f"TARGET: the file must exist, got {path}.")

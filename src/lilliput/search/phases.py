@@ -26,7 +26,12 @@ def target(model: nn.Module) -> Target:
 def search(job: Job, fresh: bool) -> Result:
     """Measure the dense network, look, make points without and with training, conclude.
 
-    fresh: the folder did not exist before, so that it goes where nothing can be made of the model.
+    Args:
+        job: The search as data.
+        fresh: Whether the folder did not exist before; it is then removed where nothing can be made of the model.
+
+    Returns:
+        The result.
     """
     with job.show, ThreadPoolExecutor(job.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:

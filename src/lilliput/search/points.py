@@ -25,9 +25,12 @@ from lilliput.task.nested import output_names
 
 
 class Clock:
-    """How long a search has run, of which budget, and what the time went on (the union over its workers).
+    """Measure how long a search has run, of which budget, and what the time went on (the union over its workers).
 
-    reserved_s: of the budget's end, for what comes after the trainings.
+    `reserved_s` are the seconds at the budget's end for what comes after the trainings.
+
+    Args:
+        budget_s: The budget in seconds; None for none.
     """
 
     def __init__(self, budget_s: float | None) -> None:
@@ -72,11 +75,11 @@ class Clock:
 
 @dataclass
 class Point:
-    """One artifact: what made it, the file it is, and what it scored in its runtime.
+    """Hold one artifact: what made it, the file it is, and what it scored in its runtime.
 
-    score: on val, of `model.onnx` in ONNX Runtime. outputs: what it gave on the task's probe of val.
-    distance: mean divergence from the dense outputs. agreement: with the torch model it came from. latency: filled in
-    by the final interleaved measurement.
+    `score` is on val, of `model.onnx` in ONNX Runtime; `outputs` what it gave on the task's probe of val; `distance`
+    the mean divergence from the dense outputs; `agreement` the agreement with the torch model it came from; `latency`
+    is filled in by the final interleaved measurement.
     """
 
     name: str
@@ -128,9 +131,12 @@ class Point:
 
 
 class Press:
-    """Turns models into points. A structure is exported once; its variants are rewritten by name.
+    """Turn models into points. A structure is exported once; its variants are rewritten by name.
 
-    compared: on how many examples of val an artifact is compared with the model that it came from (None: all).
+    Args:
+        task: Gives the examples.
+        clock: Measures the time that pressing takes.
+        compared: On how many examples of val an artifact is compared with the model that it came from (None: all).
     """
 
     def __init__(self, task: Task, clock: Clock, compared: int | None = None) -> None:
@@ -141,9 +147,15 @@ class Press:
         self._lock = threading.Lock()
 
     def structure(self, model: nn.Module, topology: str, own: str = "") -> Any:
-        """The exported graph of a plain folded model, by the name of its topology (widths may differ).
+        """Export the graph of a plain folded model, or return it by the name of its topology (widths may differ).
 
-        own: the name of the one structure, where `fitting` found that the topology's graph cannot hold its shapes.
+        Args:
+            model: The model.
+            topology: The name of the topology.
+            own: The name of the one structure, where `fitting` found that the topology's graph cannot hold its shapes.
+
+        Returns:
+            The structure.
         """
         with self._lock, self.clock.on("measure"):
             name = own if own in self._own else topology
@@ -157,7 +169,8 @@ class Press:
     ) -> Point:
         """The artifact of a model (with or without codes), scored on val in ONNX Runtime.
 
-        Raises ExportError when the artifact does not compute what the model computes.
+        Raises:
+            ExportError: When the artifact does not compute what the model computes.
         """
         plain, stored = prepared(model, self.task.example)
         structure = self.structure(plain, topology, own)

@@ -34,8 +34,9 @@ DEEPEST = 8  # how many tensors may lie inside one another
 class Storage:
     """What a tensor's section consists of: `parts` of `count` numbers of `bits` each.
 
-    >>> Storage((("codes", 10, 3), ("scale", 1, 16))).size_bytes
-    6
+    Example:
+        >>> Storage((("codes", 10, 3), ("scale", 1, 16))).size_bytes
+        6
     """
 
     parts: tuple[tuple[str, int, int], ...]
@@ -196,8 +197,9 @@ Plan: TypeAlias = Callable[["Source", tuple[int, ...], Mask | None], Stored]
 def limits(bits: int, affine: bool) -> tuple[int, int]:
     """The smallest and the largest code of b bits: affine from 0, symmetric around 0.
 
-    >>> limits(4, affine=False), limits(4, affine=True)
-    ((-7, 7), (0, 15))
+    Example:
+        >>> limits(4, affine=False), limits(4, affine=True)
+        ((-7, 7), (0, 15))
     """
     return (0, 2**bits - 1) if affine else (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1)
 

@@ -20,8 +20,9 @@ Bits = NDArray[np.uint8]
 def to_bits(numbers: Array, bits: int) -> Bits:
     """Non-negative integers as zeros and ones, `bits` each, lowest first.
 
-    >>> to_bits(np.array([1, 6]), 3)
-    array([1, 0, 0, 0, 1, 1], dtype=uint8)
+    Example:
+        >>> to_bits(np.array([1, 6]), 3)
+        array([1, 0, 0, 0, 1, 1], dtype=uint8)
     """
     numbers = np.asarray(numbers).ravel()
     out = np.empty((numbers.size, bits), np.uint8)
@@ -33,8 +34,9 @@ def to_bits(numbers: Array, bits: int) -> Bits:
 def from_bits(stream: Bits, bits: int) -> NDArray[np.int64]:
     """The integers that `to_bits` wrote.
 
-    >>> from_bits(np.array([1, 0, 0, 0, 1, 1], np.uint8), 3)
-    array([1, 6])
+    Example:
+        >>> from_bits(np.array([1, 0, 0, 0, 1, 1], np.uint8), 3)
+        array([1, 6])
     """
     table = stream.reshape(-1, bits)
     numbers = np.zeros(len(table), np.int64)

@@ -189,8 +189,9 @@ class Einsum(Stored):
 def chain(factors: int) -> str:
     """The equation of a product of matrices.
 
-    >>> chain(3)
-    'ab,bc,cd->ad'
+    Example:
+        >>> chain(3)
+        'ab,bc,cd->ad'
     """
     terms = ",".join(LABELS[i : i + 2] for i in range(factors))
     return f"{terms}->{LABELS[0]}{LABELS[factors]}"

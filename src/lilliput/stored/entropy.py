@@ -61,8 +61,9 @@ def body_bits(counts: Integers, frequency: Integers) -> int:
 def coded_bits(symbols: Integers, bits: int) -> int:
     """How many bits `encode(symbols, bits)` returns, by formula; where it cannot, more than plain writing takes.
 
-    >>> coded_bits(np.zeros(4096, np.uint16), 4)  # 80 for the table, 25 for the state, 1 for 4096 equal symbols
-    106
+    Example:
+        >>> coded_bits(np.zeros(4096, np.uint16), 4)  # 80 for the table, 25 for the state, 1 for 4096 equal symbols
+        106
     """
     if bits > MAX_BITS or symbols.size == 0:
         return symbols.size * bits + 1

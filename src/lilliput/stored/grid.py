@@ -19,8 +19,9 @@ FEWEST = 20  # values from which the nodes that widen them cost less than float3
 def half(scale: Any) -> Floats:
     """Scales as a `Grid` takes them: float32, each the float16 nearest to it, none rounded down to zero.
 
-    >>> half([0.1, 1e-12]).tolist()
-    [0.0999755859375, 5.960464477539063e-08]
+    Example:
+        >>> half([0.1, 1e-12]).tolist()
+        [0.0999755859375, 5.960464477539063e-08]
     """
     scale = np.asarray(scale, np.float32)
     rounded = np.clip(scale, -65504, 65504).astype(np.float16).astype(np.float32)

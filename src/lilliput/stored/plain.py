@@ -18,8 +18,9 @@ PLAIN_TYPES = ("float32", "float16", "int8", "uint8", "int16", "int32", "int64",
 def span(array: Array) -> tuple[int, int]:
     """The smallest number, and the bits that hold the difference to it: (0, 16 or 32) for floats.
 
-    >>> span(np.array([5, 6, 8]))
-    (5, 2)
+    Example:
+        >>> span(np.array([5, 6, 8]))
+        (5, 2)
     """
     if np.issubdtype(array.dtype, np.floating):
         return 0, 8 * array.dtype.itemsize

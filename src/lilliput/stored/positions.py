@@ -40,8 +40,9 @@ def position_bits(positions: NDArray[np.bool_]) -> tuple[str, int]:
         "bitmap", "coded", "gaps r" (Golomb-Rice with r low bits: `sum(gap >> r) + k (r + 1)` bits) or "n:m"
         (`ceil(log2 C(m, n))` bits for each m).
 
-    >>> position_bits(np.arange(64) % 16 == 0)
-    ('1:16', 16)
+    Example:
+        >>> position_bits(np.arange(64) % 16 == 0)
+        ('1:16', 16)
     """
     flat = positions.ravel()
     ways = {"bitmap": flat.size, "coded": coded_bits(flat.astype(np.uint16), 1)}

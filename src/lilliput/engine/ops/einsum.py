@@ -35,8 +35,9 @@ def einsum(node: Node, build: Build) -> None:
 def parsed(equation: str, ranks: Sequence[int], node: Node) -> tuple[list[str], str]:
     """The labels of every operand and of the output, an ellipsis written out in capitals that the equation has not.
 
-    >>> parsed("...ij,jk", [3, 2], Node("Einsum", [], []))
-    (['Aij', 'jk'], 'Aik')
+    Example:
+        >>> parsed("...ij,jk", [3, 2], Node("Einsum", [], []))
+        (['Aij', 'jk'], 'Aik')
     """
     equation = equation.replace(" ", "")
     left, arrow, right = equation.partition("->")
