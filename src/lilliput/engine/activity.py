@@ -34,10 +34,12 @@ def vectors(graph: Graph) -> dict[str, Value]:
 def shares(graph: Graph, found: Target, given: Any, save: Callable[[Plan, Path], None]) -> dict[str, float]:
     """The fraction of inputs that are not zero on an example, for each of `vectors(graph)`.
 
-    given: an array, or arrays by input name, with any multiple of the examples that the model takes at once (at most
-    MOST_RUNS runs are made). save: writes a plan and its library into a folder. The graph is used up.
-
     Raises ValueError for an example that does not fit.
+
+    Args:
+        given: An array, or arrays by input name, with any multiple of the examples that the model takes at once (at
+            most MOST_RUNS runs are made).
+        save: Writes a plan and its library into a folder. The graph is used up.
     """
     feeds, wanted = _feeds(graph, given), vectors(graph)
     if not wanted:

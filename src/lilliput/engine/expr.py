@@ -18,8 +18,10 @@ from lilliput.engine.helpers import with_needed
 class Expr:
     """One element's value: an operator over others, an argument ("arg", value = its number) or a constant ("const").
 
-    dtype: numpy's name of its type. Arithmetic is C's on that type (float32 for floats, wrapping for integers). key:
-    says what it is, so that expressions of any depth are compared at once.
+    `key` is a digest of the whole expression, so that expressions of any depth are compared at once.
+
+    Args:
+        dtype: Numpy's name of its type. Arithmetic is C's on that type (float32 for floats, wrapping for integers).
     """
 
     op: str
@@ -200,7 +202,8 @@ def statements(
 ) -> tuple[list[str], list[str]]:
     """C statements that compute the results from the arguments' C expressions, and the results' C expressions.
 
-    prefix: of the names of what is in between.
+    Args:
+        prefix: Of the names of what is in between.
     """
     names: dict[Expr, str] = {}
     lines: list[str] = []

@@ -41,8 +41,12 @@ class Known:
 class Facts:
     """What is known so far.
 
-    known: the values read, by name. narrow: how the file stores constants, by name. opsets: the version of each
-    operator set, ONNX's own under "". worlds: the choices of free sizes.
+    `opsets` is the version of each operator set, ONNX's own under "".
+
+    Args:
+        known: The values read, by name.
+        narrow: How the file stores constants, by name.
+        worlds: The choices of free sizes.
     """
 
     proto: ModelProto

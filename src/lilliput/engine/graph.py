@@ -23,8 +23,10 @@ RUNS = ("float32", "int8", "uint8", "int32", "int64", "bool")  # what a value th
 class Narrow:
     """How the file stores a constant: float32 data = (codes - zero_point) * scale, both broadcast over `codes`' shape.
 
-    bits: 16 (float16: codes is a float16 array), 8, 4 or 2. codes has the shape of the data; scale and zero_point have
-    as many dimensions, 1 where shared (with a block size above 1 they are already repeated).
+    Args:
+        bits: 16 (float16: codes is a float16 array), 8, 4 or 2. codes has the shape of the data; scale and
+            zero_point have as many dimensions, 1 where shared (with a block size above 1 they are already
+            repeated).
     """
 
     bits: int
@@ -58,7 +60,10 @@ def _short(array: Array) -> Array:
 class Buffer:
     """Memory that one or more values lie in: a piece of the arena, an input, an output or a constant.
 
-    count: elements. place: "arena", "input", "output" or "constant" (then data holds it). at: byte offset in the arena.
+    Args:
+        count: Elements.
+        place: "arena", "input", "output" or "constant" (then data holds it).
+        at: Byte offset in the arena.
     """
 
     dtype: np.dtype[Any]
@@ -78,9 +83,14 @@ class Buffer:
 class Value:
     """A tensor of the graph.
 
-    shape: ints at the compiled maximum (a Size where free). data: the numbers, of a constant. narrow: how the file
-    stores them. buffer, offset, strides (in elements): where it lies, set by the layout. border: zeros that its
-    producer keeps around it, (before, after) for each dimension. tag: names a layout that strides cannot describe.
+    `buffer`, `offset` and `strides` (in elements) say where it lies; the layout sets them.
+
+    Args:
+        shape: Ints at the compiled maximum (a Size where free).
+        data: The numbers, of a constant.
+        narrow: How the file stores them.
+        border: Zeros that its producer keeps around it, (before, after) for each dimension.
+        tag: Names a layout that strides cannot describe.
     """
 
     name: str
@@ -125,8 +135,11 @@ class Value:
 class Node:
     """An operator: of ONNX while the graph is read and simplified, then one of the engine's own too.
 
-    op: its type, with the domain where it is not ONNX's ("com.microsoft.MatMulNBits"). inputs: None where optional and
-    absent. opset: the version of the operator set of its domain. kernel: what was chosen to compute it.
+    Args:
+        op: Its type, with the domain where it is not ONNX's ("com.microsoft.MatMulNBits").
+        inputs: None where optional and absent.
+        opset: The version of the operator set of its domain.
+        kernel: What was chosen to compute it.
     """
 
     op: str

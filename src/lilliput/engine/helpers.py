@@ -16,7 +16,8 @@ CALLS: dict[str, tuple[str, ...]] = {}
 def helper(name: str, text: str, calls: Sequence[str] = ()) -> str:
     """Register the C text of a helper under a name that expressions and kernels ask for it by.
 
-    calls: the helpers that it calls itself.
+    Args:
+        calls: The helpers that it calls itself.
     """
     HELPERS[name] = text.strip("\n") + "\n"
     CALLS[name] = tuple(calls)

@@ -19,11 +19,16 @@ from lilliput.engine.target import Target
 class Want:
     """A layout that a kernel asks of an input, or gives to its output.
 
-    order: the dimensions from the outermost (largest stride) to the innermost (stride 1); None is row-major. border:
-    zeros (before, after) each dimension, which its producer keeps zero. pitch: the stride of the second innermost
-    dimension is a multiple of this. plane: so is that of the third innermost. slack: elements behind the last one that
-    may be read and overwritten (so a value with slack lies in the arena). exact: no more border and gaps than this.
-    tag: a layout of its own, which only kernels that name it read and write; count: its elements.
+    Args:
+        order: The dimensions from the outermost (largest stride) to the innermost (stride 1); None is row-major.
+        border: Zeros (before, after) each dimension, which its producer keeps zero.
+        pitch: The stride of the second innermost dimension is a multiple of this.
+        plane: So is that of the third innermost.
+        slack: Elements behind the last one that may be read and overwritten (so a value with slack lies in the
+            arena).
+        exact: No more border and gaps than this.
+        tag: A layout of its own, which only kernels that name it read and write.
+        count: Its elements.
     """
 
     order: tuple[int, ...] | None = None
@@ -101,16 +106,22 @@ ROWS = Want(exact=True)  # dense, in C order
 class Kernel:
     """One way to compute a node.
 
-    name: what the manifest and the generated comment call it. body: the C statements, written after layouts are set;
-    in them x0, x1, ... point to the first element of each input, y0, ... of each output, every key of `constants` to
-    its array, `scratch` to that many bytes (aligned to 64), and free sizes have their names (int64_t). What differs
-    from layer to layer (non-zeros, positions) belongs into constants: functions with equal text are written once.
-    wants: by input, None for any strides (missing ones too). gives: the output's layout, by output where a tuple; None
-    when any strides are written. skips: inputs that are not passed since `constants` hold them. cost_ns: estimate for
-    the whole call. helpers: C text that stands once in the file before the functions, in this order, or what says it
-    once layouts are set. fails: what went wrong where
-    the body says `return 1;` (then it must end in `return 0;`). reuses: inputs over which the output may be written.
-    follows: where gives is None, the output keeps the order of the input's dimensions whatever its readers ask for.
+    Args:
+        name: What the manifest and the generated comment call it.
+        body: The C statements, written after layouts are set; in them x0, x1, ... point to the first element of
+            each input, y0, ... of each output, every key of `constants` to its array, `scratch` to that many bytes
+            (aligned to 64), and free sizes have their names (int64_t). What differs from layer to layer (non-zeros,
+            positions) belongs into constants: functions with equal text are written once.
+        wants: By input, None for any strides (missing ones too).
+        gives: The output's layout, by output where a tuple; None when any strides are written.
+        skips: Inputs that are not passed since `constants` hold them.
+        cost_ns: Estimate for the whole call.
+        helpers: C text that stands once in the file before the functions, in this order, or what says it once
+            layouts are set.
+        fails: What went wrong where the body says `return 1;` (then it must end in `return 0;`).
+        reuses: Inputs over which the output may be written.
+        follows: Where gives is None, the output keeps the order of the input's dimensions whatever its readers ask
+            for.
     """
 
     name: str

@@ -34,10 +34,14 @@ Command = tuple[str, ...]
 class Target:
     """A machine to compile for.
 
-    vector_bytes: of the widest vector that generated code uses; 0 is scalar C99. flags: the compiler's, without the
-    files. cc: the compiler. features: what it may use, by its macros without underscores. library: the file that is
-    made from the C and goes with it; "" for the C alone. link: the flags that make it. here: whether this machine can
-    load that file.
+    Args:
+        vector_bytes: Of the widest vector that generated code uses; 0 is scalar C99.
+        flags: The compiler's, without the files.
+        cc: The compiler.
+        features: What it may use, by its macros without underscores.
+        library: The file that is made from the C and goes with it; "" for the C alone.
+        link: The flags that make it.
+        here: Whether this machine can load that file.
     """
 
     name: str = "native"

@@ -41,7 +41,9 @@ class Source:
 def parameters(node: Node, kernel: Kernel, sizes: Sequence[str], body: str | None = None) -> list[tuple[str, str]]:
     """(C declaration, what is passed: "x0", "y0", a constant's key, "scratch" or a size) of a layer's function.
 
-    body: its statements; what they do not name is left out. Only what shares memory with an output is not restrict.
+    Args:
+        body: Its statements; what they do not name is left out. Only what shares memory with an output is not
+            restrict.
     """
 
     words = None if body is None else set(re.findall(r"\w+", body))

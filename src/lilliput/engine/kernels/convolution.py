@@ -17,7 +17,9 @@ from lilliput.engine.target import Target
 class Geometry:
     """A convolution over planes; one over a line is a plane of one row.
 
-    ins: channels that one output channel sums over (of one group). before, after: the padding in rows and columns.
+    Args:
+        ins: Channels that one output channel sums over (of one group).
+        before: The padding in rows and columns.
     """
 
     groups: int
@@ -122,8 +124,12 @@ def helpers(node: Node, lanes: int) -> tuple[str, ...]:
 class Finish:
     """What becomes of the sums of a tile: bias, residual, activation, and the way to memory.
 
-    rows, columns: of the tile, which stands at `out` (and the residual at `more`). lanes: of the vectors. out_row,
-    more_row: C expressions of their steps from row to row, where they are not known yet.
+    Args:
+        rows: Of the tile, which stands at `out` (and the residual at `more`).
+        columns: As `rows`.
+        lanes: Of the vectors.
+        out_row: C expressions of their steps from row to row, where they are not known yet.
+        more_row: As `out_row`.
     """
 
     node: Node

@@ -18,7 +18,10 @@ from lilliput.engine.target import Target
 class Roles:
     """Which operand is read as vectors and which is broadcast, and the dimensions of each.
 
-    along: the operand that is read as vectors (0 or 1). v, r: the dimensions of the result along vectors, and across.
+    v and r are the dimensions of the result along vectors, and across.
+
+    Args:
+        along: The operand that is read as vectors (0 or 1).
     """
 
     node: Node

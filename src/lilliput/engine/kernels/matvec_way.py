@@ -17,8 +17,13 @@ L1_BYTES, L2_BYTES_A_NS, GHZ = 28 * 1024, 110.0, 3.5
 class MatVec:
     """One way to compute y = W x.
 
-    ins, outs: floats that x (zeros behind its own) and y must have room for. constants: arrays by key. call: a C
-    statement with {y} and {x} for the pointers, {key} for a constant's. helpers: C text. ns: estimated.
+    Args:
+        ins: Floats that x (zeros behind its own) and y must have room for.
+        outs: As `ins`.
+        constants: Arrays by key.
+        call: A C statement with {y} and {x} for the pointers, {key} for a constant's.
+        helpers: C text.
+        ns: Estimated.
     """
 
     name: str

@@ -54,8 +54,11 @@ LAYER_FUNCTION void unpack_signs(float *restrict to, const uint8_t *restrict fro
 class Stored:
     """Values as a kernel keeps them.
 
-    constants: its arrays. lines: C that makes `const float *` out of them, named `value_of`. scratch: bytes that takes.
-    scale: (out,) factors that the kernel must multiply each sum by, None where the values are whole.
+    Args:
+        constants: Its arrays.
+        lines: C that makes `const float *` out of them, named `value_of`.
+        scratch: Bytes that takes.
+        scale: (out,) factors that the kernel must multiply each sum by, None where the values are whole.
     """
 
     constants: Mapping[str, Array]
@@ -68,7 +71,9 @@ class Stored:
 def stored(weight: Array, narrow: Narrow | None, places: Array, at: int = 0) -> Stored:
     """How to keep the values of `weight` (out, ...) at flat `places`, in that order (-1 stands for a zero).
 
-    narrow: how the file keeps them. at: the byte of the scratch memory from which unpacked ones may lie.
+    Args:
+        narrow: How the file keeps them.
+        at: The byte of the scratch memory from which unpacked ones may lie.
     """
     count = len(places)
 

@@ -118,8 +118,10 @@ def plus(base: str, *terms: tuple[str, int] | int) -> str:
 class After:
     """What a convolution does after its sum: add the bias (out,), add an input of the output's shape, an activation.
 
-    residual: the number of that input, or None. clamp: (low, high) where the activation is one. act: its expression
-    where it is not.
+    Args:
+        residual: The number of that input, or None.
+        clamp: (low, high) where the activation is one.
+        act: Its expression where it is not.
     """
 
     bias: Array | None
@@ -233,8 +235,9 @@ def window(node: Node) -> tuple[Window, Array] | None:
 class Runs:
     """The loops around a run, and the run: `count` pixels that are neighbours in each operand.
 
-    channel: by operand, the step from a plane to the next. gap: whether whole vectors may be read and written behind
-    the run.
+    Args:
+        channel: By operand, the step from a plane to the next.
+        gap: Whether whole vectors may be read and written behind the run.
     """
 
     sizes: list[int]

@@ -25,8 +25,12 @@ from lilliput.engine.size import Size, c, fixed, product
 class Linear:
     """A product with constant weights.
 
-    weight: (out, in). narrow: how the file stores it, turned the same way. x: which input holds the activations.
-    feature_x, feature_y: the dimension of x that is summed over, and that of y which counts the outputs.
+    Args:
+        weight: (out, in).
+        narrow: How the file stores it, turned the same way.
+        x: Which input holds the activations.
+        feature_x: The dimension of x that is summed over, and that of y which counts the outputs.
+        feature_y: As `feature_x`.
     """
 
     node: Node
@@ -82,7 +86,8 @@ def linear(node: Node) -> Linear | None:
 class Tail:
     """What follows the sum: bias (out,) is added first, then comes a clamp, or an expression, or nothing.
 
-    expr: over the sum (argument 0) and further inputs of the node (argument i is input extras[i - 1]).
+    Args:
+        expr: Over the sum (argument 0) and further inputs of the node (argument i is input extras[i - 1]).
     """
 
     bias: Array | None
@@ -156,8 +161,13 @@ def tail_of(node: Node, feature_y: int) -> Tail:
 class Walk:
     """How positions are walked once layouts are set: loops around, one inner run of `count` positions.
 
-    open, close: C lines of the loops around. count: of the inner run. step, feature: strides of each named value along
-    the run and along its features. base: C expression of each value's pointer inside the loops.
+    Args:
+        open: C lines of the loops around.
+        close: As `open`.
+        count: Of the inner run.
+        step: Strides of each named value along the run and along its features.
+        feature: As `step`.
+        base: C expression of each value's pointer inside the loops.
     """
 
     open: list[str]

@@ -15,8 +15,10 @@ from lilliput.engine.kernels.convolution import Geometry
 class Packed:
     """Where the non-zeros of a layer are.
 
-    counts: how many, by output and part. places: `Sparse.packed` says what they are. indices: the flat index of each
-    one's weight, -1 where there is none and only a step is made.
+    Args:
+        counts: How many, by output and part.
+        places: `Sparse.packed` says what they are.
+        indices: The flat index of each one's weight, -1 where there is none and only a step is made.
     """
 
     counts: Array
@@ -28,8 +30,10 @@ class Packed:
 class Sparse:
     """A sparse convolution in tiles of `rows` rows of `vectors` vectors, from column `start` on for each of `starts`.
 
-    shifts: by column of the kernel, how far its sum is shifted; with `copied`, each has a copy of the planes that is
-    shifted already, and all are summed as one. wide: vectors of a row that is read.
+    Args:
+        shifts: By column of the kernel, how far its sum is shifted; with `copied`, each has a copy of the planes
+            that is shifted already, and all are summed as one.
+        wide: Vectors of a row that is read.
     """
 
     g: Geometry

@@ -50,7 +50,8 @@ def helpers(target: Target) -> tuple[str, ...]:
 def turned(sizes: Sequence[int], strides: Sequence[Sequence[int]], outputs: int) -> tuple[int, list[int]] | None:
     """(the loop that they run along, the operands) of inputs that lie across the innermost loop; None for none.
 
-    strides: of each operand along the loops, the outputs' first.
+    Args:
+        strides: Of each operand along the loops, the outputs' first.
     """
     if len(sizes) < 2 or any(s[-1] != 1 for s in strides[:outputs]) or sizes[-1] < 4:
         return None

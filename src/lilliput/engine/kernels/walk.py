@@ -38,7 +38,9 @@ NEUTRAL: dict[str, Callable[[str], float]] = {
 class Each:
     """A pass over the reduced elements: C statements that may use at(operand) and position values.
 
-    results: (name, how to combine, expression in C) accumulated over the elements. dtype: of the accumulators.
+    Args:
+        results: (name, how to combine, expression in C) accumulated over the elements.
+        dtype: Of the accumulators.
     """
 
     lines: Callable[[Walk], Sequence[str]] = lambda walk: ()
@@ -62,8 +64,9 @@ Raw = Callable[["Walk", Callable[..., str], str], Sequence[str]]
 class Walk:
     """The loops over a shape of which some dimensions (axes) are reduced.
 
-    operands: the strides over the shape of each pointer ("x0", "y0", ...), 0 where it is broadcast or reduced away; the
-    first decides which way is taken.
+    Args:
+        operands: The strides over the shape of each pointer ("x0", "y0", ...), 0 where it is broadcast or reduced
+            away; the first decides which way is taken.
     """
 
     shape: Sequence[int]

@@ -20,7 +20,10 @@ BLOCKS = (256, 128, 64, 32, 16)
 class Widen:
     """(out, in) weights as (codes - zero) * scale, scale and zero by blocks of `block` inputs: (out, ceil(in / block)).
 
-    bits: of a code, which is unsigned below 8, signed at 8, a float16 at 16. scale, zero: None where they do nothing.
+    Args:
+        bits: Of a code, which is unsigned below 8, signed at 8, a float16 at 16.
+        scale: None where they do nothing.
+        zero: As `scale`.
     """
 
     bits: int
@@ -57,7 +60,10 @@ class Widen:
     def lines(self, width: int, ks: str, blocks: str, to: str) -> list[str]:
         """C lines that widen a panel (codes at `c`, scales at `s`, zeros at `z`) and move on to the next.
 
-        width, ks: its outputs and inputs. blocks: of inputs in it.
+        Args:
+            width: Its outputs and inputs.
+            ks: As `width`.
+            blocks: Of inputs in it.
         """
         per, sized = self.per, self.scale is not None
         shift = "" if blocks == "1" else f" + k / {self.block} * {width}"

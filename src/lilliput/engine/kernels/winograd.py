@@ -82,8 +82,12 @@ def winograd(node: Node, target: Target) -> Iterator[Kernel]:
 class Tiles:
     """A convolution in tiles of m x m outputs.
 
-    wide: columns that a row of tiles covers. high: rows of tiles in one vector. rows: vectors that cover a plane.
-    together: vectors that share each weight that is read. block: outputs summed at once.
+    Args:
+        wide: Columns that a row of tiles covers.
+        high: Rows of tiles in one vector.
+        rows: Vectors that cover a plane.
+        together: Vectors that share each weight that is read.
+        block: Outputs summed at once.
     """
 
     g: Geometry
