@@ -53,6 +53,11 @@ MADE: dict[str, list[dict[str, Any]]] = {
     "OBC": [{"sparsity": 0.5}, {"allocation": [["3.weight", 0.5]], "pattern": "block 2x1"}],
     "WoodFisher": [{"sparsity": 0.5}, {"sparsity": 0.6, "rounds": 2, "allocation": "erk", "size": 5}],
     "PruneToBudget": [{"macs": 4000}, {"bytes": 1200, "score": "taylor", "pattern": "block 2x1"}],
+    "RemoveBlocks": [],  # nor has it a residual block
+    "EarlierStride": [{"layers": ["0"]}],
+    "Narrow": [{"width": 0.5}, {"width": 0.5, "multiple": 1, "spread": True}],
+    "PruneRows": [],  # nor a table
+    "Encode": [{"code": {"code": "Uniform", "bits": 4}}],
     "PatternLock": [{"least": 0.0}],
 }
 

@@ -15,6 +15,7 @@ from lilliput.nets.bert import SentenceBert
 from lilliput.prune.channels import PruneChannels
 from lilliput.prune.heads import SCORES, PruneHeads, gate_scores
 from lilliput.recipe import Recipe, plain
+from lilliput.task import Batch
 
 
 class Encoder(nn.Module):
@@ -91,9 +92,9 @@ def test_what_is_left_trains_and_exports(net: str) -> None:
     optimizer = torch.optim.SGD(small.parameters(), 0.05)
     for i in range(2):
         output = small.train()(**inputs) if isinstance(inputs, dict) else small.train()(inputs)
-        first[i] = float(task.loss(output, y).detach())
+        first[i] = float(task.loss(output, Batch(inputs, y)).detach())
         optimizer.zero_grad()
-        task.loss(output, y).backward()
+        task.loss(output, Batch(inputs, y)).backward()
         optimizer.step()
     assert first[1] < first[0]
     small.eval()

@@ -10,7 +10,7 @@ from lilliput.prune.prune import Prune
 from lilliput.prune.woodfisher import WoodFisher, surgery
 from lilliput.statistics import inverse_fisher as fisher
 from lilliput.statistics.sources import Labelled
-from lilliput.task import Task, predict
+from lilliput.task import Batch, Task, predict
 
 
 def blocks(size: int, count: int = 1) -> Tensor:
@@ -93,12 +93,12 @@ def test_the_update_keeps_the_loss_lower_than_the_score_alone() -> None:
     y = (x[:, :4] + 0.5 * torch.randn(96, 4)).argmax(1)
     task, losses = Task("noisy", train=(x, y), val=(x, y)), {}
     for _ in range(300):  # to where the gradient is small, as surgery takes it to be
-        gradients = torch.autograd.grad(task.loss(net(x), y), list(net.parameters()))
+        gradients = torch.autograd.grad(task.loss(net(x), Batch(x, y)), list(net.parameters()))
         with torch.no_grad():
             for parameter, gradient in zip(net.parameters(), gradients, strict=True):
                 parameter -= 0.5 * gradient
     for stage in (WoodFisher(0.3), Prune(0.3, score="woodfisher", allocation="uniform")):
-        losses[type(stage).__name__] = float(task.loss(predict(stage(net, task, None), x), y))
+        losses[type(stage).__name__] = float(task.loss(predict(stage(net, task, None), x), Batch(x, y)))
     assert losses["WoodFisher"] < losses["Prune"]
 
 
