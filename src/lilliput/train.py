@@ -116,28 +116,19 @@ def fit(
     states = [to(rule.begin(model, task, reference, stage.steps), reference.device) for rule in stage.rules]
     optimizer = _optimizer(stage, [*model.parameters(), *extras(states)])
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    first, until = 0, stage.until or stage.steps
+    step, until = 0, stage.until or stage.steps
     checkpoint = load()
     if checkpoint is not None and checkpoint["step"] <= until:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        states = [
-            thawed(state, saved, lambda value: value.to(reference.device))
-            for state, saved in zip(states, checkpoint["rules"], strict=True)
-        ]
-        first = checkpoint["step"]
-        _set_random(checkpoint["random"])
+        states = _restored(checkpoint, model, optimizer, states, reference.device)
+        step = checkpoint["step"]
     else:
         torch.manual_seed(stage.seed * 7919)
     saved = time.monotonic()
-    step = first
-    for batch in task.batches(until, stage.seed, stage.batch_size, first):
+    for batch in task.batches(until, stage.seed, stage.batch_size, step):
         batch = _moved(batch, reference.device)
         for rule, state in zip(stage.rules, states, strict=True):
             batch = rule.batch(state, model, step, stage.steps, batch)
-        lr = at(stage.lr, step, stage.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        _set_lr(optimizer, at(stage.lr, step, stage.steps))
         output = call(model, batch.inputs)
         loss = _loss(stage, states, model, task, step, batch, output, reference)
         optimizer.zero_grad()
@@ -159,8 +150,7 @@ def fit(
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
             save(_checkpoint(model, optimizer, states, step))
             saved = time.monotonic()
-    if not all(bool(torch.isfinite(p).all()) for p in parameters):
-        raise Diverged("Train: the weights must stay finite, got NaN or infinity. Lower the learning rate.")
+    _check_finite(parameters)
     if step < stage.steps:
         save(_checkpoint(model, optimizer, states, step))
     else:
@@ -185,6 +175,34 @@ def _loss(
         if added is not None:
             loss = loss + added
     return loss
+
+
+def _restored(
+    checkpoint: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    states: list[State],
+    device: torch.device,
+) -> list[State]:
+    """Load a checkpoint into the model, the optimizer and the random generators; returns the states of the rules."""
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    restored = [
+        thawed(state, saved, lambda value: value.to(device))
+        for state, saved in zip(states, checkpoint["rules"], strict=True)
+    ]
+    _set_random(checkpoint["random"])
+    return restored
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _check_finite(parameters: list[Tensor]) -> None:
+    if not all(bool(torch.isfinite(p).all()) for p in parameters):
+        raise Diverged("Train: the weights must stay finite, got NaN or infinity. Lower the learning rate.")
 
 
 def _checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, states: list[State], step: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx
-from onnx import AttributeProto, GraphProto
+from onnx import AttributeProto, GraphProto, NodeProto
 
 from lilliput.errors import ExportError
 from lilliput.export.names import ATTRIBUTES, OPERATORS
@@ -68,12 +68,7 @@ def write_nodes(graph: GraphProto, inputs: Sequence[Any], tensors: Sequence[str]
 
     out.number(len(graph.node))
     for node in graph.node:
-        if node.domain in ("", "ai.onnx") and node.op_type in OPERATORS:
-            out.number(OPERATORS.index(node.op_type) + 1)
-        else:
-            out.number(0)
-            out.text(node.domain)
-            out.text(node.op_type)
+        _write_operator(node, out)
         flags = (len(node.output) != 1 or not node.output[0]) * 2 + bool(node.attribute)
         out.number(len(node.input) << 2 | flags)
         for name in node.input:
@@ -81,16 +76,25 @@ def write_nodes(graph: GraphProto, inputs: Sequence[Any], tensors: Sequence[str]
         if flags & 2:
             out.number(len(node.output))
             out.raw(bytes(bool(name) for name in node.output))
-        for name in node.output:
-            if name:
-                made[name] = count
-                count += 1
+        for name in filter(None, node.output):
+            made[name] = count
+            count += 1
         if flags & 1:
             out.number(len(node.attribute))
             for attribute in sorted(node.attribute, key=lambda a: a.name):
                 write_attribute(attribute, out)
     for value in graph.output:
         refer(value.name)
+
+
+def _write_operator(node: NodeProto, out: ByteWriter) -> None:
+    """An operator by its number in OPERATORS, or 0 and its names."""
+    if node.domain in ("", "ai.onnx") and node.op_type in OPERATORS:
+        out.number(OPERATORS.index(node.op_type) + 1)
+    else:
+        out.number(0)
+        out.text(node.domain)
+        out.text(node.op_type)
 
 
 def read_nodes(head: ByteReader, inputs: Sequence[Any], outputs: Sequence[Any], tensors: Sequence[str]) -> list[Any]:
