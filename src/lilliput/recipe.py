@@ -28,7 +28,7 @@ VALUES = tuple(registry.NOUNS.values())
 
 @dataclass(frozen=True)
 class Recipe:
-    """Stages in the order in which they are applied.
+    """Hold stages in the order in which they are applied.
 
     A class of your own is written as "module:Name" and imported when the recipe is read, so a recipe from elsewhere can
     run code as any Python file can.

@@ -25,7 +25,7 @@ def _not_stored(draw: int, outputs: dict[str, Tensor]) -> None:
 
 @dataclass
 class Reference:
-    """The dense model: its outputs and features on any batch.
+    """Hold the dense model, and compute its outputs and features on any batch.
 
     What it computes for a training example under an augmentation is kept in main memory, where the batch says which
     examples it holds (`batch.index`) and the task how many there are; outputs go to the store as well. For any other

@@ -17,7 +17,7 @@ State = dict[str, Any]
 
 
 class Rule:
-    """One thing done while training: gradual pruning, distillation, a growing penalty.
+    """Do one thing while a network trains: gradual pruning, distillation, a growing penalty.
 
     A frozen dataclass with six moments. Each is given the state, and those that return a state may change it; the loop
     owns and checkpoints it. `steps` is how many optimizer steps the whole training has, `step` counts them from 0, and

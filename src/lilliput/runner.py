@@ -28,7 +28,7 @@ def run(
     seed: int = 0,
     reference: Reference | None = None,
 ) -> nn.Module:
-    """The model that a recipe makes of `model`, which stays as it is.
+    """Apply a recipe to a copy of a model.
 
     Stages that change shapes are given plain tensors: codes are realized first.
 

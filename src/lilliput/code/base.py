@@ -22,7 +22,7 @@ from lilliput.stored.shared import Shared
 
 
 class Code(nn.Module):
-    """One way to store a tensor: plain settings, float theta as parameters, everything discrete as buffers.
+    """Store a tensor in one way: plain settings, float theta as parameters, everything discrete as buffers.
 
     A subclass overwrites encode, decode and pack, all differentiable where they can be; refuses, build and made where
     it needs to. It is attached to a tensor as a parametrization, so every module works unchanged.
@@ -217,7 +217,7 @@ def _attach(module: nn.Module, attribute: str, name: str, code: Code) -> None:
 
 
 def codes(model: nn.Module) -> dict[str, tuple[Code, ...]]:
-    """The codes of each coded tensor.
+    """List the codes of each coded tensor.
 
     Args:
         model: any module.
@@ -307,7 +307,7 @@ def _pack(module: nn.Module, name: str) -> Stored:
 
 
 def storage(model: nn.Module) -> dict[str, Storage]:
-    """The predicted section of each tensor in model.lil, from theta alone.
+    """Predict the section of each tensor in model.lil, from theta alone.
 
     Args:
         model: any module; tensors without a code are counted as they are.

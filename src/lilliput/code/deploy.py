@@ -11,7 +11,7 @@ from lilliput.code.reshape import Reshape
 
 
 def deploy(model: nn.Module) -> nn.Module:
-    """The model as it is deployed: coded layers built where that saves values, all other tensors decoded.
+    """Make the module to deploy: coded layers built where that saves values, all other tensors decoded.
 
     Args:
         model: any module, itself a coded layer included; it stays as it is.

@@ -12,7 +12,7 @@ from lilliput.stored.einsum import product
 
 
 class LowRank(Code):
-    """W = A B, with A (out, r) and B (r, n / out), for a tensor of n values read as (out, n / out).
+    """Store a tensor as a product of two thin matrices: W = A B, with A (out, r) and B (r, n / out), n the values of W.
 
     Encoding is the truncated singular value decomposition, the nearest matrix of that rank in the Frobenius norm
     (Eckart and Young, 1936), the root of each singular value on both sides. `build` makes two layers: for a k x k

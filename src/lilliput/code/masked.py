@@ -25,7 +25,7 @@ class _Straight(torch.autograd.Function):
 
 
 class Masked(Code):
-    """W = m * theta, with a boolean mask m of W's shape.
+    """Keep the entries of a tensor under a mask and drop the others: W = m * theta, m boolean and of W's shape.
 
     theta keeps its dense shape while training, so that a rule can move the mask; stored are the kept entries and their
     positions (a bitmap or index gaps, whichever is smaller).

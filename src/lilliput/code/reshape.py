@@ -10,7 +10,7 @@ from lilliput.stored.einsum import LABELS, Einsum
 
 
 class Reshape(Code):
-    """W = reshape(theta, the shape that was encoded), theta of the shape given.
+    """Store a tensor in another shape: W = reshape(theta, the shape that was encoded), theta of the shape given.
 
     A layer that is built from a factor may need it in another shape than the codes that store it.
 

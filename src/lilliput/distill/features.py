@@ -16,7 +16,7 @@ from lilliput.task import Batch, Task, call, leaves, on
 
 @dataclass(frozen=True)
 class Features(Rule):
-    """Hints: weight * mean over the paths of || normalise(r(h_s)) - normalise(h_t) ||^2.
+    """Match hidden features (hints): weight * mean over the paths of || normalise(r(h_s)) - normalise(h_t) ||^2.
 
     r is the identity where the widths of student and dense network agree, else a linear regressor from the student's
     width to the dense network's, which is trained with the student and left behind with the training. It begins as an

@@ -17,7 +17,7 @@ from lilliput.task.nested import children
 
 @dataclass(frozen=True)
 class Distill(Rule):
-    """Softened outputs: weight * T^2 KL(softmax(z_t / T) || softmax(z_s / T)), z_t the dense network's outputs.
+    """Match softened outputs: weight * T^2 KL(softmax(z_t / T) || softmax(z_s / T)), z_t the dense network's outputs.
 
     Outputs that are no classes are compared by cross entropy of bits, by cosine or by squared error, as the task's loss
     reads them. With a task's batches the dense outputs are computed once per (example, augmentation); with any other

@@ -17,7 +17,7 @@ from lilliput.task import Batch, Task, leaves, length, mapped, on, predict, take
 
 @dataclass(frozen=True)
 class Mixup(Rule):
-    """Every example is mixed with another one of its batch, inputs and targets alike:
+    """Mix every example with another one of its batch, inputs and targets alike:
 
         x = lambda x_i + (1 - lambda) x_j,   y = lambda y_i + (1 - lambda) y_j,   lambda ~ Beta(alpha, alpha),
 

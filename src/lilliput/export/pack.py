@@ -183,7 +183,8 @@ def _written(
 
 
 def load(path: str | Path) -> Network:
-    """The network in a folder that `lilliput shrink` or `lilliput.save` wrote (its `model.lil`), or in a packed file.
+    """Load the network of a folder that `lilliput shrink` or `lilliput.save` wrote (its `model.lil`), or of a packed
+    file.
 
     Args:
         path: the folder or the file.

@@ -21,7 +21,8 @@ EQUATION = re.compile(r"[a-zA-Z]*(,[a-zA-Z]*)*->[a-zA-Z]*")
 
 @dataclass(frozen=True, eq=False)
 class Einsum(Stored):
-    """`value = reshape(einsum(equation, *factors), shape)`, summed in float64 and rounded once, to float32.
+    """Store a tensor as factors: `value = reshape(einsum(equation, *factors), shape)`, summed in float64, rounded to
+    float32.
 
     A low-rank matrix is "ab,bc->ac"; a Tucker decomposition, a tensor train, a tensor ring and Kronecker products are
     other equations. Factors are multiplied from the left, each pair as one product.

@@ -30,7 +30,7 @@ def half(scale: Any) -> Floats:
 
 @dataclass(frozen=True, eq=False)
 class Grid(Stored):
-    """A uniform grid of b bits: `value = (codes - zero_point) * scale`, computed in float32.
+    """Store integers on a uniform grid of b bits: `value = (codes - zero_point) * scale`, computed in float32.
 
     Symmetric (no zero_point): codes in [-(2^(b-1) - 1), 2^(b-1) - 1]. Affine: codes in [0, 2^b - 1].
 

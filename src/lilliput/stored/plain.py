@@ -32,7 +32,7 @@ def span(array: Array) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class Plain(Stored):
-    """The numbers themselves: floats in `8 * itemsize` bits each, integers in as many as their range needs.
+    """Store the numbers themselves: floats in `8 * itemsize` bits each, integers in as many as their range needs.
 
     Args:
         array: float32, float16, bool or an integer type; any shape.

@@ -12,7 +12,7 @@ from lilliput.stored.operators import Operators
 
 @dataclass(frozen=True, eq=False)
 class Shared(Stored):
-    """The tensor `name`, once more: tied weights, or a layer that is repeated. It takes no bits of its own.
+    """Refer to the tensor `name`: tied weights, or a layer that is repeated. It takes no bits of its own.
 
     Args:
         name: the tensor that holds the numbers.

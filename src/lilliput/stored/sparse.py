@@ -22,7 +22,7 @@ WHOLE = NAMED + 1 << 1
 
 @dataclass(frozen=True, eq=False)
 class Sparse(Stored):
-    """Zeros that are not stored: the positions of what is kept, and its values, in any kind.
+    """Store the positions of what is kept and its values, in any kind, but not the zeros.
 
     Positions cost the least of several ways (see `position_bits`). Where the kind of the values cannot be cut up (a
     product of factors), it is stored whole, or the kept values decoded, whichever is smaller.

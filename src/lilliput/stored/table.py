@@ -16,7 +16,8 @@ from lilliput.stored.operators import Operators
 
 @dataclass(frozen=True, eq=False)
 class Table(Stored):
-    """`value = codebook[indices]`: k entries of one value, or of d values each that lie along the last axis.
+    """Store indices into a codebook: `value = codebook[indices]`, k entries of one value, or of d values along the last
+    axis.
 
     Args:
         indices: integers in [0, k): the tensor's shape, or (..., n / d) for one of (..., n).

@@ -23,7 +23,7 @@ Function = Callable[..., Any]
 
 
 class Arrays(Task, default=True):
-    """Examples in memory, in up to three splits, with a loss and a metric by name or by function.
+    """Hold examples in memory, in up to three splits, with a loss and a metric by name or by function.
 
     A split is `(inputs, targets)` of arrays or tensors, `inputs` alone, a Dataset, or a loader of any length. Inputs,
     targets and outputs may each be a tensor or tensors in tuples and dictionaries, examples along the first axis: a

@@ -22,7 +22,7 @@ def greedy(outputs: Tensor) -> Any:
 
 
 class Episodes(Arrays):
-    """A network as a policy: the score is the mean return of its episodes, each begun by a seed.
+    """Use a network as a policy: the score is the mean return of its episodes, each begun by a seed.
 
     Splits are seeds. The dense network plays the training seeds once, and training imitates it on the states that it
     visited; there are no labels. Decisions read the returns on the validation seeds.

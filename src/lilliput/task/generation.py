@@ -16,7 +16,7 @@ FOREIGN = -100  # no token has this number: it marks what is no label
 
 
 class Generation(Arrays):
-    """Sequences written token by token: the loss reads the next token, the metric what the network writes by itself.
+    """Write sequences token by token: the loss reads the next token, the metric what the network writes by itself.
 
     Training is teacher forcing: the network sees the right tokens up to a place and is to say the next one. The score
     is that of greedy decoding: the network is called again and again, with what it has written so far. All prefixes

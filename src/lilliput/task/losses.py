@@ -34,7 +34,7 @@ def reads(outputs: Kind) -> Callable[[F_], F_]:
 @register("loss")
 @reads("logits")
 def cross_entropy(output: Tensor, target: Tensor, *, meaning: Meaning) -> Tensor:
-    """Mean of -log p(label) over the labels that are not padding; zero where a batch has none.
+    """Compute the mean of -log p(label) over the labels that are not padding; zero where a batch has none.
 
     Args:
         output: logits (or probabilities, where the task says so) with the classes on any axis: (N, C), (N, T, C),
@@ -65,7 +65,7 @@ def cross_entropy(output: Tensor, target: Tensor, *, meaning: Meaning) -> Tensor
 @register("loss")
 @reads("bits")
 def bce(output: Tensor, target: Tensor, *, meaning: Meaning) -> Tensor:
-    """Binary cross entropy of yes-no logits, over the labels that are not padding.
+    """Compute the binary cross entropy of yes-no logits, over the labels that are not padding.
 
     Args:
         output: logits (N) or (N, ...).
@@ -91,7 +91,7 @@ def bce(output: Tensor, target: Tensor, *, meaning: Meaning) -> Tensor:
 @register("loss")
 @reads("values")
 def mse(output: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over all values.
+    """Compute the mean squared error over all values.
 
     Args:
         output: (n, ...).
@@ -110,7 +110,7 @@ def mse(output: Tensor, target: Tensor) -> Tensor:
 @register("loss")
 @reads("values")
 def l1(output: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute error over all values.
+    """Compute the mean absolute error over all values.
 
     Args:
         output: (n, ...).
@@ -129,7 +129,7 @@ def l1(output: Tensor, target: Tensor) -> Tensor:
 @register("loss")
 @reads("directions")
 def cosine(output: Tensor, target: Tensor) -> Tensor:
-    """One minus the mean cosine similarity along the last axis.
+    """Compute one minus the mean cosine similarity along the last axis.
 
     Args:
         output: (n, ..., d).

@@ -29,7 +29,7 @@ def _per_example(values: Tensor) -> Tensor:
 
 @register("metric")
 def accuracy(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
-    """The share of right labels of each example; padding does not count, nor an example that is nothing else.
+    """Compute the share of right labels of each example; padding does not count, nor an example that is nothing else.
 
     Args:
         outputs: with the classes on any axis, or yes-no logits.
@@ -57,7 +57,7 @@ def accuracy(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
 @register("metric")
 @lower_is_better
 def mse(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean squared error of each example.
+    """Compute the mean squared error of each example.
 
     Args:
         outputs: (n, ...).
@@ -77,7 +77,7 @@ def mse(outputs: Tensor, targets: Tensor) -> Tensor:
 @register("metric")
 @lower_is_better
 def mae(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean absolute error of each example.
+    """Compute the mean absolute error of each example.
 
     Args:
         outputs: (n, ...).
@@ -96,7 +96,8 @@ def mae(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @register("metric")
 def psnr(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in decibels: 10 log10(1 / mse) for values in [0, 1], at most 100.
+    """Compute the peak signal-to-noise ratio of each image in decibels: 10 log10(1 / mse) for values in [0, 1], at most
+    100.
 
     Args:
         outputs: (n, ...), values between 0 and 1.
@@ -114,7 +115,7 @@ def psnr(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @register("metric")
 def r2(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Coefficient of determination, 1 - sum of squared errors / sum of squares around the mean, averaged over outputs.
+    """Compute R2 = 1 - sum of squared errors / sum of squares around the mean, averaged over outputs.
 
     One number over all examples: 1 is perfect, 0 is as good as the mean of the targets.
 
@@ -137,7 +138,7 @@ def r2(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @register("metric")
 def cosine(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Cosine similarity of each example along the last axis.
+    """Compute the cosine similarity of each example along the last axis.
 
     Args:
         outputs: (n, d).
@@ -155,7 +156,7 @@ def cosine(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @register("metric")
 def f1(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
-    """Macro-averaged F1 over the classes present in the labels, padding left out; one number over all examples.
+    """Compute the macro-averaged F1 over the classes present in the labels, padding left out, over all examples.
 
     Args:
         outputs: with the classes on any axis, or yes-no logits.
@@ -180,7 +181,7 @@ def f1(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
 
 @register("metric")
 def auc(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Area under the ROC curve of a binary score, by ranks (ties shared); one number over all examples.
+    """Compute the area under the ROC curve of a binary score, by ranks (ties shared); one number over all examples.
 
     Args:
         outputs: one score an example, (N) or (N, 1), or the logits of two classes (N, 2).
@@ -207,7 +208,7 @@ def auc(outputs: Tensor, targets: Tensor) -> Tensor:
 @register("metric")
 @lower_is_better
 def perplexity(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
-    """Perplexity: exp of the mean cross entropy over all labels that are not padding; one number over all examples.
+    """Compute the perplexity over all examples: exp of the mean cross entropy over labels that are not padding.
 
     Args:
         outputs: with the classes on any axis.
@@ -229,7 +230,7 @@ def perplexity(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
 
 @register("metric", name="exact match")
 def exact_match(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
-    """Whether a whole decoded sequence is right up to its end: 1 or 0 for each example.
+    """Tell whether a whole decoded sequence is right up to its end: 1 or 0 for each example.
 
     Args:
         outputs: decoded tokens, int64 (n, T).
@@ -250,7 +251,7 @@ def exact_match(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor
 @register("metric", name="edit distance")
 @lower_is_better
 def edit_distance(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
-    """Insertions, deletions and replacements that turn a decoded sequence into the right one, by the latter's length.
+    """Count insertions, deletions and replacements from a decoded sequence to the right one, by the latter's length.
 
     Args:
         outputs: decoded tokens, int64 (n, T), padded.

@@ -86,7 +86,7 @@ class Score:
 
 
 class Task:
-    """What must be preserved while a network shrinks: data in splits, a loss, a metric, an example input.
+    """Define what must be preserved while a network shrinks: data in splits, a loss, a metric, an example input.
 
     `Task(name, train=..., val=..., ...)` makes an `Arrays`, the task of examples in memory. A task of another kind is a
     class of its own: `name`, `metric_name`, `higher_is_better` and the six methods that raise here, `splits`, `probe`,
