@@ -18,7 +18,7 @@ reference = lilliput.Reference(dense, task)
 
 stage = lilliput.Factorize(budget=0.4)
 print("ranks:", stage.ranks(dense))
-print("left alone:", stage.left(dense))
+print("left alone:", stage.skipped(dense))
 small = stage(dense, task, reference)
 tuned = lilliput.Train(200, lr=lilliput.Cosine(3e-3), rules=(lilliput.Distill(),))(small, task, reference)
 

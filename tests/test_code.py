@@ -143,11 +143,11 @@ def test_odd_networks_are_shrunk_or_left_alone_with_a_reason(name: str, stage) -
     try:
         shrunk = stage(model, task, None)
     except ValueError as error:
-        left = stage.left(model)
-        assert left and all(left.values()) and next(iter(left.values())) in str(error)
+        skipped = stage.skipped(model)
+        assert skipped and all(skipped.values()) and next(iter(skipped.values())) in str(error)
         return
-    left = stage.left(model)
-    assert all(left.values())
+    skipped = stage.skipped(model)
+    assert all(skipped.values())
     with torch.no_grad():
         after, plain = shrunk(x), realize(shrunk)
         assert after.isfinite().all() and not torch.equal(after, before)
@@ -155,7 +155,7 @@ def test_odd_networks_are_shrunk_or_left_alone_with_a_reason(name: str, stage) -
         assert torch.equal(model(x), before)
     touched = set(codes(shrunk)) if not isinstance(stage, Factorize) else set(stage.ranks(model))
     weights = set(find(model))
-    assert weights <= touched | set(left), "a tensor that is neither coded nor left alone with a reason"
+    assert weights <= touched | set(skipped), "a tensor that is neither coded nor left alone with a reason"
     shrunk.train()
     shrunk(x).square().mean().backward()
     torch.testing.assert_close(copy_model(shrunk).eval()(x), shrunk.eval()(x))
@@ -165,7 +165,7 @@ def test_tied_weights_stay_one_tensor() -> None:
     model = Tied()
     for stage in (Prune(0.5), Quantize(4)):
         shrunk = stage(model, None, None)
-        assert shrunk.out.weight is shrunk.embed.weight and set(stage.left(model)) == {"embed.weight"}
+        assert shrunk.out.weight is shrunk.embed.weight and set(stage.skipped(model)) == {"embed.weight"}
         assert "mid.weight" in codes(shrunk)
     coded, x = copy_model(model), torch.randint(0, 10, (3, 5))
     attach(coded, "out.weight", Uniform(4))
@@ -181,7 +181,7 @@ def test_tied_weights_stay_one_tensor() -> None:
 
 def test_another_parametrization_is_left_alone_and_realized() -> None:
     model, x = normalised(), torch.randn(3, 8)
-    assert "WeightNorm computes it" in Prune(0.5).left(model)["0.weight"]
+    assert "WeightNorm computes it" in Prune(0.5).skipped(model)["0.weight"]
     with pytest.raises(NotSupported, match="remove_parametrizations"):
         attach(copy_model(model), "0.weight", Half())
     shrunk = Quantize(8)(model, None, None)
@@ -368,7 +368,7 @@ def test_a_module_held_in_two_places_is_coded_once_and_not_split() -> None:
     plain = realize(pruned)
     assert plain[0] is plain[2]
     torch.testing.assert_close(plain(x), pruned(x))
-    assert Factorize(rank=1).left(model) == {"0.weight": "the layer is held in several places"}
+    assert Factorize(rank=1).skipped(model) == {"0.weight": "the layer is held in several places"}
 
 
 def test_the_transposed_linear_layer_of_gpt2() -> None:
@@ -379,4 +379,4 @@ def test_the_transposed_linear_layer_of_gpt2() -> None:
     pruned = Prune(0.5, "wanda")(model, task, None)
     assert (pruned[0].weight[0] == 0).all() and int((pruned[0].weight == 0).sum()) == 24, "input 0 is always zero"
     assert Prune(0.5, "wanda")(pruned, task, None)[0].weight.equal(pruned[0].weight)
-    assert "neither linear nor a convolution" in Factorize(rank=1).left(model)["0.weight"]
+    assert "neither linear nor a convolution" in Factorize(rank=1).skipped(model)["0.weight"]

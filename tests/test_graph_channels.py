@@ -12,10 +12,10 @@ from lilliput.graph import (
     choose,
     groups,
     kept,
-    left,
     magnitude,
     remove_channels,
     rounded,
+    skipped,
     taylor,
     uniform,
     widths,
@@ -152,7 +152,7 @@ def test_removed_channels_are_those_that_nobody_hears(name: str) -> None:
     model, example, x = made(name)
     found = groups(model, example)
     free = [g for g in found if g.removable]
-    assert len(free) == len(found) - 1 and left(found)[0].reason == "they are the output"
+    assert len(free) == len(found) - 1 and skipped(found)[0].reason == "they are the output"
     keep = kept(found, {g.name: torch.rand(g.size) for g in found}, uniform(found, 0.5, 1))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     small = remove_channels(model, example, keep, found)

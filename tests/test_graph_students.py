@@ -6,8 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lilliput.graph import (
-    Skip,
-    blocks_left,
+    PassThrough,
     earlier_stride,
     fold_batchnorm,
     groups,
@@ -15,6 +14,7 @@ from lilliput.graph import (
     remove_blocks,
     reset,
     set_stride,
+    skipped_blocks,
     student,
 )
 
@@ -107,7 +107,7 @@ IMAGE = torch.linspace(0, 1, 256).view(1, 1, 16, 16)
 def test_blocks_of_a_residual_network() -> None:
     model = Stages().eval()
     assert removable(model, IMAGE) == ["layer1.0", "layer1.1", "layer2.1"]
-    assert [str(l) for l in blocks_left(model, IMAGE)][:1] == [
+    assert [str(l) for l in skipped_blocks(model, IMAGE)][:1] == [
         "layer2.0 is left alone: it turns the shape (1, 8, 16, 16) into (1, 16, 8, 8)"
     ]
     small = remove_blocks(model, IMAGE, ["layer1.0", "layer2.1"])
@@ -121,7 +121,7 @@ def test_blocks_of_a_transformer_keep_their_names() -> None:
     model = Text().eval()
     assert removable(model, TEXT) == ["encoder.layer.0", "encoder.layer.1", "encoder.layer.2"]
     small = remove_blocks(model, TEXT, ["encoder.layer.1"])
-    assert isinstance(small.encoder.layer[1], Skip)
+    assert isinstance(small.encoder.layer[1], PassThrough)
     assert set(small.state_dict()) == {k for k in model.state_dict() if ".layer.1." not in k}
     h = model.encoder.layer[2](model.encoder.layer[0](model.words(TEXT["input_ids"]))[0])[0]
     assert torch.allclose(small(**TEXT)["last_hidden_state"], h)
@@ -153,7 +153,7 @@ def test_blocks_that_must_stay() -> None:
     tied = Stages().eval()
     tied.layer1[1].conv1.weight = tied.layer1[0].conv1.weight
     assert removable(tied, IMAGE) == ["layer2.1"]
-    assert any("shares a parameter" in str(l) for l in blocks_left(tied, IMAGE))
+    assert any("shares a parameter" in str(l) for l in skipped_blocks(tied, IMAGE))
     frozen = Stages().eval()
     frozen.layer1[0].requires_grad_(False)
     assert removable(frozen, IMAGE) == ["layer1.1", "layer2.1"]

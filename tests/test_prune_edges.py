@@ -217,8 +217,8 @@ def test_sparsity_zero_keeps_everything_and_nearly_one_keeps_a_unit(pattern: str
 def test_a_pattern_that_divides_no_shape_says_so_and_one_that_divides_some_leaves_the_rest() -> None:
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 8), nn.Linear(8, 8))
     rule = Prune(0.5, pattern="block 4x4")
-    assert set(rule.left(model)) == {"0.weight", "1.weight"} and all(
-        "divide" in why for why in rule.left(model).values()
+    assert set(rule.skipped(model)) == {"0.weight", "1.weight"} and all(
+        "divide" in why for why in rule.skipped(model).values()
     )
     pruned = rule(model, None, None)
     assert set(codes(pruned)) == {"2.weight"}
@@ -230,10 +230,10 @@ def test_a_pattern_that_divides_no_shape_says_so_and_one_that_divides_some_leave
 
 
 def test_an_empty_and_a_tied_tensor_are_named_with_the_reason() -> None:
-    left = Prune(0.5).left(Odd())
-    assert left["empty"] == "it is empty" and "tied" in left["a.weight"] and "b.weight" not in left
+    skipped = Prune(0.5).skipped(Odd())
+    assert skipped["empty"] == "it is empty" and "tied" in skipped["a.weight"] and "b.weight" not in skipped
     with pytest.raises(ValueError, match="floating-point tensor"):
-        Prune(0.5, where="phase").left(Odd())
+        Prune(0.5, where="phase").skipped(Odd())
 
 
 @pytest.mark.parametrize("make", [lambda: Prune(0.8, every=2), lambda: SET(0.8, every=2), lambda: RigL(0.8, every=2)])

@@ -276,9 +276,9 @@ def test_what_cannot_be_done_says_what_to_do() -> None:
         PruneChannels(0.5, where="w")(model, task, None)
     with pytest.raises(ValueError, match="got none: 3 channels made by f; they stay: they are the output"):
         PruneChannels(0.5, where="f")(model, task, None)
-    assert PruneChannels(0.5).left(model, task) == {"f": "they are the output"}
+    assert PruneChannels(0.5).skipped(model, task) == {"f": "they are the output"}
     thin = nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 4), nn.Linear(4, 3))
-    assert PruneChannels(0.5).left(thin, task)["0"] == "there is only one"
+    assert PruneChannels(0.5).skipped(thin, task)["0"] == "there is only one"
     assert PruneChannels(0.5)(thin, task, None)[1].out_features == 2
     with pytest.raises(ValueError, match="there is only one"):
         PruneChannels(0.5, where="0")(thin, task, None)
@@ -295,6 +295,6 @@ def test_gated_halves_stay_with_the_reason() -> None:
     """Torch's GLU halves its input, so channel i goes with channel i + half: not followed, but said."""
     net = nn.Sequential(nn.Linear(6, 16), nn.GLU(), nn.Linear(8, 3))
     x = torch.randn(8, 6)
-    assert PruneChannels(0.5).left(net, Task("t", train=x, val=x))["0"]
+    assert PruneChannels(0.5).skipped(net, Task("t", train=x, val=x))["0"]
     with pytest.raises(ValueError, match="is left alone"):
         remove_channels(net, x[:1], {"0": torch.arange(8)})

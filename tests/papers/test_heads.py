@@ -238,7 +238,7 @@ def test_what_cannot_be_done_says_what_to_do() -> None:
     series = Task("t", train=(x, x), val=(x, x), loss="mse", metric="mse")
     with pytest.raises(ValueError, match="got none: 1 heads of 8 in self_attn; they stay: there is only one"):
         PruneHeads(0.5)(one, series, None)
-    assert PruneHeads(0.5).left(one, series) == {"self_attn": "there is only one"}
+    assert PruneHeads(0.5).skipped(one, series) == {"self_attn": "there is only one"}
     with pytest.raises(ValueError, match="where must match an attention module"):
         PruneHeads(0.5)(nn.Linear(8, 8), series, None)
     for how, why in (("one key", "several heads share a key"), ("across", "computes something else")):

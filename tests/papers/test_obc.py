@@ -182,7 +182,7 @@ def test_reconstruct_after_any_pruning_lowers_the_error_and_keeps_the_mask() -> 
             assert all(torch.equal(masks(before)[name].mask, code.mask) for name, code in masks(after).items())
             errors = [float((model(x).detach() - y).square().mean()) for model in (after, before)]
             assert errors == sorted(errors)
-    assert Reconstruct().left(before) == {}
+    assert Reconstruct().skipped(before) == {}
 
 
 def test_reconstruct_errors() -> None:

@@ -153,8 +153,8 @@ def test_attention_is_pruned_and_embeddings_are_left(method: SparseGPT) -> None:
     assert len(masks(result)) == 12 and "layers.1.attention.query.weight" in masks(result)
     assert predict(result, inputs).isfinite().all()
     everything = type(method)(0.5)
-    assert list(everything.left(net)) == ["word.weight", "position.weight"]
-    assert "inputs cannot be seen" in everything.left(net)["word.weight"]
+    assert list(everything.skipped(net)) == ["word.weight", "position.weight"]
+    assert "inputs cannot be seen" in everything.skipped(net)["word.weight"]
 
 
 def test_allocations() -> None:

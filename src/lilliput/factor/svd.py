@@ -24,8 +24,8 @@ class Factorize(Stage):
     """Replace layers of weight W (out, n) by two of weights A (out, r) and B (r, n), which hold r (out + n) values.
 
     Give one of rank, energy, budget and allocation. A layer where it would save nothing, and one that is neither linear
-    nor an ungrouped convolution, is left alone (see `left`). By budget, singular values are taken greedily in the order
-    of s_i^2 / (||W||_F^2 (out + n)).
+    nor an ungrouped convolution, is left alone (see `skipped`). By budget, singular values are taken greedily in the
+    order of s_i^2 / (||W||_F^2 (out + n)).
 
     Args:
         rank: The same r everywhere.
@@ -75,15 +75,15 @@ class Factorize(Stage):
         """The rank of every layer that becomes two."""
         return self._sort(model)[0]
 
-    def left(self, model: nn.Module) -> dict[str, str]:
+    def skipped(self, model: nn.Module) -> dict[str, str]:
         """The tensors that `where` takes in but that are left alone, each with the reason."""
         return self._sort(model)[1]
 
     def __call__(self, model: nn.Module, task: Task | None, reference: Reference | None) -> nn.Module:
-        ranks, left = self._sort(model)
+        ranks, skipped = self._sort(model)
         if not ranks:
             raise ValueError(
-                f"Factorize: some layer must become smaller, got none: {next(iter(left.values()), '')}. "
+                f"Factorize: some layer must become smaller, got none: {next(iter(skipped.values()), '')}. "
                 "Lower the rank, the energy or the budget."
             )
         model = copy_model(model)
@@ -103,7 +103,7 @@ class Factorize(Stage):
         return Proposals((half,)) if half.ranks(model) else Refusal("no layer would become smaller at half its values")
 
     def _sort(self, model: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
-        left: dict[str, str] = {}
+        skipped: dict[str, str] = {}
         matrices: dict[str, Tensor] = {}
         tensors, coded = parameter_names(model), codes(model)
         if self.allocation:
@@ -128,16 +128,16 @@ class Factorize(Stage):
             elif _read_by_its_parent(model, path):
                 why = "its parent reads its weight directly"
             if why:
-                left[name] = why
+                skipped[name] = why
             else:
                 matrices[name] = tensors[name].detach().float().reshape(len(tensors[name]), -1)
         ranks = self._choose(matrices)
         for name, rank in list(ranks.items()):
             out, n = matrices[name].shape
             if rank * (out + n) >= out * n:
-                left[name] = f"rank {rank} would save no values"
+                skipped[name] = f"rank {rank} would save no values"
                 del ranks[name]
-        return ranks, left
+        return ranks, skipped
 
     def _choose(self, matrices: Mapping[str, Tensor]) -> dict[str, int]:
         if self.allocation:

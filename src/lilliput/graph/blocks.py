@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lilliput.graph.trace import (
     Call,
-    Left,
+    Skipped,
     calls,
     copied,
     first_line,
@@ -26,7 +26,7 @@ _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class Skip(nn.Module):
+class PassThrough(nn.Module):
     """Pass the first tensor on in the place of a removed block, in a tuple of one if the block gave tuples."""
 
     def __init__(self, in_tuple: bool) -> None:
@@ -74,9 +74,9 @@ def removable(model: nn.Module, example: Any) -> list[str]:
     return [name for name in sorted(names, key=order.index) if not _why(work, name, example, seen, before)]
 
 
-def blocks_left(model: nn.Module, example: Any) -> tuple[Left, ...]:
+def skipped_blocks(model: nn.Module, example: Any) -> tuple[Skipped, ...]:
     """List the entries of lists of blocks that `removable` leaves out, each with the reason."""
-    work = copied(model, "blocks_left")
+    work = copied(model, "skipped_blocks")
     seen, free, before = calls(work, example), removable(model, example), run(work, example)
     found = []
     for name, module in work.named_modules():
@@ -84,7 +84,7 @@ def blocks_left(model: nn.Module, example: Any) -> tuple[Left, ...]:
         related = any(f"{name}.".startswith(f"{f}.") or f.startswith(f"{name}.") for f in free)
         if listed and not related and name in seen and any(True for _ in module.parameters()):
             why = _reason(seen[name]) or _why(work, name, example, seen, before) or "it is part of a block"
-            found.append(Left(name, why))
+            found.append(Skipped(name, why))
     return tuple(found)
 
 
@@ -141,11 +141,11 @@ def _why(model: nn.Module, name: str, example: Any, seen: Mapping[str, Call], be
 
 
 def remove_blocks(model: nn.Module, example: Any, names: Iterable[str]) -> nn.Module:
-    """Copy a model without the named blocks; an `nn.Identity` (a `Skip` for calls with more arguments) takes their
-    place.
+    """Copy a model without the named blocks.
 
-    Other names stay as they are, except in an `nn.TransformerEncoder`, whose forward looks into its first layer: there
-    the entries are deleted and the later ones move up.
+    An `nn.Identity` (a `PassThrough` for calls with more arguments) takes the place of each. Other names stay as they
+    are, except in an `nn.TransformerEncoder`, whose forward looks into its first layer: there the entries are deleted
+    and the later ones move up.
 
     Args:
         model: A model without codes.
@@ -192,7 +192,7 @@ def _without_(model: nn.Module, seen: Mapping[str, Call], names: list[str]) -> N
         if id(parent) in lists:
             gone.setdefault(id(parent), []).append(block)
         else:
-            replace_(model, block, nn.Identity() if seen[name].plain else Skip(seen[name].in_tuple))
+            replace_(model, block, nn.Identity() if seen[name].plain else PassThrough(seen[name].in_tuple))
     for key, blocks in gone.items():
         encoder = lists[key]
         encoder.layers = nn.ModuleList(layer for layer in encoder.layers if layer not in blocks)

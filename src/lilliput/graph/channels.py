@@ -14,7 +14,7 @@ from lilliput.graph.group import Group, Part, choose
 from lilliput.graph.narrow import narrow_, silence_
 from lilliput.graph.trace import (
     Call,
-    Left,
+    Skipped,
     agree,
     calls,
     copied,
@@ -238,7 +238,7 @@ def _checked(group: Group, kept: Tensor) -> Tensor:
     if len(kept) == group.size and torch.equal(kept.long(), torch.arange(group.size)):
         return kept.long()
     if group.reason:
-        raise ValueError(f"remove_channels: {Left(group.name, group.reason)}. Leave it out of keep.")
+        raise ValueError(f"remove_channels: {Skipped(group.name, group.reason)}. Leave it out of keep.")
     kept = kept.long()
     if not len(kept) or bool((kept[1:] <= kept[:-1]).any()) or int(kept[0]) < 0 or int(kept[-1]) >= group.size:
         raise ValueError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lilliput.graph.trace import Left
+from lilliput.graph.trace import Skipped
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" and {names[-1]}" if names else "nothing"
 
 
-def left(groups: Iterable[Group]) -> tuple[Left, ...]:
+def skipped(groups: Iterable[Group]) -> tuple[Skipped, ...]:
     """The groups that stay, each with its reason."""
-    return tuple(Left(g.name, g.reason) for g in groups if g.reason)
+    return tuple(Skipped(g.name, g.reason) for g in groups if g.reason)
 
 
 def choose(group: Group, scores: Tensor, count: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lilliput.errors import near
 from lilliput.graph import slicing
-from lilliput.graph.trace import Left, agree, calls, copied, first_line, frozen, replace_, run, shapes, sketch, tied
+from lilliput.graph.trace import Skipped, agree, calls, copied, first_line, frozen, replace_, run, shapes, sketch, tied
 
 # How common attention modules name their projections, the map after the heads and the number of heads.
 PROJECTIONS = (
@@ -337,7 +337,7 @@ def remove_heads(
         if len(kept) == count and torch.equal(kept, torch.arange(count)):
             continue
         if known[name].reason:
-            raise ValueError(f"remove_heads: {Left(name, known[name].reason)}. Leave it out of keep.")
+            raise ValueError(f"remove_heads: {Skipped(name, known[name].reason)}. Leave it out of keep.")
         if not len(kept) or bool((kept[1:] <= kept[:-1]).any()) or int(kept[0]) < 0 or int(kept[-1]) >= count:
             raise ValueError(
                 f"remove_heads: {name} must keep sorted indices in [0, {count}), at least one, got {kept.tolist()}."

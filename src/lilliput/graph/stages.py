@@ -5,10 +5,10 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from lilliput.graph.blocks import blocks_left, removable, remove_blocks
+from lilliput.graph.blocks import removable, remove_blocks, skipped_blocks
 from lilliput.graph.channels import groups
 from lilliput.graph.fold import fold_batchnorm
-from lilliput.graph.group import left
+from lilliput.graph.group import skipped
 from lilliput.graph.stride import earlier_stride, poolable, set_stride
 from lilliput.graph.students import student
 from lilliput.proposal import Known, Proposals, Refusal
@@ -133,7 +133,7 @@ class RemoveBlocks(Stage):
     def proposals(cls, model: nn.Module, task: Task, known: Known) -> Proposals | Refusal:
         """Offer one block, two blocks and so on, those first whose absence changes the outputs least."""
         example = task.example
-        for block in blocks_left(model, example):
+        for block in skipped_blocks(model, example):
             known.skip(block.name, block.reason)
         names = removable(model, example)
         if not names:
@@ -238,7 +238,7 @@ class Narrow(Stage):
     def proposals(cls, model: nn.Module, task: Task, known: Known) -> Proposals | Refusal:
         """Offer widths from 7/8 to 1/16, each uniform in fours, spread by weight, and uniform in eights."""
         found = groups(model, task.example)
-        for item in left(found):
+        for item in skipped(found):
             known.skip(item.name, item.reason)
         if not any(group.removable for group in found):
             return Refusal("no channel can go")

@@ -15,7 +15,7 @@ from lilliput.task import call
 
 
 @dataclass(frozen=True)
-class Left:
+class Skipped:
     """Name a part of a model that stays as it is, and why."""
 
     name: str

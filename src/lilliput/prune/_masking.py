@@ -59,17 +59,17 @@ class Masking(Rule):
         """How sparse the network is while it trains, for rules that begin dense: a number s means Cubic(s)."""
         return Cubic(self.sparsity, begin=0.1) if isinstance(self.sparsity, int | float) else self.sparsity
 
-    def left(self, model: nn.Module) -> dict[str, str]:
+    def skipped(self, model: nn.Module) -> dict[str, str]:
         """The tensors that `where` takes in but that are left alone, each with the reason."""
         return prunable(model, self.where, patterns.parse(self.pattern), type(self).__name__, self.allocation)[1]
 
     def begin(self, model: nn.Module, task: Task | None, reference: Reference | None, steps: int) -> State:
         who, pattern = type(self).__name__, patterns.parse(self.pattern)
-        names, left = prunable(model, self.where, pattern, who, self.allocation)
+        names, skipped = prunable(model, self.where, pattern, who, self.allocation)
         if not names:
             raise ValueError(
-                f"{who}: some tensor must be left to prune, got none of {list(left)[:3]}: "
-                f"{next(iter(left.values()), 'the allocation is empty')}."
+                f"{who}: some tensor must be left to prune, got none of {list(skipped)[:3]}: "
+                f"{next(iter(skipped.values()), 'the allocation is empty')}."
             )
         attach_masks(model, names, pattern, self.straight)
         return {}
@@ -115,11 +115,11 @@ def attach_gates(
     kind, seen = type(make("")), codes(model)
     if done := [name for name, chain in seen.items() if isinstance(chain[0], kind)]:
         return done
-    names, left = prunable(model, where, patterns.parse("elements"), who, allocation)
+    names, skipped = prunable(model, where, patterns.parse("elements"), who, allocation)
     if not names:
         raise ValueError(
-            f"{who}: some tensor must be left to prune, got none of {list(left)[:3]}: "
-            f"{next(iter(left.values()), 'the allocation is empty')}."
+            f"{who}: some tensor must be left to prune, got none of {list(skipped)[:3]}: "
+            f"{next(iter(skipped.values()), 'the allocation is empty')}."
         )
     for name in names:
         if name in seen:

@@ -92,10 +92,10 @@ def allocate(
     if not 0 <= tried[0] <= tried[-1] < 1:
         raise ValueError(f"allocate: levels must be in [0, 1), got {tried}. They are fractions of zeros.")
     tried = sorted({min(level, rule.most) for level in tried})
-    left = Prune(0.0, score=score, pattern=pattern, where=where).left(model)
-    names = [name for name in find(model, where, who="allocate") if name not in left]
+    skipped = Prune(0.0, score=score, pattern=pattern, where=where).skipped(model)
+    names = [name for name in find(model, where, who="allocate") if name not in skipped]
     if not names:
-        raise ValueError(f"allocate: some tensor must be left to prune, got none: {next(iter(left.values()))}.")
+        raise ValueError(f"allocate: some tensor must be left to prune, got none: {next(iter(skipped.values()))}.")
     masks = _masks(model, task, names, score, rule, tried, seed)
     lost = _divergences(model, task, masks)
     if latency_ms is not None:

@@ -28,7 +28,7 @@ class PruneChannels(Stage):
 
     Coupled are layers joined by additions, concatenations, grouped and depthwise convolutions, norms and recurrent
     layers. What is left is a plain module of smaller layers. Groups that cannot lose channels are left alone (see
-    `left`): the outputs, layers with one channel, tied and frozen layers, and what an operation mixes.
+    `skipped`): the outputs, layers with one channel, tied and frozen layers, and what an operation mixes.
 
     The score of channel c is taken over its filter W_c, everything that makes it, and summed over the layers that make
     it together. "l1", "l2": the norm of W_c. "geometric_median": the sum of its distances ||W_c - W_j|| to all filters
@@ -84,7 +84,7 @@ class PruneChannels(Stage):
         if self.multiple < 1:
             raise ValueError(f"PruneChannels: multiple must be at least 1, got {self.multiple}.")
 
-    def left(self, model: nn.Module, task: Task) -> dict[str, str]:
+    def skipped(self, model: nn.Module, task: Task) -> dict[str, str]:
         """List the groups that `where` takes in but that keep all their channels, each with the reason."""
         return {g.name: g.reason for g in self._chosen(model, groups(model, task.example)) if g.reason}
 

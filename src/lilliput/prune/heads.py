@@ -26,7 +26,7 @@ class PruneHeads(Stage):
     Scores are divided by their norm in the layer. "importance" is |dL/d xi_h| on average over examples, xi_h = 1 a gate
     on head h (Michel et al.); "taylor" the square of the batches' own gradient in the gate (Molchanov et al.), both on
     256 training examples; "l2" the norm of all the head's weights, for which no labels are needed; "random". Every
-    layer keeps at least one head; one that has only one, or shares or hides its tensors, is left alone (see `left`).
+    layer keeps at least one head; one that has only one, or shares or hides its tensors, is left alone (see `skipped`).
 
     An `nn.MultiheadAttention` becomes a `lilliput.graph.heads.HeadAttention`, since it cannot have fewer heads of the
     same size. The hidden units between the two linear layers of a block are channels: see `PruneChannels`.
@@ -72,7 +72,7 @@ class PruneHeads(Stage):
         if self.allocation not in ("global", "uniform"):
             raise ValueError(f"PruneHeads: allocation must be 'global' or 'uniform', got {self.allocation!r}.")
 
-    def left(self, model: nn.Module, task: Task) -> dict[str, str]:
+    def skipped(self, model: nn.Module, task: Task) -> dict[str, str]:
         """List the attention modules that `where` takes in but that keep all their heads, each with the reason."""
         return {h.name: h.reason for h in self._chosen(heads(model, task.example)) if h.reason}
 

@@ -57,23 +57,23 @@ def sort(
     reason.
     """
     kind = parse(pattern)
-    kept, left = prunable(model, where, kind, who, allocation)
+    kept, skipped = prunable(model, where, kind, who, allocation)
     for name in list(kept):
         module = model.get_submodule(name.rpartition(".")[0])
         weight: Tensor = getattr(module, name.rpartition(".")[2])
         if not sees_inputs(model, name) or "Conv1D" in type(module).__name__:
-            left[name] = "its inputs cannot be seen: no linear or convolutional module is called with them"
+            skipped[name] = "its inputs cannot be seen: no linear or convolutional module is called with them"
         elif isinstance(kind, NM) and kind.out:
-            left[name] = "its rows are solved one by one, which groups along the outputs would tie: use '2:4'"
+            skipped[name] = "its rows are solved one by one, which groups along the outputs would tie: use '2:4'"
         elif isinstance(kind, Units):
             rows, columns, *others = kind.block(tuple(weight.shape))
             if max(others, default=1) > 1 or (columns > 1 and weight[0, 0].numel() > 1):
-                left[name] = "its blocks must lie along the outputs, or along the inputs of a linear layer"
+                skipped[name] = "its blocks must lie along the outputs, or along the inputs of a linear layer"
             elif len(weight) // getattr(module, "groups", 1) % rows:
-                left[name] = "a block of outputs must lie in one group"
-        if name in left:
+                skipped[name] = "a block of outputs must lie in one group"
+        if name in skipped:
             kept.remove(name)
-    return kept, left
+    return kept, skipped
 
 
 @torch.no_grad()
@@ -143,7 +143,7 @@ def called(plain: nn.Module, inputs: Any, names: list[str]) -> list[str]:
 
 
 def prepared(
-    model: nn.Module, task: Task | None, names: list[str], left: dict[str, str], examples: int, who: str
+    model: nn.Module, task: Task | None, names: list[str], skipped: dict[str, str], examples: int, who: str
 ) -> tuple[nn.Module, Any, list[str]]:
     """Return a plain copy in float32, calibration inputs, and the weights whose layers are called, in order.
 
@@ -157,8 +157,8 @@ def prepared(
     if names:
         names = called(plain, inputs, names)
     if not names:
-        why = next(iter(left.values()), "no layer is called").rstrip(".")
-        raise ValueError(f"{who}: some weight must be left to prune, got none of {list(left)[:3]}: {why}.")
+        why = next(iter(skipped.values()), "no layer is called").rstrip(".")
+        raise ValueError(f"{who}: some weight must be left to prune, got none of {list(skipped)[:3]}: {why}.")
     return plain, inputs, names
 
 
@@ -176,8 +176,8 @@ def pruned(model: nn.Module, task: Task | None, who: str, settings: Any, solve: 
         The masked copy.
     """
     pattern = parse(settings.pattern)
-    names, left = sort(model, settings.where, settings.pattern, who, settings.allocation)
-    plain, inputs, names = prepared(model, task, names, left, settings.examples, who)
+    names, skipped = sort(model, settings.where, settings.pattern, who, settings.allocation)
+    plain, inputs, names = prepared(model, task, names, skipped, settings.examples, who)
     share = amounts(
         {name: plain.get_parameter(name) for name in names},
         1.0 if settings.sparsity is None else settings.sparsity,

@@ -51,17 +51,17 @@ def prunable(
         ValueError: For a name that the model does not have.
         NotSupported: For a tensor in another code.
     """
-    tensors, kept, left = parameter_names(model), [], {}
+    tensors, kept, skipped = parameter_names(model), [], {}
     names = find(model, where, who=who) if isinstance(allocation, str) else [name for name, _ in allocation]
     seen = codes(model)
     for name in names:
         if name not in tensors:
             raise ValueError(f"{who}: allocation must name tensors of the model, got {name!r}. {near(name, tensors)}")
         if why := reason(model, name):
-            left[name] = why
+            skipped[name] = why
             continue
         if not tensors[name].numel():
-            left[name] = "it is empty"
+            skipped[name] = "it is empty"
             continue
         if bool(tensors[name].isnan().any()):
             raise ValueError(
@@ -71,7 +71,7 @@ def prunable(
         try:
             pattern.of(name).check(tuple(tensors[name].shape))
         except ValueError as error:
-            left[name] = str(error)
+            skipped[name] = str(error)
             continue
         if name in seen and not isinstance(seen[name][0], Masked):
             raise NotSupported(
@@ -79,7 +79,7 @@ def prunable(
                 f"{type(seen[name][0]).__name__}. Prune first, then quantize or factorise."
             )
         kept.append(name)
-    return kept, left
+    return kept, skipped
 
 
 def attach_masks(model: nn.Module, names: Iterable[str], pattern: Pattern, straight: bool = False) -> dict[str, Masked]:

@@ -133,7 +133,7 @@ class OBC(Stage):
         pattern: "elements", "even", "2:4" (any N:M) or "block 4x1" (along the outputs, or also along the inputs of a
             linear layer).
         allocation: "uniform", "erk" or pairs (tensor, sparsity).
-        where: Which tensors, as in `Prune`; those of layers whose inputs cannot be seen are left alone (see `left`).
+        where: Which tensors, as in `Prune`; those of layers whose inputs cannot be seen are left alone (see `skipped`).
         damp: The damping of H, as a share of the mean of its diagonal.
         examples: How many inputs H is taken from; no labels are needed.
 
@@ -161,7 +161,7 @@ class OBC(Stage):
     def __post_init__(self) -> None:
         check("OBC", self.sparsity, self.pattern, self.allocation, self.examples, self.damp)
 
-    def left(self, model: nn.Module) -> dict[str, str]:
+    def skipped(self, model: nn.Module) -> dict[str, str]:
         """List the tensors that `where` takes in but that are left alone, each with the reason."""
         return sort(model, self.where, self.pattern, "OBC", self.allocation)[1]
 

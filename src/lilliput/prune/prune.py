@@ -33,7 +33,7 @@ class Prune(Stage, Rule):
         allocation: "global" (one threshold), "erk", "uniform", or pairs (tensor, final sparsity), which need no
             `sparsity`.
         where: Glob patterns on the names of tensors or modules, separated by commas. Tensors that are tied, or that the
-            pattern does not divide, are left alone (see `left`).
+            pattern does not divide, are left alone (see `skipped`).
         every: Steps between masks while training.
         seed: The seed of the random score and of drawn labels.
 
@@ -72,7 +72,7 @@ class Prune(Stage, Rule):
         if self.every < 1:
             raise ValueError(f"Prune: every must be at least 1 step, got {self.every}.")
 
-    def left(self, model: nn.Module) -> dict[str, str]:
+    def skipped(self, model: nn.Module) -> dict[str, str]:
         """List the tensors that `where` takes in but that are left alone, each with the reason."""
         return self._sort(model)[1]
 
@@ -132,19 +132,19 @@ class Prune(Stage, Rule):
         return Cubic(float(self.sparsity)) if isinstance(self.sparsity, int | float) else self.sparsity
 
     def _sort(self, model: nn.Module) -> tuple[list[str], dict[str, str]]:
-        kept, left = prunable(model, self.where, patterns.parse(self.pattern), "Prune", self.allocation)
+        kept, skipped = prunable(model, self.where, patterns.parse(self.pattern), "Prune", self.allocation)
         if any(map(of_layer_inputs, scores.needs(scores.lookup(self.score)))):
             for name in [name for name in kept if not sees_inputs(model, name)]:
                 kept.remove(name)
-                left[name] = f"the score {self.score!r} needs its inputs, which no module shows"
-        return kept, left
+                skipped[name] = f"the score {self.score!r} needs its inputs, which no module shows"
+        return kept, skipped
 
     def _attach(self, model: nn.Module) -> list[str]:
-        names, left = self._sort(model)
+        names, skipped = self._sort(model)
         if not names:
             raise ValueError(
-                f"Prune: some tensor must be left to prune, got none of {list(left)[:3]}: "
-                f"{next(iter(left.values()), 'the allocation is empty')}."
+                f"Prune: some tensor must be left to prune, got none of {list(skipped)[:3]}: "
+                f"{next(iter(skipped.values()), 'the allocation is empty')}."
             )
         attach_masks(model, names, patterns.parse(self.pattern))
         return names

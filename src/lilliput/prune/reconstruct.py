@@ -70,7 +70,7 @@ class Reconstruct(Stage):
     is, a copy.
 
     Args:
-        where: Which masked tensors; those of layers whose inputs cannot be seen are left alone (see `left`).
+        where: Which masked tensors; those of layers whose inputs cannot be seen are left alone (see `skipped`).
         examples: How many inputs X is taken from.
         damp: lambda as a share of the mean of the squared inputs.
 
@@ -100,7 +100,7 @@ class Reconstruct(Stage):
                 f"Reconstruct: examples must be at least 1 and damp above 0, got {self.examples} and {self.damp:g}."
             )
 
-    def left(self, model: nn.Module) -> dict[str, str]:
+    def skipped(self, model: nn.Module) -> dict[str, str]:
         """List the masked tensors that `where` takes in but that are left alone, each with the reason."""
         return self._sort(model)[1]
 
@@ -111,16 +111,16 @@ class Reconstruct(Stage):
         return sort(model, ",".join(masked), "elements", "Reconstruct")
 
     def __call__(self, model: nn.Module, task: Task | None, reference: Reference | None) -> nn.Module:
-        names, left = self._sort(model)
+        names, skipped = self._sort(model)
         result = copy_model(model)
         if not masks(model):
             return result
-        if not names and not left:
+        if not names and not skipped:
             raise ValueError(
                 f"Reconstruct: where must match a masked tensor, got {self.where!r}. Masked are "
                 f"{', '.join(list(masks(model))[:5])}."
             )
-        plain, inputs, names = prepared(model, task, names, left, self.examples, "Reconstruct")
+        plain, inputs, names = prepared(model, task, names, skipped, self.examples, "Reconstruct")
         dense = {} if reference is None else dict(realize(reference.model).named_parameters())
         masked = masks(result, names)
 

@@ -170,11 +170,10 @@ class Seam(Stage):
         body = fold_batchnorm(plain, example).eval().requires_grad_(False)
         head = _head(body, example, self.classes, self.rest).to(device)
         net = Reused(body, head) if isinstance(example, Tensor) else ReusedInputs(body, head)
-        names, left = prunable(body, self.where, patterns.parse("elements"), "Seam")
+        names, skipped = prunable(body, self.where, patterns.parse("elements"), "Seam")
         if not names:
-            raise ValueError(
-                f"Seam: some weight must be free to go, got none of {list(left)[:3]}: {next(iter(left.values()), '')}."
-            )
+            why = next(iter(skipped.values()), "")
+            raise ValueError(f"Seam: some weight must be free to go, got none of {list(skipped)[:3]}: {why}.")
         scores, masked = (_elements if self.pattern == "elements" else _channels)(body, example, names, self.start)
         optimizer = torch.optim.Adam(
             [

@@ -96,7 +96,7 @@ class SparseGPT(Stage):
         pattern: "elements", "even", "2:4" (any N:M) or "block 4x1" (along the outputs, or also along the inputs of a
             linear layer).
         allocation: "uniform", "erk" or pairs (tensor, sparsity).
-        where: Which tensors, as in `Prune`; those of layers whose inputs cannot be seen are left alone (see `left`).
+        where: Which tensors, as in `Prune`; those of layers whose inputs cannot be seen are left alone (see `skipped`).
         width: How many columns get their mask at once.
         damp: The damping of H, as a share of the mean of its diagonal.
         examples: How many inputs H is taken from; no labels are needed.
@@ -128,7 +128,7 @@ class SparseGPT(Stage):
         if self.width < 1:
             raise ValueError(f"SparseGPT: width must be at least 1 column, got {self.width}.")
 
-    def left(self, model: nn.Module) -> dict[str, str]:
+    def skipped(self, model: nn.Module) -> dict[str, str]:
         """List the tensors that `where` takes in but that are left alone, each with the reason."""
         return sort(model, self.where, self.pattern, "SparseGPT", self.allocation)[1]
 

@@ -103,18 +103,18 @@ class WoodFisher(Stage):
         if self.size < 1 or self.rounds < 1:
             raise ValueError(f"WoodFisher: size and rounds must be at least 1, got {self.size} and {self.rounds}.")
 
-    def left(self, model: nn.Module) -> dict[str, str]:
+    def skipped(self, model: nn.Module) -> dict[str, str]:
         """List the tensors that `where` takes in but that are left alone, each with the reason."""
         return prunable(model, self.where, parse(self.pattern), "WoodFisher", self.allocation)[1]
 
     def __call__(self, model: nn.Module, task: Task | None, reference: Reference | None) -> nn.Module:
         pattern = parse(self.pattern)
-        names, left = prunable(model, self.where, pattern, "WoodFisher", self.allocation)
+        names, skipped = prunable(model, self.where, pattern, "WoodFisher", self.allocation)
         if task is None:
             raise ValueError("WoodFisher: a task must be given, whose loss is kept low, got None. Pass task=.")
         if not names:
-            why = next(iter(left.values()), "the allocation is empty").rstrip(".")
-            raise ValueError(f"WoodFisher: some tensor must be left to prune, got none of {list(left)[:3]}: {why}.")
+            why = next(iter(skipped.values()), "the allocation is empty").rstrip(".")
+            raise ValueError(f"WoodFisher: some tensor must be left to prune, got none of {list(skipped)[:3]}: {why}.")
         plain = realize(model).eval().float().requires_grad_(False)
         examples = Labelled.of(plain, task, self.examples, self.seed)
         parameters: dict[str, Tensor] = {name: plain.get_parameter(name) for name in names}

@@ -28,7 +28,7 @@ class Quantize(Stage):
 
     Args:
         bits: 2 to 16, for every weight that `allocation` does not name.
-        where: which tensors; tied ones are left alone (see `left`).
+        where: which tensors; tied ones are left alone (see `skipped`).
         per: "channel" (first axis), "tensor" or a group size; where a group does not divide a tensor's rows it gets a
             step per channel.
         symmetric: whether z = 0.
@@ -81,7 +81,7 @@ class Quantize(Stage):
         if self.biases not in ("float16", "float32"):
             raise ValueError(f"Quantize: biases must be 'float16' or 'float32', got {self.biases!r}.")
 
-    def left(self, model: nn.Module) -> dict[str, str]:
+    def skipped(self, model: nn.Module) -> dict[str, str]:
         """The tensors that `where` takes in but that are left alone, each with the reason."""
         return {name: why for name in chosen(model, self.where, who="Quantize") if (why := reason(model, name))}
 
@@ -125,17 +125,19 @@ class Quantize(Stage):
 
     def _bits(self, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, int]:
         """The bits of every tensor that is quantized."""
-        left = self.left(model)
-        names = [name for name in chosen(model, self.where, who="Quantize") if name not in left]
+        skipped = self.skipped(model)
+        names = [name for name in chosen(model, self.where, who="Quantize") if name not in skipped]
         for name, _ in self.allocation:
             if name not in tensors:
                 raise ValueError(
                     f"Quantize: allocation must name tensors of the model, got {name!r}. {near(name, tensors)}"
                 )
-        names += [name for name, _ in self.allocation if name not in names and name not in left]
+        names += [name for name, _ in self.allocation if name not in names and name not in skipped]
         if not names:
-            raise ValueError(f"Quantize: some tensor must be left to quantize, got none: {next(iter(left.values()))}.")
-        return dict.fromkeys(names, self.bits) | {name: bits for name, bits in self.allocation if name not in left}
+            raise ValueError(
+                f"Quantize: some tensor must be left to quantize, got none: {next(iter(skipped.values()))}."
+            )
+        return dict.fromkeys(names, self.bits) | {name: bits for name, bits in self.allocation if name not in skipped}
 
     @torch.no_grad()
     def _round(self, model: nn.Module, given: nn.Module, task: Task | None, attached: dict[str, Uniform]) -> None:

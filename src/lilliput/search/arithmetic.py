@@ -37,7 +37,7 @@ def points(job: Job) -> list[Point]:
     found: list[Point] = []
     for tolerance in TOLERANCES:
         name = f"same structure, 8-bit arithmetic within {tolerance:g}"
-        if job.clock.left(0.9) < 1:
+        if job.clock.remaining(0.9) < 1:
             break
         try:
             with job.clock.on("calibrate"):

@@ -126,8 +126,8 @@ def _resampled(task: Task, dense: Score, scores: Sequence[Score], draws: int, se
     inside, outside = np.empty((draws, len(scores))), np.empty((draws, len(scores)))
     for b in range(draws):
         index = generator.integers(0, n, n)
-        left = np.setdiff1d(np.arange(n), index)
-        for rows, target in ((index, inside), (left, outside)):
+        unseen = np.setdiff1d(np.arange(n), index)
+        for rows, target in ((index, inside), (unseen, outside)):
             base = dense.resampled(rows) if len(rows) else np.nan
             target[b] = [task.loss_of(base, score.resampled(rows) if len(rows) else np.nan) for score in scores]
     defined = np.isfinite(inside).all(1)  # a metric may have no value on a draw: AUC without a positive example

@@ -104,9 +104,9 @@ def _measure(job: Job, best: list[Point]) -> dict[int, Any]:
         sessions: dict[str, Any] = {str(i): Session(point.proto) for i, point in enumerate(best)}
         job.clock.reserved_s = 0.0
         asked = job.question.for_latency
-        compiled = engine.sessions(job, best, job.clock.left(0.97) - 6) if asked else {}
+        compiled = engine.sessions(job, best, job.clock.remaining(0.97) - 6) if asked else {}
         sessions |= {f"engine {i}": session for i, session in compiled.items()}
-        seconds = max(2 * SECONDS_EACH, min(12.0, SECONDS_EACH * len(sessions), job.clock.left(0.97)))
+        seconds = max(2 * SECONDS_EACH, min(12.0, SECONDS_EACH * len(sessions), job.clock.remaining(0.97)))
         times = latency(sessions, job.task.example, seconds=seconds)
     for i, point in enumerate(best):
         point.latency, point.engine = times[str(i)], times.get(f"engine {i}")

@@ -164,7 +164,7 @@ class Job:
         def halt(step: int) -> bool:
             if self.stopped:
                 raise CancelledError
-            return step % 8 == 0 and self.clock.left(until) < 0
+            return step % 8 == 0 and self.clock.remaining(until) < 0
 
         return halt
 

@@ -62,7 +62,7 @@ class Network(Target):
         with job.clock.on("train"):
             _teach(job, pool)
         share = asked / 16 + (asked // 3) * (RUNGS[1] - RUNGS[0]) + finals * (1 - RUNGS[1]) + finals * len(wanted) * 0.2
-        pace.set_slot(0.88 * job.workers * job.clock.left(0.93) / share)
+        pace.set_slot(0.88 * job.workers * job.clock.remaining(0.93) / share)
         refine(job, pace, pool, explore(job, space, pace, pool, asked, finals), wanted)
 
     def tensors(self, job: Job, point: Point) -> dict[str, Tensor]:
@@ -120,7 +120,7 @@ def _too_slow(job: Job, space: Space, pace: Pace) -> str:
         except FAILURES as error:
             reason = f"a step of it raised {type(error).__name__}: {error}"
             continue
-        steps = speed * job.clock.left(0.6) * job.workers
+        steps = speed * job.clock.remaining(0.6) * job.workers
         if steps >= 3000:
             return ""
         return f"{max(0.0, steps):.0f} steps fit into the budget, too few to train a student"

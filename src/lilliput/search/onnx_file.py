@@ -98,7 +98,7 @@ class OnnxFile(Target):
         sizes = {name: weights[name].size for name in job.known.harm}
         losses, found = by_bits(job.known.harm), list[Point]()
         for mean in MEANS:
-            if not sizes or job.clock.left(0.9) < 1:
+            if not sizes or job.clock.remaining(0.9) < 1:
                 break
             bits = dict.fromkeys(weights, mean) | allocate_bits(losses, sizes, mean * sum(sizes.values()))
             found += self._point(job, f"{mean} bits on average", quantized(weights, axes, bits))

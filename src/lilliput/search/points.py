@@ -43,7 +43,7 @@ class Clock:
         """Seconds since the search began."""
         return time.monotonic() - self.began
 
-    def left(self, until: float = 1.0) -> float:
+    def remaining(self, until: float = 1.0) -> float:
         """Seconds until a fraction of the budget that is not reserved; infinite without one."""
         return float("inf") if self.budget_s is None else (self.budget_s - self.reserved_s) * until - self.now
 

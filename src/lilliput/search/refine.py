@@ -101,7 +101,7 @@ def _survivor(job: Job, pace: Pace, plan: Recipe, wanted: tuple[Tail, ...]) -> N
         folded = fold_batchnorm(realize(model), job.task.example)
         _point(job, folded, plan, Tail(), recipe)
         with job.clock.on("calibrate"):
-            offers = codes.offers(folded, job.task, seconds=max(2.0, 0.02 * min(job.clock.left(), 600)))
+            offers = codes.offers(folded, job.task, seconds=max(2.0, 0.02 * min(job.clock.remaining(), 600)))
     except StoreError:
         raise
     except FAILURES as error:
@@ -116,7 +116,7 @@ def _tail(
 ) -> None:
     """One variant of a trained structure; skipped when the time is up."""
     title = f"{name(plan)}, {which.name()}"
-    if which.trained and pace.slot_s is not None and job.clock.left(0.94) < 0.12 * pace.slot_s:
+    if which.trained and pace.slot_s is not None and job.clock.remaining(0.94) < 0.12 * pace.slot_s:
         job.failed(title, TimeoutError("the budget leaves no time to train it"))
         return
     try:
@@ -125,7 +125,7 @@ def _tail(
         whole = Recipe((*recipe.stages, *stages))
         with job.clock.on("train" if which.trained else "calibrate"):
             model = job.runner.make(whole, job.halt(0.95))
-        if which.trained and job.clock.left(0.95) < 0:
+        if which.trained and job.clock.remaining(0.95) < 0:
             raise TimeoutError("the budget ended while it trained")
         _point(job, model, plan, which, whole)
     except StoreError:
