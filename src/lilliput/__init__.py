@@ -18,6 +18,7 @@ _CORE = {
     "Result": "lilliput.search.finish",
     "save": "lilliput.export.save",
     "load": "lilliput.export.pack",
+    "restore": "lilliput.export.restore",
     "run": "lilliput.runner",
     # the engine
     "compile": "lilliput.engine.compile",

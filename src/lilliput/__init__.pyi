@@ -22,6 +22,7 @@ from lilliput.errors import FloorNotMet as FloorNotMet
 from lilliput.errors import NotSupported as NotSupported
 from lilliput.errors import StoreError as StoreError
 from lilliput.export.pack import load as load
+from lilliput.export.restore import restore as restore
 from lilliput.export.save import save as save
 from lilliput.factor.svd import Factorize as Factorize
 from lilliput.finding import Finding as Finding

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lilliput.code.base import codes, copy_model, realize
+from lilliput.code.base import codes, copy_model, realize, uncoded
 from lilliput.code.state import describe, reattach
 from lilliput.recipe import Recipe, next_key, start_key
 from lilliput.stage import Reference, Stage
@@ -147,10 +147,13 @@ class Runner:
     def _restored(self, model: nn.Module, key: str) -> nn.Module | None:
         """The result of a training that is in the store, with its codes, which nothing is measured for; or None."""
         record = self.store.record(key)
-        tensors = self.store.tensors(key) if record and "codes" in record else None
+        if record is not None and "codes" not in record:
+            self.store.damaged.append(f"{key}.json, written by an earlier version, which did not say the codes")
+            return None
+        tensors = self.store.tensors(key) if record else None
         if record is None or tensors is None:
             return None
-        result = realize(model) if codes(model) else copy_model(model)
+        result = uncoded(model)
         reattach(result, record["codes"], tensors)
         # At a rung rules are still at work, and what their hooks count is in the tensors too.
         missing = result.load_state_dict(tensors, strict=False).missing_keys

@@ -357,18 +357,29 @@ def realize(model: nn.Module) -> nn.Module:
         >>> sorted(realize(net).state_dict())
         ['0.bias', '0.weight']
     """
-    result = copy_model(model)
+    return _decoded(copy_model(model), nn.Module)
+
+
+def _decoded(result: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """Decode, in place, every tensor that a parametrization of a kind computes."""
     decoded: dict[int, tuple[nn.Module, nn.Parameter]] = {}
     for _, module in list(plain_modules(result)):
         if parametrize.is_parametrized(module):
             for attribute in list(lists(module)):
                 holder = lists(module)[attribute]
+                if not isinstance(holder[0], kind):
+                    continue
                 if id(holder) not in decoded:
                     decoded[id(holder)] = holder, dense(module, attribute)
                 strip(module, attribute, decoded[id(holder)][1])
             if isinstance(module, nn.RNNBase):
                 module._init_flat_weights()
     return result
+
+
+def uncoded(model: nn.Module) -> nn.Module:
+    """A copy whose coded tensors are decoded; those that another parametrization computes stay as they are."""
+    return _decoded(copy_model(model), Code)
 
 
 def dense(module: nn.Module, attribute: str) -> nn.Parameter:

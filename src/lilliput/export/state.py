@@ -11,9 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lilliput.code.state import describe
+from lilliput.code.base import uncoded
+from lilliput.code.state import describe, reattach
 from lilliput.errors import StoreError
-from lilliput.quant.activations import activations
+from lilliput.quant.activations import CHILD, Activation, activations, put
 
 KEY = "lilliput"
 FORMAT = 1
@@ -24,10 +25,45 @@ def description(model: nn.Module) -> dict[str, Any]:
     return {"format": FORMAT, "codes": describe(model), "activations": activations(model)}
 
 
+def rebuilt(model: nn.Module, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a model with the codes that were described and the state that it had with them. Nothing is encoded.
+
+    Args:
+        model: the plain network, or one with other codes, which go.
+        described: what `description` said of the coded network.
+        tensors: the coded network's state_dict.
+
+    Returns:
+        The coded network, in eval mode.
+
+    Raises:
+        KeyError: for a code that is not known.
+        StoreError: where the model has other tensors than the state.
+    """
+    result = uncoded(model)
+    paths = dict(result.named_modules())
+    for path, bits in described["activations"].items():
+        if path not in paths:
+            raise StoreError(f"restore: the model must have the module {path!r}, whose output is rounded, and has not.")
+        if not isinstance(getattr(paths[path], CHILD, None), Activation):
+            put(paths[path], Activation(bits))
+    reattach(result, described["codes"], tensors)
+    present = result.state_dict()
+    for name in tensors.keys() - present.keys():  # what a rule keeps in a module until the end of its training
+        path, _, key = name.rpartition(".")
+        if path in paths and "parametrizations" not in path and key not in paths[path]._parameters:
+            paths[path].register_buffer(key, tensors[name].clone())
+    try:
+        result.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise StoreError(f"restore: the model must have the tensors of the file, but: {error}") from error
+    return result.eval()
+
+
 def state_bytes(tensors: Mapping[str, Tensor], model: nn.Module | None = None) -> bytes:
     """The file: tensors by name, and the codes of the model that they belong to, where there is one."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    metadata = None if model is None else {KEY: json.dumps(description(model), sort_keys=True)}
+    metadata = None if model is None else {KEY: json.dumps(description(model))}
     data: bytes = save(plain, metadata)
     return data
 
@@ -49,7 +85,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise StoreError(f"restore: {path.name} is damaged or cut short ({error}). Copy it again.") from error
     if text is None:
         raise StoreError(f"restore: {path.name} must say which codes it holds, and does not. Write it again.")
-    found = json.loads(text)
+    found: dict[str, Any] = json.loads(text)
     if found.get("format") != FORMAT:
         got = found.get("format")
         raise StoreError(f"restore: {path.name} must be of format {FORMAT}, got {got!r}. Update lilliput.")
