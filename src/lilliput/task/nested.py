@@ -29,6 +29,8 @@ class Named(dict[str, Any]):
 
 def children(value: Any) -> dict[Any, Any] | None:
     """The parts of a container by key or place, without those that are None; None for what is no container."""
+    if isinstance(value, Tensor):  # first, since it is asked several times in every step of a training
+        return None
     if isinstance(value, Tensor):  # first, since a step of training comes here often
         return None
     if is_dataclass(value) and not isinstance(value, type):
@@ -122,7 +124,7 @@ def take(inputs: Any, index: Any) -> Any:
 
 def length(inputs: Any) -> int:
     """How many examples a structure holds: the first axis of its first tensor."""
-    return len(next(iter(leaves(inputs))))
+    return len(inputs) if isinstance(inputs, Tensor) else len(next(iter(leaves(inputs))))
 
 
 def joined(parts: list[Any]) -> Any:
@@ -137,6 +139,8 @@ def on(inputs: Any, device: torch.device) -> Any:
 
 def call(model: Model, inputs: Any) -> Any:
     """`model` on inputs: a tuple is given in order, a dictionary by name, anything else as one argument."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
