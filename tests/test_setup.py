@@ -192,3 +192,15 @@ def test_tests_run_on_one_thread_without_a_network() -> None:
         socket.getaddrinfo("example.org", 80)
     with socket.create_server(("127.0.0.1", 0)) as server:
         socket.create_connection(server.getsockname()).close()
+
+
+def test_pre_commit_runs_what_make_lint_runs() -> None:
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert recipe is not None
+    lint = [" ".join(words) for words in re.findall(r"\$\(SCRIPTS\)/(\w+)(?: (format|check))?", recipe[1])]
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    entries = [" ".join(words) for words in re.findall(r"entry: (\w+)(?: (format|check))?", hooks)]
+    assert (
+        [word.strip() for word in entries] == [word.strip() for word in lint] == ["ruff format", "ruff check", "mypy"]
+    )
+    assert set(re.findall(r"repo: (\S+)", hooks)) == {"local"} and "language: system" in hooks
