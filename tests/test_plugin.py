@@ -204,6 +204,29 @@ def test_a_recipe_holds_its_code(run: Run, tmp_path: Path) -> None:
     assert summary["packed_bytes"] == (tmp_path / "out" / "model.lil").stat().st_size
 
 
+def test_its_code_is_restored_in_another_process_and_saved_as_the_same_bytes(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(
+        '[[stages]]\nstage = "Encode"\ncode = { code = "Palette", rounds = 5 }\nwhere = "0,2"\n'
+    )
+    run("-m", "lilliput.cli", "run", "recipe.toml", "toy.py:wide", "--out", "out")
+    run("-c", textwrap.dedent("""
+        import lilliput, torch
+        from toy import wide
+        from lilliput.code.base import codes
+        dense, task = wide()
+        net = lilliput.restore("out", dense)
+        assert [type(code).__name__ for chain in codes(net).values() for code in chain] == ["Palette", "Palette"]
+        lilliput.save(net, task.example, "again", lilliput.Recipe.read("out/recipe.toml"))
+        optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+        loss = net(task.example).square().sum()
+        loss.backward()
+        optimizer.step()
+        assert float(net(task.example).square().sum()) < float(loss)
+    """))  # fmt: skip
+    for name in ("model.onnx", "model.lil", "model.safetensors", "recipe.toml"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
 def test_a_dry_run_shows_what_it_proposes(run: Run) -> None:
     made = run("-m", "lilliput.cli", "shrink", "toy.py:make", "--dry-run", "--json")
     tried = json.loads(made.stdout)["tried"]
