@@ -131,8 +131,9 @@ def test_the_folder_of_a_run_is_restored_without_its_data(name: str, tmp_path: P
     torch.manual_seed(0)
     make, inputs, stages = RECIPES[name]
     dense, task = make(), toy(inputs())
-    apply(dense, task, Recipe(stages), tmp_path / "run")
+    summary = apply(dense, task, Recipe(stages), tmp_path / "run")
     again = lilliput.restore(tmp_path / "run", dense)
+    assert list(summary["codes"]) == list(codes(again))
     x = task.example
     close = 1e-2 if name == "activations" else 1e-5  # a rounding may fall on the other side in another runtime
     torch.testing.assert_close(lilliput.load(tmp_path / "run")(x), again(x), rtol=1e-4, atol=close)

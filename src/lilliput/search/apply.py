@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lilliput.code.base import copy_model
+from lilliput.code.state import describe
 from lilliput.cost.measure import machine
 from lilliput.errors import StoreError
 from lilliput.export.guard import worst
@@ -54,6 +55,7 @@ def apply(
         "task": task.name,
         "seed": seed,
         "recipe": recipe.data(),
+        "codes": describe(made),
         **point.row(),
         "beside_dense": _beside(task, point.outputs, dense),
         "machine": machine(),
