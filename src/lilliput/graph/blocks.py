@@ -78,14 +78,14 @@ def skipped_blocks(model: nn.Module, example: Any) -> tuple[Skipped, ...]:
     """List the entries of lists of blocks that `removable` leaves out, each with the reason."""
     work = copied(model, "skipped_blocks")
     seen, free, before = calls(work, example), removable(model, example), run(work, example)
-    found = []
+    skipped = []
     for name, module in work.named_modules():
         listed = bool(name) and isinstance(holders(work, name)[0], _LISTS) and any(True for _ in module.children())
         related = any(f"{name}.".startswith(f"{f}.") or f.startswith(f"{name}.") for f in free)
         if listed and not related and name in seen and any(True for _ in module.parameters()):
             why = _reason(seen[name]) or _why(work, name, example, seen, before) or "it is part of a block"
-            found.append(Skipped(name, why))
-    return tuple(found)
+            skipped.append(Skipped(name, why))
+    return tuple(skipped)
 
 
 def _reason(seen: Call) -> str:
@@ -109,17 +109,17 @@ def _candidates(module: nn.Module, path: str, fits: set[str]) -> list[tuple[str,
     fit = path in fits and any(True for _ in module.parameters())
     if not children:
         return [(path, "layer")] if fit and isinstance(module, _LAYERS) else []
-    found = [c for full, child in children.items() for c in _candidates(child, full, fits)]
+    blocks = [c for full, child in children.items() for c in _candidates(child, full, fits)]
     if type(module) in _LISTS:
         kinds = {type(child) for child in children.values()}
         if len(kinds) == 1 and not kinds & {*_LISTS, *_LAYERS}:
-            found = [(name, "listed" if name in children else kind) for name, kind in found]
-        return found or ([(path, "layer")] if fit else [])
+            blocks = [(name, "listed" if name in children else kind) for name, kind in blocks]
+        return blocks or ([(path, "layer")] if fit else [])
     if not path:  # the network itself: only what it calls by name is its own business
-        return [c for c in found if not isinstance(children.get(c[0]), _LAYERS)]
+        return [c for c in blocks if not isinstance(children.get(c[0]), _LAYERS)]
     if fit:
-        return [c for c in found if c[1] == "listed"] or [(path, "block")]
-    return [c for c in found if c[1] != "layer"]
+        return [c for c in blocks if c[1] == "listed"] or [(path, "block")]
+    return [c for c in blocks if c[1] != "layer"]
 
 
 def _why(model: nn.Module, name: str, example: Any, seen: Mapping[str, Call], before: list[Tensor]) -> str:

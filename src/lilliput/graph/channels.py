@@ -56,7 +56,7 @@ def groups(model: nn.Module, example: Any) -> tuple[Group, ...]:
     """
     work = copied(model, "groups")
     try:
-        found = dependencies(work, example)
+        listed = dependencies(work, example)
     except Exception as error:  # whatever a stranger's forward raises: nothing of this model can be followed
         why = f"the model could not be followed ({type(error).__name__}: {first_line(error)})"
         return tuple(
@@ -65,8 +65,8 @@ def groups(model: nn.Module, example: Any) -> tuple[Group, ...]:
             if any(True for _ in module.parameters(recurse=False))
         )
     seen = calls(work, example)
-    found = [replace(g, reason=g.reason or _reason(work, g, seen)) for g in found]
-    return tuple(_tried(model, example, found) + _unseen(work, found))
+    listed = [replace(g, reason=g.reason or _reason(work, g, seen)) for g in listed]
+    return tuple(_tried(model, example, listed) + _unseen(work, listed))
 
 
 def _whole(name: str, module: nn.Module, why: str) -> Group:
@@ -78,9 +78,9 @@ def _whole(name: str, module: nn.Module, why: str) -> Group:
     return Group(name, len(everything), (Part(name, "out", everything, everything),), (0,) * len(everything), why)
 
 
-def _unseen(model: nn.Module, found: list[Group]) -> list[Group]:
+def _unseen(model: nn.Module, listed: list[Group]) -> list[Group]:
     """Layers with parameters that no group mentions."""
-    made = {p.layer for g in found for p in g.parts if p.side == "out"}
+    made = {p.layer for g in listed for p in g.parts if p.side == "out"}
     heads = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention))
     return [
         _whole(name, module, slicing.reason(module) or "no run of the example joins it to the output")
@@ -128,15 +128,15 @@ def _labelled(model: nn.Module, group: Group) -> Group:
     return replace(group, classes=tuple(inverse.tolist()))
 
 
-def _tried(model: nn.Module, example: Any, found: list[Group]) -> list[Group]:
-    found = [_labelled(model, g) if g.removable else g for g in found]
-    found = [replace(g, reason="there is only one") if g.removable and g.size < 2 else g for g in found]
-    candidates = [g for g in found if g.removable]
+def _tried(model: nn.Module, example: Any, listed: list[Group]) -> list[Group]:
+    listed = [_labelled(model, g) if g.removable else g for g in listed]
+    listed = [replace(g, reason="there is only one") if g.removable and g.size < 2 else g for g in listed]
+    candidates = [g for g in listed if g.removable]
     awake = _awake(copied(model, "groups"))
     dense = run(awake, example)
     if not candidates or not _trial(awake, example, candidates, dense):
-        return found
-    return [replace(g, reason=_trial(awake, example, [g], dense)) if g.removable else g for g in found]
+        return listed
+    return [replace(g, reason=_trial(awake, example, [g], dense)) if g.removable else g for g in listed]
 
 
 def _awake(model: nn.Module) -> nn.Module:
@@ -181,12 +181,12 @@ def _trial(model: nn.Module, example: Any, candidates: list[Group], dense: list[
     return ""
 
 
-def _layers(found: Iterable[Group]) -> list[str]:
-    return list(dict.fromkeys(part.layer for group in found for part in group.parts))
+def _layers(listed: Iterable[Group]) -> list[str]:
+    return list(dict.fromkeys(part.layer for group in listed for part in group.parts))
 
 
 def remove_channels(
-    model: nn.Module, example: Any, keep: Mapping[str, Tensor], found: tuple[Group, ...] | None = None
+    model: nn.Module, example: Any, keep: Mapping[str, Tensor], listed: tuple[Group, ...] | None = None
 ) -> nn.Module:
     """Copy a model with only the channels keep[name] of each named group; a plain module that trains and exports.
 
@@ -194,7 +194,7 @@ def remove_channels(
         model: A model without codes.
         example: One example of inputs.
         keep: Group name -> sorted indices of the channels that stay (a group that is not named keeps all).
-        found: What `groups(model, example)` returned, to save the time of finding it again.
+        listed: What `groups(model, example)` returned, to save the time of finding it again.
 
     Returns:
         The copy.
@@ -210,8 +210,8 @@ def remove_channels(
         >>> remove_channels(net, torch.rand(1, 4), {"0": torch.tensor([1, 5])})[2]
         Linear(in_features=2, out_features=2, bias=True)
     """
-    found = groups(model, example) if found is None else found
-    known = {g.name: g for g in found}
+    listed = groups(model, example) if listed is None else listed
+    known = {g.name: g for g in listed}
     chosen: dict[str, Tensor] = {}
     for name, kept in keep.items():
         if name not in known:

@@ -68,10 +68,10 @@ def remove_empty(model: nn.Module, example: Any) -> nn.Module:
     inputs = _drawn(example)
     small = _without_blocks(small, example, inputs)
     while True:
-        found = {g.name: g for g in groups(small, example) if g.removable}
-        keep = {name: stays for name, g in found.items() if len(stays := occupied(small, g)) < g.size}
-        keep = {name: stays for name, stays in keep.items() if not _mixed(small, found[name])}
-        smaller = _removed(small, example, inputs, keep, tuple(found.values()))
+        free = {g.name: g for g in groups(small, example) if g.removable}
+        keep = {name: stays for name, g in free.items() if len(stays := occupied(small, g)) < g.size}
+        keep = {name: stays for name, stays in keep.items() if not _mixed(small, free[name])}
+        smaller = _removed(small, example, inputs, keep, tuple(free.values()))
         if smaller is small:
             break
         small = smaller
@@ -112,15 +112,15 @@ def _mixed(model: nn.Module, group: Group) -> bool:
 
 
 def _removed(
-    model: nn.Module, example: Any, inputs: Any, keep: Mapping[str, Tensor], found: tuple[Group, ...]
+    model: nn.Module, example: Any, inputs: Any, keep: Mapping[str, Tensor], free: tuple[Group, ...]
 ) -> nn.Module:
     """Without these channels, all at once where that changes nothing, else one group at a time; itself where none."""
     before = run(model, inputs)
-    if keep and agree(before, run(smaller := remove_channels(model, example, keep, found), inputs), 1e-4):
+    if keep and agree(before, run(smaller := remove_channels(model, example, keep, free), inputs), 1e-4):
         return smaller
     for name in keep:
         if len(keep) > 1:
-            smaller = remove_channels(model, example, {name: keep[name]}, found)
+            smaller = remove_channels(model, example, {name: keep[name]}, free)
             if agree(before, run(smaller, inputs), 1e-4):
                 return smaller
     return model

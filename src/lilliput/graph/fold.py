@@ -101,7 +101,7 @@ def _pairs(model: nn.Module, example: Any) -> list[tuple[nn.Module, nn.Module]]:
         if counts.get(name) == 1 and name not in shared and "weight" in module._parameters
     }
     readers, makers = _Readers(), dict[int, nn.Module]()
-    found: list[tuple[nn.Module, nn.Module, int]] = []
+    pairs: list[tuple[nn.Module, nn.Module, int]] = []
 
     def made(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if module in once and isinstance(output, Tensor) and not (isinstance(module, nn.Linear) and output.ndim != 2):
@@ -110,7 +110,7 @@ def _pairs(model: nn.Module, example: Any) -> list[tuple[nn.Module, nn.Module]]:
 
     def normed(module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and id(args[0]) in makers and module in norms:
-            found.append((makers[id(args[0])], module, id(args[0])))
+            pairs.append((makers[id(args[0])], module, id(args[0])))
 
     layers = [m for m in once if isinstance(m, (*_CONVS, *_TRANSPOSED, nn.Linear))]
     norms = {
@@ -126,7 +126,7 @@ def _pairs(model: nn.Module, example: Any) -> list[tuple[nn.Module, nn.Module]]:
     finally:
         for handle in handles:
             handle.remove()
-    return [(layer, norm) for layer, norm, key in found if readers.reads[key] == 1 and key not in returned]
+    return [(layer, norm) for layer, norm, key in pairs if readers.reads[key] == 1 and key not in returned]
 
 
 def _fold_(model: nn.Module, layer: Any, norm: Any) -> None:

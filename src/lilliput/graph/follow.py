@@ -37,7 +37,7 @@ def dependencies(model: nn.Module, example: Any) -> list[Group]:
 
     tables = {nn.EmbeddingBag: tp.pruner.function.EmbeddingPruner()}
     roots = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.EmbeddingBag)
-    found: list[Group] = []
+    groups: list[Group] = []
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     with warnings.catch_warnings(), torch.enable_grad(), evaluating(work):
         warnings.simplefilter("ignore")
@@ -50,10 +50,10 @@ def dependencies(model: nn.Module, example: Any) -> list[Group]:
             node.dependencies = _Watched(node.dependencies, visits)
         for group in graph.get_all_groups(root_module_types=roots):
             plain = _plain(group, graph, names, order, ends)
-            found.append(replace(plain, reason="they go round without end") if visits.endless else plain)
+            groups.append(replace(plain, reason="they go round without end") if visits.endless else plain)
             visits.endless = False
             visits.of.clear()
-    return sorted(found, key=lambda g: order.get(g.name, len(order)))
+    return sorted(groups, key=lambda g: order.get(g.name, len(order)))
 
 
 class _Visits:

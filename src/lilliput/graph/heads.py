@@ -176,11 +176,11 @@ def heads(model: nn.Module, example: Any) -> tuple[Heads, ...]:
         ['2 heads of 4 in self_attn.']
     """
     work = copied(model, "heads")
-    found = [h for name, module in work.named_modules() if (h := _look(work, name, module)) is not None]
-    if not any(h.removable for h in found):
-        return tuple(found)
+    listed = [h for name, module in work.named_modules() if (h := _look(work, name, module)) is not None]
+    if not any(h.removable for h in listed):
+        return tuple(listed)
     before, reached = run(work, example), calls(work, example)
-    return tuple(replace(h, reason=h.reason or _why(work, h, example, before, h.name in reached)) for h in found)
+    return tuple(replace(h, reason=h.reason or _why(work, h, example, before, h.name in reached)) for h in listed)
 
 
 def _look(model: nn.Module, name: str, module: nn.Module) -> Heads | None:
@@ -209,9 +209,9 @@ def _look(model: nn.Module, name: str, module: nn.Module) -> Heads | None:
     if not count:
         return None
     paths = tuple(f"{name}.{n}" if name else n for n in names)
-    found = Heads(name, count, widths[0] // count, paths)
+    whole = Heads(name, count, widths[0] // count, paths)
     if len(set(widths)) > 1 or widths[0] % count:
-        return replace(found, reason="several heads share a key")
+        return replace(whole, reason="several heads share a key")
     for place in [name, name.rpartition(".")[0]] if name else [""]:
         for last in OUTPUTS:
             path = f"{place}.{last}" if place else last
@@ -219,13 +219,13 @@ def _look(model: nn.Module, name: str, module: nn.Module) -> Heads | None:
             layer = layer[0] if isinstance(layer, nn.Sequential) and len(layer) else layer
             path = next(n for n, m in model.named_modules() if m is layer) if layer is not None else ""
             if isinstance(layer, nn.Linear) and layer.in_features == widths[0] and path not in paths:
-                return replace(found, output=path, reason="there is only one" if count == 1 else "")
-    return replace(found, reason="the linear layer after its heads has no usual name")
+                return replace(whole, output=path, reason="there is only one" if count == 1 else "")
+    return replace(whole, reason="the linear layer after its heads has no usual name")
 
 
 def _noted(module: nn.Module, attributes: tuple[str, ...]) -> int:
     """The first of these attributes that is a whole number, else 0."""
-    return next((found for a in attributes if isinstance(found := getattr(module, a, None), int)), 0)
+    return next((count for a in attributes if isinstance(count := getattr(module, a, None), int)), 0)
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:
@@ -235,34 +235,34 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _why(model: nn.Module, found: Heads, example: Any, before: list[Tensor], reached: bool) -> str:
+def _why(model: nn.Module, one: Heads, example: Any, before: list[Tensor], reached: bool) -> str:
     """Why none of these heads can go; empty when they can."""
-    held = {found.name, *found.projections, found.output, f"{found.name}.out_proj"}
+    held = {one.name, *one.projections, one.output, f"{one.name}.out_proj"}
     if shared := sorted(held & tied(model)):
         return f"{shared[0]} shares a parameter with another layer"
     if still := sorted(held & frozen(model)):
         return f"{still[0]} is frozen"
-    attention = model.get_submodule(found.name)
+    attention = model.get_submodule(one.name)
     if not reached and not isinstance(attention, nn.MultiheadAttention):
         return "no run of the example reaches it"
-    order = torch.randperm(found.count, generator=torch.Generator().manual_seed(found.count))
-    keep = {found.name: order[: max(found.count // 2, 1)].sort().values}
+    order = torch.randperm(one.count, generator=torch.Generator().manual_seed(one.count))
+    keep = {one.name: order[: max(one.count // 2, 1)].sort().values}
     try:
         narrow, silent = sketch(model), sketch(model)
-        _opened_(silent, [found])
+        _opened_(silent, [one])
         if not agree(before, run(silent, example), 1e-3):
             return "its forward does more than attend"
-        _silence_(silent, found, keep[found.name])
-        _narrow_(narrow, [found], keep)
+        _silence_(silent, one, keep[one.name])
+        _narrow_(narrow, [one], keep)
         outputs, expected = run(narrow, example), run(silent, example)
     except Exception as error:  # whatever a stranger's forward raises when its sizes change
         return f"the model fails without some of them ({first_line(error)})"
     return "" if agree(expected, outputs, 1e-3) else "without some of them the rest computes something else"
 
 
-def _opened_(model: nn.Module, found: Iterable[Heads]) -> None:
+def _opened_(model: nn.Module, listed: Iterable[Heads]) -> None:
     """Put a HeadAttention in the place of every named nn.MultiheadAttention."""
-    for h in found:
+    for h in listed:
         layer = model.get_submodule(h.name)
         if isinstance(layer, nn.MultiheadAttention):
             replace_(model, layer, HeadAttention(layer))
@@ -271,16 +271,16 @@ def _opened_(model: nn.Module, found: Iterable[Heads]) -> None:
             module.use_nested_tensor = False
 
 
-def _silence_(model: nn.Module, found: Heads, keep: Tensor) -> None:
-    gone = torch.ones(found.count * found.size, dtype=torch.bool)
-    gone[found.rows(keep)] = False
-    slicing.silence_(model.get_submodule(found.output), gone.nonzero().flatten())
+def _silence_(model: nn.Module, one: Heads, keep: Tensor) -> None:
+    gone = torch.ones(one.count * one.size, dtype=torch.bool)
+    gone[one.rows(keep)] = False
+    slicing.silence_(model.get_submodule(one.output), gone.nonzero().flatten())
 
 
-def _narrow_(model: nn.Module, found: Iterable[Heads], keep: Mapping[str, Tensor]) -> None:
-    found = list(found)
-    _opened_(model, found)
-    for h in found:
+def _narrow_(model: nn.Module, chosen: Iterable[Heads], keep: Mapping[str, Tensor]) -> None:
+    chosen = list(chosen)
+    _opened_(model, chosen)
+    for h in chosen:
         rows = h.rows(keep[h.name])
         for path in h.projections:
             slicing.narrow_(model.get_submodule(path), rows, None)
@@ -292,15 +292,15 @@ def _narrow_(model: nn.Module, found: Iterable[Heads], keep: Mapping[str, Tensor
                 setattr(module, attribute, len(keep[h.name]) * (1 if attribute in COUNTS else h.size))
 
 
-def opened(model: nn.Module, found: Iterable[Heads]) -> nn.Module:
+def opened(model: nn.Module, listed: Iterable[Heads]) -> nn.Module:
     """Copy a model so that every removable head's four maps are linear layers that are called; it computes the same."""
     work = copied(model, "opened")
-    _opened_(work, [h for h in found if h.removable])
+    _opened_(work, [h for h in listed if h.removable])
     return work
 
 
 def remove_heads(
-    model: nn.Module, example: Any, keep: Mapping[str, Tensor], found: tuple[Heads, ...] | None = None
+    model: nn.Module, example: Any, keep: Mapping[str, Tensor], listed: tuple[Heads, ...] | None = None
 ) -> nn.Module:
     """Copy a model with only the heads keep[name] of each named attention module; a plain module that trains and
     exports.
@@ -312,7 +312,7 @@ def remove_heads(
         model: A model without codes.
         example: One example of inputs.
         keep: Name of the attention module -> sorted indices of the heads that stay (one that is not named keeps all).
-        found: What `heads(model, example)` returned.
+        listed: What `heads(model, example)` returned.
 
     Returns:
         The copy.
@@ -327,8 +327,8 @@ def remove_heads(
         >>> remove_heads(net, torch.rand(1, 3, 8), {"self_attn": torch.tensor([0, 3])}).self_attn.query
         Linear(in_features=8, out_features=4, bias=True)
     """
-    found = heads(model, example) if found is None else found
-    known = {h.name: h for h in found}
+    listed = heads(model, example) if listed is None else listed
+    known = {h.name: h for h in listed}
     chosen: dict[str, Tensor] = {}
     for name, kept in keep.items():
         if name not in known:

@@ -237,10 +237,10 @@ class Narrow(Stage):
     @classmethod
     def proposals(cls, model: nn.Module, task: Task, known: Known) -> Proposals | Refusal:
         """Offer widths from 7/8 to 1/16, each uniform in fours, spread by weight, and uniform in eights."""
-        found = groups(model, task.example)
-        for item in skipped(found):
+        channels = groups(model, task.example)
+        for item in skipped(channels):
             known.skip(item.name, item.reason)
-        if not any(group.removable for group in found):
+        if not any(group.removable for group in channels):
             return Refusal("no channel can go")
         options = [cls(width, *how) for width in WIDTHS for how in ((4, False), (4, True), (8, False))]
         return Proposals(tuple(options), 1 + options.index(cls(0.5)))

@@ -57,7 +57,7 @@ def earlier_stride(model: nn.Module, example: Any, stride: int = 2) -> list[str]
         ['0']
     """
     work = copied(model, "earlier_stride")
-    modules, shared, found = dict(work.named_modules()), tied(work), []
+    modules, shared, names = dict(work.named_modules()), tied(work), []
     seen, before = calls(work, example), shapes(run(work, example))
     for name, c in seen.items():
         layer = modules[name]
@@ -68,10 +68,10 @@ def earlier_stride(model: nn.Module, example: Any, stride: int = 2) -> list[str]
             continue
         try:
             if shapes(_stride_(sketch(work), example, name, stride, False, seen)) == before:
-                found.append(name)
+                names.append(name)
         except Exception:  # whatever a stranger's forward raises: this one is no candidate
             continue
-    return found
+    return names
 
 
 def set_stride(model: nn.Module, example: Any, name: str, stride: int = 2, *, pool: bool = False) -> nn.Module:

@@ -72,17 +72,17 @@ def student(
     if sum((width != 1.0, widths is not None, target != 1.0)) > 1:
         raise ValueError("student: give one of width, widths and target, got more.")
     if widths is not None or width != 1.0 or target != 1.0:
-        found = groups(small, example)
-        best = {**magnitude(small, found), **(scores or {})}
-        counts = uniform(found, width, multiple)
+        listed = groups(small, example)
+        best = {**magnitude(small, listed), **(scores or {})}
+        counts = uniform(listed, width, multiple)
         if target != 1.0:
-            counts = allocated(small, example, found, target, best, of=of, round_to=multiple)
+            counts = allocated(small, example, listed, target, best, of=of, round_to=multiple)
         if widths is not None:
-            known, before = {g.name: g for g in found}, dict(model.named_modules())
+            known, before = {g.name: g for g in listed}, dict(model.named_modules())
             if unknown := [name for name in widths if name not in known and name not in before]:
                 raise KeyError(f"student: no group '{unknown[0]}'. {near(unknown[0], known)}")
             counts |= {name: rounded(known[name], count) for name, count in widths.items() if name in known}
-        small = remove_channels(small, example, kept(found, best, counts), found)
+        small = remove_channels(small, example, kept(listed, best, counts), listed)
     return reset(small, seed) if init == "random" else small
 
 

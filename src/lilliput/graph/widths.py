@@ -16,7 +16,7 @@ from lilliput.task import call, leaves
 Scores = Mapping[str, Tensor]
 
 
-def magnitude(model: nn.Module, found: Iterable[Group]) -> dict[str, Tensor]:
+def magnitude(model: nn.Module, groups: Iterable[Group]) -> dict[str, Tensor]:
     """Score each channel by the L2 norm of everything the group's layers hold for it, as a share of the group.
 
     s_c = sqrt(sum over coupled tensors of ||W_c||^2), then s * n / sum(s), with n the number of layers that make the
@@ -25,7 +25,7 @@ def magnitude(model: nn.Module, found: Iterable[Group]) -> dict[str, Tensor]:
 
     Args:
         model: The model.
-        found: Its groups.
+        groups: Its groups.
 
     Returns:
         Scores (size,) by the name of the group.
@@ -44,7 +44,7 @@ def magnitude(model: nn.Module, found: Iterable[Group]) -> dict[str, Tensor]:
     """
     modules = dict(model.named_modules())
     scores = {}
-    for group in found:
+    for group in groups:
         total = torch.zeros(group.size)
         for sums in _sums(modules, group, lambda p: p.detach().float() ** 2):
             total += sums
@@ -56,7 +56,7 @@ def magnitude(model: nn.Module, found: Iterable[Group]) -> dict[str, Tensor]:
 
 
 def taylor(
-    model: nn.Module, found: Iterable[Group], losses: Callable[[nn.Module], Iterable[Tensor]]
+    model: nn.Module, groups: Iterable[Group], losses: Callable[[nn.Module], Iterable[Tensor]]
 ) -> dict[str, Tensor]:
     """Score each channel by the squared first-order change of the loss when its weights go to zero.
 
@@ -64,7 +64,7 @@ def taylor(
 
     Args:
         model: The model.
-        found: Its groups.
+        groups: Its groups.
         losses: A function of a model that yields one scalar loss a batch, computed on the copy it is given, in eval
             mode: `lambda net: (task.loss(net(b.inputs), b) for b in task.batches(8, seed=0))`.
 
@@ -74,17 +74,17 @@ def taylor(
     Source:
         Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, arXiv:1906.10771, equation 8.
     """
-    found = tuple(found)
+    groups = tuple(groups)
     work = copied(model, "taylor")
     for p in work.parameters():
         p.requires_grad_(p.is_floating_point())
     modules = dict(work.named_modules())
-    scores = {group.name: torch.zeros(group.size) for group in found}
+    scores = {group.name: torch.zeros(group.size) for group in groups}
     with evaluating(work), torch.enable_grad():
         for loss in losses(work):
             work.zero_grad()
             loss.backward()
-            for group in found:
+            for group in groups:
                 for sums in _sums(modules, group, _product):
                     scores[group.name] += sums**2
     return scores
@@ -106,11 +106,11 @@ def _sums(modules: dict[str, nn.Module], group: Group, each: Callable[[Tensor], 
                 yield torch.zeros(group.size).index_add_(0, torch.tensor(part.channel), sums[torch.tensor(part.index)])
 
 
-def kept(found: Iterable[Group], scores: Scores, counts: Mapping[str, int]) -> dict[str, Tensor]:
+def kept(groups: Iterable[Group], scores: Scores, counts: Mapping[str, int]) -> dict[str, Tensor]:
     """Choose what `remove_channels` takes: for each group whose count is below its size, the best channels, sorted."""
     return {
         g.name: choose(g, scores[g.name], counts[g.name])
-        for g in found
+        for g in groups
         if g.removable and counts.get(g.name, g.size) < g.size
     }
 
@@ -127,7 +127,7 @@ def rounded(group: Group, count: float, round_to: int = 1) -> int:
     return min(max(round(count / step), 1) * step, group.size // step * step)
 
 
-def uniform(found: Iterable[Group], multiplier: float, round_to: int = 8) -> dict[str, int]:
+def uniform(groups: Iterable[Group], multiplier: float, round_to: int = 8) -> dict[str, int]:
     """Keep the same share of every group: multiplier * size, rounded to `round_to`; groups that stay keep all.
 
     Raises:
@@ -135,7 +135,7 @@ def uniform(found: Iterable[Group], multiplier: float, round_to: int = 8) -> dic
     """
     if not 0 < multiplier <= 1:
         raise ValueError(f"uniform: multiplier must be in (0, 1], got {multiplier}. For half the channels write 0.5.")
-    return {g.name: rounded(g, multiplier * g.size, round_to) for g in found}
+    return {g.name: rounded(g, multiplier * g.size, round_to) for g in groups}
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Sizes:
     Args:
         model: The model.
         example: One example of inputs.
-        found: Its groups.
+        groups: Its groups.
 
     Example:
         >>> from lilliput.graph.channels import groups
@@ -161,8 +161,8 @@ class Sizes:
         Size(values=30, macs=24)
     """
 
-    def __init__(self, model: nn.Module, example: Any, found: Iterable[Group]) -> None:
-        self.groups = {g.name: g for g in found}
+    def __init__(self, model: nn.Module, example: Any, groups: Iterable[Group]) -> None:
+        self.groups = {g.name: g for g in groups}
         self.modules = {n: m for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
         self.counted: dict[str, set[str]] = {}  # layer -> its parameters that no layer before it holds too
         held: set[int] = set()
@@ -224,7 +224,7 @@ class Sizes:
 
 def _positions(model: nn.Module, example: Any) -> dict[str, float]:
     """How often each linear, convolutional or recurrent layer applies its weights to one example."""
-    found: dict[str, float] = {}
+    times: dict[str, float] = {}
     batch = max(len(leaves(example)[0]), 1)
 
     def hook(name: str) -> Any:
@@ -233,7 +233,7 @@ def _positions(model: nn.Module, example: Any) -> dict[str, float]:
             if into and out:
                 side = "in" if isinstance(module, (*slicing.TRANSPOSED, nn.RNNBase)) else "out"
                 tensor = into[0] if side == "in" else out[0]
-                found[name] = found.get(name, 0.0) + tensor.numel() / slicing.width(module, side) / batch
+                times[name] = times.get(name, 0.0) + tensor.numel() / slicing.width(module, side) / batch
 
         return seen
 
@@ -244,13 +244,13 @@ def _positions(model: nn.Module, example: Any) -> dict[str, float]:
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return times
 
 
 def widths(
     model: nn.Module,
     example: Any,
-    found: Iterable[Group],
+    groups: Iterable[Group],
     target: float,
     scores: Scores,
     *,
@@ -268,7 +268,7 @@ def widths(
     Args:
         model: The model.
         example: One example of inputs.
-        found: Its groups.
+        groups: Its groups.
         target: The share that stays, in (0, 1].
         scores: Scores (size,) by the name of the group.
         of: What `target` counts, "values" or "macs".
@@ -283,7 +283,7 @@ def widths(
     """
     if not 0 < target <= 1:
         raise ValueError(f"widths: target must be in (0, 1], got {target}. For a quarter write 0.25.")
-    free = [g for g in found if g.removable]
+    free = [g for g in groups if g.removable]
     sizes = Sizes(model, example, free)
     counts = {g.name: g.size for g in free}
     losses = {g.name: _curve(g, scores, (sensitivity or {}).get(g.name)) for g in free}

@@ -34,7 +34,7 @@ def points(job: Job) -> list[Point]:
         return []
     session, inputs = Session(proto), calibration(job.task, 48)
     runs: list[Any] = [session.feed(take(inputs, slice(i, i + 1))) for i in range(length(inputs))]
-    found: list[Point] = []
+    points: list[Point] = []
     for tolerance in TOLERANCES:
         name = f"same structure, 8-bit arithmetic within {tolerance:g}"
         if job.clock.remaining(0.9) < 1:
@@ -42,14 +42,14 @@ def points(job: Job) -> list[Point]:
         try:
             with job.clock.on("calibrate"):
                 small = dynamic(proto, runs, tolerance=tolerance)
-            if any(small == point.proto for point in found):
+            if any(small == point.proto for point in points):
                 continue
             recipe = [{"stage": "dynamic int8", "tolerance": tolerance}]
-            found.append(
+            points.append(
                 job.press.finished(
                     small, Structure(small), {}, None, name, recipe, f"{job.runner.start}-dynamic-{tolerance}", None
                 )
             )
         except REFUSALS as error:
             job.failed(name, error)
-    return found
+    return points

@@ -68,11 +68,11 @@ def _outputs(model: nn.Module, task: Task, inputs: Any) -> Any:
             f"shrink: the model must run on the task's inputs (an example has the shape {outline(task.example)}), but "
             f"it raised {type(error).__name__}: {error}. Check the task's arrays."
         ) from error
-    found = leaves(outputs)
+    tensors = leaves(outputs)
     if (
-        not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in found)
-        or any(leaf.ndim == 0 for leaf in found)
-        or {len(leaf) for leaf in found} != {length(inputs)}
+        not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in tensors)
+        or any(leaf.ndim == 0 for leaf in tensors)
+        or {len(leaf) for leaf in tensors} != {length(inputs)}
     ):
         got = f"{outputs.dtype} of shape {outline(outputs)}" if isinstance(outputs, Tensor) else outline(outputs)
         raise ValueError(
@@ -85,8 +85,8 @@ def _outputs(model: nn.Module, task: Task, inputs: Any) -> Any:
 def place(device: str) -> torch.device:
     """The device of a name; raises ValueError for one that this machine lacks."""
     try:
-        found = torch.device(device)
-        torch.zeros(1, device=found)
+        resolved = torch.device(device)
+        torch.zeros(1, device=resolved)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         reason = str(error).splitlines()[0]
@@ -94,6 +94,6 @@ def place(device: str) -> torch.device:
             f"shrink: device must be one that this machine has ({', '.join(have)}), got {device!r}: "
             f"{reason}. Leave --device out to use the processor."
         ) from error
-    if found.type == "meta":
+    if resolved.type == "meta":
         raise ValueError("shrink: device must hold values, got 'meta'. Leave --device out to use the processor.")
-    return found
+    return resolved

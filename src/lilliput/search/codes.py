@@ -50,8 +50,8 @@ class Offers:
 @cache
 def proposing() -> tuple[type[Code], ...]:
     """Every registered code that proposes itself for tensors."""
-    found = [entry.load() for entry in registry.methods() if "Code" in entry.kinds]
-    return tuple(code for code in found if code.proposals.__func__ is not cast(Any, Code.proposals).__func__)
+    codes = [entry.load() for entry in registry.methods() if "Code" in entry.kinds]
+    return tuple(code for code in codes if code.proposals.__func__ is not cast(Any, Code.proposals).__func__)
 
 
 class Measured(Mapping[str, Tensor]):
@@ -89,14 +89,14 @@ class Measured(Mapping[str, Tensor]):
 
 def proposed(tensor: Tensor, statistics: Mapping[str, Tensor]) -> list[Code]:
     """What every code proposes for a tensor; a refusal, or an error about this tensor, proposes nothing."""
-    found: list[Code] = []
+    codes: list[Code] = []
     for code in proposing():
         try:
             offered = code.proposals(tensor, statistics)
         except (ValueError, TypeError, RuntimeError, KeyError):
             continue
-        found += [] if isinstance(offered, Refusal) else list(offered)
-    return found
+        codes += [] if isinstance(offered, Refusal) else list(offered)
+    return codes
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def offers(model: nn.Module, task: Task, *, examples: int = 256, seconds: float 
         examples: how many inputs.
         seconds: stop after as long; the largest tensors come first.
     """
-    inputs, found, began = calibration(task, examples), Offers(), time.monotonic()
+    inputs, listed, began = calibration(task, examples), Offers(), time.monotonic()
     work = copy_model(model).eval()
     parameters = dict(work.named_parameters())
     before = predict(work, inputs)
@@ -120,20 +120,20 @@ def offers(model: nn.Module, task: Task, *, examples: int = 256, seconds: float 
         original = parameter.detach().clone()
         for code in proposed(original, measured.of(name)):
             if time.monotonic() - began > seconds:
-                return found
+                return listed
             if isinstance(code, Uniform) and code.bits not in LEVELS:
                 continue
             theta: Any = code.encode(original)
             parameter.copy_(code.decode(*(theta if isinstance(theta, tuple) else (theta,))))
             change = task.divergence(predict(work, inputs), before)
             parameter.copy_(original)
-            found.table.setdefault(name, {})[code.label()] = float(change.mean().clamp_min(0))
-            found.sizes[name] = original.numel()
+            listed.table.setdefault(name, {})[code.label()] = float(change.mean().clamp_min(0))
+            listed.sizes[name] = original.numel()
             if isinstance(code, Uniform):
-                found.scales[name] = 16 * (len(original) if code.per == "channel" else 1)
+                listed.scales[name] = 16 * (len(original) if code.per == "channel" else 1)
             else:
-                found.codes.setdefault(name, {})[code.label()] = code, _bits(code, original)
-    return found
+                listed.codes.setdefault(name, {})[code.label()] = code, _bits(code, original)
+    return listed
 
 
 def offered(model: nn.Module, task: Task) -> dict[str, str]:
@@ -157,26 +157,26 @@ def _bits(code: Code, tensor: Tensor) -> int:
     return packed(holder)["weight"].storage().bits
 
 
-def chosen(found: Offers, mean_bits: float) -> dict[str, int | Code]:
+def chosen(known: Offers, mean_bits: float) -> dict[str, int | Code]:
     """The code of each tensor: bits of a uniform grid, or another code, least harm within a mean of bits a value."""
-    levels = by_bits(found.table)
+    levels = by_bits(known.table)
     options: dict[str, dict[Hashable, tuple[int, float]]] = {}
-    for name, size in found.sizes.items():
+    for name, size in known.sizes.items():
         options[name] = {bits: (bits * size, harm) for bits, harm in levels.get(name, {}).items()}
-        for label, (_, cost) in found.codes.get(name, {}).items():
-            options[name][label] = max(0, cost - found.scales.get(name, 0)), found.table[name][label]
-    picked = allocate(options, int(mean_bits * sum(found.sizes.values())))
+        for label, (_, cost) in known.codes.get(name, {}).items():
+            options[name][label] = max(0, cost - known.scales.get(name, 0)), known.table[name][label]
+    picked = allocate(options, int(mean_bits * sum(known.sizes.values())))
     return {
-        name: label if isinstance(label, int) else found.codes[name][str(label)][0] for name, label in picked.items()
+        name: label if isinstance(label, int) else known.codes[name][str(label)][0] for name, label in picked.items()
     }
 
 
-def stages(model: nn.Module, found: Offers, mean_bits: float) -> list[Any]:
+def stages(model: nn.Module, known: Offers, mean_bits: float) -> list[Any]:
     """The stages that store a model's tensors by the chosen codes, at a mean of bits a value.
 
     A lookup table gets one step size: one for each of its many short rows would weigh as much as its integers.
     """
-    picked = chosen(found, mean_bits) if found.sizes else {}
+    picked = chosen(known, mean_bits) if known.sizes else {}
     width, held = max(2, min(8, round(mean_bits))), tables(model)
     others = {name: code for name, code in picked.items() if not isinstance(code, int)}
     bits = tuple(sorted((name, code) for name, code in picked.items() if isinstance(code, int)))

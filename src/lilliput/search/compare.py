@@ -34,20 +34,20 @@ def shapes(given: Sequence[str]) -> dict[str, tuple[int, ...]]:
         >>> shapes(["x=8x128"])
         {'x': (8, 128)}
     """
-    found = {}
+    by_name = {}
     for text in given:
         name, _, sizes = text.partition("=")
         try:
-            found[name] = tuple(int(size) for size in sizes.split("x"))
+            by_name[name] = tuple(int(size) for size in sizes.split("x"))
         except ValueError:
             raise ValueError(f"shape must be written name=8x128, got {text!r}.") from None
-    return found
+    return by_name
 
 
 def example(session: Session, batch: int, fixed: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """Random inputs of a session: free leading sizes become `batch`, other free sizes need `fixed`."""
     draw = np.random.default_rng(0)
-    found: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
     for value in session.inputs:
         sizes = fixed.get(value.name)
         if sizes is None:
@@ -62,12 +62,12 @@ def example(session: Session, batch: int, fixed: dict[str, tuple[int, ...]]) -> 
         kind = TYPES.get(value.type)
         if kind is None:
             raise ValueError(f"measure: inputs must be numbers, got {value.type} for {value.name}.")
-        found[value.name] = (
+        inputs[value.name] = (
             draw.standard_normal(sizes) if np.issubdtype(kind, np.floating) else np.ones(sizes)
         ).astype(kind)
-    if unknown := set(fixed) - set(found):
-        raise ValueError(f"measure: --shape must name an input, got {unknown.pop()!r}. {near('', found)}")
-    return found
+    if unknown := set(fixed) - set(inputs):
+        raise ValueError(f"measure: --shape must name an input, got {unknown.pop()!r}. {near('', inputs)}")
+    return inputs
 
 
 def compare(

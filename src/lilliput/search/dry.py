@@ -29,7 +29,7 @@ def plan(model: nn.Module, task: Task, **asked: Any) -> dict[str, Any]:
     """
     device = place(asked["device"])
     check(copy_model(model).cpu().eval(), task)
-    found = target(model).plan(model, task)
+    content = target(model).plan(model, task)
     trials = asked["trials"]
     if trials is None:
         took = f"at most {ask.seconds(asked['budget']):.0f} s in all"
@@ -43,7 +43,7 @@ def plan(model: nn.Module, task: Task, **asked: Any) -> dict[str, Any]:
             f"about {seconds:.0f} s of training on one core, {trials} structures, at most {steps} steps each; "
             "exports and measurements come on top"
         )
-    return {"task": repr(task), "time": took, **found}
+    return {"task": repr(task), "time": took, **content}
 
 
 def _step(model: nn.Module, task: Task, device: torch.device) -> float:
@@ -59,16 +59,16 @@ def _step(model: nn.Module, task: Task, device: torch.device) -> float:
     return (seconds[-1] - seconds[0]) / max(1, len(seconds) - 1)
 
 
-def show(found: dict[str, Any], console: Console) -> None:
+def show(planned: dict[str, Any], console: Console) -> None:
     """Print a plan for people."""
-    console.print(f"{found['task']}; {found['values']:,} values", highlight=False, markup=False)
-    console.print(f"time: {found['time']}", highlight=False, markup=False)
+    console.print(f"{planned['task']}; {planned['values']:,} values", highlight=False, markup=False)
+    console.print(f"time: {planned['time']}", highlight=False, markup=False)
     rows = Table(title="would be tried", title_justify="left", show_header=False)
-    for name, text in found["tried"].items():
+    for name, text in planned["tried"].items():
         rows.add_row(name, escape(text))
     console.print(rows)
-    if found["left_alone"]:
+    if planned["left_alone"]:
         table = Table("what", "why", title="left alone", title_justify="left")
-        for item in found["left_alone"]:
+        for item in planned["left_alone"]:
             table.add_row(escape(item["name"]), escape(item["reason"]))
         console.print(table)

@@ -27,7 +27,7 @@ REFUSALS = (NotSupported, ExportError, OSError, ValueError)
 
 def sessions(job: Job, points: list[Point], seconds: float) -> dict[int, EngineSession]:
     """The points in the engine, by their place, as many as this time compiles, those within the floor first."""
-    found: dict[int, EngineSession] = {}
+    opened: dict[int, EngineSession] = {}
     began = time.monotonic()
     floor = job.question.points(job.dense.score.value)
     loses = [job.lost(point) > floor for point in points]
@@ -41,12 +41,12 @@ def sessions(job: Job, points: list[Point], seconds: float) -> dict[int, EngineS
             example = job.task.example
             who, axis = f"{point.name} in the engine", job.task.class_axis
             compare(session.predict(example), Session(point.proto).predict(example), exact=True, who=who, axis=axis)
-            found[i] = session
+            opened[i] = session
         except REFUSALS as error:
             job.known.skip("the engine", f"{point.name}: {str(error)[:200]}")
             if isinstance(error, NotSupported | OSError):
                 break
-    return found
+    return opened
 
 
 def rewarded(structure: Structure, stored: dict[str, Stored], example: Any) -> tuple[float, ...]:
@@ -68,12 +68,12 @@ def rewarded(structure: Structure, stored: dict[str, Stored], example: Any) -> t
         times = latency({f"{s:g}": session for s, session in opened.items()}, example, seconds=0.3)
     except REFUSALS:
         return ()
-    found, best = [], times["0"].median_ms
+    rewarding, best = [], times["0"].median_ms
     for sparsity in SPARSITIES:
         if best / times[f"{sparsity:g}"].median_ms >= REWARD:
-            found.append(sparsity)
+            rewarding.append(sparsity)
             best = times[f"{sparsity:g}"].median_ms
-    return tuple(found)
+    return tuple(rewarding)
 
 
 def keep(job: Job, point: Point, session: EngineSession, folder: Path) -> dict[str, Any]:

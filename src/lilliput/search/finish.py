@@ -145,14 +145,14 @@ def _test(job: Job, winner: Point) -> dict[str, Any]:
     """The test split, read once, after the choice: both scores, the drop and its bootstrap interval."""
     task = job.task
     dense, chosen = (task.score(Session(point.proto), "test") for point in (job.dense, winner))
-    found: dict[str, Any] = {"dense": dense.value, "chosen": chosen.value}
+    scores: dict[str, Any] = {"dense": dense.value, "chosen": chosen.value}
     if dense.outcomes is None or chosen.outcomes is None:
         some = np.random.default_rng(job.seed).integers(0, dense.units, (200, dense.units))
         lost = np.array([task.loss_of(dense.resampled(draw), chosen.resampled(draw)) for draw in some])
         if np.isfinite(lost).any():  # a metric may have no value on a draw
-            found["interval"] = [rounded(x) for x in np.nanquantile(lost, [0.025, 0.975])]
+            scores["interval"] = [rounded(x) for x in np.nanquantile(lost, [0.025, 0.975])]
     else:
         gap = (dense.outcomes - chosen.outcomes) * (1 if task.higher_is_better else -1)
         draws = np.random.default_rng(job.seed).integers(0, len(gap), (1000, len(gap)))
-        found["interval"] = [rounded(x) for x in np.quantile(gap[draws].mean(1), [0.025, 0.975])]
-    return found
+        scores["interval"] = [rounded(x) for x in np.quantile(gap[draws].mean(1), [0.025, 0.975])]
+    return scores

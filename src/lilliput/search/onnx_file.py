@@ -53,13 +53,13 @@ class OnnxFile(Target):
     def untrained(self, job: Job) -> list[Point]:
         axes = channels(self.model.structure.proto)
         weights = {name: array for name, array in self.model.structure.weights.items() if name in axes}
-        found: list[Point] = []
+        points: list[Point] = []
         if weights:
-            found += self._point(job, "8 bits", quantized(weights, axes, dict.fromkeys(weights, 8)))
-            found += self._by_sensitivity(job, weights, axes)
+            points += self._point(job, "8 bits", quantized(weights, axes, dict.fromkeys(weights, 8)))
+            points += self._by_sensitivity(job, weights, axes)
         else:
             job.known.skip("weights", "the file holds no float32 tensor of two and more axes")
-        return [*found, *arithmetic.points(job)]
+        return [*points, *arithmetic.points(job)]
 
     def trained(self, job: Job, pool: ThreadPoolExecutor) -> None:
         return None
@@ -96,13 +96,13 @@ class OnnxFile(Target):
                 lambda: {"table": self._sensitivity(job, weights, axes, limit)},
             )["table"]
         sizes = {name: weights[name].size for name in job.known.harm}
-        losses, found = by_bits(job.known.harm), list[Point]()
+        losses, points = by_bits(job.known.harm), list[Point]()
         for mean in MEANS:
             if not sizes or job.clock.remaining(0.9) < 1:
                 break
             bits = dict.fromkeys(weights, mean) | allocate_bits(losses, sizes, mean * sum(sizes.values()))
-            found += self._point(job, f"{mean} bits on average", quantized(weights, axes, bits))
-        return found
+            points += self._point(job, f"{mean} bits on average", quantized(weights, axes, bits))
+        return points
 
     def _point(self, job: Job, name: str, stored: dict[str, Stored]) -> list[Point]:
         structure, title = self.model.structure, f"same structure, {name} without training"
@@ -147,12 +147,12 @@ def channels(proto: ModelProto) -> dict[str, int]:
         >>> channels(helper.make_model(graph))
         {'w': 1}
     """
-    found = {t.name: 0 for t in proto.graph.initializer if len(t.dims) > 1 and t.data_type == TensorProto.FLOAT}
+    axes = {t.name: 0 for t in proto.graph.initializer if len(t.dims) > 1 and t.data_type == TensorProto.FLOAT}
     for node in proto.graph.node:
         flipped = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
-        if node.op_type in ("MatMul", "Gemm", "ConvTranspose") and not flipped and node.input[1] in found:
-            found[node.input[1]] = 1 if node.op_type != "MatMul" else len(_dims(proto, node.input[1])) - 1
-    return found
+        if node.op_type in ("MatMul", "Gemm", "ConvTranspose") and not flipped and node.input[1] in axes:
+            axes[node.input[1]] = 1 if node.op_type != "MatMul" else len(_dims(proto, node.input[1])) - 1
+    return axes
 
 
 def _dims(proto: ModelProto, name: str) -> list[int]:

@@ -59,7 +59,7 @@ class Clock:
 
     def shares(self) -> dict[str, float]:
         """The fraction of the time so far that went on each; where two ran side by side, training counts first."""
-        total, found, taken = max(self.now, 1e-9), {}, np.zeros(0, bool)
+        total, shares, taken = max(self.now, 1e-9), {}, np.zeros(0, bool)
         grid = np.linspace(0, total, 20001)
         taken = np.zeros(len(grid), bool)
         for what in ("train", "calibrate", "measure"):
@@ -67,10 +67,10 @@ class Clock:
             for first, last, kind in list(self._spans):
                 if kind == what:
                     mine |= (grid >= first) & (grid <= last)
-            found[what] = round(float((mine & ~taken).mean()), 4)
+            shares[what] = round(float((mine & ~taken).mean()), 4)
             taken |= mine
-        found["other"] = round(1 - sum(found.values()), 4)
-        return found
+        shares["other"] = round(1 - sum(shares.values()), 4)
+        return shares
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Point:
 
     def row(self) -> dict[str, Any]:
         """The point as plain data for a record."""
-        found: dict[str, Any] = {
+        row: dict[str, Any] = {
             "name": self.name,
             "recipe": self.recipe,
             "key": self.key,
@@ -119,10 +119,10 @@ class Point:
             "threads": 1,
         }
         if self.latency is not None:
-            found |= {"latency_ms": self.latency.median_ms, "latency_iqr_ms": [self.latency.q1_ms, self.latency.q3_ms]}
+            row |= {"latency_ms": self.latency.median_ms, "latency_iqr_ms": [self.latency.q1_ms, self.latency.q3_ms]}
         if self.engine is not None:
-            found |= {"engine_ms": self.engine.median_ms, "engine_iqr_ms": [self.engine.q1_ms, self.engine.q3_ms]}
-        return found
+            row |= {"engine_ms": self.engine.median_ms, "engine_iqr_ms": [self.engine.q1_ms, self.engine.q3_ms]}
+        return row
 
     @property
     def fastest_ms(self) -> float:

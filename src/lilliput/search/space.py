@@ -37,8 +37,8 @@ class Axis:
 
 def methods(moment: str) -> list[type]:
     """Every registered Stage and Rule that proposes at a moment, in the order in which they are applied."""
-    found = [entry.load() for entry in registry.methods() if {"Stage", "Rule"} & set(entry.kinds)]
-    return in_order([method for method in found if getattr(method, "moment", "") == moment])
+    classes = [entry.load() for entry in registry.methods() if {"Stage", "Rule"} & set(entry.kinds)]
+    return in_order([method for method in classes if getattr(method, "moment", "") == moment])
 
 
 @dataclass
@@ -114,12 +114,12 @@ class Space:
         base = {axis.name: axis.offered.first for axis in joint}
         used = [axis for axis in joint if axis.offered.first]
         last = len(self.labels) - 1
-        found = [base | {"labels": 0}]
-        found += [{axis.name: axis.offered.first or 1, "labels": last} for axis in whole]
+        choices = [base | {"labels": 0}]
+        choices += [{axis.name: axis.offered.first or 1, "labels": last} for axis in whole]
         if used:
             early, final = used[-2:] if len(used) > 1 else (used[0], used[0])
             first, most = final.offered.first, len(final.offered)
-            found += [
+            choices += [
                 base | {early.name: early.offered.first // 2, "labels": last},
                 {final.name: 1, "labels": last},
                 base | {final.name: first + -(-(most - first) // 3), "labels": 0},
@@ -129,22 +129,22 @@ class Space:
                 *([base | {used[0].name: used[0].offered.first // 2, "labels": 0}] if used[0] is not early else []),
                 base | {final.name: min(first + 1, most), "labels": 0},
             ]
-        found += [base | {axis.name: 1, "labels": last} for axis in joint if not axis.offered.first]
-        found += [{axis.name: 1, "labels": last} for axis in whole]
-        found += [base | {axis.name: axis.offered.first or 1, "labels": 0} for axis in self.rules]
-        return list({tuple(sorted(choice.items())): choice for choice in found}.values())
+        choices += [base | {axis.name: 1, "labels": last} for axis in joint if not axis.offered.first]
+        choices += [{axis.name: 1, "labels": last} for axis in whole]
+        choices += [base | {axis.name: axis.offered.first or 1, "labels": 0} for axis in self.rules]
+        return list({tuple(sorted(choice.items())): choice for choice in choices}.values())
 
     def params(self, choice: Choice) -> dict[str, Any]:
         """The sampler's parameters of a choice: the inverse of `ask`."""
-        found: dict[str, Any] = {axis.name: choice.get(axis.name, 0) for axis in (*self.axes, *self.rules)}
-        return found | ({"labels": choice.get("labels", 0)} if len(self.labels) > 1 else {})
+        numbers: dict[str, Any] = {axis.name: choice.get(axis.name, 0) for axis in (*self.axes, *self.rules)}
+        return numbers | ({"labels": choice.get("labels", 0)} if len(self.labels) > 1 else {})
 
     def ask(self, trial: Any) -> Choice:
         """The choice that a trial of the sampler stands for: one integer a method."""
-        found = {axis.name: trial.suggest_int(axis.name, 0, len(axis.offered)) for axis in (*self.axes, *self.rules)}
+        choice = {axis.name: trial.suggest_int(axis.name, 0, len(axis.offered)) for axis in (*self.axes, *self.rules)}
         if len(self.labels) > 1:
-            found["labels"] = trial.suggest_int("labels", 0, len(self.labels) - 1)
-        return found
+            choice["labels"] = trial.suggest_int("labels", 0, len(self.labels) - 1)
+        return choice
 
 
 def structure(plan: Recipe) -> Recipe:
@@ -172,15 +172,15 @@ def name(plan: Recipe) -> str:
 
 def offers(model: nn.Module, task: Task, known: Known) -> dict[str, str]:
     """What every registered method offers on a model, or why it does not, in a few words each."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for method in (*methods("structure"), *methods("training")):
         about = " ".join((method.__doc__ or "").partition("\n\n")[0].split()).rstrip(".")
         offered = proposals(method, model, task, known)
         if isinstance(offered, Refusal):
-            found[method.__name__] = f"{about}: not tried, {offered.reason}"
+            texts[method.__name__] = f"{about}: not tried, {offered.reason}"
         else:
-            found[method.__name__] = f"{about}: {_listed([_label(option) for option in offered.options])}"
-    return found
+            texts[method.__name__] = f"{about}: {_listed([_label(option) for option in offered.options])}"
+    return texts
 
 
 def _label(option: Any) -> str:

@@ -100,16 +100,16 @@ def summarize(
     task, dense, clock, question = job.task, job.dense, job.clock, job.question
 
     def row(point: Point) -> Plain:
-        found = point.row()
+        fields = point.row()
         if point in rivals:
             i = rivals.index(point)
-            found |= {
+            fields |= {
                 "drop_val": rounded(choice.drops[i]),
                 "drop_corrected": rounded(choice.corrected[i]),
                 "drop_corrected_interval": [rounded(x) for x in choice.interval[i]],
                 "eligible": bool(choice.eligible[i]),
             }
-        return found
+        return fields
 
     costs = [(job.lost(p), p.onnx_bytes, p.packed_bytes, p.latency.median_ms) for p in best]
     nearest = winner or (rivals[int(np.argmin(choice.corrected))] if len(choice.corrected) else dense)
@@ -186,8 +186,8 @@ def rounded(value: Any) -> float:
 
 def _examples(task: Task) -> dict[str, int]:
     """How many examples each split holds, and how many training ones calibrate."""
-    found = {split: task.size(split) for split in task.splits}
-    return found | {"calibration": min(256, found["train"])}
+    counts = {split: task.size(split) for split in task.splits}
+    return counts | {"calibration": min(256, counts["train"])}
 
 
 def _command() -> str:
