@@ -103,13 +103,13 @@ def gather(key: str | None, quick: bool, out: Path) -> Iterator[Path]:
     out.mkdir(parents=True, exist_ok=True)
     for name, module in modules.items():
         began = time.monotonic()
-        found: dict[str, Any] = module.measure(quick)
-        if not {"claim", "baseline", "rows"} <= set(found):
-            raise ValueError(f"evidence: {name} must return claim, baseline and rows, got {sorted(found)}.")
+        measured: dict[str, Any] = module.measure(quick)
+        if not {"claim", "baseline", "rows"} <= set(measured):
+            raise ValueError(f"evidence: {name} must return claim, baseline and rows, got {sorted(measured)}.")
         record = {
             "system": name,
             "size": "quick" if quick else "full",
-            **found,
+            **measured,
             "machine": machine(),
             "versions": versions(),
             "commit": commit(),

@@ -104,12 +104,12 @@ def proposals(method: Any, model: Any, task: Any, known: Known) -> Proposals | R
         about a stranger's model is its refusal too: it never ends a search.
     """
     try:
-        found = method.proposals(model, task, known)
+        offered = method.proposals(model, task, known)
     except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, ArithmeticError) as error:
         return Refusal(f"{type(error).__name__}: {error}")
-    if isinstance(found, Refusal | Proposals):
-        return found
-    options = tuple(found)
+    if isinstance(offered, Refusal | Proposals):
+        return offered
+    options = tuple(offered)
     return Proposals(options, -(-len(options) // 2)) if options else Refusal("nothing to offer")
 
 

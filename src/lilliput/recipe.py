@@ -192,7 +192,7 @@ def versions(value: Any) -> set[str]:
     networks. A setting that is named after a family, such as `score` or `net`, holds a name of it.
     """
     if isinstance(value, tuple):
-        return {found for item in value for found in versions(item)}
+        return {each for item in value for each in versions(item)}
     if isinstance(value, Spec):
         code = value.kind()
         version = f"{value.code} {code.version}"

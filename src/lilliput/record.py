@@ -18,13 +18,13 @@ def versions() -> dict[str, str]:
         >>> versions()["python"].count(".")
         2
     """
-    found = {"python": platform.python_version()}
+    known = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            known[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return known
 
 
 def commit() -> str | None:

@@ -77,8 +77,8 @@ class Reference:
             reduce: what is kept of each, such as a mean over places; a function that is the same object every time.
         """
         key, compute = ("features", paths, reduce, batch.draw), partial(self._features, paths, reduce)
-        found: dict[str, Tensor] = self._kept(key, batch, compute)
-        return found
+        features: dict[str, Tensor] = self._kept(key, batch, compute)
+        return features
 
     def prepare(self, draw: int) -> None:
         """Make room for the outputs under an augmentation, from the store where they are."""
@@ -138,11 +138,11 @@ class Reference:
     def _room(self, key: Hashable, rows: Any, count: int = 1) -> "_Table | None":
         """A table for the rows of all training examples, or None where they have no row each or memory is short."""
         assert self.task is not None
-        examples, found = self.task.examples, leaves(rows)
-        if not found or any(leaf.ndim == 0 or len(leaf) != count for leaf in found):
+        examples, tensors = self.task.examples, leaves(rows)
+        if not tensors or any(leaf.ndim == 0 or len(leaf) != count for leaf in tensors):
             self._refused.add(key)
             return None
-        size = examples * sum(leaf[0].numel() * leaf.element_size() for leaf in found)
+        size = examples * sum(leaf[0].numel() * leaf.element_size() for leaf in tensors)
         if size + sum(table.size for table in self._tables.values()) > self.keep_bytes:
             self._refused.add(key)
             return None

@@ -241,8 +241,8 @@ def modules(state: State) -> dict[str, nn.Module]:
 
 def parameters(states: State | Iterable[State]) -> list[nn.Parameter]:
     """The trainable parameters of the learnable extras of one state, or of several."""
-    found = [states] if isinstance(states, dict) else states
-    return [p for state in found for module in modules(state).values() for p in module.parameters() if p.requires_grad]
+    every = [states] if isinstance(states, dict) else states
+    return [p for state in every for module in modules(state).values() for p in module.parameters() if p.requires_grad]
 
 
 def to(state: State, device: torch.device) -> State:
@@ -285,8 +285,8 @@ def start_anew(state: State, model: nn.Module, optimizer: torch.optim.Optimizer)
 
 def _skips(optimizer: torch.optim.Optimizer) -> bool:
     """A fused optimizer is called even when a gradient scaler found an overflow, and then does nothing."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found > 0)
+    overflow = getattr(optimizer, "found_inf", None)
+    return overflow is not None and bool(overflow > 0)
 
 
 def check(model: nn.Module, optimizer: torch.optim.Optimizer, who: str, extras: Iterable[Tensor] = ()) -> None:

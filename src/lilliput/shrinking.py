@@ -75,8 +75,8 @@ def shrink(
     Example:
         >>> import lilliput
         >>> from lilliput.data.digits import digits
-        >>> found = lilliput.shrink(*digits(), floor="1%", budget="2m")  # doctest: +SKIP
-        >>> found.chosen["packed_bytes"]  # doctest: +SKIP
+        >>> result = lilliput.shrink(*digits(), floor="1%", budget="2m")  # doctest: +SKIP
+        >>> result.chosen["packed_bytes"]  # doctest: +SKIP
         9120
     """
     question = _question(objective, floor, max_bytes, max_latency_ms)

@@ -66,8 +66,8 @@ class Store:
         """Return the tensors of a key, or None."""
         path = self.folder / f"{key}.safetensors"
         try:
-            found: dict[str, Tensor] = load_file(path)
-            return found
+            tensors: dict[str, Tensor] = load_file(path)
+            return tensors
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError, ValueError):

@@ -129,11 +129,11 @@ class FollowActivity(Rule):
         inputs: Any = given
         if "0" in given:
             inputs = given["0"] if len(given) == 1 else tuple(given[str(i)] for i in range(len(given)))
-        found = _seen(model, _chosen(model, self.where, "FollowActivity"), inputs)
+        seen = _seen(model, _chosen(model, self.where, "FollowActivity"), inputs)
         new = dict(state)
         new["steps"] = torch.cat([state["steps"], torch.tensor([step], device=state["steps"].device)])
-        for i, name in enumerate(found.layers):
-            for key, value in ((f"active {name}", float(found.active[i])), (f"dead {name}", float(found.dead[i]))):
+        for i, name in enumerate(seen.layers):
+            for key, value in ((f"active {name}", float(seen.active[i])), (f"dead {name}", float(seen.dead[i]))):
                 now = torch.tensor([value], device=state["steps"].device)
                 new[key] = torch.cat([state[key], now]) if key in state else now
         return new

@@ -125,11 +125,11 @@ def _shrink(
             from lilliput.search.dry import plan
             from lilliput.search.dry import show as describe
 
-            found = plan(model, task, **settings)
+            planned = plan(model, task, **settings)
             if as_json:
-                print(json.dumps(found, indent=1))
+                print(json.dumps(planned, indent=1))
             else:
-                describe(found, console)
+                describe(planned, console)
             return
         live = Live(console) if console.is_terminal and not as_json else Silent()
         result = search(model, task, show=live, command=command, **settings)
@@ -214,18 +214,18 @@ def methods(
         from lilliput.registry import FAMILIES, entries
 
         for each in [family] if family else FAMILIES:
-            found = entries(each)
+            listed = entries(each)
             table = Table(
                 title=each, title_justify="left", title_style="bold", box=None, header_style="dim", pad_edge=False
             )
             table.add_column("name", overflow="fold", min_width=19)
-            if foreign := any(entry.package != "lilliput" for entry in found):
+            if foreign := any(entry.package != "lilliput" for entry in listed):
                 table.add_column("package", overflow="fold")
             table.add_column("what it does", overflow="fold")
-            for entry in found:
+            for entry in listed:
                 package = [escape(entry.package)] if foreign else []
                 table.add_row(escape(entry.name), *package, escape(entry.summary.partition(". ")[0].rstrip(".")))
-            if found or family:
+            if listed or family:
                 console.print(table)
                 console.print()
 

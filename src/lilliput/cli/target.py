@@ -41,7 +41,7 @@ def resolve(target: str) -> "tuple[nn.Module, Task]":
         ]
         raise ValueError(f"TARGET: {place} must have a function {name!r}. {near(name, known) if known else ''}".strip())
     try:
-        found = function()
+        returned = function()
     except ImportError:
         raise
     except Exception as error:
@@ -49,11 +49,16 @@ def resolve(target: str) -> "tuple[nn.Module, Task]":
             f"TARGET: {target} must return (model, task), but raised {type(error).__name__}: {error}"
         ) from error
     if not (
-        isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], nn.Module) and isinstance(found[1], Task)
+        isinstance(returned, tuple)
+        and len(returned) == 2
+        and isinstance(returned[0], nn.Module)
+        and isinstance(returned[1], Task)
     ):
-        shown = tuple(type(part).__name__ for part in found) if isinstance(found, tuple) else type(found).__name__
+        shown = (
+            tuple(type(part).__name__ for part in returned) if isinstance(returned, tuple) else type(returned).__name__
+        )
         raise ValueError(f"TARGET: {target} must return (model, task), an nn.Module and a lilliput.Task, got {shown}.")
-    return found
+    return returned
 
 
 def _module(place: str) -> Any:

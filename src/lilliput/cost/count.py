@@ -84,8 +84,8 @@ def count(model: nn.Module | ModelProto, example: Inputs, values: int | None = N
         12
     """
     proto = trace(model, example).proto if isinstance(model, nn.Module) else model
-    found = shapes(proto, example)
-    macs = sum(node_macs(node, found) for node in computed(proto))
+    known = shapes(proto, example)
+    macs = sum(node_macs(node, known) for node in computed(proto))
     return Counted(stored_values(proto) if values is None else values, proto.ByteSize(), macs)
 
 
@@ -155,17 +155,17 @@ def shapes(proto: ModelProto, example: Inputs) -> dict[str, Shape]:
     _hide_weights(light)
     try:
         inferred = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
-        found = {}
+        known = {}
         for value in (*inferred.value_info, *inferred.output, *inferred.input):
             dims = value.type.tensor_type.shape.dim
             if value.type.tensor_type.HasField("shape") and all(d.WhichOneof("value") == "dim_value" for d in dims):
-                found[value.name] = tuple(d.dim_value for d in dims)
+                known[value.name] = tuple(d.dim_value for d in dims)
     except Exception:  # an operator that onnx does not know: the run below decides
-        found = {}
-    found.update((tensor.name, tuple(tensor.dims)) for tensor in proto.graph.initializer)
-    if all(name in found for node in proto.graph.node if node.op_type in COUNTED for name in _needed(node)):
-        return found
-    return found | _run(proto, one)
+        known = {}
+    known.update((tensor.name, tuple(tensor.dims)) for tensor in proto.graph.initializer)
+    if all(name in known for node in proto.graph.node if node.op_type in COUNTED for name in _needed(node)):
+        return known
+    return known | _run(proto, one)
 
 
 def _needed(node: NodeProto) -> list[str]:
@@ -209,27 +209,27 @@ def _run(proto: ModelProto, one: dict[str, Any]) -> dict[str, Shape]:
     return {value.name: tuple(np.shape(x)) for value, x in zip(whole.graph.output, results, strict=True)}
 
 
-def _convolution(node: NodeProto, found: dict[str, Shape], weight: int) -> int:
-    shape = found[node.input[weight]]
-    image = found[node.input[0]] if node.op_type == "ConvTranspose" else found[node.output[0]]
+def _convolution(node: NodeProto, shapes: dict[str, Shape], weight: int) -> int:
+    shape = shapes[node.input[weight]]
+    image = shapes[node.input[0]] if node.op_type == "ConvTranspose" else shapes[node.output[0]]
     return math.prod(image) * math.prod(shape[1:])
 
 
-def node_macs(node: NodeProto, found: dict[str, Shape]) -> int:
+def node_macs(node: NodeProto, shapes: dict[str, Shape]) -> int:
     """Count the multiply-accumulates of one node, 0 for what is neither a product nor a recurrent cell."""
     op_type = node.op_type
     if op_type in ("Conv", "ConvTranspose", "ConvInteger"):
-        return _convolution(node, found, 1)
+        return _convolution(node, shapes, 1)
     if op_type == "QLinearConv":
-        return _convolution(node, found, 3)
+        return _convolution(node, shapes, 3)
     if op_type == "Gemm":
         transposed = any(a.name == "transA" and a.i for a in node.attribute)
-        return math.prod(found[node.output[0]]) * found[node.input[0]][0 if transposed else 1]
+        return math.prod(shapes[node.output[0]]) * shapes[node.input[0]][0 if transposed else 1]
     if op_type in ("MatMul", "MatMulInteger", "QLinearMatMul", "MatMulNBits"):
-        return math.prod(found[node.output[0]]) * found[node.input[0]][-1]
+        return math.prod(shapes[node.output[0]]) * shapes[node.input[0]][-1]
     if op_type in GATES:
-        steps, batch = found[node.input[0]][:2]
-        directions, rows, features = found[node.input[1]]
+        steps, batch = shapes[node.input[0]][:2]
+        directions, rows, features = shapes[node.input[1]]
         return steps * batch * directions * rows * (features + rows // GATES[op_type])
     return 0
 

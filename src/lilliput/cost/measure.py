@@ -127,13 +127,13 @@ def latency(
     after = _load()
     load = None if before is None or after is None else (before, after)
     base = np.maximum(next(iter(times.values())), 1e-9)
-    found = {}
+    measured = {}
     for name, session in sessions.items():
         spent = np.maximum(times[name], 1e-9)
         q1, median, q3 = (round(float(x) * 1e3, 6) for x in np.quantile(spent, [0.25, 0.5, 0.75]))
         ratio = round(float(np.median(base / spent)), 4)
-        found[name] = Measured(median, q1, q3, rounds, batch, session.threads, session.runtime, ratio, load)
-    return found
+        measured[name] = Measured(median, q1, q3, rounds, batch, session.threads, session.runtime, ratio, load)
+    return measured
 
 
 # ------------------------------------------------------------------------------------------------------------ profile
@@ -200,9 +200,9 @@ class _Owners:
         for name in node.input:
             source = self.made.get(name)
             if source is not None and depth < 12 and self.constant(name):
-                found = self.weight(source, depth + 1)
-                if found:
-                    return found
+                weight = self.weight(source, depth + 1)
+                if weight:
+                    return weight
         return None
 
     def constant(self, name: str, depth: int = 0) -> bool:

@@ -39,14 +39,14 @@ class Entry:
 
 def _tasks() -> dict[str, Entry]:
     """What the files of this folder name in `TASKS = {name: (about, size_bytes, needs)}`, without importing them."""
-    found = {}
+    entries = {}
     for file in sorted(FOLDER.glob("[a-z]*.py")):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "TASKS":
                 for name, (about, size_bytes, needs) in ast.literal_eval(node.value).items():
                     target = f"{__name__}.{file.stem}:{name.replace('-', '_')}"
-                    found[name] = Entry(target, about, size_bytes, needs)
-    return found
+                    entries[name] = Entry(target, about, size_bytes, needs)
+    return entries
 
 
 TASKS: dict[str, Entry] = _tasks()

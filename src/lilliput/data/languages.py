@@ -30,7 +30,7 @@ def strings() -> tuple[list[str], list[str], list[str]]:
     Regional variants (es_MX, zh_Hant) and strings that equal their English original are left out.
     """
     root = package_file("django", "conf", "locale", "__init__.py", install="lilliput[languages]").parents[2]
-    found: dict[str, dict[str, str]] = {}
+    by_language: dict[str, dict[str, str]] = {}
     for file in sorted(root.glob("**/locale/*/LC_MESSAGES/*.mo")):
         language = file.parts[-3]
         if "_" in language:
@@ -41,10 +41,10 @@ def strings() -> tuple[list[str], list[str], list[str]]:
             source = (key if isinstance(key, str) else key[0]).split("\x04")[-1]  # msgctxt EOT msgid
             text = " ".join(MARKUP.sub("", value).split())
             if source and text != source and sum(map(str.isalpha, text)) >= 2:
-                found.setdefault(language, {}).setdefault(text, source)
+                by_language.setdefault(language, {}).setdefault(text, source)
     rows = [
         (text, source, language)
-        for language, texts in sorted(found.items())
+        for language, texts in sorted(by_language.items())
         if len(texts) >= FEWEST
         for text, source in texts.items()
     ]

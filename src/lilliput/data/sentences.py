@@ -167,8 +167,8 @@ def texts() -> tuple[list[tuple[str, str]], list[str]]:
         heads = {head: rest for rest, head in pairs.items()}
         chosen = sorted(heads.items(), key=_hash)
         used = {text for pair in chosen[:PAIRS] for text in pair}
-        found = json.dumps([chosen, sorted(free - used, key=lambda text: _hash([text]))])
-        write(file, lambda out: out.write(found.encode()))
+        written = json.dumps([chosen, sorted(free - used, key=lambda text: _hash([text]))])
+        write(file, lambda out: out.write(written.encode()))
     chosen, others = json.loads(file.read_text(encoding="utf-8"))
     return [(head, rest) for head, rest in chosen], others
 

@@ -99,13 +99,13 @@ def pairs(output: Any, dense: Any) -> Iterator[tuple[Tensor, Tensor]]:
         >>> len(list(pairs({"loss": z.sum(), "logits": z}, {"logits": z, "cache": None})))
         1
     """
-    found = list(_pairs(output, dense))
-    if not found or any(mine.shape != theirs.shape for mine, theirs in found):
+    matched = list(_pairs(output, dense))
+    if not matched or any(mine.shape != theirs.shape for mine, theirs in matched):
         raise ValueError(
             f"Distill: the outputs of both networks must have tensors of one shape at the same places, got "
             f"{outline(output)} and, dense, {outline(dense)}. Let a wrapping module return what is to be compared."
         )
-    yield from found
+    yield from matched
 
 
 def _pairs(output: Any, dense: Any) -> Iterator[tuple[Tensor, Tensor]]:

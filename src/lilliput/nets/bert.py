@@ -129,11 +129,11 @@ class States(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         net = self.encoder
         kept = attention_mask.to(net.word.weight.dtype)
-        x, found = net.norm(net.word(input_ids) + net.position.weight[: input_ids.shape[1]]), []
+        x, states = net.norm(net.word(input_ids) + net.position.weight[: input_ids.shape[1]]), []
         for layer in net.layers:
             x = layer(x, (1 - kept)[:, None, None, :] * -1e9)
-            found.append(x * kept[:, :, None])
-        return torch.stack([found[i - 1] for i in self.chosen], 1)
+            states.append(x * kept[:, :, None])
+        return torch.stack([states[i - 1] for i in self.chosen], 1)
 
 
 @register("net")

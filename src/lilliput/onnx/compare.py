@@ -69,7 +69,7 @@ def verify(
     Raises:
         ExportError: where it is further away, or has values that are not finite and the model has none.
     """
-    found = agreement(artifact, model, axis)
+    measured = agreement(artifact, model, axis)
     a, m = np.asarray(artifact, np.float64), np.asarray(model, np.float64)
     if not np.isfinite(a).all() and np.isfinite(m).all():
         raise ExportError(f"{who}: the artifact's outputs must be finite, got NaN or infinity. Do not deploy it.")
@@ -87,11 +87,11 @@ def verify(
         if wrong:
             raise ExportError(
                 f"{who}: a float artifact must predict what the model predicts, got {wrong} of {a.shape[0]} changed "
-                f"(largest difference {found['max_abs']:.3g}). The export or the runtime computes something else."
+                f"(largest difference {measured['max_abs']:.3g}). The export or the runtime computes something else."
             )
-    elif several and found["changed"] > most_changed:
+    elif several and measured["changed"] > most_changed:
         raise ExportError(
             f"{who}: at most {most_changed:.1%} of predictions may change from the quantised model to its artifact, "
-            f"got {found['changed']:.1%}. The runtime computes something else than the model."
+            f"got {measured['changed']:.1%}. The runtime computes something else than the model."
         )
-    return found
+    return measured

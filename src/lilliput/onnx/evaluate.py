@@ -33,5 +33,5 @@ def evaluate(
     )
     model = helper.make_model(graph, opset_imports=imports)
     with np.errstate(all="ignore"):
-        found = iter(ReferenceEvaluator(model).run(None, dict(feeds)))
-    return [next(found) if name else np.zeros(0) for name in proto.output]
+        outputs = iter(ReferenceEvaluator(model).run(None, dict(feeds)))
+    return [next(outputs) if name else np.zeros(0) for name in proto.output]

@@ -87,13 +87,13 @@ def _judge(proto: ModelProto, name: str, who: str) -> None:
 
 def _tensors(proto: ModelProto) -> list[TensorProto]:
     """Every tensor of the model and its functions, those in attributes too."""
-    found = list(proto.graph.initializer)
+    tensors = list(proto.graph.initializer)
     for holder in (proto.graph, *proto.functions):
         for node in holder.node:
             for attribute in node.attribute:
-                found += [attribute.t] if attribute.HasField("t") else []
-                found += list(attribute.tensors)
-    return found
+                tensors += [attribute.t] if attribute.HasField("t") else []
+                tensors += list(attribute.tensors)
+    return tensors
 
 
 def _bring(tensor: TensorProto, folder: Path | None, name: str, who: str) -> None:

@@ -38,8 +38,8 @@ class Structure:
     @property
     def weights(self) -> dict[str, Array]:
         """The floating-point initialisers by name, as traced."""
-        found = {t.name: numpy_helper.to_array(t) for t in self.proto.graph.initializer}
-        return {name: array for name, array in found.items() if name not in self.constants}
+        arrays = {t.name: numpy_helper.to_array(t) for t in self.proto.graph.initializer}
+        return {name: array for name, array in arrays.items() if name not in self.constants}
 
     @property
     def constants(self) -> frozenset[str]:

@@ -89,18 +89,18 @@ def trace(model: nn.Module, example: Inputs) -> Structure:
 @contextlib.contextmanager
 def _flat(model: nn.Module) -> Iterator[list[str]]:
     """The model returning a flat tuple inside, as files do; the list holds the names of its outputs once it has run."""
-    found: list[str] = []
+    names: list[str] = []
     whole, own = model.forward, vars(model).get("forward")
 
     @functools.wraps(whole)
     def forward(*inputs: Any, **named: Any) -> Any:
         outputs = whole(*inputs, **named)
-        found[:] = output_names(outputs)
+        names[:] = output_names(outputs)
         return outputs if isinstance(outputs, torch.Tensor) else tuple(leaves(outputs))
 
     model.forward = forward
     try:
-        yield found
+        yield names
     finally:
         del model.forward
         if own is not None:
@@ -119,10 +119,10 @@ def _looked_up(model: nn.Module) -> Iterator[None]:
         if bag.padding_idx is not None:
             kept = (ids != bag.padding_idx).to(rows.dtype)
             weights = kept if weights is None else weights * kept
-        found = rows.sum(1) if weights is None else (weights.unsqueeze(1) @ rows).squeeze(1)
+        summed = rows.sum(1) if weights is None else (weights.unsqueeze(1) @ rows).squeeze(1)
         if bag.mode == "sum":
-            return found
-        return found / (ids.shape[1] if bag.padding_idx is None else kept.sum(1, keepdim=True).clamp_min(1))
+            return summed
+        return summed / (ids.shape[1] if bag.padding_idx is None else kept.sum(1, keepdim=True).clamp_min(1))
 
     for bag in bags:
         bag.forward = functools.partial(forward, bag)  # type: ignore[method-assign]

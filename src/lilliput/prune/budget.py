@@ -194,13 +194,13 @@ def _masks(
     """The mask of each tensor at each level; what is zero already goes first."""
     function, tensors = scores.lookup(score), parameter_names(model)
     known = statistics(model, task, names, scores.needs(function), seed=seed)
-    found: Masks = {}
+    masks: Masks = {}
     for name in names:
         weight = tensors[name].detach().float()
         rated = function(weight, **known[name])
         rated = torch.where(weight != 0, rated, -torch.finfo(rated.dtype).tiny)
-        found[name] = {level: pattern.of(name)(rated, level) for level in levels}
-    return found
+        masks[name] = {level: pattern.of(name)(rated, level) for level in levels}
+    return masks
 
 
 @torch.no_grad()
@@ -338,8 +338,8 @@ class _Timer:
     def ms(self, masks: Mapping[str, Tensor]) -> float:
         """The time with these masks, taken in turns with the dense network and in its milliseconds."""
         sessions: dict[str, Any] = {"dense": self.dense, "masked": self._session(masks)}
-        found = latency(sessions, self.example, seconds=0.5)
-        return self.dense_ms / found["masked"].ratio
+        times = latency(sessions, self.example, seconds=0.5)
+        return self.dense_ms / times["masked"].ratio
 
     def costs(self, masks: Masks) -> tuple[float, dict[str, dict[float, float]]]:
         """(milliseconds of the dense network, what each tensor at each level adds to them: mostly below zero)."""

@@ -89,8 +89,8 @@ class PruneChannels(Stage):
         return {g.name: g.reason for g in self._chosen(model, groups(model, task.example)) if g.reason}
 
     def __call__(self, model: nn.Module, task: Task, reference: Reference | None) -> nn.Module:
-        found = groups(model, task.example)
-        chosen = self._chosen(model, found)
+        every = groups(model, task.example)
+        chosen = self._chosen(model, every)
         free = [g for g in chosen if g.removable]
         if not free:
             raise ValueError(f"PruneChannels: some channels must be free to go, got none: {chosen[0]} Widen where=.")
@@ -101,26 +101,26 @@ class PruneChannels(Stage):
                     f"PruneChannels: scores must be finite, got NaN or infinity for {name}. Load a sound "
                     "checkpoint, or leave it out with where=."
                 )
-        return remove_channels(model, task.example, kept(free, scores, self._counts(free, scores)), found)
+        return remove_channels(model, task.example, kept(free, scores, self._counts(free, scores)), every)
 
-    def rated(self, model: nn.Module, task: Task, found: Iterable[Group]) -> dict[str, Tensor]:
+    def rated(self, model: nn.Module, task: Task, candidates: Iterable[Group]) -> dict[str, Tensor]:
         """Compute one score a channel, (size,) for each group."""
-        found = list(found)
+        candidates = list(candidates)
         if self.score == "taylor":
-            scores = _taylor(model, task, found, self.seed)
+            scores = _taylor(model, task, candidates, self.seed)
         elif self.score == "random":
             generator = torch.Generator().manual_seed(self.seed)
-            scores = {g.name: torch.rand(g.size, generator=generator) for g in found}
+            scores = {g.name: torch.rand(g.size, generator=generator) for g in candidates}
         else:
-            scores = {g.name: RATED[self.score](model, g) for g in found}
+            scores = {g.name: RATED[self.score](model, g) for g in candidates}
         if self.allocation == "global" and self.score not in COMPARABLE:
             scores = {name: score / score.mean().clamp_min(1e-30) for name, score in scores.items()}
         return scores
 
-    def _chosen(self, model: nn.Module, found: tuple[Group, ...]) -> list[Group]:
+    def _chosen(self, model: nn.Module, every: tuple[Group, ...]) -> list[Group]:
         patterns = [pattern.strip() for pattern in self.where.split(",")]
-        makers = {g.name: [p.layer for p in g.parts if p.side == "out"] or [g.name] for g in found}
-        chosen = [g for g in found if any(fnmatchcase(m, p) for m in makers[g.name] for p in patterns)]
+        makers = {g.name: [p.layer for p in g.parts if p.side == "out"] or [g.name] for g in every}
+        chosen = [g for g in every if any(fnmatchcase(m, p) for m in makers[g.name] for p in patterns)]
         if not chosen:
             raise ValueError(
                 f"PruneChannels: where must match a layer that makes channels, got {self.where!r}. "
@@ -131,18 +131,18 @@ class PruneChannels(Stage):
         why = "no batch norm scales its channels"
         return [g if g.reason or _scales(model, g) else replace(g, reason=why) for g in chosen]
 
-    def _counts(self, found: list[Group], scores: dict[str, Tensor]) -> dict[str, int]:
+    def _counts(self, free: list[Group], scores: dict[str, Tensor]) -> dict[str, int]:
         """How many channels of each group stay."""
         if self.allocation == "uniform" or not self.sparsity:
-            wanted = {g.name: (1 - self.sparsity) * g.size for g in found}
+            wanted = {g.name: (1 - self.sparsity) * g.size for g in free}
         else:
-            least = {g.name: min(math.lcm(g.multiple, self.multiple), g.size) for g in found}
-            wanted = {g.name: g.size for g in found}
-            goal = int(self.sparsity * sum(g.size for g in found) + 1e-9)
+            least = {g.name: min(math.lcm(g.multiple, self.multiple), g.size) for g in free}
+            wanted = {g.name: g.size for g in free}
+            goal = int(self.sparsity * sum(g.size for g in free) + 1e-9)
             for _, _, name in sorted((float(s), i, name) for name, of in scores.items() for i, s in enumerate(of)):
                 if goal and wanted[name] > least[name]:
                     wanted[name], goal = wanted[name] - 1, goal - 1
-        return {g.name: rounded(g, wanted[g.name], self.multiple) for g in found}
+        return {g.name: rounded(g, wanted[g.name], self.multiple) for g in free}
 
 
 def filters(layer: nn.Module) -> Tensor:
@@ -226,9 +226,9 @@ def _scales(model: nn.Module, group: Group) -> list[tuple[Tensor, Tensor, Tensor
 RATED = {"l1": l1, "l2": l2, "geometric_median": geometric_median, "batchnorm_scale": batchnorm_scale}
 
 
-def _taylor(model: nn.Module, task: Task, found: list[Group], seed: int) -> dict[str, Tensor]:
+def _taylor(model: nn.Module, task: Task, candidates: list[Group], seed: int) -> dict[str, Tensor]:
     def losses(net: nn.Module) -> Iterator[Tensor]:
         data = Labelled.of(net.float(), task, 256, seed)
         return (loss for loss, _ in data.losses())
 
-    return taylor(model, found, losses)
+    return taylor(model, candidates, losses)

@@ -76,57 +76,57 @@ class PruneHeads(Stage):
         """List the attention modules that `where` takes in but that keep all their heads, each with the reason."""
         return {h.name: h.reason for h in self._chosen(heads(model, task.example)) if h.reason}
 
-    def _chosen(self, found: Iterable[Heads]) -> list[Heads]:
+    def _chosen(self, every: Iterable[Heads]) -> list[Heads]:
         patterns = [pattern.strip() for pattern in self.where.split(",")]
-        return [h for h in found if any(fnmatchcase(h.name, pattern) for pattern in patterns)]
+        return [h for h in every if any(fnmatchcase(h.name, pattern) for pattern in patterns)]
 
     def __call__(self, model: nn.Module, task: Task, reference: Reference | None) -> nn.Module:
-        found = heads(model, task.example)
-        chosen = self._chosen(found)
+        every = heads(model, task.example)
+        chosen = self._chosen(every)
         if not chosen:
             raise ValueError(
                 f"PruneHeads: where must match an attention module, got {self.where!r}. "
-                f"{near(self.where, [h.name for h in found])}"
+                f"{near(self.where, [h.name for h in every])}"
             )
         free = [h for h in chosen if h.removable]
         if not free:
             raise ValueError(f"PruneHeads: some heads must be free to go, got none: {chosen[0]} Widen where=.")
         scores = {name: score / score.norm().clamp_min(1e-30) for name, score in self.rated(model, task, free).items()}
-        return remove_heads(model, task.example, self._kept(free, scores), found)
+        return remove_heads(model, task.example, self._kept(free, scores), every)
 
-    def rated(self, model: nn.Module, task: Task, found: Iterable[Heads]) -> dict[str, Tensor]:
+    def rated(self, model: nn.Module, task: Task, modules: Iterable[Heads]) -> dict[str, Tensor]:
         """Compute one score a head, (heads,) for each attention module."""
-        found = list(found)
+        modules = list(modules)
         if self.score in ("importance", "taylor"):
-            return gate_scores(model, task, found, self.score, self.seed)
-        work, generator = opened(model, found), torch.Generator().manual_seed(self.seed)
+            return gate_scores(model, task, modules, self.score, self.seed)
+        work, generator = opened(model, modules), torch.Generator().manual_seed(self.seed)
         if self.score == "random":
-            return {h.name: torch.rand(h.count, generator=generator) for h in found}
-        return {h.name: norms(work, h) for h in found}
+            return {h.name: torch.rand(h.count, generator=generator) for h in modules}
+        return {h.name: norms(work, h) for h in modules}
 
-    def _kept(self, found: list[Heads], scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        total = sum(h.count for h in found)
+    def _kept(self, free: list[Heads], scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        total = sum(h.count for h in free)
         if self.allocation == "uniform":
-            drop = {h.name: min(round(self.sparsity * h.count), h.count - 1) for h in found}
+            drop = {h.name: min(round(self.sparsity * h.count), h.count - 1) for h in free}
         else:
-            most, goal = total - len(found), int(self.sparsity * total + 1e-9)
+            most, goal = total - len(free), int(self.sparsity * total + 1e-9)
             if goal > most:
                 raise ValueError(
-                    f"PruneHeads: {len(found)} attention modules keep one of {total} heads each, so "
+                    f"PruneHeads: {len(free)} attention modules keep one of {total} heads each, so "
                     f"sparsity must be at most {most / total:g}, got {self.sparsity:g}. Remove whole "
                     "layers with lilliput.graph.remove_blocks."
                 )
             drop = dict.fromkeys(scores, 0)
             ranked = sorted((float(s), i, name) for name, of in scores.items() for i, s in enumerate(of))
-            counts = {h.name: h.count for h in found}
+            counts = {h.name: h.count for h in free}
             for _, _, name in ranked:
                 if goal and drop[name] < counts[name] - 1:
                     drop[name], goal = drop[name] + 1, goal - 1
-        return {h.name: scores[h.name].argsort(stable=True)[drop[h.name] :].sort().values for h in found}
+        return {h.name: scores[h.name].argsort(stable=True)[drop[h.name] :].sort().values for h in free}
 
 
 def gate_scores(
-    model: nn.Module, task: Task, found: Iterable[Heads], score: str = "importance", seed: int = 0
+    model: nn.Module, task: Task, modules: Iterable[Heads], score: str = "importance", seed: int = 0
 ) -> dict[str, Tensor]:
     """Measure how much the loss L depends on gates xi_h = 1 that multiply the output of each head h.
 
@@ -137,18 +137,18 @@ def gate_scores(
     Args:
         model: The model.
         task: Gives the examples and the loss.
-        found: The attention modules.
+        modules: The attention modules.
         score: "importance" or "taylor".
         seed: The seed of the choice of examples and of drawn labels.
 
     Returns:
         Scores (heads,) by the name of the module.
     """
-    found = list(found)
-    work = opened(model, found).eval().float().requires_grad_(False)
-    scores = {h.name: torch.zeros(h.count) for h in found}
+    modules = list(modules)
+    work = opened(model, modules).eval().float().requires_grad_(False)
+    scores = {h.name: torch.zeros(h.count) for h in modules}
     data = Labelled.of(work, task, 256, seed)
-    with torch.enable_grad(), _gates(work, found) as gates:
+    with torch.enable_grad(), _gates(work, modules) as gates:
         for loss, share in data.losses():
             loss.backward()
             for name, passed in gates.items():
@@ -160,9 +160,9 @@ def gate_scores(
 
 
 @contextmanager
-def _gates(model: nn.Module, found: Iterable[Heads]) -> Iterator[dict[str, list[Tensor]]]:
+def _gates(model: nn.Module, modules: Iterable[Heads]) -> Iterator[dict[str, list[Tensor]]]:
     """Gates, one an example and head, on what the heads hand to their output map, kept by name for each call."""
-    gates: dict[str, list[Tensor]] = {h.name: [] for h in found}
+    gates: dict[str, list[Tensor]] = {h.name: [] for h in modules}
 
     def gate(h: Heads, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
         x: Tensor = args[0]
@@ -170,7 +170,7 @@ def _gates(model: nn.Module, found: Iterable[Heads]) -> Iterator[dict[str, list[
         gates[h.name].append(xi)
         return ((x * xi.repeat_interleave(h.size, 1).view(len(x), *[1] * (x.dim() - 2), -1)),)
 
-    hooks = [model.get_submodule(h.output).register_forward_pre_hook(partial(gate, h)) for h in found]
+    hooks = [model.get_submodule(h.output).register_forward_pre_hook(partial(gate, h)) for h in modules]
     try:
         yield gates
     finally:

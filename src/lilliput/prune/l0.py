@@ -92,8 +92,8 @@ class L0(Stage, Rule):
 
     def gates(self, model: nn.Module) -> dict[str, tuple[HardConcrete, Tensor]]:
         """Return the code and log alpha / speed of each tensor, by its name."""
-        found = {name: chain[0] for name, chain in codes(model).items() if isinstance(chain[0], HardConcrete)}
-        return {name: (code, second(model, name)) for name, code in found.items()}
+        gates = {name: chain[0] for name, chain in codes(model).items() if isinstance(chain[0], HardConcrete)}
+        return {name: (code, second(model, name)) for name, code in gates.items()}
 
     def expected(self, model: nn.Module) -> Tensor:
         """Return E, the share of gates that is expected open."""

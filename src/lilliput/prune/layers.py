@@ -99,8 +99,8 @@ def sequentially(
         parts: list[Tensor] = []
 
         def listen(module: nn.Module, given: tuple[Any, ...], parts: list[Tensor] = parts) -> None:
-            found = products(module, leaves(given)[0])
-            parts[:] = [parts[0] + found if parts else found]
+            product = products(module, leaves(given)[0])
+            parts[:] = [parts[0] + product if parts else product]
 
         hook = modules[name].register_forward_pre_hook(listen)
         for first in range(0, length(inputs), batch_size):
@@ -129,17 +129,17 @@ def _at_once(plain: nn.Module, inputs: Any, modules: dict[str, nn.Module]) -> bo
 @torch.no_grad()
 def called(plain: nn.Module, inputs: Any, names: list[str]) -> list[str]:
     """List those weights whose layers the model calls, in the order of the first call."""
-    found: dict[str, None] = {}
+    order: dict[str, None] = {}
     hooks = [
         plain.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(
-            lambda module, given, name=name: found.setdefault(name)
+            lambda module, given, name=name: order.setdefault(name)
         )
         for name in names
     ]
     call(plain, take(inputs, slice(0, 1)))
     for hook in hooks:
         hook.remove()
-    return list(found)
+    return list(order)
 
 
 def prepared(
@@ -184,16 +184,16 @@ def pruned(model: nn.Module, task: Task | None, who: str, settings: Any, solve: 
         settings.allocation,
         pattern,
     )
-    found: dict[str, Tensor] = {}
+    masks: dict[str, Tensor] = {}
 
     def one(name: str, moment: Tensor) -> None:
         weight = plain.get_parameter(name)
-        new, found[name] = solve(weight, finite(moment, name, who), min(share[name], pattern.most))
+        new, masks[name] = solve(weight, finite(moment, name, who), min(share[name], pattern.most))
         weight.copy_(new)
 
     sequentially(plain, inputs, names, one)
     result = copy_model(model)
-    return store_(result, {name: (plain.get_parameter(name), mask) for name, mask in found.items()}, pattern)
+    return store_(result, {name: (plain.get_parameter(name), mask) for name, mask in masks.items()}, pattern)
 
 
 def finite(moment: Tensor, name: str, who: str) -> Tensor:
@@ -207,11 +207,11 @@ def finite(moment: Tensor, name: str, who: str) -> Tensor:
 
 
 @torch.no_grad()
-def store_(model: nn.Module, found: dict[str, tuple[Tensor, Tensor]], pattern: Pattern) -> nn.Module:
+def store_(model: nn.Module, pruned: dict[str, tuple[Tensor, Tensor]], pattern: Pattern) -> nn.Module:
     """Put (weight, mask) by name into a model, in place."""
-    masked = attach_masks(model, found, pattern)
-    put_(masked, {name: mask for name, (_, mask) in found.items()}, pattern)
-    for name, (weight, _) in found.items():
+    masked = attach_masks(model, pruned, pattern)
+    put_(masked, {name: mask for name, (_, mask) in pruned.items()}, pattern)
+    for name, (weight, _) in pruned.items():
         theta(model, name).copy_(weight)
     return model
 

@@ -93,9 +93,9 @@ class Lottery(Stage):
 
     @torch.no_grad()
     def _rewound(self, pruned: nn.Module, early: nn.Module) -> nn.Module:
-        found, ticket = masks(pruned), copy_model(early)
+        by_name, ticket = masks(pruned), copy_model(early)
         pattern = patterns.parse(self.pattern)
-        put_(attach_masks(ticket, found, pattern), {name: code.mask for name, code in found.items()}, pattern)
-        for name, code in found.items():
+        put_(attach_masks(ticket, by_name, pattern), {name: code.mask for name, code in by_name.items()}, pattern)
+        for name, code in by_name.items():
             theta(ticket, name).mul_(code.mask)
         return ticket

@@ -101,10 +101,10 @@ def attach_masks(model: nn.Module, names: Iterable[str], pattern: Pattern, strai
             weight = getattr(module, attribute)
             block = pattern.of(name).block(tuple(weight.shape))
             attach(model, name, Masked(torch.ones_like(weight, dtype=torch.bool), block))
-    found = masks(model, names)
-    for code in found.values():
+    by_name = masks(model, names)
+    for code in by_name.values():
         code.straight = straight
-    return found
+    return by_name
 
 
 def masks(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Masked]:

@@ -195,9 +195,9 @@ class Seam(Stage):
                     lost, kept = sub.loss_of(floor, sub.score(under(net, m)).value), float(_rate(body, m, names))
                 rank = (lost <= 0, -kept if lost <= 0 else -lost - kept)
                 if rank >= best:
-                    best, found = rank, (m, {key: value.clone() for key, value in net.head.state_dict().items()})
-        net.head.load_state_dict(found[1])
-        _attach(net, found[0])
+                    best, best_state = rank, (m, {key: value.clone() for key, value in net.head.state_dict().items()})
+        net.head.load_state_dict(best_state[1])
+        _attach(net, best_state[0])
         for name in parameter_names(net.body):
             theta(net.body, name).requires_grad_(flags.get(name, True))
         return net.cpu().eval()
@@ -252,8 +252,8 @@ def reuse(
         >>> small(sub.example).shape
         torch.Size([1, 2])
     """
-    found = Seam(classes, rest, **settings)(model, task, None)
-    return remove_empty(found, task.example), subproblem(task, classes, rest)
+    pruned = Seam(classes, rest, **settings)(model, task, None)
+    return remove_empty(pruned, task.example), subproblem(task, classes, rest)
 
 
 def _head(body: nn.Module, example: Any, classes: tuple[int, ...], rest: bool) -> nn.Linear:
@@ -300,8 +300,8 @@ def _elements(body: nn.Module, example: Any, names: list[str], start: str) -> tu
             biases[name] = f"{path}.bias" if path else "bias"
 
     def masked() -> Masks:
-        found = {name: binary(s) for name, s in scores.items()}
-        return found | {bias: found[name].flatten(1).amax(1) for name, bias in biases.items()}
+        by_name = {name: binary(s) for name, s in scores.items()}
+        return by_name | {bias: by_name[name].flatten(1).amax(1) for name, bias in biases.items()}
 
     return scores, masked
 
@@ -345,14 +345,14 @@ def _channels(body: nn.Module, example: Any, names: list[str], start: str) -> tu
 
     def masked() -> Masks:
         gates = {name: binary(s) for name, s in scores.items()}
-        found: Masks = {}
+        by_name: Masks = {}
         for name, dim, index, group, channel in places:
             shape = body.get_parameter(name).shape
             gate = gates[group].new_ones(shape[dim]).index_put((index,), gates[group][channel])
-            m = found.get(name)
+            m = by_name.get(name)
             factor = gate.view(-1, *(1,) * (len(shape) - dim - 1))
-            found[name] = factor.expand(shape) if m is None else m * factor
-        return found
+            by_name[name] = factor.expand(shape) if m is None else m * factor
+        return by_name
 
     return scores, masked
 

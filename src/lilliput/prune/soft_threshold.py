@@ -91,8 +91,8 @@ class STR(Stage, Rule):
 
     def thresholds(self, model: nn.Module) -> dict[str, tuple[SoftThreshold, Tensor]]:
         """Return the code and s of each tensor, by its name."""
-        found = {name: chain[0] for name, chain in codes(model).items() if isinstance(chain[0], SoftThreshold)}
-        return {name: (code, second(model, name)) for name, code in found.items()}
+        thresholds = {name: chain[0] for name, chain in codes(model).items() if isinstance(chain[0], SoftThreshold)}
+        return {name: (code, second(model, name)) for name, code in thresholds.items()}
 
     def _rated(self, model: nn.Module) -> dict[str, Tensor]:
         return {

@@ -121,10 +121,10 @@ class WoodFisher(Stage):
         share = amounts(parameters, 1.0 if self.sparsity is None else self.sparsity, self.allocation, pattern)
         kept: dict[str, Tensor] = {}
         for k in range(1, self.rounds + 1):
-            found: dict[str, tuple[Tensor, Tensor]] = {}
+            results: dict[str, tuple[Tensor, Tensor]] = {}
             for some in self._groups(parameters):
-                found |= self._round(examples, some, share, pattern, k, kept)
-            for name, (new, kept[name]) in found.items():
+                results |= self._round(examples, some, share, pattern, k, kept)
+            for name, (new, kept[name]) in results.items():
                 parameters[name].data.copy_(new)
         return store_(copy_model(model), {name: (parameters[name].detach(), kept[name]) for name in names}, pattern)
 
@@ -152,12 +152,12 @@ class WoodFisher(Stage):
             parameter.requires_grad_(True)
         with torch.enable_grad():
             blocks = fisher.fisher_blocks(examples, parameters, self.size)
-        found = {}
+        results = {}
         for name, parameter in parameters.items():
             w, gone = parameter.requires_grad_(False), ~kept.get(name, torch.ones_like(parameter, dtype=torch.bool))
             ahead = 1 - (1 - min(share[name], pattern.most)) ** (k / self.rounds)
             flat = F.pad(gone.flatten(), (0, blocks[name].shape[0] * self.size - gone.numel())).view(-1, self.size)
             # No weight is made up for by one that has gone: it has no curvature with the others.
             here = blocks[name] * (~flat[:, :, None] & ~flat[:, None, :])
-            found[name] = surgery(w, here, ahead, pattern, self.damp)
-        return found
+            results[name] = surgery(w, here, ahead, pattern, self.damp)
+        return results

@@ -131,12 +131,12 @@ class QuantizeActivations(Stage):
         if task is None:
             raise ValueError("QuantizeActivations: a task must be given to calibrate on, got None.")
         model = copy_model(model)
-        found = outputs(model, self._chosen(model), task, self.examples)
+        measured = outputs(model, self._chosen(model), task, self.examples)
         # One rounding is enough: an output that goes straight into an activation is rounded behind that.
-        fused = {name for name, readers in found.into.items() if any(_absorbs(model, reader) for reader in readers)}
-        seen = {name: values for name, values in found.values.items() if name not in fused}
+        fused = {name for name, readers in measured.into.items() if any(_absorbs(model, reader) for reader in readers)}
+        seen = {name: values for name, values in measured.values.items() if name not in fused}
         if self.where == "*":
-            seen.pop(found.last, None)
+            seen.pop(measured.last, None)
         if not seen:
             raise ValueError(f"QuantizeActivations: some module must put out a tensor, got none of {self.where!r}.")
         for name, values in seen.items():

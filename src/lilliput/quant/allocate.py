@@ -39,14 +39,14 @@ def allocate(options: Mapping[str, Mapping[Hashable, tuple[int, float]]], budget
 
     def steps(down: bool) -> list[tuple[float, str, int, Hashable]]:
         """(harm a bit, tensor, order of the option, option) of every step down, or of every step up that pays."""
-        found = []
+        moves = []
         for name, rows in options.items():
             bits, harm = rows[chosen[name]]
             for order, (label, (other, its)) in enumerate(rows.items()):
                 pays = other < bits if down else other > bits and spent + other - bits <= budget_bits and its < harm
                 if pays:
-                    found.append(((its - harm) / (bits - other), name, order, label))
-        return found
+                    moves.append(((its - harm) / (bits - other), name, order, label))
+        return moves
 
     while spent > budget_bits:
         _, name, _, label = min(steps(down=True), key=lambda step: step[:3])

@@ -88,29 +88,29 @@ def dynamic(
     if unknown:
         raise ValueError(f"dynamic: arithmetic must be one of {ARITHMETICS}, got {', '.join(map(repr, unknown))}.")
     known = folded(proto)
-    found = groups(known)
-    if not found:
+    products = groups(known)
+    if not products:
         raise NotSupported("dynamic: the network must have a MatMul or Gemm with stored float32 weights, and has none.")
     for name in named:
-        if name not in {group.input for group in found}:
-            raise KeyError(f"dynamic: {name} is the input of no product. {near(name, [g.input for g in found])}")
-    seen, dense = observe(known, found, calibration)
-    ones = {g.input: np.ones(len(g.weights[0]), np.float32) for g in found}
-    scales = {g.input: equaliser(g, seen[g.input]) for g in found} if equalise else ones
+        if name not in {group.input for group in products}:
+            raise KeyError(f"dynamic: {name} is the input of no product. {near(name, [g.input for g in products])}")
+    seen, dense = observe(known, products, calibration)
+    ones = {g.input: np.ones(len(g.weights[0]), np.float32) for g in products}
+    scales = {g.input: equaliser(g, seen[g.input]) for g in products} if equalise else ones
 
     base = with_narrow_tables(known) if tables else known
 
     def build(choice: Mapping[str, Arithmetic]) -> ModelProto:
-        return write(base, found, seen, scales, choice)
+        return write(base, products, seen, scales, choice)
 
     if arithmetic is not None:
         default = arithmetic if isinstance(arithmetic, str) else "narrow"
-        return build({g.input: named.get(g.input, default) for g in found})
-    return build(_choose(found, seen, scales, build, calibration, dense, tolerance, allowed))
+        return build({g.input: named.get(g.input, default) for g in products})
+    return build(_choose(products, seen, scales, build, calibration, dense, tolerance, allowed))
 
 
 def _choose(
-    found: Sequence[Group],
+    products: Sequence[Group],
     seen: Mapping[str, Observed],
     scales: Mapping[str, Floats],
     build: Callable[[Mapping[str, Arithmetic]], ModelProto],
@@ -122,7 +122,7 @@ def _choose(
     """Start with the fastest arithmetic everywhere; buy exactness where a millisecond buys most until it suffices."""
     choice: dict[str, Arithmetic] = {}
     steps: list[tuple[float, str, Arithmetic]] = []
-    for group in found:
+    for group in products:
         name, statistics = group.input, seen[group.input]
         cost = times(group.shapes, statistics.rows, tuple(allowed))
         x = statistics.sample
@@ -185,11 +185,11 @@ def times(
          for i, s in zip(names, shapes, strict=True)],
     )  # fmt: skip
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    found, one = groups(proto), {"x": np.ones(shapes[0][0], np.float32)}
+    products, one = groups(proto), {"x": np.ones(shapes[0][0], np.float32)}
     # Narrow weights are widened when the file is loaded: float32 arithmetic.
     distinct: list[Arithmetic] = [a for a in ("float", "tensor", "row") if a == "float" or a in allowed]
     seen = {"x": Observed(x, (0,), rows)}
-    sessions = {str(a): Session(write(proto, found, seen, one, {"x": a})) for a in distinct}
+    sessions = {str(a): Session(write(proto, products, seen, one, {"x": a})) for a in distinct}
     measured = latency(sessions, {"x": x}, seconds=0.02 * len(sessions), batch=rows)
     base = measured["float"].median_ms  # ratios hold on a busy machine
     return {a: base / measured["float" if a == "narrow" else a].ratio for a in allowed}

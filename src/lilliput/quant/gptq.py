@@ -43,7 +43,7 @@ def gptq(weight: Tensor, scale: Tensor, zero: Tensor, levels: Levels, *, hessian
     H, _ = damped(hessian.double(), DAMP)
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
     W, s, z = (part.expand_as(weight).to(H).reshape(groups, -1, d) for part in (weight, scale, zero))
-    kept, found = W != 0, torch.empty_like(W)
+    kept, rounded = W != 0, torch.empty_like(W)
     W = W.clone()
     for start in range(0, d, WIDTH):
         end = min(start + WIDTH, d)
@@ -52,6 +52,6 @@ def gptq(weight: Tensor, scale: Tensor, zero: Tensor, levels: Levels, *, hessian
             level = torch.where(kept[:, :, j], nearest(W[:, :, j], s[:, :, j], z[:, :, j], levels), z[:, :, j])
             error = (W[:, :, j] - (level - z[:, :, j]) * s[:, :, j]) / U[:, None, j, j]
             W[:, :, j:end] -= error[:, :, None] * U[:, None, j, j:end]
-            errors[:, :, j - start], found[:, :, j] = error, level
+            errors[:, :, j - start], rounded[:, :, j] = error, level
         W[:, :, end:] -= errors @ U[:, start:end, end:]
-    return found.reshape(weight.shape).to(weight.dtype)
+    return rounded.reshape(weight.shape).to(weight.dtype)

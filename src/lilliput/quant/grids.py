@@ -125,10 +125,10 @@ def levels(grid: str, bits: int, symmetric: bool, who: str) -> Levels:
         ValueError: where b bits cannot hold its levels.
     """
     function: Grid = lookup("grid", grid, who)
-    found, most = function(bits, symmetric), uniform(bits, symmetric)
-    if found.low < most.low or found.high > most.high or found.symmetric != symmetric:
+    levels, most = function(bits, symmetric), uniform(bits, symmetric)
+    if levels.low < most.low or levels.high > most.high or levels.symmetric != symmetric:
         raise ValueError(
             f"{who}: the levels of grid {grid!r} must lie in [{most.low}, {most.high}] for {bits} bits, got "
-            f"[{found.low}, {found.high}]. Use more bits."
+            f"[{levels.low}, {levels.high}]. Use more bits."
         )
-    return found
+    return levels

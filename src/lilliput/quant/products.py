@@ -84,7 +84,7 @@ def groups(proto: ModelProto) -> list[Group]:
         and all(name in stored and readers[name] == 1 and name not in hidden for name in node.input[1:] if name)
         and not {*node.output} & hidden
     }
-    found: dict[str, list[tuple[str, Floats]]] = {}
+    by_input: dict[str, list[tuple[str, Floats]]] = {}
     for node in graph.node:
         settings = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         plain = node.op_type == "MatMul" or (
@@ -95,10 +95,10 @@ def groups(proto: ModelProto) -> list[Group]:
         if plain and node.domain == "" and node.input[1] in weights and node.input[0] not in stored:
             weight = numpy_helper.to_array(weights[node.input[1]])
             weight = np.ascontiguousarray(weight.T if settings.get("transB") else weight)
-            found.setdefault(node.input[0], []).append((node.name, weight))
+            by_input.setdefault(node.input[0], []).append((node.name, weight))
     return [
         Group(name, tuple(n for n, _ in parts), tuple(w for _, w in parts), norms.get(name, ""))
-        for name, parts in found.items()
+        for name, parts in by_input.items()
     ]
 
 
@@ -114,16 +114,16 @@ def inner(graph: Any) -> set[str]:
 
 
 def observe(
-    proto: ModelProto, found: Sequence[Group], calibration: Sequence[Mapping[str, Array]]
+    proto: ModelProto, groups: Sequence[Group], calibration: Sequence[Mapping[str, Array]]
 ) -> tuple[dict[str, Observed], list[list[Array]]]:
     """One run for each element of `calibration`: statistics of every group's input, and the network's outputs."""
     outputs = [value.name for value in proto.graph.output]
-    inside = [g.input for g in found if g.input not in {*outputs, *(value.name for value in proto.graph.input)}]
+    inside = [g.input for g in groups if g.input not in {*outputs, *(value.name for value in proto.graph.input)}]
     wide = ModelProto()
     wide.CopyFrom(proto)
     wide.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inside)
     session = Session(wide)
-    kept: dict[str, list[Floats]] = {group.input: [] for group in found}
+    kept: dict[str, list[Floats]] = {group.input: [] for group in groups}
     rows, dense = dict.fromkeys(kept, 1), []
     for inputs in calibration:
         values = session.all(dict(inputs))

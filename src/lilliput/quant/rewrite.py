@@ -58,7 +58,7 @@ class _Writer:
 
 def write(
     proto: ModelProto,
-    found: Sequence[Group],
+    groups: Sequence[Group],
     seen: Mapping[str, Observed],
     scales: Mapping[str, Floats],
     choice: Mapping[str, Arithmetic],
@@ -66,9 +66,9 @@ def write(
     """The graph rewritten: each group's input quantized once, before the first of its products."""
     graph, writer = proto.graph, _Writer(_opset(proto))
     arrays = {tensor.name: tensor for tensor in graph.initializer}
-    product = {node: (g, weight) for g in found for node, weight in zip(g.nodes, g.weights, strict=True)}
+    product = {node: (g, weight) for g in groups for node, weight in zip(g.nodes, g.weights, strict=True)}
     equalised = {
-        g.norm: g for g in found if choice[g.input] in ("tensor", "row") and g.norm and (scales[g.input] != 1).any()
+        g.norm: g for g in groups if choice[g.input] in ("tensor", "row") and g.norm and (scales[g.input] != 1).any()
     }
     codes: dict[str, _Codes] = {}
     plain: dict[str, str] = {}  # what was equalised, as it was

@@ -115,8 +115,8 @@ class Uniform(Code):
         scale, zero = fit(rows, self._levels, self.range)
         scale, zero, rows = (part.expand_as(rows).reshape(len(weight), -1) for part in (scale, zero, rows))
         known = {name: _by_output(value, weight) for name, value in statistics.items()}
-        found = rounding(rows, scale, zero, self._levels, **known)
-        return ((found - zero) * scale).reshape(weight.shape).to(weight.dtype)
+        rounded = rounding(rows, scale, zero, self._levels, **known)
+        return ((rounded - zero) * scale).reshape(weight.shape).to(weight.dtype)
 
     def decode(self, *theta: Tensor) -> Tensor:
         weight, log_scale = theta

@@ -17,7 +17,7 @@ REGISTER = re.compile(r"^@(?:\w+\.)*register\(", re.MULTILINE)
 
 def sources() -> dict[str, Path]:
     """Every module of lilliput and of the packages that join, by its dotted name."""
-    found = dict(_modules("lilliput", Path(__file__).parents[1]))
+    modules = dict(_modules("lilliput", Path(__file__).parents[1]))
     for point in sorted(metadata.entry_points(group=GROUP), key=lambda point: (point.module, point.name)):
         top, *rest = point.module.split(".")
         spec = find_spec(top)  # of the top package only: finding a module inside one would import the package
@@ -31,8 +31,8 @@ def sources() -> dict[str, Path]:
                 f"registry: an entry point in {GROUP} must name an installed module, but {point.value!r} of {who} is "
                 f"not one. Install {who} again, or remove it."
             )
-        found |= known
-    return found
+        modules |= known
+    return modules
 
 
 def _modules(name: str, place: Path) -> Iterator[tuple[str, Path]]:
@@ -55,14 +55,14 @@ def read(sources: dict[str, Path]) -> Iterator[Entry]:
     texts = {module: file.read_text(encoding="utf-8") for module, file in sources.items()}
     pairs = {module: [*_bases(text)] for module, text in texts.items()}
     names: set[str] = set(NOUNS)
-    while more := {name for found in pairs.values() for name, bases in found if bases & names} - names:
+    while more := {name for pairs_of in pairs.values() for name, bases in pairs_of if bases & names} - names:
         names |= more
     parsed = [
         _Module(module, str(sources[module]), _parsed(text, sources[module]))
         for module, text in texts.items()
         if REGISTER.search(text) or any(bases & names for _, bases in pairs[module])
     ]
-    classes = {(module.name, name): found for module in parsed for name, found in module.classes.items()}
+    classes = {(module.name, name): described for module in parsed for name, described in module.classes.items()}
     for module in parsed:
         yield from module.entries(classes)
 
@@ -133,8 +133,8 @@ class _Module:
             if not isinstance(node, ast.ClassDef | ast.FunctionDef):
                 continue
             chain = list(self.classes[node.name].chain(classes)) if isinstance(node, ast.ClassDef) else []
-            kinds = tuple(noun for noun in NOUNS if any(noun in found.nouns for found in chain))
-            has_loss = "Rule" in kinds and any(found.has_loss for found in chain)
+            kinds = tuple(noun for noun in NOUNS if any(noun in one.nouns for one in chain))
+            has_loss = "Rule" in kinds and any(one.has_loss for one in chain)
             keys = {*self._registered(node)}
             if not self._hidden(node.name):
                 keys |= {(NOUNS[kind], node.name) for kind in kinds}
@@ -184,7 +184,7 @@ class _Class:
             if top == "lilliput" and name in NOUNS:
                 continue
             # A package may export a class from another place than where it is defined.
-            same = [found for key, found in classes.items() if key[1] == name and key[0].partition(".")[0] == top]
+            same = [other for key, other in classes.items() if key[1] == name and key[0].partition(".")[0] == top]
             base = classes.get((module, name)) or (same[0] if len(same) == 1 else None)
             if base:
                 yield from base.chain(classes)

@@ -48,16 +48,16 @@ def interval(summary: Summary, quality: Quality) -> dict[str, Any] | None:
         ("validation, corrected for the choice", "dot", "drop_corrected"),
         ("test, read once", "diamond", "drop_test"),
     )
-    found = [
+    shown = [
         (label, mark, float(summary[key]), [float(end) for end in summary.get(f"{key}_interval") or () if known(end)])
         for label, mark, key in losses
         if known(summary.get(key))
     ]
-    if not found:
+    if not shown:
         return None
     limit = summaries.floor(summary)
-    reach = [0.0, *([] if limit is None else [limit]), *(drop for _, _, drop, _ in found)]
-    reach += [end for *_, ends in found for end in ends]
+    reach = [0.0, *([] if limit is None else [limit]), *(drop for _, _, drop, _ in shown)]
+    reach += [end for *_, ends in shown for end in ends]
     pad = 0.09 * (max(reach) - min(reach)) or 0.001
     start, end = min(reach) - pad, max(reach) + pad
     step = 10.0 ** math.floor(math.log10((end - start) / 3))
@@ -75,7 +75,7 @@ def interval(summary: Summary, quality: Quality) -> dict[str, Any] | None:
             "span": [at(end) for end in ends] if len(ends) == 2 else None,
             "note": quality.interval(ends).removeprefix("95% interval "),
         }
-        for label, mark, drop, ends in found
+        for label, mark, drop, ends in shown
     ]
     unit = 100 if quality.rate else 1
     decimals = max(0, -math.floor(math.log10(step * unit) + 1e-9))

@@ -61,8 +61,8 @@ class EngineSession:
 
     def run(self, feed: dict[str, Any]) -> list[Any]:
         """Compute every output for inputs that `feed` prepared: nothing else happens here, so this is what is timed."""
-        found = self.engine(*feed.values())
-        return list(found) if isinstance(found, tuple) else [found]
+        outputs = self.engine(*feed.values())
+        return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
     def outputs(self, inputs: Inputs) -> Any:
         """Compute the first output for any number of examples, as many at a time as were compiled for."""

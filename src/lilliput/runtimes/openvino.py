@@ -60,5 +60,5 @@ class OpenVinoSession:
 
     def run(self, feed: dict[str, Any]) -> list[Any]:
         """Compute every output for inputs that `feed` prepared."""
-        found = self._request.infer(feed, share_inputs=True, share_outputs=True)
-        return [found[i] for i in range(len(found))]
+        outputs = self._request.infer(feed, share_inputs=True, share_outputs=True)
+        return [outputs[i] for i in range(len(outputs))]

@@ -74,7 +74,7 @@ def statistics(
             )
     plain = plain.float().requires_grad_(False)
     parameters: Parameters = {name: plain.get_parameter(name).requires_grad_(True) for name in names}
-    found: Statistics = {name: {} for name in names}
+    measured: Statistics = {name: {} for name in names}
     for need in needs:
         source = _source(need)
         if issubclass(source, Calibration) and task is not None:
@@ -89,8 +89,8 @@ def statistics(
                     f"statistics: {need} must be finite, got NaN or infinity for {name}. Check the model's "
                     "other weights, its inputs and its loss for NaN."
                 )
-            found[name][need] = value.detach()
-    return found
+            measured[name][need] = value.detach()
+    return measured
 
 
 def taken_from(need: str) -> str:

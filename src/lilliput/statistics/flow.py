@@ -100,14 +100,14 @@ def flow(calibration: Calibration, parameters: Parameters) -> Parameters:
     example = on(calibration.task.example, next(model.parameters()).device)
     with torch.enable_grad(), _Linear():
         total = torch.stack([leaf.sum() for leaf in leaves(call(model, _ones(example)))]).sum()
-    found = gradients(total, own) if total.requires_grad else ()
-    if not any(bool(g.any()) for g in found):
+    flows = gradients(total, own) if total.requires_grad else ()
+    if not any(bool(g.any()) for g in flows):
         raise ValueError(
             f"statistics: some flow must reach the output through {list(parameters)[:3]}, got none. Leave a softmax "
             "at the end out of the model, or use a score that is taken from data."
         )
     scale = 1 / total.detach()
-    return {name: (g * scale).abs().float() for name, g in zip(own, found, strict=True)}
+    return {name: (g * scale).abs().float() for name, g in zip(own, flows, strict=True)}
 
 
 @torch.no_grad()

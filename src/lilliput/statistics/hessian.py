@@ -30,24 +30,24 @@ def hessian(layers: Layers, parameters: Parameters) -> Parameters:
     Example:
         >>> from lilliput import Task
         >>> net, x = nn.Linear(2, 1), torch.tensor([[1.0, 2.0], [0.0, 1.0]])
-        >>> found = hessian(Layers.of(net, Task("two", train=x, val=x), 2), {"weight": net.weight})
-        >>> found["weight"].tolist()
+        >>> second = hessian(Layers.of(net, Task("two", train=x, val=x), 2), {"weight": net.weight})
+        >>> second["weight"].tolist()
         [[[1.0, 2.0], [2.0, 5.0]]]
 
     Source:
         Frantar, Singh and Alistarh, Optimal brain compression: a framework for accurate post-training quantization and
         pruning, NeurIPS 2022, arXiv:2208.11580, section 3 (half of its Hessian).
     """
-    found: Parameters = {}
+    sums: Parameters = {}
 
     def add(name: str, module: nn.Module, x: Tensor) -> None:
         product = products(module, x)
-        found[name] = found[name] + product if name in found else product
+        sums[name] = sums[name] + product if name in sums else product
 
     # A weight of transformers' Conv1D lies as (in, out): its outputs are no rows.
     own = {n: p for n, p in parameters.items() if "Conv1D" not in type(_layer(layers.model, n)).__name__}
     layers.watch(own, add)
-    return found
+    return sums
 
 
 def _layer(model: nn.Module, name: str) -> nn.Module:

@@ -53,7 +53,7 @@ def input_second_moment(layers: Layers, parameters: Parameters) -> Parameters:
 
 def _energies(layers: Layers, parameters: Parameters) -> dict[str, tuple[Tensor, int]]:
     """The summed squares of each weight's inputs, broadcastable to it, and how many were summed."""
-    found: dict[str, tuple[Tensor, int]] = {}
+    sums: dict[str, tuple[Tensor, int]] = {}
 
     def add(name: str, module: nn.Module, x: Tensor) -> None:
         dims = parameters[name].dim()
@@ -62,11 +62,11 @@ def _energies(layers: Layers, parameters: Parameters) -> dict[str, tuple[Tensor,
             rows = channels.transpose(0, 1).flatten(1).T
         else:
             rows = x.reshape(-1, x.shape[-1])
-        energy, count = found.get(name, (torch.zeros(()), 0))
-        found[name] = energy + _shaped(module, parameters[name], rows.square().sum(0)), count + len(rows)
+        energy, count = sums.get(name, (torch.zeros(()), 0))
+        sums[name] = energy + _shaped(module, parameters[name], rows.square().sum(0)), count + len(rows)
 
     layers.watch(parameters, add)
-    return found
+    return sums
 
 
 def _shaped(module: nn.Module, weight: Tensor, energy: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def inverse_fisher(examples: Labelled, parameters: Parameters, size: int = 32, d
     Source:
         Singh and Alistarh, WoodFisher, NeurIPS 2020, arXiv:2004.14340, section 4.
     """
-    found, names = {}, list(parameters)
+    diagonals, names = {}, list(parameters)
     while names:
         group = [names.pop(0)]
         while names and sum(parameters[n].numel() for n in [*group, names[0]]) * size * 8 <= HELD_BYTES:
@@ -102,5 +102,5 @@ def inverse_fisher(examples: Labelled, parameters: Parameters, size: int = 32, d
             # Copies: a diagonal alone would hold on to the whole inverse.
             parts = [inverse(part, damp).diagonal(dim1=1, dim2=2).clone() for part in blocks.split(4096)]
             p = parameters[name]
-            found[name] = torch.cat(parts).flatten()[: p.numel()].view_as(p).to(p)
-    return found
+            diagonals[name] = torch.cat(parts).flatten()[: p.numel()].view_as(p).to(p)
+    return diagonals

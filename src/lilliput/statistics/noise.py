@@ -24,8 +24,8 @@ def noise(source: Weights, parameters: Parameters) -> Parameters:
         >>> noise(Weights(torch.nn.Linear(2, 2)), parameters)["weight"].shape
         torch.Size([2, 2])
     """
-    found = {}
+    drawn = {}
     for name, parameter in parameters.items():
         generator = torch.Generator().manual_seed(source.seed * 1000003 + zlib.crc32(name.encode()))
-        found[name] = torch.rand(parameter.shape, generator=generator)
-    return found
+        drawn[name] = torch.rand(parameter.shape, generator=generator)
+    return drawn

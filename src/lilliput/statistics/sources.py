@@ -154,19 +154,19 @@ def _signs(output: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _projection(task: Task, output: Any, labels: Any, generator: torch.Generator) -> Tensor:
-    found: Tensor
+    loss: Tensor
     axis = task.class_axis(output)
     if axis is not None and task.meaning.kind == "logits":
         rows = output.movedim(axis, -1).reshape(-1, output.shape[axis])
         chances = rows.detach().softmax(-1)
         drawn = torch.multinomial(chances.cpu(), 1, generator=generator)[:, 0].to(output.device)
-        found = (rows * (chances - F.one_hot(drawn, rows.shape[1]))).sum() / math.sqrt(len(rows))
+        loss = (rows * (chances - F.one_hot(drawn, rows.shape[1]))).sum() / math.sqrt(len(rows))
     elif task.meaning.kind == "bits":
         chance = output.detach().sigmoid()
         drawn = torch.rand(tuple(output.shape), generator=generator).to(output) < chance
-        found = (output * (chance - drawn.to(output))).sum() / math.sqrt(output.numel())
+        loss = (output * (chance - drawn.to(output))).sum() / math.sqrt(output.numel())
     elif task.loss_name == "mse":
-        found = (output * _signs(output, generator)).sum() * math.sqrt(2 / output.numel())
+        loss = (output * _signs(output, generator)).sum() * math.sqrt(2 / output.numel())
     else:
-        found = _loss(task, output, labels, generator)
-    return found
+        loss = _loss(task, output, labels, generator)
+    return loss
