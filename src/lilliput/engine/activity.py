@@ -23,15 +23,15 @@ MOST_RUNS = 64
 
 def vectors(graph: Graph) -> dict[str, Value]:
     """What goes into each product of a known matrix and a position or a few, by the name of what comes out."""
-    found = {}
+    inputs = {}
     for node in graph.nodes:
         way = linear(node) if node.op == "MatMul" else None
         if way is not None and fixed(*node.y.shape) and int(way.positions) <= MOST_POSITIONS:
-            found[node.y.name] = node.input(way.x)
-    return found
+            inputs[node.y.name] = node.input(way.x)
+    return inputs
 
 
-def shares(graph: Graph, found: Target, given: Any, save: Callable[[Plan, Path], None]) -> dict[str, float]:
+def shares(graph: Graph, machine: Target, given: Any, save: Callable[[Plan, Path], None]) -> dict[str, float]:
     """The fraction of inputs that are not zero on an example, for each of `vectors(graph)`.
 
     Raises ValueError for an example that does not fit.
@@ -48,7 +48,7 @@ def shares(graph: Graph, found: Target, given: Any, save: Callable[[Plan, Path],
     names = {value: i for i, value in enumerate(graph.outputs)}
     graph.prune()
     with tempfile.TemporaryDirectory(prefix="lilliput-") as folder:
-        save(planned(graph, estimated(found)), Path(folder))
+        save(planned(graph, estimated(machine)), Path(folder))
         engine = Engine(folder)
         counts = np.zeros(len(names))
         for feed in feeds:

@@ -23,10 +23,10 @@ def attended(graph: Graph) -> None:
             continue
         if uses[weights] != [last] or weights in graph.outputs or weights is v or v.rank < 2 or weights.rank < 2:
             continue
-        found = _scores(graph, soft, uses, makers)
-        if found is None:
+        scored = _scores(graph, soft, uses, makers)
+        if scored is None:
             continue
-        product, gone, expr, extras = found
+        product, gone, expr, extras = scored
         q, k = product.input(0), product.input(1)
         if {value.dtype.name for value in (q, k, v, *extras)} - {"float32", "bool"} or len(extras) > 4:
             continue

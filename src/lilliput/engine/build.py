@@ -43,6 +43,6 @@ def profiling(folder: Path) -> Path:
     made = folder / "libmodel.profile.so"
     if not made.is_file() or made.stat().st_mtime < (folder / "model.c").stat().st_mtime:
         facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        found = Target(facts["target"], 0, tuple(facts["flags"]), tuple(facts["cc"]), link=tuple(facts["link"]))
-        library(folder / "model.c", made, found, ["-DMODEL_PROFILE"])
+        machine = Target(facts["target"], 0, tuple(facts["flags"]), tuple(facts["cc"]), link=tuple(facts["link"]))
+        library(folder / "model.c", made, machine, ["-DMODEL_PROFILE"])
     return made

@@ -24,11 +24,11 @@ def identifier(name: str, taken: set[str] | None = None) -> str:
     text = text if re.match(r"[A-Za-z]", text) and text not in C_WORDS else f"n_{text}"
     if taken is None:
         return text
-    number, found = 2, text
-    while found in taken:
-        found, number = f"{text}_{number}", number + 1
-    taken.add(found)
-    return found
+    number, free = 2, text
+    while free in taken:
+        free, number = f"{text}_{number}", number + 1
+    taken.add(free)
+    return free
 
 
 def comment(text: str) -> str:

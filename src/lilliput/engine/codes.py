@@ -65,23 +65,23 @@ def narrowable(graph: Graph) -> bool:
 
 def _layers(graph: Graph) -> tuple[dict[Value, Coded], dict[Node, tuple[Array, Array]]]:
     """The values that can be codes, and the layers that could read them with their weights' codes and scales."""
-    found = {}
+    by_value = {}
     for node in graph.nodes:
         held = coded(_expr(node)) if len(node.outputs) == 1 else None
         if held is not None:
-            found[node.y] = held
+            by_value[node.y] = held
     layers = {}
     for node in graph.nodes:
-        weights = _weights(node, found[node.x]) if node.inputs and node.inputs[0] in found else None
+        weights = _weights(node, by_value[node.x]) if node.inputs and node.inputs[0] in by_value else None
         if weights is not None:
             layers[node] = weights
-    return found, layers
+    return by_value, layers
 
 
 def narrowed(graph: Graph) -> Graph:
     """The graph with codes stored where that makes layers integer."""
     uses, makers = graph.uses(), graph.makers()
-    found, layers = _layers(graph)
+    by_value, layers = _layers(graph)
     around: dict[Value, Border] = {}
     for node in layers:
         if node.op == "Conv":
@@ -91,7 +91,7 @@ def narrowed(graph: Graph) -> Graph:
             )
     kept = {node: around.get(node.y, ((0, 0),) * 4) for node in layers}
     narrow: dict[Value, Value] = {}
-    for value, held in found.items():
+    for value, held in by_value.items():
         maker, readers = makers[value], uses.get(value, [])
         alone = (
             value not in graph.outputs
@@ -110,9 +110,9 @@ def narrowed(graph: Graph) -> Graph:
             graph.nodes.insert(graph.nodes.index(maker) + 1, node)
     for node in list(graph.nodes):
         if node in layers:
-            _integer(graph, node, layers[node], found, narrow, kept[node])
+            _integer(graph, node, layers[node], by_value, narrow, kept[node])
         elif node.op == "Map":
-            _widen(node, found, narrow)
+            _widen(node, by_value, narrow)
     graph.prune()
     return graph
 
@@ -169,13 +169,13 @@ def _integer(
     graph: Graph,
     node: Node,
     weights: tuple[Array, Array],
-    found: dict[Value, Coded],
+    by_value: dict[Value, Coded],
     narrow: dict[Value, Value],
     around: Border,
 ) -> None:
     """The layer on codes: Conv8(x, w, scale, bias, residual) with attrs expr, of the sum times the scale plus the bias
     (argument 0) and the residual (argument 1); or MatMulInteger."""
-    held, source = found[node.x], narrow[node.x]
+    held, source = by_value[node.x], narrow[node.x]
     bias, residual = node.maybe(2), node.maybe(3)
     flat = np.zeros(len(weights[1]), np.float32) if bias is None else np.asarray(bias.data, np.float32).reshape(-1)
     flat = np.ascontiguousarray(np.broadcast_to(flat, (len(weights[1]),)))
@@ -183,7 +183,7 @@ def _integer(
     if residual is not None:
         codes = narrow.get(residual)
         extras = [codes or residual]
-        total = total + (arg(1, "float32") if codes is None else found[residual].number(arg(1, "uint8")))
+        total = total + (arg(1, "float32") if codes is None else by_value[residual].number(arg(1, "uint8")))
     act = node.attrs.get("act")
     expr = total if act is None else act.substitute([total])
 
@@ -220,7 +220,7 @@ def border(node: Node) -> Border:
     return tuple(around)
 
 
-def _widen(node: Node, found: dict[Value, Coded], narrow: dict[Value, Value]) -> None:
+def _widen(node: Node, by_value: dict[Value, Coded], narrow: dict[Value, Value]) -> None:
     """An elementwise operator that reads codes."""
     first = node.inputs[0]
     if not any(value in narrow for value in node.inputs) or (first is not None and narrow.get(first) is node.y):
@@ -229,7 +229,7 @@ def _widen(node: Node, found: dict[Value, Coded], narrow: dict[Value, Value]) ->
     for i, value in enumerate(node.inputs):
         assert value is not None
         if value in narrow:
-            places.append(found[value].number(arg(i, "uint8")))
+            places.append(by_value[value].number(arg(i, "uint8")))
             node.inputs[i] = narrow[value]
         else:
             places.append(arg(i, value.dtype))

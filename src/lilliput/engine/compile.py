@@ -68,8 +68,8 @@ def compile(
         >>> compile(trace(torch.nn.Linear(4, 2), x).proto, tune=False)(x.numpy()).shape
         (1, 2)
     """
-    found = target(to, cc)
-    folder = write(model, out, found, tune, shapes, constants, example)
+    machine = target(to, cc)
+    folder = write(model, out, machine, tune, shapes, constants, example)
     engine = Engine(folder)
     if out is None:
         import weakref
@@ -81,7 +81,7 @@ def compile(
 def write(
     model: Any,
     out: str | Path | None,
-    found: Target,
+    machine: Target,
     tune: bool = True,
     shapes: Mapping[str, Sequence[int]] | None = None,
     constants: Mapping[str, Array] | None = None,
@@ -95,7 +95,7 @@ def write(
         tune: As in `compile`.
         shapes: As in `compile`.
         constants: As in `compile`.
-        found: What to compile for.
+        machine: What to compile for.
         given: The example of `compile`.
 
     Returns:
@@ -105,14 +105,14 @@ def write(
         ValueError, NotSupported, ExportError: as `compile`.
     """
     name = Path(model).name if isinstance(model, str | Path) else "model.onnx"
-    measure = tune and found.name == "native" and found.here
+    measure = tune and machine.name == "native" and machine.here
 
     def start() -> Graph:
         return fused(lowered(read(model, shapes, constants, supported)))
 
     active: dict[str, float] = {}
     if given is not None:
-        here = found if found.here and found.library else target()
+        here = machine if machine.here and machine.library else target()
         active = activity.shares(start(), here, given, lambda plan, folder: _save(plan, folder, here, name))
 
     def made(codes: bool) -> tuple[Plan, bool]:
@@ -122,7 +122,7 @@ def write(
                 node.attrs["active"] = active[node.y.name]
         more = not codes and narrowable(graph)
         graph = striped(narrowed(graph) if codes else graph)
-        return planned(graph, tuning.measured(graph, found) if measure else tuning.estimated(found)), more
+        return planned(graph, tuning.measured(graph, machine) if measure else tuning.estimated(machine)), more
 
     plan, quantized = made(codes=False)
     if quantized:  # computed on numbers, where zeros are skipped, or on codes: whichever takes less time
@@ -131,7 +131,7 @@ def write(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".compile-", dir=folder.parent))
     try:
-        _save(plan, temporary, found, name)
+        _save(plan, temporary, machine, name)
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(temporary.iterdir()):
             os.replace(path, folder / path.name)
@@ -144,7 +144,7 @@ def write(
     return folder
 
 
-def _save(plan: Plan, folder: Path, found: Target, name: str) -> None:
+def _save(plan: Plan, folder: Path, machine: Target, name: str) -> None:
     """Write a plan's files into an existing folder."""
     graph, source = plan.graph, written(plan, name)
     (folder / "model.c").write_text(source.c, encoding="utf-8")
@@ -152,7 +152,7 @@ def _save(plan: Plan, folder: Path, found: Target, name: str) -> None:
     if source.weights:
         (folder / "model.weights").write_bytes(source.weights)
     text = example(
-        found,
+        machine,
         list(zip(source.inputs, graph.inputs, strict=True)),
         list(zip(source.outputs, graph.outputs, strict=True)),
         graph.sizes,
@@ -161,15 +161,15 @@ def _save(plan: Plan, folder: Path, found: Target, name: str) -> None:
     (folder / "example.c").write_text(text, encoding="utf-8")
     facts: dict[str, Any] = {
         "model": name,
-        "target": found.name,
-        "cc": list(found.cc),
-        "flags": list(found.flags),
-        "link": list(found.link),
-        "library": found.library,
+        "target": machine.name,
+        "cc": list(machine.cc),
+        "flags": list(machine.flags),
+        "link": list(machine.link),
+        "library": machine.library,
         "errors": source.errors,
     }
-    if found.library:
-        library(folder / "model.c", folder / found.library, found)
-        facts["library_bytes"] = (folder / found.library).stat().st_size
+    if machine.library:
+        library(folder / "model.c", folder / machine.library, machine)
+        facts["library_bytes"] = (folder / machine.library).stat().st_size
     text = json.dumps(manifest(plan, source, facts), indent=1)
     (folder / "manifest.json").write_text(text, encoding="utf-8")

@@ -29,8 +29,8 @@ class Constants:
             self.end = -(-self.end // ALIGN) * ALIGN
             self.known[key] = (identifier(name, self.taken), self.end, data)
             self.end += max(data.nbytes, 1)
-        found, at, _ = self.known[key]
-        return found if self.inside else f"(const {C_TYPES[data.dtype.name]} *)(weights + {at})"
+        symbol, at, _ = self.known[key]
+        return symbol if self.inside else f"(const {C_TYPES[data.dtype.name]} *)(weights + {at})"
 
     def text(self) -> str:
         """The arrays as C."""
@@ -47,10 +47,10 @@ class Constants:
         """The arrays as the bytes of a file."""
         if self.inside:
             return b""
-        found = bytearray(-(-self.end // ALIGN) * ALIGN)
+        whole = bytearray(-(-self.end // ALIGN) * ALIGN)
         for _, at, data in self.known.values():
-            found[at : at + data.nbytes] = data.tobytes()
-        return bytes(found)
+            whole[at : at + data.nbytes] = data.tobytes()
+        return bytes(whole)
 
 
 def numbers(data: Array) -> str:

@@ -224,12 +224,12 @@ def statements(
 
 def needs(results: Sequence[Expr]) -> tuple[str, ...]:
     """The C helpers that the statements call, each behind those that it calls itself."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for e in (e for result in results for e in result.walk()):
         asked = NEEDS.get(e.op, ())
         for name in asked(e) if callable(asked) else asked:
-            found.update(dict.fromkeys(with_needed(name)))
-    return tuple(found)
+            names.update(dict.fromkeys(with_needed(name)))
+    return tuple(names)
 
 
 def clamp_of(e: Expr) -> tuple[float, float] | None:

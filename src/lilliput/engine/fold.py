@@ -32,8 +32,8 @@ def folded(facts: Facts, proto: NodeProto, node: Node) -> bool:
         facts.constant(proto.output[0], _constant_of(node))
         return True
     if op in ("Shape", "Size") and inputs:
-        found = [_shape_of(inputs[0].at(w)[0], op, node) for w in range(len(inputs[0].shapes))]
-        facts.known[proto.output[0]] = Known(np.int64, [found[0].shape], found)
+        values = [_shape_of(inputs[0].at(w)[0], op, node) for w in range(len(inputs[0].shapes))]
+        facts.known[proto.output[0]] = Known(np.int64, [values[0].shape], values)
         return True
     if op in RANDOM or any(x.data is None for x in inputs):
         return False

@@ -149,10 +149,10 @@ def _affine(
             number = np.broadcast_to(np.float32(other.value), (_channels(maker),))
         elif other.op == "arg":
             held = node.inputs[other.value]
-            found = None if held is None else _by_channel(held, maker)
-            if found is None:
+            channels = None if held is None else _by_channel(held, maker)
+            if channels is None:
                 break
-            number = found
+            number = channels
         else:
             break
         if up.op == "mul":
@@ -166,11 +166,11 @@ def _affine(
 
 
 def _parents(root: Expr) -> dict[Expr, list[Expr]]:
-    found: dict[Expr, list[Expr]] = {}
+    parents: dict[Expr, list[Expr]] = {}
     for e in root.walk():
         for part in dict.fromkeys(e.args):
-            found.setdefault(part, []).append(e)
-    return found
+            parents.setdefault(part, []).append(e)
+    return parents
 
 
 def _replaced(root: Expr, core: Expr, new: Expr) -> Expr:
@@ -238,7 +238,7 @@ def epilogues(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "Map" or len(node.attrs["exprs"]) > 1:
             continue
-        found = sorted(
+        ranked = sorted(
             (
                 (graph.nodes.index(makers[v]), i, v)
                 for i, v in enumerate(node.inputs)
@@ -246,7 +246,7 @@ def epilogues(graph: Graph) -> None:
             ),
             key=lambda t: -t[0],
         )
-        for _, i, value in found:
+        for _, i, value in ranked:
             maker = makers[value]
             if uses[value] != [node] or value in graph.outputs or not _same(value, node.y):
                 continue

@@ -206,8 +206,8 @@ class Node:
 
     def axes(self, rank: int, i: int = 1, attribute: str = "axes") -> list[int] | None:
         """Like `ints`, counted from the front; None where absent."""
-        found = self.ints(attribute, i)
-        return None if found is None else [axis % rank if rank else 0 for axis in found]
+        listed = self.ints(attribute, i)
+        return None if listed is None else [axis % rank if rank else 0 for axis in listed]
 
 
 @dataclass(eq=False)
@@ -222,12 +222,12 @@ class Graph:
 
     def uses(self) -> dict[Value, list[Node]]:
         """The nodes that read each value."""
-        found: dict[Value, list[Node]] = {}
+        readers: dict[Value, list[Node]] = {}
         for node in self.nodes:
             for value in dict.fromkeys(node.inputs):
                 if value is not None:
-                    found.setdefault(value, []).append(node)
-        return found
+                    readers.setdefault(value, []).append(node)
+        return readers
 
     def makers(self) -> dict[Value, Node]:
         """The node that makes each value."""

@@ -14,7 +14,7 @@ def widened(proto: ModelProto) -> ModelProto:
         for name in dict.fromkeys(node.input):
             readers.setdefault(name, []).append(node)
     outputs = {value.name for value in graph.output}
-    found = [
+    lookups = [
         node
         for node in graph.node
         if node.op_type == "Gather"
@@ -26,11 +26,11 @@ def widened(proto: ModelProto) -> ModelProto:
         and readers.get(node.output[0])
         and all(_to_float(reader) for reader in readers[node.output[0]])
     ]
-    if not found:
+    if not lookups:
         return proto
     copy = ModelProto()
     copy.CopyFrom(proto)
-    names = {node.output[0] for node in found}
+    names = {node.output[0] for node in lookups}
     nodes, made = [], set[str]()
     for node in copy.graph.node:
         if node.op_type == "Gather" and node.output[0] in names:

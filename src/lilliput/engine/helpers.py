@@ -26,8 +26,8 @@ def helper(name: str, text: str, calls: Sequence[str] = ()) -> str:
 
 def with_needed(name: str) -> list[str]:
     """The names of a helper and of those that it calls, in the order in which C must see them."""
-    found = [inner for called in CALLS.get(name, ()) for inner in with_needed(called)]
-    return [*dict.fromkeys(found), name]
+    needed = [inner for called in CALLS.get(name, ()) for inner in with_needed(called)]
+    return [*dict.fromkeys(needed), name]
 
 
 def texts(*names: str) -> tuple[str, ...]:

@@ -69,8 +69,8 @@ def _types(facts: Facts, proto: NodeProto, held: Mapping[str, tuple[Shape, Array
         types[name] = helper.make_tensor_type_proto(kind, shape)
         if known is not None and known.size <= 1024:
             data[name] = numpy_helper.from_array(known, name)
-    found = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=facts.imports)
-    outputs: list[Typed | None] = [_typed(found.get(name)) for name in proto.output]
+    inferred = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=facts.imports)
+    outputs: list[Typed | None] = [_typed(inferred.get(name)) for name in proto.output]
     if any(name and known is None for name, known in zip(proto.output, outputs, strict=True)):
         if sum(int(np.prod(shape)) for shape, _ in held.values()) > MOST_FOLDED:
             raise NotSupported("its shape is not known before it runs")

@@ -126,10 +126,10 @@ class _Sizes:
         """The C name of a free size, such as n_batch: no kernel has such names."""
         key = param or f"{name} {axis}"
         if key not in self.symbols:
-            found = short = f"n_{re.sub(r'[^A-Za-z0-9]+', '_', key).strip('_')[:40]}"
-            while found in self.symbols.values():
-                found = f"{short}_{len(self.symbols)}"
-            self.symbols[key] = found
+            symbol = short = f"n_{re.sub(r'[^A-Za-z0-9]+', '_', key).strip('_')[:40]}"
+            while symbol in self.symbols.values():
+                symbol = f"{short}_{len(self.symbols)}"
+            self.symbols[key] = symbol
         return self.symbols[key]
 
     def shape(self, name: str, world: Mapping[str, int]) -> tuple[int, ...]:
@@ -146,7 +146,7 @@ def _once(names: Sequence[str]) -> None:
 
 def _dtype(kind: int, name: str) -> np.dtype[Any]:
     try:
-        found: np.dtype[Any] = np.dtype(helper.tensor_dtype_to_np_dtype(kind))
-        return found
+        dtype: np.dtype[Any] = np.dtype(helper.tensor_dtype_to_np_dtype(kind))
+        return dtype
     except KeyError:
         raise NotSupported(f"compile: {name!r} must hold numbers, got elements of type {kind}.") from None

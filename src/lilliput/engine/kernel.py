@@ -176,8 +176,8 @@ def gather() -> dict[str, list[Maker]]:
 
 def candidates(node: Node, target: Target) -> list[Kernel]:
     """Every kernel for a node, the cheapest by its own estimate first."""
-    found = [k for maker in gather().get(node.op, ()) for k in maker(node, target)]
-    return sorted(found, key=lambda k: k.cost_ns)
+    kernels = [k for maker in gather().get(node.op, ()) for k in maker(node, target)]
+    return sorted(kernels, key=lambda k: k.cost_ns)
 
 
 def dense(value: Value, buffer: Buffer | None = None) -> None:

@@ -178,14 +178,14 @@ class Build:
 def broadcast(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The shape that shapes broadcast to, by ONNX's (numpy's) rule."""
     rank = max((len(shape) for shape in shapes), default=0)
-    found: list[int] = []
+    joint: list[int] = []
     for i in range(rank):
         sizes = [shape[i - rank + len(shape)] for shape in shapes if i - rank + len(shape) >= 0]
         wide = [size for size in sizes if size != 1]
         if any(size != wide[0] for size in wide[1:]):
             raise ValueError(f"compile: shapes must broadcast, got {', '.join(shown(s) for s in shapes)}.")
-        found.append(wide[0] if wide else 1)
-    return tuple(found)
+        joint.append(wide[0] if wide else 1)
+    return tuple(joint)
 
 
 def elements(shape: Sequence[int]) -> int:

@@ -94,10 +94,10 @@ def _deviation(graph: Graph, last: Node, around: _Around) -> bool:
         if e.op not in ("div", "mul") or len(e.args) != 2:
             continue
         for top, below in (e.args, e.args[::-1]) if e.op == "mul" else (e.args,):
-            found = _normal(around, last, top, below, e.op == "mul")
-            if found is None:
+            matched = _normal(around, last, top, below, e.op == "mul")
+            if matched is None:
                 continue
-            x, axes, epsilon, center = found
+            x, axes, epsilon, center = matched
             if x.shape != last.y.shape or x.dtype != np.float32:
                 continue
             made = Value(f"{last.name}.normal", np.dtype(np.float32), x.shape)
@@ -134,10 +134,10 @@ def _normal(
     if spread is None:
         return None
     held, expr = spread
-    found = _root(expr, inverse)
-    if found is None or found[0].op != "arg":
+    root = _root(expr, inverse)
+    if root is None or root[0].op != "arg":
         return None
-    variance = around.reduction(held.inputs[found[0].value], "mean")
+    variance = around.reduction(held.inputs[root[0].value], "mean")
     if variance is None:
         return None
     axes = variance.attrs["axes"]
@@ -147,10 +147,10 @@ def _normal(
     owner, inner = squared
     x = _centered(around, owner, inner, axes)
     if x is not None and x is _centered(around, node, top, axes):
-        return x, axes, found[1], True
+        return x, axes, root[1], True
     if inner.op == "arg" and top.op == "arg" and owner.inputs[inner.value] is node.inputs[top.value]:
         plain = owner.inputs[inner.value]
-        return None if plain is None else (plain, axes, found[1], False)
+        return None if plain is None else (plain, axes, root[1], False)
     return None
 
 
@@ -176,10 +176,10 @@ def _squared(around: _Around, reduction: Node) -> tuple[Node, Expr] | None:
     pre = reduction.attrs.get("pre")
     owner = reduction
     if pre is None:
-        found = around.map(reduction.x)
-        if found is None:
+        mapped = around.map(reduction.x)
+        if mapped is None:
             return None
-        owner, pre = found
+        owner, pre = mapped
     if pre.op == "mul" and pre.args[0] == pre.args[1]:
         return owner, pre.args[0]
     if pre.op == "pow" and pre.args[1].op == "const" and pre.args[1].value == 2:
@@ -190,10 +190,10 @@ def _squared(around: _Around, reduction: Node) -> tuple[Node, Expr] | None:
 def _centered(around: _Around, node: Node, e: Expr, axes: tuple[int, ...]) -> Value | None:
     """x where the expression is x minus its mean over axes."""
     if e.op == "arg":
-        found = around.map(node.inputs[e.value])
-        if found is None:
+        mapped = around.map(node.inputs[e.value])
+        if mapped is None:
             return None
-        node, e = found
+        node, e = mapped
     if e.op != "sub" or any(a.op != "arg" for a in e.args):
         return None
     x, mean = node.inputs[e.args[0].value], around.reduction(node.inputs[e.args[1].value], "mean")

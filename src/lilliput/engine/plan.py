@@ -88,18 +88,18 @@ class _Planner:
         x, y = node.x, node.y
         if x.tag:
             x = self._copied(x, Want())
-        found = seen(node, x)
-        if found is None:
+        placed = seen(node, x)
+        if placed is None:
             x = self._copied(x, Want(exact=True))
-            found = seen(node, x)
-            assert found is not None
+            placed = seen(node, x)
+            assert placed is not None
         wanted = self.outputs.get(y)
         if wanted is not None and x.buffer is not wanted:
             inner = Value(f"{y.name}.view", y.dtype, y.shape)
-            inner.buffer, (inner.offset, inner.strides) = x.buffer, found
+            inner.buffer, (inner.offset, inner.strides) = x.buffer, placed
             self._compute(copying(inner, y, node.name))
             return
-        y.buffer, (y.offset, y.strides) = x.buffer, found
+        y.buffer, (y.offset, y.strides) = x.buffer, placed
         if y.shape == x.shape and node.attrs["how"] == "reshape":
             y.border = x.border
 

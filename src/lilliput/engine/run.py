@@ -121,16 +121,16 @@ class Engine:
         names = [name for name, _, _ in self._kinds]
         if len(inputs) == 1 and isinstance(inputs[0], dict):
             named, inputs = {**inputs[0], **named}, ()
-        found = dict(zip(names, inputs, strict=False)) | named
-        unknown = set(found) - set(names)
+        given = dict(zip(names, inputs, strict=False)) | named
+        unknown = set(given) - set(names)
         if unknown or len(inputs) > len(names):
             raise ValueError(
                 f"Engine: inputs must be {', '.join(names)}, got {len(inputs)} and "
                 f"{', '.join(sorted(unknown)) or 'no names'}. {near(next(iter(unknown), ''), names)}"
             )
-        if missing := [name for name in names if name not in found]:
+        if missing := [name for name in names if name not in given]:
             raise ValueError(f"Engine: every input must be given, {', '.join(missing)} is missing.")
-        return [found[name] for name in names]
+        return [given[name] for name in names]
 
     def _cast(self, array: Array, dtype: np.dtype[Any], name: str) -> Array:
         if not np.can_cast(array.dtype, dtype, "same_kind") and not (array.dtype.kind in "iu" and dtype.kind in "iu"):
@@ -140,10 +140,10 @@ class Engine:
     def _fit(self, shapes: list[tuple[Any, Any, str]], call: Any) -> dict[str, int]:
         """The free sizes that these shapes say."""
         sizes: dict[str, int] = {}
-        for found, wanted, name in shapes:
-            if len(found) != len(wanted):
-                raise ValueError(f"Engine: {name} must have {len(wanted)} dimensions, got shape {found}.")
-            for size, want in zip(found, wanted, strict=True):
+        for shape, wanted, name in shapes:
+            if len(shape) != len(wanted):
+                raise ValueError(f"Engine: {name} must have {len(wanted)} dimensions, got shape {shape}.")
+            for size, want in zip(shape, wanted, strict=True):
                 if isinstance(want, str) and want in self._sizes:
                     if sizes.setdefault(want, size) != size or not 1 <= size <= self._sizes[want]:
                         raise ValueError(
@@ -151,7 +151,7 @@ class Engine:
                             f"got {size}. Compile with a larger --shape."
                         )
                 elif size != want:
-                    raise ValueError(f"Engine: {name} must have shape {wanted}, got {found}.")
+                    raise ValueError(f"Engine: {name} must have shape {wanted}, got {shape}.")
         for key, most in self._sizes.items():
             setattr(call, key, sizes.setdefault(key, most))
         return sizes

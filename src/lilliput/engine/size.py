@@ -168,8 +168,8 @@ class Worlds:
                 for world in self.choices
             ]
             # The maxima may be large, which would spoil the fit: they only check it.
-            found, *_ = np.linalg.lstsq(np.array(rows[1:]), np.array(values[1:], float), rcond=None)
-            terms = {term: round(k) for term, k in zip(used, found, strict=True)}
+            factors, *_ = np.linalg.lstsq(np.array(rows[1:]), np.array(values[1:], float), rcond=None)
+            terms = {term: round(k) for term, k in zip(used, factors, strict=True)}
             if all(
                 sum(k * int(np.prod([world[n] for n in term])) for term, k in terms.items()) == value
                 for world, value in zip(self.choices, values, strict=True)

@@ -75,33 +75,33 @@ def target(name: str = "native", cc: str | None = None) -> Target:
         raise ValueError(f"compile: the target must be one of {', '.join(NAMES)}, got {name!r}.")
     if name == "cortex-m":
         flags: Command = ("-std=c99", *FLAGS)
-        found = _given(cc) or _first("arm-none-eabi-gcc") or _ziglang()
-        if not found:
+        command = _given(cc) or _first("arm-none-eabi-gcc") or _ziglang()
+        if not command:
             return Target(name, 0, flags, ("cc",), library="", here=False)
-        kind = "zig" if _is_zig(found) else ""
-        flags += CORTEX_M4[kind] if not any(word.startswith("-mcpu") for word in found) else ()
-        return Target(name, 0, flags, found, _features(found, flags), "model.o", ("-c",), here=False)
+        kind = "zig" if _is_zig(command) else ""
+        flags += CORTEX_M4[kind] if not any(word.startswith("-mcpu") for word in command) else ()
+        return Target(name, 0, flags, command, _features(command, flags), "model.o", ("-c",), here=False)
     if name == "wasm":
         flags = ("-std=gnu99", *FLAGS, "-msimd128")
-        found = _given(cc) or _ziglang()
-        if not found:
+        command = _given(cc) or _ziglang()
+        if not command:
             return Target(name, 16, flags, ("cc",), frozenset({"wasm_simd128"}), "", here=False)
-        flags += WASM if _is_zig(found) and not {"-target", "--target"} & set(found) else ()
+        flags += WASM if _is_zig(command) and not {"-target", "--target"} & set(command) else ()
         link = ("-mexec-model=reactor", *(f"-Wl,--export={name}" for name in EXPORTS), "-s", "-lm")
-        return Target(name, 16, flags, found, _features(found, flags), "model.wasm", link, here=False)
-    found = _given(cc) or _first("cc", "gcc", "clang") or _ziglang()
-    if not found:
+        return Target(name, 16, flags, command, _features(command, flags), "model.wasm", link, here=False)
+    command = _given(cc) or _first("cc", "gcc", "clang") or _ziglang()
+    if not command:
         raise OSError("compile: a C compiler must be found, got none of cc, gcc and clang. Install one, or `pip "
                       'install ziglang` and pass --cc "python -m ziglang cc".')  # fmt: skip
-    flags = ("-std=c99", *FLAGS) if name == "portable" else ("-std=gnu99", *FLAGS, *_native(found))
-    features = _features(found, flags)
+    flags = ("-std=c99", *FLAGS) if name == "portable" else ("-std=gnu99", *FLAGS, *_native(command))
+    features = _features(command, flags)
     width = 0 if name == "portable" else vector_bytes(features)
     here = HOSTS.get(platform.machine(), platform.machine()) in features | {""} and (
         ("linux" in features) == (sys.platform == "linux")
     )
     if not here:
-        return Target(name, width, flags, found, features, "model.o", ("-c",), here=False)
-    return Target(name, width, flags, found, features, link=(*SHARED, *_small(found)))
+        return Target(name, width, flags, command, features, "model.o", ("-c",), here=False)
+    return Target(name, width, flags, command, features, link=(*SHARED, *_small(command)))
 
 
 def vector_bytes(features: frozenset[str]) -> int:
@@ -113,10 +113,10 @@ def vector_bytes(features: frozenset[str]) -> int:
     return 16 if features & {"SSE2", "ARM_NEON", "riscv_v", "wasm_simd128", "VSX"} else 0
 
 
-def widths(found: Target) -> list[Target]:
+def widths(own: Target) -> list[Target]:
     """The target with each vector width that is worth measuring on it, its own first."""
-    others = [32] if found.vector_bytes == 64 else []
-    return [found, *(replace(found, vector_bytes=width) for width in others)]
+    others = [32] if own.vector_bytes == 64 else []
+    return [own, *(replace(own, vector_bytes=width) for width in others)]
 
 
 # ---------------------------------------------------------------------------------------------------------- compilers

@@ -41,9 +41,9 @@ def measured(graph: Graph, target: Target) -> Ranked:
     for node in graph.nodes:
         if node.op == "View":
             continue
-        found = guess(node)[:KEPT]
-        if len(found) > 1:
-            groups.setdefault(signature(node, found), []).append((node, found))
+        kernels = guess(node)[:KEPT]
+        if len(kernels) > 1:
+            groups.setdefault(signature(node, kernels), []).append((node, kernels))
     times: dict[Node, list[float]] = {}
     if groups:
         heads = [members[0] for members in groups.values()]
@@ -55,19 +55,19 @@ def measured(graph: Graph, target: Target) -> Ranked:
 
     def ranked(node: Node) -> list[Kernel]:
         if node not in known:
-            found = guess(node)
+            kernels = guess(node)
             if node in times:
-                timed = [replace(k, cost_ns=t) for k, t in zip(found[:KEPT], times[node], strict=True)]
-                found = sorted(timed, key=lambda k: k.cost_ns)
-            known[node] = found
+                timed = [replace(k, cost_ns=t) for k, t in zip(kernels[:KEPT], times[node], strict=True)]
+                kernels = sorted(timed, key=lambda k: k.cost_ns)
+            known[node] = kernels
         return known[node]
 
     return ranked
 
 
-def signature(node: Node, found: list[Kernel]) -> str:
+def signature(node: Node, kernels: list[Kernel]) -> str:
     """Layers with the same signature take the same time: operator, shapes, how many non-zeros (roughly), candidates."""
-    parts: list[object] = [node.op, sorted((k, repr(v)) for k, v in node.attrs.items()), [k.name for k in found]]
+    parts: list[object] = [node.op, sorted((k, repr(v)) for k, v in node.attrs.items()), [k.name for k in kernels]]
     for value in (*node.inputs, *node.outputs):
         if value is None:
             parts.append(None)
@@ -88,8 +88,8 @@ def _measure(
     functions: list[str] = []
     cases: list[str] = []
     arena_bytes = 0
-    for node, found in heads:
-        for kernel in found:
+    for node, kernels in heads:
+        for kernel in kernels:
             alone, end = _alone(node, kernel)
             arena_bytes = max(arena_bytes, end)
             for text in kernel.heads(alone):
@@ -127,11 +127,11 @@ def _measure(
         number = 0
         integers = {"int8", "uint8", "int32", "int64", "bool"}
         share = np.random.default_rng(1).random(len(floats), np.float32)
-        for node, found in heads:
+        for node, kernels in heads:
             whole = any(v is not None and v.dtype.name in integers and not v.constant for v in node.inputs)
             held = floats if "active" not in node.attrs else floats * (share < node.attrs["active"])
             row = []
-            for _ in found:
+            for _ in kernels:
                 if whole:
                     arena[:] = 0
                 else:
@@ -145,9 +145,9 @@ def _measure(
 def _aligned(data: np.ndarray) -> np.ndarray:
     held = np.zeros(len(data) + ALIGN, np.uint8)
     start = -held.ctypes.data % ALIGN
-    found = held[start : start + len(data)]
-    found[:] = data
-    return found
+    aligned = held[start : start + len(data)]
+    aligned[:] = data
+    return aligned
 
 
 def _alone(node: Node, kernel: Kernel) -> tuple[Node, int]:

@@ -36,13 +36,13 @@ def reshaped(old: Sequence[int], strides: Sequence[int], new: Sequence[int]) -> 
         return row_major(new)
     # Runs of old dimensions that are walked through as one, each split into some of the new ones.
     dims = [(size, stride) for size, stride in zip(old, strides, strict=True) if size != 1]
-    found: list[int] = []
+    steps: list[int] = []
     i = 0
     targets = list(new)
     j = 0
     while j < len(targets):
         if targets[j] == 1:
-            found.append(0)
+            steps.append(0)
             j += 1
             continue
         if i >= len(dims):
@@ -56,9 +56,9 @@ def reshaped(old: Sequence[int], strides: Sequence[int], new: Sequence[int]) -> 
         for t in reversed(targets[j:k]):
             part.append(step if t != 1 else 0)
             step = step * t
-        found += reversed(part)
+        steps += reversed(part)
         j = k
-    return tuple(found) if i == len(dims) else None
+    return tuple(steps) if i == len(dims) else None
 
 
 def _run(dims: Sequence[tuple[int, int]], i: int, targets: Sequence[int], j: int) -> tuple[int, int] | None:

@@ -56,18 +56,20 @@ def parameters(node: Node, kernel: Kernel, sizes: Sequence[str], body: str | Non
         (f"x{i}", v) for i, v in enumerate(node.inputs) if v is not None and i not in kernel.skips and named(f"x{i}")
     ]
     met = {id(v.buffer) for _, v in outputs} & {id(v.buffer) for _, v in inputs}
-    found = [(f"{value.c_type} *{'' if id(value.buffer) in met else 'restrict '}{key}", key) for key, value in outputs]
-    found += [
+    parameters = [
+        (f"{value.c_type} *{'' if id(value.buffer) in met else 'restrict '}{key}", key) for key, value in outputs
+    ]
+    parameters += [
         (f"const {value.c_type} *{'' if id(value.buffer) in met else 'restrict '}{key}", key) for key, value in inputs
     ]
-    found += [
+    parameters += [
         (f"const {C_TYPES[np.asarray(data).dtype.name]} *restrict {key}", key)
         for key, data in kernel.constants.items()
         if named(key)
     ]
     if kernel.scratch and named("scratch"):
-        found.append(("unsigned char *restrict scratch", "scratch"))
-    return found + [(f"int64_t {name}", name) for name in sizes if named(name)]
+        parameters.append(("unsigned char *restrict scratch", "scratch"))
+    return parameters + [(f"int64_t {name}", name) for name in sizes if named(name)]
 
 
 # A compiler that inlines the layers into one function runs out of registers in it (measured: 40% slower).
@@ -96,22 +98,22 @@ def arguments(
     node: Node, kernel: Kernel, sizes: Sequence[str], constants: Constants, label: str, text: str
 ) -> list[str]:
     """The C expressions that a layer's function is called with."""
-    found = []
+    arguments = []
     head = set(re.findall(r"\w+(?=[,)])", text.split("\n{\n", 1)[0]))
     for _, key in parameters(node, kernel, sizes):
         if key not in head:
             continue
         if key in sizes:
-            found.append(key)
+            arguments.append(key)
         elif key == "scratch":
-            found.append(f"arena + {node.attrs['scratch'].at}")
+            arguments.append(f"arena + {node.attrs['scratch'].at}")
         elif key in kernel.constants:
-            found.append(constants.add(np.asarray(kernel.constants[key]), f"{label}_{key}"))
+            arguments.append(constants.add(np.asarray(kernel.constants[key]), f"{label}_{key}"))
         else:
             value = (node.outputs if key[0] == "y" else node.inputs)[int(key[1:])]
             assert value is not None
-            found.append(pointer(value, constants))
-    return found
+            arguments.append(pointer(value, constants))
+    return arguments
 
 
 def pointer(value: Value, constants: Constants) -> str:

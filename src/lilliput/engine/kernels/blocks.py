@@ -28,47 +28,47 @@ SUMS = 4  # vectors of sums that are under way at once
 @kernel("MatMul")
 def blocks(node: Node, target: Target) -> Iterator[Kernel]:
     """One position, outputs innermost."""
-    found = linear(node)
-    if found is None or target.vector_bytes == 0 or not fixed(found.positions) or found.positions != 1:
+    layer = linear(node)
+    if layer is None or target.vector_bytes == 0 or not fixed(layer.positions) or layer.positions != 1:
         return
     for size in SIZES:
-        if found.outs % size:
+        if layer.outs % size:
             continue
-        held = (found.weight.reshape(-1, size, found.ins) != 0).any(1)
-        if held.mean() > DENSEST or held.sum() * size > 1.1 * np.count_nonzero(found.weight):
+        held = (layer.weight.reshape(-1, size, layer.ins) != 0).any(1)
+        if held.mean() > DENSEST or held.sum() * size > 1.1 * np.count_nonzero(layer.weight):
             continue
         lanes = min(target.lanes, size)
-        codes, scale = _codes(found)
+        codes, scale = _codes(layer)
         if scale is not None:
-            yield _kernel(found, target, size, lanes, held, codes, scale)
-        yield _kernel(found, target, size, lanes, held, found.weight, None)
+            yield _kernel(layer, target, size, lanes, held, codes, scale)
+        yield _kernel(layer, target, size, lanes, held, layer.weight, None)
 
 
-def _codes(found: Linear) -> tuple[Array, Array | None]:
+def _codes(layer: Linear) -> tuple[Array, Array | None]:
     """The weights as int8 with one scale an output, where the file keeps them so; else None for the scales."""
-    narrow = found.narrow
-    if narrow is None or narrow.scale is None or narrow.scale.size not in (1, found.outs):
-        return found.weight, None
+    narrow = layer.narrow
+    if narrow is None or narrow.scale is None or narrow.scale.size not in (1, layer.outs):
+        return layer.weight, None
     codes = narrow.codes.astype(np.int32) - (0 if narrow.zero_point is None else narrow.zero_point.astype(np.int32))
     if np.abs(codes).max(initial=0) > 127:
-        return found.weight, None
-    if narrow.scale.size == found.outs and narrow.scale.shape[0] != found.outs:
-        return found.weight, None
-    return codes.astype(np.int8), np.array(np.broadcast_to(narrow.scale.reshape(-1), (found.outs,)), np.float32)
+        return layer.weight, None
+    if narrow.scale.size == layer.outs and narrow.scale.shape[0] != layer.outs:
+        return layer.weight, None
+    return codes.astype(np.int8), np.array(np.broadcast_to(narrow.scale.reshape(-1), (layer.outs,)), np.float32)
 
 
 def _kernel(
-    found: Linear, target: Target, size: int, lanes: int, held: Array, weight: Array, scale: Array | None
+    layer: Linear, target: Target, size: int, lanes: int, held: Array, weight: Array, scale: Array | None
 ) -> Kernel:
-    tail = tail_of(found.node, found.feature_y)
-    want_x, want_y = found.inner(positions_inside=False)
+    tail = tail_of(layer.node, layer.feature_y)
+    want_x, want_y = layer.inner(positions_inside=False)
     wants = [None, None, None, None]
-    wants[found.x] = want_x  # type: ignore[call-overload]
+    wants[layer.x] = want_x  # type: ignore[call-overload]
     where, inputs = np.nonzero(held)
-    kind = np.uint8 if found.ins <= 256 else np.uint16 if found.ins <= 65536 else np.int32
+    kind = np.uint8 if layer.ins <= 256 else np.uint16 if layer.ins <= 65536 else np.int32
     constants: dict[str, Array] = {
-        "values": np.ascontiguousarray(weight.reshape(-1, size, found.ins).transpose(0, 2, 1)[where, inputs]),
-        "index": inputs.astype(kind), "counts": held.sum(1).astype(np.uint16 if found.ins < 65536 else np.int32),
+        "values": np.ascontiguousarray(weight.reshape(-1, size, layer.ins).transpose(0, 2, 1)[where, inputs]),
+        "index": inputs.astype(kind), "counts": held.sum(1).astype(np.uint16 if layer.ins < 65536 else np.int32),
     }  # fmt: skip
     if scale is not None:
         constants["scale"] = scale
@@ -82,16 +82,16 @@ def _kernel(
         helpers.append(pick(lanes))
     return Kernel(
         f"sparse, blocks of {size} outputs{', 8-bit' if narrow else ''}",
-        lambda n: _body(n, found, tail, size, lanes, narrow), tuple(wants), want_y, constants,
-        (1 - found.x, *((2,) if tail.bias is not None else ())),
+        lambda n: _body(n, layer, tail, size, lanes, narrow), tuple(wants), want_y, constants,
+        (1 - layer.x, *((2,) if tail.bias is not None else ())),
         cost_ns=macs_ns(target, held.sum() * size) * (1.0 if narrow else 1.2) + 3 * len(held) + 20,
-        helpers=(*helpers, *tail.helpers), nonzeros=int(np.count_nonzero(found.weight)), values=found.weight.size,
+        helpers=(*helpers, *tail.helpers), nonzeros=int(np.count_nonzero(layer.weight)), values=layer.weight.size,
     )  # fmt: skip
 
 
-def _body(node: Node, found: Linear, tail: Tail, size: int, lanes: int, narrow: bool) -> str:
-    x, name, kind, vectors = node.input(found.x), f"x{found.x}", vector(lanes), size // lanes
-    way = walk(node.y, found.feature_y, [(name, x, found.feature_x), *tail.others(node)])
+def _body(node: Node, layer: Linear, tail: Tail, size: int, lanes: int, narrow: bool) -> str:
+    x, name, kind, vectors = node.input(layer.x), f"x{layer.x}", vector(lanes), size // lanes
+    way = walk(node.y, layer.feature_y, [(name, x, layer.feature_x), *tail.others(node)])
     sums = max(SUMS // vectors, 1)
     names = [[f"a{u}" if vectors == 1 else f"a{u}_{j}" for j in range(vectors)] for u in range(sums)]
     step = way.feature[name]
@@ -107,8 +107,8 @@ def _body(node: Node, found: Linear, tail: Tail, size: int, lanes: int, narrow: 
 
     text = [
         f"const {'int8_t' if narrow else 'float'} *v = values;",
-        f"const {_c_type(found.ins)} *p = index;",
-        f"for (int b = 0, o = 0; b < {found.outs // size}; b++, o += {size}) {{",
+        f"const {_c_type(layer.ins)} *p = index;",
+        f"for (int b = 0, o = 0; b < {layer.outs // size}; b++, o += {size}) {{",
         f"    float *const y = {way.base['y0']} + o;",
         "    int n = counts[b];",
         f"    {kind} {', '.join(n for line in names for n in line)};",

@@ -58,8 +58,8 @@ def geometry(node: Node) -> Geometry | None:
         return None
 
     def two(values: Sequence[int], missing: int) -> tuple[int, int]:
-        found = [missing] * (2 - dims) + [int(v) for v in values]
-        return found[0], found[1]
+        pair = [missing] * (2 - dims) + [int(v) for v in values]
+        return pair[0], pair[1]
 
     return Geometry(
         int(a["group"]),
@@ -89,14 +89,14 @@ def registers(target: Target) -> int:
 
 def lane_widths(target: Target, columns: int) -> list[int]:
     """Lanes of the vectors that are worth trying on rows of so many columns."""
-    found: dict[int, int] = {}
+    widths: dict[int, int] = {}
     lanes = target.lanes
     while lanes >= 4:
-        found.setdefault(-(-columns // lanes) * lanes, lanes)
+        widths.setdefault(-(-columns // lanes) * lanes, lanes)
         lanes //= 2
-    least = min(found, default=0)
+    least = min(widths, default=0)
     return [
-        lanes for width, lanes in found.items() if width == least or (lanes == target.lanes and width < 2 * columns)
+        lanes for width, lanes in widths.items() if width == least or (lanes == target.lanes and width < 2 * columns)
     ]
 
 

@@ -35,17 +35,17 @@ DEPTH = 384  # values summed over before the next block of outputs: as many rows
 @kernel("MatMul")
 def columns(node: Node, target: Target) -> Iterator[Kernel]:
     """Positions innermost: a vector holds neighbouring positions, weights are broadcast."""
-    found = linear(node)
-    if found is None:
+    layer = linear(node)
+    if layer is None:
         return
-    count = found.positions
+    count = layer.positions
     lanes = _lanes(target, int(count), fixed(count))
-    narrow = widen(found.narrow, found.weight)
-    for rows, vectors in tiles(target, lanes, found.outs, max(int(count) // lanes, 1)):
+    narrow = widen(layer.narrow, layer.weight)
+    for rows, vectors in tiles(target, lanes, layer.outs, max(int(count) // lanes, 1)):
         if narrow is not None:
-            yield _columns(found, target, lanes, rows, vectors, narrow)
+            yield _columns(layer, target, lanes, rows, vectors, narrow)
         if narrow is None or (count < FEW and fixed(count)):
-            yield _columns(found, target, lanes, rows, vectors, None)
+            yield _columns(layer, target, lanes, rows, vectors, None)
 
 
 def _lanes(target: Target, count: int, known: bool) -> int:
@@ -71,65 +71,65 @@ def depth_of(ins: int, block: int = 8) -> int:
     return min(ins, math.ceil(math.ceil(ins / steps) / block) * block)
 
 
-def _columns(found: Linear, target: Target, lanes: int, rows: int, vectors: int, narrow: Widen | None) -> Kernel:
-    tail = tail_of(found.node, found.feature_y)
-    depth = depth_of(found.ins) if narrow is None or narrow.block == found.ins else depth_of(found.ins, narrow.block)
-    want_x, want_y = found.inner(positions_inside=True)
-    constants = {"weight": packed(found.weight, rows, depth)} if narrow is None else narrow.constants(rows, depth)
+def _columns(layer: Linear, target: Target, lanes: int, rows: int, vectors: int, narrow: Widen | None) -> Kernel:
+    tail = tail_of(layer.node, layer.feature_y)
+    depth = depth_of(layer.ins) if narrow is None or narrow.block == layer.ins else depth_of(layer.ins, narrow.block)
+    want_x, want_y = layer.inner(positions_inside=True)
+    constants = {"weight": packed(layer.weight, rows, depth)} if narrow is None else narrow.constants(rows, depth)
     if tail.bias is not None:
         constants["bias"] = tail.bias
-    count = found.positions
+    count = layer.positions
     wide = lanes * vectors
     blocks = max(1.0, math.ceil(int(count) / lanes) * lanes / int(count))
     wants: list[Want | None] = [None] * 4
-    wants[found.x] = want_x
-    skips = (1 - found.x, *((2,) if tail.bias is not None else ()))
-    work = macs_ns(target, found.outs * found.ins * int(count) * blocks) * (1.02 if vectors == 1 else 1)
-    work += macs_ns(target, found.weight.size) * 5 if narrow is not None else 0.0
+    wants[layer.x] = want_x
+    skips = (1 - layer.x, *((2,) if tail.bias is not None else ()))
+    work = macs_ns(target, layer.outs * layer.ins * int(count) * blocks) * (1.02 if vectors == 1 else 1)
+    work += macs_ns(target, layer.weight.size) * 5 if narrow is not None else 0.0
     return Kernel(
         f"dense{bits_of(narrow)}, {rows} outputs x {wide} positions",
-        lambda n: _columns_body(n, found, tail, lanes, rows, vectors, depth, narrow), tuple(wants), want_y, constants,
-        skips, scratch=4 * rows * (depth + 4) if narrow is not None else 0, cost_ns=work + 30, values=found.weight.size,
+        lambda n: _columns_body(n, layer, tail, lanes, rows, vectors, depth, narrow), tuple(wants), want_y, constants,
+        skips, scratch=4 * rows * (depth + 4) if narrow is not None else 0, cost_ns=work + 30, values=layer.weight.size,
         helpers=(*tail_helpers(tail, lanes), *(narrow.helpers if narrow is not None else ())),
     )  # fmt: skip
 
 
 def _columns_body(
-    node: Node, found: Linear, tail: Tail, lanes: int, rows: int, vectors: int, depth: int, narrow: Widen | None
+    node: Node, layer: Linear, tail: Tail, lanes: int, rows: int, vectors: int, depth: int, narrow: Widen | None
 ) -> str:
-    x, y = node.input(found.x), node.y
-    name = f"x{found.x}"
-    way = walk(y, found.feature_y, [(name, x, found.feature_x), *tail.others(node)])
+    x, y = node.input(layer.x), node.y
+    name = f"x{layer.x}"
+    way = walk(y, layer.feature_y, [(name, x, layer.feature_x), *tail.others(node)])
     text: list[str] = [*way.open, f"const float *const x = {way.base[name]};", f"float *const y = {way.base['y0']};"]
     for i in tail.extras:
         text.append(f"const float *const e{i} = {way.base[f'x{i}']};")
     if narrow is None:
-        text += _runs(way.count, lanes, vectors, lambda a, v: _columns_block(found, tail, way, a, v, rows, depth, name))
+        text += _runs(way.count, lanes, vectors, lambda a, v: _columns_block(layer, tail, way, a, v, rows, depth, name))
         return "\n".join([*text, *way.close])
     # Each panel is widened once, then used for all positions.
-    deep = depth < found.ins
+    deep = depth < layer.ins
     blocks = (
         f"((ks + {narrow.block - 1}) / {narrow.block})"
-        if deep and narrow.block < found.ins
-        else (str(-(-found.ins // narrow.block)))
+        if deep and narrow.block < layer.ins
+        else (str(-(-layer.ins // narrow.block)))
     )
     text += ["float *const wide = (float *)scratch;", *narrow.starts()]
 
     def panel(high: int) -> list[str]:
-        ks = "ks" if deep else str(found.ins)
+        ks = "ks" if deep else str(layer.ins)
         each = _runs(
             way.count,
             lanes,
             vectors,
-            lambda a, v: ["const float *w = wide;", *_panel(found, tail, way, a, v, high, ks, deep, depth, name)],
+            lambda a, v: ["const float *w = wide;", *_panel(layer, tail, way, a, v, high, ks, deep, depth, name)],
         )
         return [*narrow.lines(high, ks, blocks, "wide"), *each]
 
-    inner = _panels(found.outs, rows, panel)
+    inner = _panels(layer.outs, rows, panel)
     if deep:
         inner = [
-            f"for (int k0 = 0; k0 < {found.ins}; k0 += {depth}) {{",
-            f"    const int ks = {found.ins} - k0 < {depth} ? {found.ins} - k0 : {depth};",
+            f"for (int k0 = 0; k0 < {layer.ins}; k0 += {depth}) {{",
+            f"    const int ks = {layer.ins} - k0 < {depth} ? {layer.ins} - k0 : {depth};",
             *inside(inner),
             "}",
         ]
@@ -182,13 +182,13 @@ def _panels(outs: int, rows: int, panel: Callable[[int], list[str]]) -> list[str
 
 
 def _columns_block(
-    found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, rows: int, depth: int, name: str
+    layer: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, rows: int, depth: int, name: str
 ) -> list[str]:
     """All outputs at the positions t .. t + lanes * vectors - 1."""
-    ins, deep = found.ins, depth < found.ins
+    ins, deep = layer.ins, depth < layer.ins
     ks = "ks" if deep else str(ins)
     inner = _panels(
-        found.outs, rows, lambda high: _panel(found, tail, way, lanes, vectors, high, ks, deep, depth, name)
+        layer.outs, rows, lambda high: _panel(layer, tail, way, lanes, vectors, high, ks, deep, depth, name)
     )
     if not deep:
         return ["const float *w = weight;", *inner]
@@ -202,7 +202,7 @@ def _columns_block(
 
 
 def _panel(
-    found: Linear,
+    layer: Linear,
     tail: Tail,
     way: Walk,
     lanes: int,
@@ -257,7 +257,7 @@ def _panel(
         for n in flat:
             last += [" ".join(clamped(n, lanes, tail.clamp))]
     if last:
-        text += [f"if (k0 + {depth} >= {found.ins}) {{", *inside(last), "}"] if deep else last
+        text += [f"if (k0 + {depth} >= {layer.ins}) {{", *inside(last), "}"] if deep else last
     for i in range(rows):
         text.append(
             " ".join(
@@ -276,5 +276,5 @@ def _panel(
             "    }",
             "}",
         ]
-        text += [f"if (k0 + {depth} >= {found.ins}) {{", *inside(loop), "}"] if deep else loop
+        text += [f"if (k0 + {depth} >= {layer.ins}) {{", *inside(loop), "}"] if deep else loop
     return text

@@ -32,27 +32,27 @@ from lilliput.engine.target import Target
 @kernel("MatMul")
 def rows(node: Node, target: Target) -> Iterator[Kernel]:
     """Outputs innermost: a vector holds neighbouring outputs, activations are broadcast."""
-    found = linear(node)
-    if found is None:
+    layer = linear(node)
+    if layer is None:
         return
     lanes = target.lanes
-    while lanes > 4 and lanes >= 2 * found.outs:
+    while lanes > 4 and lanes >= 2 * layer.outs:
         lanes //= 2
-    if found.outs < lanes:
+    if layer.outs < lanes:
         lanes = 1
-    count, narrow = found.positions, widen(found.narrow, found.weight)
+    count, narrow = layer.positions, widen(layer.narrow, layer.weight)
     done: set[tuple[int, int]] = set()
-    for vectors, high in tiles(target, lanes, 0, -(-found.outs // lanes), flip=True):
+    for vectors, high in tiles(target, lanes, 0, -(-layer.outs // lanes), flip=True):
         high = high if not fixed(count) or count >= high else int(count)
         if high <= 2:  # few positions: more vectors instead
-            vectors = min(registers(target) * 3 // 4 // high, -(-found.outs // lanes), 12)
+            vectors = min(registers(target) * 3 // 4 // high, -(-layer.outs // lanes), 12)
         if (vectors, high) in done:
             continue
         done.add((vectors, high))
         if narrow is not None:
-            yield _rows(found, target, lanes, high, vectors, narrow)
+            yield _rows(layer, target, lanes, high, vectors, narrow)
         if narrow is None or (count < FEW and fixed(count)):
-            yield _rows(found, target, lanes, high, vectors, None)
+            yield _rows(layer, target, lanes, high, vectors, None)
 
 
 def packed_rows(weight: Array, wide: int, lanes: int) -> Array:
@@ -67,55 +67,55 @@ def packed_rows(weight: Array, wide: int, lanes: int) -> Array:
     return np.concatenate(parts)
 
 
-def _rows(found: Linear, target: Target, lanes: int, high: int, vectors: int, narrow: Widen | None) -> Kernel:
-    tail = tail_of(found.node, found.feature_y)
-    want_x, want_y = found.inner(positions_inside=False)
+def _rows(layer: Linear, target: Target, lanes: int, high: int, vectors: int, narrow: Widen | None) -> Kernel:
+    tail = tail_of(layer.node, layer.feature_y)
+    want_x, want_y = layer.inner(positions_inside=False)
     wide = lanes * vectors
     constants = (
-        {"weight": packed_rows(found.weight, wide, lanes)}
+        {"weight": packed_rows(layer.weight, wide, lanes)}
         if narrow is None
-        else (narrow.constants(wide, found.ins, lanes))
+        else (narrow.constants(wide, layer.ins, lanes))
     )
     if tail.bias is not None:
-        bias = np.zeros(-(-found.outs // lanes) * lanes, np.float32)
-        bias[: found.outs] = tail.bias
+        bias = np.zeros(-(-layer.outs // lanes) * lanes, np.float32)
+        bias[: layer.outs] = tail.bias
         constants["bias"] = bias
     wants: list[Want | None] = [None] * 4
-    wants[found.x] = want_x
-    skips = (1 - found.x, *((2,) if tail.bias is not None else ()))
-    padded = -(-found.outs // lanes) * lanes
-    work = macs_ns(target, padded * found.ins * int(found.positions))
-    bytes_ns = padded * found.ins * (4 if narrow is None else narrow.bits / 8) / 100  # they come from L2 at best
-    widened = macs_ns(target, padded * found.ins) * 5 if narrow is not None else 0.0
+    wants[layer.x] = want_x
+    skips = (1 - layer.x, *((2,) if tail.bias is not None else ()))
+    padded = -(-layer.outs // lanes) * lanes
+    work = macs_ns(target, padded * layer.ins * int(layer.positions))
+    bytes_ns = padded * layer.ins * (4 if narrow is None else narrow.bits / 8) / 100  # they come from L2 at best
+    widened = macs_ns(target, padded * layer.ins) * 5 if narrow is not None else 0.0
     return Kernel(
         f"dense{bits_of(narrow)}, {high} positions x {wide} outputs",
-        lambda n: _rows_body(n, found, tail, lanes, high, vectors, narrow), tuple(wants), want_y, constants, skips,
-        scratch=4 * wide * (found.ins + 4) if narrow is not None else 0,
-        cost_ns=max(work + widened, bytes_ns) * 1.03 + 20, values=found.weight.size,
+        lambda n: _rows_body(n, layer, tail, lanes, high, vectors, narrow), tuple(wants), want_y, constants, skips,
+        scratch=4 * wide * (layer.ins + 4) if narrow is not None else 0,
+        cost_ns=max(work + widened, bytes_ns) * 1.03 + 20, values=layer.weight.size,
         helpers=(*tail_helpers(tail, lanes), *(narrow.helpers if narrow is not None else ())),
     )  # fmt: skip
 
 
-def _rows_body(node: Node, found: Linear, tail: Tail, lanes: int, high: int, vectors: int, narrow: Widen | None) -> str:
-    x, y = node.input(found.x), node.y
-    name = f"x{found.x}"
-    way = walk(y, found.feature_y, [(name, x, found.feature_x), *tail.others(node)])
+def _rows_body(node: Node, layer: Linear, tail: Tail, lanes: int, high: int, vectors: int, narrow: Widen | None) -> str:
+    x, y = node.input(layer.x), node.y
+    name = f"x{layer.x}"
+    way = walk(y, layer.feature_y, [(name, x, layer.feature_x), *tail.others(node)])
     text: list[str] = [*way.open, f"const float *const x = {way.base[name]};", f"float *const y = {way.base['y0']};"]
     for i in tail.extras:
         text.append(f"const float *const e{i} = {way.base[f'x{i}']};")
-    count, outs, wide = way.count, found.outs, lanes * vectors
+    count, outs, wide = way.count, layer.outs, lanes * vectors
     text += ["const float *w = weight;"] if narrow is None else ["float *const w = (float *)scratch;", *narrow.starts()]
     full, rest = outs // wide, outs % wide
     for width, start, loop in ((wide, 0, full), (rest, full * wide, 1)):
         if not width or not loop:
             continue
         use = -(-width // lanes)
-        inner = _positions(found, tail, way, lanes, use, width, high, count, name)
+        inner = _positions(layer, tail, way, lanes, use, width, high, count, name)
         if narrow is None:
-            inner.append(f"w += {use * lanes * found.ins};")
+            inner.append(f"w += {use * lanes * layer.ins};")
         else:
-            blocks = str(-(-found.ins // narrow.block))
-            inner = [*narrow.lines(use * lanes, str(found.ins), blocks, "w"), *inner]
+            blocks = str(-(-layer.ins // narrow.block))
+            inner = [*narrow.lines(use * lanes, str(layer.ins), blocks, "w"), *inner]
         if loop > 1:
             text += [f"for (int o = {start}; o < {start + loop * width}; o += {width}) {{", *inside(inner), "}"]
         else:
@@ -125,13 +125,13 @@ def _rows_body(node: Node, found: Linear, tail: Tail, lanes: int, high: int, vec
 
 
 def _positions(
-    found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, width: int, high: int, count: int, name: str
+    layer: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, width: int, high: int, count: int, name: str
 ) -> list[str]:
     """Outputs o .. o + width - 1 at every position."""
     kind = size_type(count)
 
     def tile(high: int) -> list[str]:
-        return _tile(found, tail, way, lanes, vectors, width, high, name)
+        return _tile(layer, tail, way, lanes, vectors, width, high, name)
 
     text: list[str] = []
     if fixed(count):
@@ -155,7 +155,7 @@ def _positions(
 
 
 def _tile(
-    found: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, width: int, high: int, name: str
+    layer: Linear, tail: Tail, way: Walk, lanes: int, vectors: int, width: int, high: int, name: str
 ) -> list[str]:
     kind, unit = vector(lanes), lanes == 1
     sx, tx, ty = way.feature[name], way.step[name], way.step["y0"]
@@ -171,7 +171,7 @@ def _tile(
         start = f"bias[o + {j * lanes}]" if unit else f"*(const {kind} *)(bias + o + {j * lanes})"
         value = start if tail.bias is not None else "0" if unit else f"({kind}){{}}"
         text.append(" ".join(f"{names[i][j]} = {value};" for i in range(high)))
-    text += [f"for (int k = 0; k < {found.ins}; k++, v += {vectors * lanes}, r += {c(sx)}) {{"]
+    text += [f"for (int k = 0; k < {layer.ins}; k++, v += {vectors * lanes}, r += {c(sx)}) {{"]
     load = "v[{}]" if unit else f"*(const {kind} *)(v + {{}})"
     text += [f"    const {kind} v{j} = {load.format(j * lanes)};" for j in range(vectors)]
     for i in range(high):

@@ -36,10 +36,10 @@ Masks = dict[tuple[bool, ...], str]  # names by which lanes are kept
 @kernel("Conv")
 def depthwise(node: Node, target: Target) -> Iterator[Kernel]:
     """Convolutions in one or two dimensions with as many groups as input channels."""
-    found = suits(node)
-    if found is None:
+    suited = suits(node)
+    if suited is None:
         return
-    taps, weight, what = found
+    taps, weight, what = suited
     x, y = node.x, node.y
     lanes = narrowest(taps.out[1], target.lanes)
     rows = height(taps, registers(target))
@@ -59,10 +59,10 @@ def depthwise(node: Node, target: Target) -> Iterator[Kernel]:
 
 def suits(node: Node) -> tuple[Window, Array, After] | None:
     """The settings, the weights in order and what follows of a Conv that is depthwise; None for another."""
-    found, what = window(node), after(node)
-    if found is None or what is None:
+    taken, what = window(node), after(node)
+    if taken is None or what is None:
         return None
-    taps, weight = found
+    taps, weight = taken
     if taps.ins != 1 or taps.groups == 1 < node.x.shape[1] or taps.stride[1] > 2 or taps.depth > 400:
         return None
     return taps, np.ascontiguousarray(weight.reshape(-1), np.float32), what
@@ -294,11 +294,11 @@ class _Text:
     def _hits(self, first: int, reached: Sequence[Sequence[int]]) -> list[tuple[int, list[tuple[int, int]]]]:
         """For each input row that a block of output rows reads: which of them, with which row of the kernel."""
         t = self.taps
-        found: dict[int, list[tuple[int, int]]] = {}
+        readers: dict[int, list[tuple[int, int]]] = {}
         for i, taps in enumerate(reached):
             for k in taps:
-                found.setdefault((first + i) * t.stride[0] + k * t.dilation[0] - t.before[0], []).append((i, k))
-        return sorted(found.items())
+                readers.setdefault((first + i) * t.stride[0] + k * t.dilation[0] - t.before[0], []).append((i, k))
+        return sorted(readers.items())
 
     def _stored(self, block: tuple[int, int], start: int, ys: str) -> list[str]:
         """Lines that finish and store the sums a0, a1, ... of a block of rows."""
@@ -336,12 +336,12 @@ def _spills(y: Value, taps: Window, lanes: int) -> Callable[[int], bool]:
 
 def _alike(items: list[tuple[int, int]], sign: Callable[[tuple[int, int]], object]) -> list[list[tuple[int, int]]]:
     """Neighbours of the same sign and distance, together."""
-    found: list[list[tuple[int, int]]] = []
+    groups: list[list[tuple[int, int]]] = []
     for item in items:
-        if found and sign(found[-1][0]) == sign(item):
-            group = found[-1]
+        if groups and sign(groups[-1][0]) == sign(item):
+            group = groups[-1]
             if len(group) == 1 or item[0] - group[-1][0] == group[1][0] - group[0][0]:
                 group.append(item)
                 continue
-        found.append([item])
-    return found
+        groups.append([item])
+    return groups

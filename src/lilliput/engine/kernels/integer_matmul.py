@@ -100,10 +100,10 @@ def _codes(node: Node) -> Codes | None:
 @kernel("MatMulInteger")
 def integer_rows(node: Node, target: Target) -> Iterator[Kernel]:
     """Constant b."""
-    found = _codes(node)
-    if found is None or target.vector_bytes == 0 or node.y.size == 0 or found.codes.size == 0:
+    coded = _codes(node)
+    if coded is None or target.vector_bytes == 0 or node.y.size == 0 or coded.codes.size == 0:
         return
-    ins, outs = found.codes.shape
+    ins, outs = coded.codes.shape
     lanes = target.lanes
     while lanes > 4 and lanes >= 2 * outs:
         lanes //= 2
@@ -116,24 +116,24 @@ def integer_rows(node: Node, target: Target) -> Iterator[Kernel]:
     rows = -(-ins // 4) * 4
     parts, sums, zeros = [], [], []
     for o in range(0, outs, wide):
-        part = found.codes[:, o : o + wide]
+        part = coded.codes[:, o : o + wide]
         held = np.zeros((rows, -(-part.shape[1] // lanes) * lanes), np.int8)
         held[:ins, : part.shape[1]] = part
         parts.append(held.reshape(rows // 4, 4, -1).transpose(0, 2, 1).reshape(-1))
         sums.append(held.astype(np.int32).sum(0))
-        zeros.append(np.append(found.zero[o : o + wide], [0] * (held.shape[1] - part.shape[1])))
+        zeros.append(np.append(coded.zero[o : o + wide], [0] * (held.shape[1] - part.shape[1])))
     constants: dict[str, Array] = {"codes": np.concatenate(parts), "sums": np.concatenate(sums).astype(np.int32)}
-    if found.zero.any():
+    if coded.zero.any():
         constants["zeros"] = np.concatenate(zeros).astype(np.int32)
     a = node.input(0)
     expr = node.attrs.get("expr")
     skips = (1, 3)
     yield Kernel(
-        f"8-bit, {high} positions x {wide} outputs", lambda n: _body(n, found, lanes, high, vectors),
+        f"8-bit, {high} positions x {wide} outputs", lambda n: _body(n, coded, lanes, high, vectors),
         (Want(order=tuple(range(a.rank))),), Want(order=tuple(range(node.y.rank))), constants, skips,
         scratch=4 * wide * high, cost_ns=macs_ns(target, ins * outs * int(count)) / 3 + 30,
         helpers=(vector_types(lanes), dot4(lanes), *(texts(*needs([expr])) if expr is not None else ())),
-        nonzeros=None, values=found.codes.size,
+        nonzeros=None, values=coded.codes.size,
     )  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def _extras(node: Node) -> list[int]:
     return [i for i in range(4, len(node.inputs)) if node.inputs[i] is not None]
 
 
-def _body(node: Node, found: Codes, lanes: int, high: int, vectors: int) -> str:
+def _body(node: Node, coded: Codes, lanes: int, high: int, vectors: int) -> str:
     a, y = node.input(0), node.y
     others: list[tuple[str, Value, int | None]] = [("x0", a, a.rank - 1)]
     others += [(f"x{i}", node.input(i), None) for i in _extras(node)]
@@ -149,13 +149,13 @@ def _body(node: Node, found: Codes, lanes: int, high: int, vectors: int) -> str:
     text = [
         "int32_t *const sum = (int32_t *)scratch;",
         f"const int32_t zero = {'(int32_t)*x2' if node.maybe(2) is not None else '0'}"
-        f"{f' + {found.shift}' if found.shift else ''};",
+        f"{f' + {coded.shift}' if coded.shift else ''};",
         *way.open,
         f"const uint8_t *const x = (const uint8_t *)({way.base['x0']});",
         f"{y.c_type} *const y = {way.base['y0']};",
     ]
     text += [f"const {node.input(i).c_type} *const e{i} = {way.base[f'x{i}']};" for i in _extras(node)]
-    ins, outs = found.codes.shape
+    ins, outs = coded.codes.shape
     wide, rows = lanes * vectors, -(-ins // 4) * 4
     text.append("const int8_t *w = codes;")
     full, rest = outs // wide, outs % wide
@@ -163,7 +163,7 @@ def _body(node: Node, found: Codes, lanes: int, high: int, vectors: int) -> str:
         if not width or not loop:
             continue
         use = -(-width // lanes)
-        inner = [*_positions(node, found, way, lanes, use, width, high), f"w += {rows * use * lanes};"]
+        inner = [*_positions(node, coded, way, lanes, use, width, high), f"w += {rows * use * lanes};"]
         if loop > 1:
             text += [f"for (int o = {start}; o < {start + loop * width}; o += {width}) {{", *inside(inner), "}"]
         else:
@@ -171,11 +171,11 @@ def _body(node: Node, found: Codes, lanes: int, high: int, vectors: int) -> str:
     return "\n".join([*text, *way.close])
 
 
-def _positions(node: Node, found: Codes, way: Walk, lanes: int, vectors: int, width: int, high: int) -> list[str]:
+def _positions(node: Node, coded: Codes, way: Walk, lanes: int, vectors: int, width: int, high: int) -> list[str]:
     count, kind = way.count, size_type(way.count)
 
     def tile(some: int) -> list[str]:
-        return _tile(node, found, way, lanes, vectors, width, some)
+        return _tile(node, coded, way, lanes, vectors, width, some)
 
     if fixed(count):
         count = int(count)
@@ -191,8 +191,8 @@ def _positions(node: Node, found: Codes, way: Walk, lanes: int, vectors: int, wi
     return [*text, f"for (; t < {c(count)}; t++) {{", *inside(tile(1)), "}"] if high > 1 else text
 
 
-def _tile(node: Node, found: Codes, way: Walk, lanes: int, vectors: int, width: int, high: int) -> list[str]:
-    kind, ins, wide, y = vector(lanes, "i32"), found.codes.shape[0], lanes * vectors, node.y
+def _tile(node: Node, coded: Codes, way: Walk, lanes: int, vectors: int, width: int, high: int) -> list[str]:
+    kind, ins, wide, y = vector(lanes, "i32"), coded.codes.shape[0], lanes * vectors, node.y
     tx, ty = way.step["x0"], way.step["y0"]
     names = [[f"a{i}_{j}" for j in range(vectors)] for i in range(high)]
     text = [
@@ -209,7 +209,7 @@ def _tile(node: Node, found: Codes, way: Walk, lanes: int, vectors: int, width: 
             place = at("r", (str(i), tx)) if i else "r"
             read = f"uint32_t s{' = 0' if size < 4 else ''}; memcpy(&s, {place}, {size});"
             lines.append(
-                f"{{ {read}{' s ^= 0x80808080u;' if found.shift else ''} "
+                f"{{ {read}{' s ^= 0x80808080u;' if coded.shift else ''} "
                 + " ".join(f"{n} = dot4_{lanes}({n}, s, v{j});" for j, n in enumerate(names[i]))
                 + " }"
             )
@@ -222,11 +222,11 @@ def _tile(node: Node, found: Codes, way: Walk, lanes: int, vectors: int, width: 
     for i in range(high):
         text.append(" ".join(f"*({kind} *)(sum + {i * wide + j * lanes}) = {n};" for j, n in enumerate(names[i])))
     text += [f"for (int i = 0; i < {high}; i++) {{", f"    {y.c_type} *const z = {at('y', ('t + i', ty), ('o', 1))};"]
-    if found.zero.any():
+    if coded.zero.any():
         text += [
             "    int32_t row = 0;",
             f"    const uint8_t *const b = {at('x', ('t + i', tx))};",
-            f"    for (int k = 0; k < {ins}; k++) row += b[k]{' ^ 0x80' if found.shift else ''};",
+            f"    for (int k = 0; k < {ins}; k++) row += b[k]{' ^ 0x80' if coded.shift else ''};",
             f"    row -= {ins} * zero;",
             f"    for (int j = 0; j < {width}; j++) sum[i * {wide} + j] -= row * zeros[o + j];",
         ]

@@ -64,12 +64,12 @@ class _Operands:
         ]
         values = [*self.outputs, *(v for _, v in self.inputs)]
         self.sizes, self.strides = loops.collapsed(node.y.shape, [loops.strides_of(v, node.y.shape) for v in values])
-        found = turned(self.sizes, self.strides, len(self.outputs))
+        moved = turned(self.sizes, self.strides, len(self.outputs))
         self.turned = (
-            found
-            if found
-            and all(values[i].dtype == "float32" for i in found[1])
-            and not any(v.buffer is y.buffer for v in (values[i] for i in found[1]) for y in self.outputs)
+            moved
+            if moved
+            and all(values[i].dtype == "float32" for i in moved[1])
+            and not any(v.buffer is y.buffer for v in (values[i] for i in moved[1]) for y in self.outputs)
             else None
         )
 
@@ -131,8 +131,8 @@ def _tiles(node: Node, at: _Operands) -> str:
 
     def tile(names: list[str], a: str, columns: str, b: str, rows: str) -> list[str]:
         def counters(first: str, second: str) -> list[str]:
-            found = dict(zip(rest, names, strict=True)) | {loop: first, len(at.sizes) - 1: second}
-            return [found[d] for d in range(len(at.sizes))]
+            places = dict(zip(rest, names, strict=True)) | {loop: first, len(at.sizes) - 1: second}
+            return [places[d] for d in range(len(at.sizes))]
 
         start = counters(a, b)
         lines, read = [], {}

@@ -82,11 +82,11 @@ def dense(weight: Array, narrow: Narrow | None, target: Target) -> Iterator[MatV
 
 def _columns(weight: Array, blocks: list[int]) -> Array:
     """The matrix in the order it is read: for each block of outputs, one input after another."""
-    found, start = [], 0
+    panels, start = [], 0
     for size in blocks:
-        found.append(weight[start : start + size].T.reshape(-1))
+        panels.append(weight[start : start + size].T.reshape(-1))
         start += size
-    return np.concatenate(found)
+    return np.concatenate(panels)
 
 
 def _dense_text(ins: int, lanes: int, many: list[int], half: bool) -> str:
@@ -147,15 +147,15 @@ def _short(weight: Array) -> Array:
     bits = np.ascontiguousarray(weight).view(np.uint32).astype(np.int64)
     blocks = bits.reshape(-1, 4, 16, weight.shape[1]).transpose(0, 3, 1, 2)  # blocks, in, 4, lanes
     fourth = np.minimum(blocks[:, :, 3] + 128, 0xFFFFFFFF) >> 8
-    found = []
+    numbers = []
     for place, shift in ((0, 16), (1, 8), (2, 0)):
         low = fourth >> shift & 255
         here = blocks[:, :, place]
         base = here & ~255
         off = low - (here & 255)
         base = base + np.where(off > 128, -256, np.where(off < -128, 256, 0)) * (base >= 256)
-        found.append(np.where(here & 0x7FFFFFFF < 0x00800000, here & 0x80000000, base) | low)
-    return np.stack(found, 2).astype(np.uint32).view(np.float32).reshape(-1)
+        numbers.append(np.where(here & 0x7FFFFFFF < 0x00800000, here & 0x80000000, base) | low)
+    return np.stack(numbers, 2).astype(np.uint32).view(np.float32).reshape(-1)
 
 
 SHORT_MASKS = (

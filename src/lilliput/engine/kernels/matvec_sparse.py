@@ -196,9 +196,9 @@ def _scheduled(weight: Array) -> tuple[Array, list[str], int]:
             f"        *(f32x16 *)(y + {start}) = (a + b) + (c + d);",
             "    }",
         ]
-    found = np.array(packed, np.uint32).view(np.float32) if packed else np.zeros((1, 16), np.float32)
+    numbers = np.array(packed, np.uint32).view(np.float32) if packed else np.zeros((1, 16), np.float32)
     read = [f"    const f32x16 h{g} = *(const f32x16 *)(x + {16 * g});" for g in sorted(used)]
-    return found, [*(read or ["    (void)x;", "    (void)w;"]), *lines], len(packed)
+    return numbers, [*(read or ["    (void)x;", "    (void)w;"]), *lines], len(packed)
 
 
 def _blocks(weight: Array, target: Target) -> Iterator[MatVec]:

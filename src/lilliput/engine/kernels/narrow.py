@@ -101,13 +101,13 @@ def stored(weight: Array, narrow: Narrow | None, places: Array, at: int = 0) -> 
     codes = narrow.codes.astype(np.int32) - zero
     if np.abs(codes).max(initial=0) > 127 or scale is None:
         return whole
-    found = taken(codes)
-    if set(np.unique(found)) <= {-1, 1}:
-        return unpacked(np.packbits(found < 0, bitorder="little"), SIGNS, 8)
-    if found.min() >= -8 and found.max() <= 7:
-        pairs = np.append(found, np.zeros(count % 2, np.int32)).reshape(-1, 2) + 8
+    levels = taken(codes)
+    if set(np.unique(levels)) <= {-1, 1}:
+        return unpacked(np.packbits(levels < 0, bitorder="little"), SIGNS, 8)
+    if levels.min() >= -8 and levels.max() <= 7:
+        pairs = np.append(levels, np.zeros(count % 2, np.int32)).reshape(-1, 2) + 8
         return unpacked((pairs[:, 0] | pairs[:, 1] << 4).astype(np.uint8), NIBBLES, 2)
-    return unpacked(found.astype(np.int8), BYTES)
+    return unpacked(levels.astype(np.int8), BYTES)
 
 
 def _by_output(scale: Array, shape: tuple[int, ...]) -> Array | None:

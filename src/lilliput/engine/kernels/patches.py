@@ -25,10 +25,10 @@ CACHE_BYTES = 192 * 1024
 @kernel("Conv")
 def patches(node: Node, target: Target) -> Iterator[Kernel]:
     """Convolutions in one or two dimensions, of any settings."""
-    found, what = window(node), after(node)
-    if found is None or what is None:
+    taken, what = window(node), after(node)
+    if taken is None or what is None:
         return
-    w, weight = found[0], found[1].reshape(found[0].groups, found[0].outs, found[0].depth)
+    w, weight = taken[0], taken[1].reshape(taken[0].groups, taken[0].outs, taken[0].depth)
     bias = what.bias if what.bias is not None else np.zeros(w.groups * w.outs, np.float32)
     tall, wide = tile(w)
     common: dict[str, Any] = {
@@ -46,7 +46,7 @@ def patches(node: Node, target: Target) -> Iterator[Kernel]:
     rows = min(rows, w.outs)
     yield Kernel(
         f"patches-dense-{rows}x3",
-        lambda n: body(n, w, what, lambda found: pixels.dense_run(found, what, (w.outs, w.depth), rows, target)),
+        lambda n: body(n, w, what, lambda spans: pixels.dense_run(spans, what, (w.outs, w.depth), rows, target)),
         constants={"w": np.concatenate([pixels.packed(part, rows) for part in weight]), "bias": bias},
         cost_ns=gather_ns + each_ns * weight.size + 200,
         **common,
@@ -64,8 +64,8 @@ def patches(node: Node, target: Target) -> Iterator[Kernel]:
                 n,
                 w,
                 what,
-                lambda found: pixels.sparse_run(
-                    found, what, (w.outs, w.depth), most, chunk, pixels.kinds(n.kernel), target
+                lambda spans: pixels.sparse_run(
+                    spans, what, (w.outs, w.depth), most, chunk, pixels.kinds(n.kernel), target
                 ),
             ),
             constants={"w": values, "indices": indices, "counts": counts, "bias": bias},

@@ -41,10 +41,10 @@ WORTH = 0.6  # the largest part of non-zeros with which skipping zeros may pay
 @kernel("Conv")
 def pixels(node: Node, target: Target) -> Iterator[Kernel]:
     """Convolutions of one pixel, in one group, that visit every pixel."""
-    found = suits(node)
-    if found is None:
+    suited = suits(node)
+    if suited is None:
         return
-    weight, what = found
+    weight, what = suited
     x = node.x
     bias = what.bias if what.bias is not None else np.zeros(len(weight), np.float32)
     kept = int(np.count_nonzero(weight))
@@ -59,7 +59,7 @@ def pixels(node: Node, target: Target) -> Iterator[Kernel]:
     rows = 8 if registers(target) == 32 else 4
     yield Kernel(
         f"pixels-dense-{rows}x3",
-        lambda n: over(n, what, lambda found: dense_run(found, what, weight.shape, rows, target)),
+        lambda n: over(n, what, lambda spans: dense_run(spans, what, weight.shape, rows, target)),
         constants={"w": packed(weight, rows), "bias": bias},
         cost_ns=each_ns * weight.size + 200,
         **common,
@@ -73,7 +73,7 @@ def pixels(node: Node, target: Target) -> Iterator[Kernel]:
         yield Kernel(
             f"pixels-sparse-{block}",
             lambda n, most=most, chunk=chunk: over(  # type: ignore[misc]
-                n, what, lambda found: sparse_run(found, what, weight.shape, most, chunk, kinds(n.kernel), target)
+                n, what, lambda spans: sparse_run(spans, what, weight.shape, most, chunk, kinds(n.kernel), target)
             ),
             constants={"w": values, "indices": indices, "counts": counts, "bias": bias},
             cost_ns=1.6 * each_ns * kept + 1.5 * len(counts) * -(-pixels // block) + most,
@@ -138,18 +138,18 @@ def over(node: Node, what: After, multiplied: Callable[[Runs], list[str]]) -> st
     if what.residual is not None:
         values.append(node.input(what.residual))
         pointers.append(("const float *r", f"x{what.residual}"))
-    found = runs(values)
-    return "\n".join(found.inside(pointers, multiplied(found)))
+    spans = runs(values)
+    return "\n".join(spans.inside(pointers, multiplied(spans)))
 
 
 def sparse_run(
-    found: Runs, what: After, shape: tuple[int, ...], most: int, chunk: int, types: tuple[str, str], target: Target
+    spans: Runs, what: After, shape: tuple[int, ...], most: int, chunk: int, types: tuple[str, str], target: Target
 ) -> list[str]:
     """C lines for one run: y, x and r point to its first pixel."""
     return [
         line
-        for block in blocks(found.count, target.lanes, most, found.gap(target.lanes))
-        for line in _sparse_block(found, block, what, shape, chunk, -(-shape[1] // chunk), types)
+        for block in blocks(spans.count, target.lanes, most, spans.gap(target.lanes))
+        for line in _sparse_block(spans, block, what, shape, chunk, -(-shape[1] // chunk), types)
     ]
 
 
@@ -160,15 +160,15 @@ def kinds(kernel: Kernel) -> tuple[str, str]:
 
 
 def _sparse_block(
-    found: Runs, block: Block, what: After, shape: tuple[int, ...], chunk: int, parts: int, types: tuple[str, str]
+    spans: Runs, block: Block, what: After, shape: tuple[int, ...], chunk: int, parts: int, types: tuple[str, str]
 ) -> list[str]:
     pieces = list(enumerate(block.pieces))
-    step_y, step_x = found.channel[0], found.channel[1]
+    step_y, step_x = spans.channel[0], spans.channel[1]
     at = (("b", block.width if block.times > 1 else 0), block.start)
 
     def first(place: int, lanes: int) -> str:
         return spread("bias[o]", lanes) + (
-            f" + {load(plus('rb', ('o', found.channel[2]), place), lanes)}" if what.residual is not None else ""
+            f" + {load(plus('rb', ('o', spans.channel[2]), place), lanes)}" if what.residual is not None else ""
         )
 
     begin = [f"{vector(lanes)} a{i} = {first(place, lanes)};" for i, (place, lanes) in pieces]
@@ -206,23 +206,23 @@ def _sparse_block(
     return around(block.times, "b", [*start, *chunks])
 
 
-def dense_run(found: Runs, what: After, shape: tuple[int, ...], rows: int, target: Target) -> list[str]:
+def dense_run(spans: Runs, what: After, shape: tuple[int, ...], rows: int, target: Target) -> list[str]:
     """C lines for one run: y, x and r point to its first pixel."""
     lines = []
-    for block in blocks(found.count, target.lanes, 3, found.gap(target.lanes), strict=True):
+    for block in blocks(spans.count, target.lanes, 3, spans.gap(target.lanes), strict=True):
         whole, rest = divmod(shape[0], rows)
         for first, times, height in ((0, whole, rows), (whole * rows, 1, rest)):
             if times and height:
-                panel = _dense_panel(found, block, what, shape[1], first, times, height, target.lanes)
+                panel = _dense_panel(spans, block, what, shape[1], first, times, height, target.lanes)
                 lines += around(block.times, "b", around(times, "g", panel))
     return lines
 
 
 def _dense_panel(
-    found: Runs, block: Block, what: After, ins: int, first: int, panels: int, height: int, most_lanes: int
+    spans: Runs, block: Block, what: After, ins: int, first: int, panels: int, height: int, most_lanes: int
 ) -> list[str]:
     """Panel g of `panels`, each `height` output channels, the first at `first`, over one block of pixels."""
-    step_y, step_x = found.channel[0], found.channel[1]
+    step_y, step_x = spans.channel[0], spans.channel[1]
     at = (("b", block.width if block.times > 1 else 0), block.start)
     many = int(panels > 1)
     # A single pixel beside vectors: its accumulators are the output channels, whose weights lie side by side.
@@ -237,7 +237,7 @@ def _dense_panel(
     ]
     residual = what.residual is not None
     if residual:
-        step_r = found.channel[2]
+        step_r = spans.channel[2]
         lines.append(f"const float *rb = {plus('r', *at, ('g', many * height * step_r), first * step_r)};")
     for o in range(height):
         for i, place, lanes in vectors:
@@ -253,11 +253,11 @@ def _dense_panel(
     if single:
         lines.append(f"    const {vector(height)} column = {load('v', height)};")
         lines += [f"    u{i} += p[{place}] * column;" for i, place in single]
-    return [*lines, "}", *_stored(found, what, block, height, vectors, single)]
+    return [*lines, "}", *_stored(spans, what, block, height, vectors, single)]
 
 
 def _stored(
-    found: Runs,
+    spans: Runs,
     what: After,
     block: Block,
     height: int,
@@ -265,13 +265,13 @@ def _stored(
     single: list[tuple[int, int]],
 ) -> list[str]:
     """C lines that finish and store the sums of a panel: a0_0, ... of vectors of pixels, u0, ... of single pixels."""
-    step_y, lines = found.channel[0], []
+    step_y, lines = spans.channel[0], []
     for o in range(height):
         for i, place, lanes in vectors:
             lines += [*what.finished(f"a{o}_{i}", lanes), store(plus("q", o * step_y + place), lanes, f"a{o}_{i}")]
     for i, place in single:
         if what.residual is not None:
-            lines += [f"u{i}[{o}] += rb[{o * found.channel[2] + place}];" for o in range(height)]
+            lines += [f"u{i}[{o}] += rb[{o * spans.channel[2] + place}];" for o in range(height)]
         lines += what.finished(f"u{i}", height)
         lines += [f"q[{o * step_y + place}] = u{i}[{o}];" for o in range(height)]
     for o in range(height):

@@ -313,7 +313,7 @@ def blocks(count: int, lanes: int, most: int, gap: bool, strict: bool = False) -
             rest -= width
     number = max(1, -(-whole // most) if strict else round(whole / most))
     base, more = divmod(whole, number)
-    found: list[Block] = []
+    runs: list[Block] = []
     start = 0
     sizes = [base + 1] * more + [base] * (number - more)
     for i, size in enumerate(sizes):
@@ -324,13 +324,13 @@ def blocks(count: int, lanes: int, most: int, gap: bool, strict: bool = False) -
                 pieces.append((width, piece))
                 width += piece
         block = Block(start, 1, width, tuple(pieces))
-        if found and found[-1].pieces == block.pieces:
-            last = found[-1]
-            found[-1] = Block(last.start, last.times + 1, last.width, last.pieces)
+        if runs and runs[-1].pieces == block.pieces:
+            last = runs[-1]
+            runs[-1] = Block(last.start, last.times + 1, last.width, last.pieces)
         else:
-            found.append(block)
+            runs.append(block)
         start += width
-    return found
+    return runs
 
 
 def planes(value: Value, lanes: int) -> Want:

@@ -303,13 +303,13 @@ def pick(lanes: int) -> str:
 
 def split(total: int, lanes: int, most: int) -> list[tuple[int, int]]:
     """Blocks that cover a fixed number of columns: (start, columns), all of `most` vectors but the last ones."""
-    wide, found, start = lanes * most, [], 0
+    wide, blocks, start = lanes * most, [], 0
     while total - start >= wide:
-        found.append((start, wide))
+        blocks.append((start, wide))
         start += wide
     if start < total:
-        found.append((start, total - start))
-    return found
+        blocks.append((start, total - start))
+    return blocks
 
 
 def size_type(size: int) -> str:

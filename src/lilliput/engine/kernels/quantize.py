@@ -142,13 +142,13 @@ def _packed(data: Array, lanes: int, groups: list[int]) -> Array:
     outs = sum(groups) * lanes
     held = np.zeros((outs, *data.shape[1:]), np.int8)
     held[: len(data)] = data
-    found, start = [], 0
+    panels, start = [], 0
     for group in groups:
         part = held[start : start + group * lanes]
         turned = part.reshape(group * lanes, -1, 4, *part.shape[2:]).transpose(3, 4, 1, 0, 2)  # ky kx c/4 out 4
-        found.append(np.ascontiguousarray(turned).reshape(-1))
+        panels.append(np.ascontiguousarray(turned).reshape(-1))
         start += group * lanes
-    return np.concatenate(found)
+    return np.concatenate(panels)
 
 
 def _filled(value: Value, lanes: int) -> Array:

@@ -88,12 +88,12 @@ def _floats(node: Node, ways_: Sequence[MatVec]) -> dict[str, int]:
     """Pieces of scratch memory, in floats, each a multiple of 16: the state, the sums, the reset state, the cell."""
     hidden, gates = node.attrs["hidden"], GATES[node.attrs["kind"]]
     ins, outs = max(w.ins for w in ways_), max(w.outs for w in ways_)
-    found = {"h": max(ins, hidden), "s": (gates - 1) * hidden + outs if len(_parts(node)) > 1 else outs}
+    sizes = {"h": max(ins, hidden), "s": (gates - 1) * hidden + outs if len(_parts(node)) > 1 else outs}
     if len(_parts(node)) > 1:
-        found["r"] = max(ins, hidden)
+        sizes["r"] = max(ins, hidden)
     if node.attrs["kind"] == "LSTM":
-        found["c"] = hidden
-    return {key: -(-size // 16) * 16 for key, size in found.items()}
+        sizes["c"] = hidden
+    return {key: -(-size // 16) * 16 for key, size in sizes.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- cells

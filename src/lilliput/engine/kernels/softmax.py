@@ -37,8 +37,8 @@ class Entry:
 
 def operands(node: Node, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """The strides of every input over a shape, the output's first where it decides the way."""
-    found = {f"x{i}": loops.strides_of(v, shape) for i, v in enumerate(node.inputs) if v is not None}
-    return {**found, "y0": node.y.strides}
+    strides = {f"x{i}": loops.strides_of(v, shape) for i, v in enumerate(node.inputs) if v is not None}
+    return {**strides, "y0": node.y.strides}
 
 
 @kernel("Softmax")

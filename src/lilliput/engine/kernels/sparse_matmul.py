@@ -65,23 +65,23 @@ FETCH = """\
 @kernel("MatMul")
 def sparse_columns(node: Node, target: Target) -> Iterator[Kernel]:
     """Positions innermost."""
-    found = linear(node)
-    if found is None or target.vector_bytes == 0:
+    layer = linear(node)
+    if layer is None or target.vector_bytes == 0:
         return
-    filled = np.count_nonzero(found.weight) / found.weight.size
-    if filled > DENSEST or found.outs >= 2**31:
+    filled = np.count_nonzero(layer.weight) / layer.weight.size
+    if filled > DENSEST or layer.outs >= 2**31:
         return
-    count = int(found.positions)
-    if count < 4 and fixed(found.positions):
+    count = int(layer.positions)
+    if count < 4 and fixed(layer.positions):
         return
     lanes = target.lanes
     while lanes > 4 and lanes >= 2 * count:
         lanes //= 2
     options: list[tuple[int, int, int, bool]] = []  # columns, rows, unroll, shared
     many = registers(target) == 32
-    if blocked(found.weight, 4):
+    if blocked(layer.weight, 4):
         options += [(4 * lanes, 4, 1, True)] if many else [(2 * lanes, 4, 1, True)]
-        if blocked(found.weight, 8) and many:
+        if blocked(layer.weight, 8) and many:
             options.append((2 * lanes, 8, 1, True))
     elif lanes == 16:
         options += [(32, 4, 1, False), (32, 2, 2, False), (64, 2, 2, False)]
@@ -94,49 +94,49 @@ def sparse_columns(node: Node, target: Target) -> Iterator[Kernel]:
         columns = min(columns, max(-(-count // lanes) * lanes, lanes))
         if (columns, rows, unroll, shared) not in done:
             done.add((columns, rows, unroll, shared))
-            yield _sparse(found, target, lanes, columns, rows, unroll, shared)
+            yield _sparse(layer, target, lanes, columns, rows, unroll, shared)
 
 
-def _sparse(found: Linear, target: Target, lanes: int, columns: int, rows: int, unroll: int, shared: bool) -> Kernel:
-    tail = tail_of(found.node, found.feature_y)
+def _sparse(layer: Linear, target: Target, lanes: int, columns: int, rows: int, unroll: int, shared: bool) -> Kernel:
+    tail = tail_of(layer.node, layer.feature_y)
     most = max(CACHE_BYTES // (4 * columns), 64)
-    tiles = -(-found.ins // most)
-    depth = min(math.ceil(math.ceil(found.ins / tiles) / 8) * 8, found.ins)
-    form = formatted(found.weight, rows, unroll, depth, columns // 2, shared)
-    kept = stored(found.weight, found.narrow, form.places, 4 * depth * columns)
-    want_x, want_y = found.inner(positions_inside=True)
+    tiles = -(-layer.ins // most)
+    depth = min(math.ceil(math.ceil(layer.ins / tiles) / 8) * 8, layer.ins)
+    form = formatted(layer.weight, rows, unroll, depth, columns // 2, shared)
+    kept = stored(layer.weight, layer.narrow, form.places, 4 * depth * columns)
+    want_x, want_y = layer.inner(positions_inside=True)
     constants = {**kept.constants, "index": form.index, "steps": form.steps, "order": form.order}
     if tail.bias is not None:
         constants["bias"] = tail.bias
     if kept.scale is not None:
         constants["scale"] = kept.scale
     wants: list[Want | None] = [None] * 4
-    wants[found.x] = want_x
-    skips = (1 - found.x, *((2,) if tail.bias is not None else ()))
-    count = int(found.positions)
+    wants[layer.x] = want_x
+    skips = (1 - layer.x, *((2,) if tail.bias is not None else ()))
+    count = int(layer.positions)
     padded = -(-count // lanes) * lanes
     work = macs_ns(target, form.places.size * padded)
     share: float = 0.92 if shared else 0.72 if columns > 16 else 0.55
-    copied = found.ins * padded / 16.0
+    copied = layer.ins * padded / 16.0
     scratch = 4 * depth * columns + kept.scratch
     name = f"sparse blocks of {rows}" if shared else "sparse"
     helpers = [vector_types(lanes), FETCH, *([QUADS] if lanes == 16 else [])]
     if tail.clamp is not None:
         helpers.append(pick(lanes))
-    bits = f", {found.narrow.bits} bits" if kept.scratch and found.narrow else ""
+    bits = f", {layer.narrow.bits} bits" if kept.scratch and layer.narrow else ""
     return Kernel(
         f"{name}{bits}, {rows} outputs x {columns} positions{f', {unroll} at once' if unroll > 1 else ''}",
-        lambda n: _body(n, found, tail, kept, form, lanes, columns),
+        lambda n: _body(n, layer, tail, kept, form, lanes, columns),
         tuple(wants), want_y, constants, skips, scratch=scratch, cost_ns=work / share + copied + 60,
-        helpers=(*helpers, *kept.helpers, *tail.helpers), nonzeros=int(np.count_nonzero(found.weight)),
-        values=found.weight.size,
+        helpers=(*helpers, *kept.helpers, *tail.helpers), nonzeros=int(np.count_nonzero(layer.weight)),
+        values=layer.weight.size,
     )  # fmt: skip
 
 
-def _body(node: Node, found: Linear, tail: Tail, kept: Stored, form: Format, lanes: int, columns: int) -> str:
-    x, y = node.input(found.x), node.y
-    name = f"x{found.x}"
-    way = walk(y, found.feature_y, [(name, x, found.feature_x), *tail.others(node)])
+def _body(node: Node, layer: Linear, tail: Tail, kept: Stored, form: Format, lanes: int, columns: int) -> str:
+    x, y = node.input(layer.x), node.y
+    name = f"x{layer.x}"
+    way = walk(y, layer.feature_y, [(name, x, layer.feature_x), *tail.others(node)])
     text = ["float *const buffer = (float *)scratch;"]
     text += kept.lines
     text += [*way.open, f"const float *const x = {way.base[name]};", f"float *const y = {way.base['y0']};"]
@@ -144,7 +144,7 @@ def _body(node: Node, found: Linear, tail: Tail, kept: Stored, form: Format, lan
     count, kind = way.count, size_type(way.count)
 
     def block(vectors: int, width: int | str) -> list[str]:
-        return _Block(found, tail, kept, form, way, lanes, columns, vectors, width).lines(name)
+        return _Block(layer, tail, kept, form, way, lanes, columns, vectors, width).lines(name)
 
     if fixed(count):
         count = int(count)
@@ -178,7 +178,7 @@ class _Block:
     Sums are accumulators a0_0, a0_1, ...: of output o[0] of a group in the first vector of positions, the second, ...
     """
 
-    found: Linear
+    layer: Linear
     tail: Tail
     kept: Stored
     form: Format
@@ -201,7 +201,7 @@ class _Block:
     @property
     def deep(self) -> bool:
         """Whether inputs are taken in several tiles, so that sums are carried on from what is in the output."""
-        return self.form.depth < self.found.ins
+        return self.form.depth < self.layer.ins
 
     @property
     def whole(self) -> bool:
@@ -226,11 +226,11 @@ class _Block:
     @property
     def last(self) -> str:
         """Whether the last tile of inputs is being summed, in C."""
-        return f"k0 + {self.form.depth} >= {self.found.ins}"
+        return f"k0 + {self.form.depth} >= {self.layer.ins}"
 
     def lines(self, name: str) -> list[str]:
         """The copy of the activations x (called `name` by the walk), then group after group of outputs."""
-        ins, depth = self.found.ins, self.form.depth
+        ins, depth = self.layer.ins, self.form.depth
         order = {np.dtype(np.uint16): "uint16_t", np.dtype(np.uint32): "uint32_t"}[self.form.order.dtype]
         text = ["const float *v = value_of;", "const uint16_t *at = index, *n = steps;", f"const {order} *o = order;"]
         groups = len(self.form.steps) // -(-ins // depth)
@@ -250,7 +250,7 @@ class _Block:
         """A tile of inputs at these positions, copied to the buffer."""
         sx, kind = self.way.feature[name], self.kind
         row = at("from", ("k", sx))
-        rows = "ks" if self.deep and self.found.ins % self.form.depth else str(self.form.depth)
+        rows = "ks" if self.deep and self.layer.ins % self.form.depth else str(self.form.depth)
         text = [
             f"const float *const from = {at('x', ('k0' if self.deep else '0', sx), ('t', 1))};",
             f"for (int k = 0; k < {rows}; k++) {{",

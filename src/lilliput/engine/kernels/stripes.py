@@ -55,8 +55,8 @@ def striped(graph: Graph) -> Graph:
     for node in graph.nodes:
         if node.op != "Conv" or node in gone or node.x.rank != 4:
             continue
-        found = depthwise.suits(node)
-        if found is None or found[2].residual is not None or found[0].outs != 1 or not fixed(*node.x.shape):
+        suited = depthwise.suits(node)
+        if suited is None or suited[2].residual is not None or suited[0].outs != 1 or not fixed(*node.x.shape):
             continue
         first, last = makers.get(node.x), next(iter(uses.get(node.y, [])), None)
         if first is None or first in gone or first.maybe(3) is not None or not _one_pixel(first) or not alone(node.x):
@@ -92,9 +92,9 @@ def _one_pixel(node: Node) -> bool:
 def stripes(node: Node, target: Target) -> Iterator[Kernel]:
     """1x1 parts are sparse where zeros make it pay, else dense."""
     chain: Chain = node.attrs["chain"]
-    found = depthwise.suits(chain.middle)
-    assert found is not None
-    taps = found[0]
+    suited = depthwise.suits(chain.middle)
+    assert suited is not None
+    taps = suited[0]
     heights = list(dict.fromkeys(_height(chain, taps, most) for most in CACHE_BYTES))
     for tall in heights:
         for most in pixels.wide(target):
@@ -164,7 +164,7 @@ class _Parts:
     def lines(self, node: Node, y: Value, x: Value, residual: Value | None, names: tuple[str, str, str]) -> list[str]:
         """C lines of a 1x1 convolution between values whose first elements these C expressions point to."""
         what, shape, chunk, key = self.written[node]
-        found = runs([y, x, *([residual] if residual is not None else [])])
+        spans = runs([y, x, *([residual] if residual is not None else [])])
         pointers = [("float *y", names[0]), ("const float *x", names[1]), ("const float *r", names[2])]
         head = [f"const float *w = w{key}, *bias = bias{key};"]
         if chunk:
@@ -173,10 +173,10 @@ class _Parts:
                 for a in (self.constants[f"indices{key}"], self.constants[f"counts{key}"])
             ]
             head += [f"const {kinds[0]} *indices = indices{key};", f"const {kinds[1]} *counts = counts{key};"]
-            run = pixels.sparse_run(found, what, shape, self.most, chunk, (kinds[0], kinds[1]), self.target)
+            run = pixels.sparse_run(spans, what, shape, self.most, chunk, (kinds[0], kinds[1]), self.target)
         else:
-            run = pixels.dense_run(found, what, shape, self.rows, self.target)
-        return ["{", *(f"    {line}" for line in (*head, *found.inside(pointers[: len(found.channel)], run))), "}"]
+            run = pixels.dense_run(spans, what, shape, self.rows, self.target)
+        return ["{", *(f"    {line}" for line in (*head, *spans.inside(pointers[: len(spans.channel)], run))), "}"]
 
 
 @dataclass(frozen=True)
@@ -274,11 +274,19 @@ class _Plan:
         elif ends:
             m = replace(ys, border=ys.border or ((0, 0),) * 3 + ((0, 1),))
         window = replace(taps, size=(rows, wide), out=(s.rows, out), before=(s.before, taps.before[1]))
-        found = depthwise.suits(chain.middle)
-        assert found is not None
+        suited = depthwise.suits(chain.middle)
+        assert suited is not None
         lanes = depthwise.narrowest(out, self.lanes)
         middle = depthwise.channels(
-            u, m, None, found[2], window, lanes, depthwise.height(window, registers(self.target)), masks, (name, to, "")
+            u,
+            m,
+            None,
+            suited[2],
+            window,
+            lanes,
+            depthwise.height(window, registers(self.target)),
+            masks,
+            (name, to, ""),
         )
         lines += ["{", "    const float *w = w2, *bias = bias2;", *(f"    {line}" for line in middle), "}"]
         if chain.last is not None:
@@ -315,20 +323,20 @@ def _height(chain: Chain, taps: Window, most: int) -> int:
 
 def _stripes(taps: Window, tall: int) -> list[Stripe]:
     """The stripes of `tall` output rows, those that are alike together."""
-    found: list[Stripe] = []
+    stripes: list[Stripe] = []
     for start in range(0, taps.out[0], tall):
         rows = min(tall, taps.out[0] - start)
         top = start * taps.stride[0] - taps.before[0]
         bottom = top + (rows - 1) * taps.stride[0] + (taps.kernel[0] - 1) * taps.dilation[0] + 1
         low = min(max(top, 0), taps.size[0] - 1)
         stripe = Stripe(start, 1, rows, low, max(min(bottom, taps.size[0]), low + 1), low - top)
-        last = found[-1] if found else None
+        last = stripes[-1] if stripes else None
         if (
             last
             and (last.rows, last.high - last.low, last.before) == (rows, stripe.high - low, stripe.before)
             and (low == last.low + last.times * rows * taps.stride[0])
         ):
-            found[-1] = replace(last, times=last.times + 1)
+            stripes[-1] = replace(last, times=last.times + 1)
             continue
-        found.append(stripe)
-    return found
+        stripes.append(stripe)
+    return stripes

@@ -22,7 +22,7 @@ def tiles(target: Target, lanes: int, outs: int, most: int, flip: bool = False) 
     full = [(12, 2), (6, 4), (24, 1)] if registers(target) == 32 else [(6, 2), (4, 3), (12, 1)]
     if lanes == 1:
         full = [(4, 2), (2, 4)]
-    found: dict[tuple[int, int], None] = {}
+    sizes: dict[tuple[int, int], None] = {}
     for high, wide in full:
         if wide > most:
             continue
@@ -30,8 +30,8 @@ def tiles(target: Target, lanes: int, outs: int, most: int, flip: bool = False) 
             high = min(high, outs)
             even = [d for d in range(high, high * 2 // 3, -1) if outs % d == 0]
             high = even[0] if even else high
-        found[(wide, high) if flip else (high, wide)] = None
-    return list(found) or [(1, min(outs, 8) or 8) if flip else (min(outs, 8) or 8, 1)]
+        sizes[(wide, high) if flip else (high, wide)] = None
+    return list(sizes) or [(1, min(outs, 8) or 8) if flip else (min(outs, 8) or 8, 1)]
 
 
 def macs_ns(target: Target, macs: float) -> float:
@@ -46,7 +46,7 @@ def bits_of(narrow: Widen | None) -> str:
 
 def tail_helpers(tail: Tail, lanes: int) -> tuple[str, ...]:
     """C text that vectors and what follows the sum need."""
-    found = [vector_types(lanes)] if lanes > 1 else []
+    helpers = [vector_types(lanes)] if lanes > 1 else []
     if lanes > 1 and tail.clamp is not None and not (tail.clamp[0] == 0 and math.isinf(tail.clamp[1])):
-        found.append(pick(lanes))
-    return (*found, *tail.helpers)
+        helpers.append(pick(lanes))
+    return (*helpers, *tail.helpers)

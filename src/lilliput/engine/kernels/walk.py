@@ -190,17 +190,17 @@ class Walk:
         if inside:
 
             def runs(outer: list[str]) -> list[str]:
-                found = []
+                lines = []
                 for head, at, many in pieces(self.inner[-1], self.width, "i"):
                     self._locate(names, start, [*outer, "j" if at == "0" else f"({at} + j)"])
-                    found += [
+                    lines += [
                         head,
                         f"    for (int j = 0; j < {many}; j++) {{",
                         *_indent(_indent(element())),
                         "    }",
                         "}",
                     ]
-                return found
+                return lines
 
             lines += loops.nest(self.inner[:-1], runs, "r").splitlines()
         elif self.across:
@@ -238,14 +238,14 @@ def pieces(size: int, width: int, counter: str) -> list[tuple[str, str, str]]:
         ]
     full = int(size) // width * width
     kind = "int" if size < 2**31 else "int64_t"
-    found = []
+    loops = []
     if full == width:
-        found.append(("{", "0", str(width)))
+        loops.append(("{", "0", str(width)))
     elif full:
-        found.append((f"for ({kind} {counter} = 0; {counter} < {full}; {counter} += {width}) {{", counter, str(width)))
+        loops.append((f"for ({kind} {counter} = 0; {counter} < {full}; {counter} += {width}) {{", counter, str(width)))
     if size - full:
-        found.append(("{", str(full), str(size - full)))
-    return found
+        loops.append(("{", str(full), str(size - full)))
+    return loops
 
 
 def updated(how: str, dtype: str, a: str, b: str) -> str:

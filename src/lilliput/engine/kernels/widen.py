@@ -40,7 +40,7 @@ class Widen:
     def constants(self, rows: int, depth: int, pad: int = 1) -> dict[str, Array]:
         """The arrays, in panels of `rows` outputs (the last as wide as `pad` needs), `depth` inputs at a time."""
         outs, ins = self.codes.shape
-        found: dict[str, list[Array]] = {"codes": [], "scales": [], "zeros": []}
+        panels: dict[str, list[Array]] = {"codes": [], "scales": [], "zeros": []}
         for k in range(0, ins, depth):
             for o in range(0, outs, rows):
                 part = _wide(self.codes[o : o + rows, k : k + depth], pad)
@@ -50,12 +50,12 @@ class Widen:
                     held = np.zeros(held.shape, np.uint8)
                     for i in range(self.per):
                         held |= part[i :: self.per] << (self.bits * i)
-                found["codes"].append(np.ascontiguousarray(held).reshape(-1))
+                panels["codes"].append(np.ascontiguousarray(held).reshape(-1))
                 for key, array in (("scales", self.scale), ("zeros", self.zero)):
                     if array is not None:
                         first, last = k // self.block, -(-min(k + depth, ins) // self.block)
-                        found[key].append(_wide(array[o : o + rows, first:last], pad).T.reshape(-1))
-        return {key: np.concatenate(parts) for key, parts in found.items() if parts}
+                        panels[key].append(_wide(array[o : o + rows, first:last], pad).T.reshape(-1))
+        return {key: np.concatenate(parts) for key, parts in panels.items() if parts}
 
     def lines(self, width: int, ks: str, blocks: str, to: str) -> list[str]:
         """C lines that widen a panel (codes at `c`, scales at `s`, zeros at `z`) and move on to the next.

@@ -349,9 +349,9 @@ def _deinterleaved(names: list[str], lanes: int, prefix: str, kind: str) -> tupl
     lines: list[str] = []
 
     def name(text: str) -> str:
-        found = f"{prefix}_{len(lines)}"
-        lines.append(f"const {kind} {found} = {text};")
-        return found
+        local = f"{prefix}_{len(lines)}"
+        lines.append(f"const {kind} {local} = {text};")
+        return local
 
     evens = [name(_two(a, b, even)) for a, b in zip(names[::2], names[1::2], strict=True)]
     odds = [name(_two(a, b, odd)) for a, b in zip(names[::2], names[1::2], strict=True)]
@@ -369,9 +369,9 @@ def _interleaved(names: list[str], lanes: int, prefix: str, kind: str) -> tuple[
     lines: list[str] = []
 
     def name(text: str) -> str:
-        found = f"{prefix}{len(lines)}"
-        lines.append(f"{kind} {found} = {text};")
-        return found
+        local = f"{prefix}{len(lines)}"
+        lines.append(f"{kind} {local} = {text};")
+        return local
 
     def both(a: str, b: str) -> list[str]:
         return [name(_two(a, b, low)), name(_two(a, b, high))]

@@ -95,14 +95,14 @@ def _bias(node: Node, build: Build, q: Value, k: Value, past: Value | None) -> t
     mask, lengths = node.maybe(3), node.maybe(6)
     left, right = int(node.attrs.get("left_window_size", -1)), int(node.attrs.get("right_window_size", -1))
     causal = bool(node.attrs.get("is_causal", 0))
-    found: list[Value] = []
+    masks: list[Value] = []
     if mask is not None:
-        found.append(_masked(node, build, mask, keys))
+        masks.append(_masked(node, build, mask, keys))
     most = int(keys) + int(queries)
     place = build.reshape(build.slice(build.const(np.arange(most, dtype=np.int32)), [0], [keys]), [1, 1, 1, keys])
     if lengths is not None:
         lengths = build.map([build.reshape(lengths, [lengths.size, 1, 1, 1])], lambda n: n.cast("int32"))
-        found.append(build.map([place, lengths], lambda j, n: where(j < n, const(0, "float32"), FORBIDDEN)))
+        masks.append(build.map([place, lengths], lambda j, n: where(j < n, const(0, "float32"), FORBIDDEN)))
     if causal or left >= 0 or right >= 0:
         start = past.shape[2] if past is not None else 0
         here = build.slice(build.const(np.arange(most, dtype=np.int32)), [start], [queries])
@@ -113,13 +113,13 @@ def _bias(node: Node, build: Build, q: Value, k: Value, past: Value | None) -> t
             here = build.map([here, lengths], lambda i, n: i + n - int(queries))
         after = 0 if causal and right < 0 else min(right, 0) if causal else right
         if after >= 0:
-            found.append(build.map([here, place], lambda i, j: where(j <= i + after, const(0, "float32"), FORBIDDEN)))
+            masks.append(build.map([here, place], lambda i, j: where(j <= i + after, const(0, "float32"), FORBIDDEN)))
         if left >= 0:
-            found.append(build.map([here, place], lambda i, j: where(j >= i - left, const(0, "float32"), FORBIDDEN)))
-    if not found:
+            masks.append(build.map([here, place], lambda i, j: where(j >= i - left, const(0, "float32"), FORBIDDEN)))
+    if not masks:
         return None, False
-    total = found[0]
-    for more in found[1:]:
+    total = masks[0]
+    for more in masks[1:]:
         total = build.map([total, more], lambda a, b: a + b)
     return total, mask is not None or lengths is not None or left >= 0 or right >= 0
 

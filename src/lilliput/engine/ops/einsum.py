@@ -56,23 +56,23 @@ def parsed(equation: str, ranks: Sequence[int], node: Node) -> tuple[list[str], 
     if most < 0 or most > len(free):
         raise bad
     dots = "".join(free[:most])
-    found = []
+    written = []
     for part, rank in zip(parts, ranks, strict=True):
         count = rank - len(part.replace("...", ""))
         if count < 0 or (count and "..." not in part):
             raise bad
-        found.append(part.replace("...", dots[len(dots) - count :] if count else ""))
+        written.append(part.replace("...", dots[len(dots) - count :] if count else ""))
     if not arrow:
-        every = "".join(found)
+        every = "".join(written)
         right = "..." + "".join(sorted(c for c in set(every) - set(dots) if every.count(c) == 1))
     wanted = right.replace("...", dots)
     if (
-        any(not c.isalpha() for c in "".join(found) + wanted)
+        any(not c.isalpha() for c in "".join(written) + wanted)
         or len(set(wanted)) < len(wanted)
-        or not (set(wanted) <= set("".join(found)))
+        or not (set(wanted) <= set("".join(written)))
     ):
         raise bad
-    return found, wanted
+    return written, wanted
 
 
 def _diagonal(build: Build, value: Value, names: str) -> Term:

@@ -54,10 +54,10 @@ def _celu(n: Node, x: Expr) -> Expr:
 
 def _isinf(n: Node, x: Expr) -> Expr:
     plus, minus = n.attrs.get("detect_positive", 1), n.attrs.get("detect_negative", 1)
-    found = x.of("isinf", dtype="bool")
+    infinite = x.of("isinf", dtype="bool")
     if plus and minus:
-        return found
-    return found.of("and", x > 0 if plus else x < 0) if plus or minus else found.of("xor", found)
+        return infinite
+    return infinite.of("and", x > 0 if plus else x < 0) if plus or minus else infinite.of("xor", infinite)
 
 
 def _shrink(n: Node, x: Expr) -> Expr:
@@ -223,8 +223,8 @@ def variadic(node: Node, build: Build) -> None:
     inputs = [value for value in node.inputs if value is not None]
 
     def all_of(*xs: Expr) -> Expr:
-        found = reduce(VARIADIC[node.op], xs)
-        return found * (1 / len(xs)) if node.op == "Mean" and len(xs) > 1 else found
+        result = reduce(VARIADIC[node.op], xs)
+        return result * (1 / len(xs)) if node.op == "Mean" and len(xs) > 1 else result
 
     build.map(inputs, all_of, node.y)
 

@@ -191,13 +191,15 @@ def _trained(node: Node, build: Build, scale: Value, bias: Value, mean: Value, v
     x = node.x
     axes = tuple(d for d in range(x.rank) if d != 1)
     held = [1, x.shape[1], *[1] * (x.rank - 2)]
-    found, spread = build.value(x.dtype, held), build.value(x.dtype, held)
-    build.add("Reduce", [x], [found], axes=axes, kind="mean", keep=True, pre=None, post=None)
+    average, spread = build.value(x.dtype, held), build.value(x.dtype, held)
+    build.add("Reduce", [x], [average], axes=axes, kind="mean", keep=True, pre=None, post=None)
     off = arg(0, "float32") - arg(1, "float32")
-    build.add("Reduce", [x, found], [spread], axes=axes, kind="mean", keep=True, pre=off * off, post=None)
-    build.map([x, scale, bias, found, spread], lambda x, s, b, m, v: (x - m) / (v + epsilon).of("sqrt") * s + b, node.y)
+    build.add("Reduce", [x, average], [spread], axes=axes, kind="mean", keep=True, pre=off * off, post=None)
+    build.map(
+        [x, scale, bias, average, spread], lambda x, s, b, m, v: (x - m) / (v + epsilon).of("sqrt") * s + b, node.y
+    )
     momentum = float(node.attrs.get("momentum", 0.9))
-    for i, (old, new) in enumerate(((mean, found), (variance, spread)), 1):
+    for i, (old, new) in enumerate(((mean, average), (variance, spread)), 1):
         out = node.outputs[i] if i < len(node.outputs) else None
         if out is not None:
             moved = build.map([old, new], lambda o, n: o * momentum + n * (1 - momentum))

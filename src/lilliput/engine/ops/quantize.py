@@ -123,15 +123,15 @@ def _mapped(
 
     def made(*args: Expr) -> Expr:
         rest = iter(args[1:])
-        found = []
+        operands = []
         for (value, number), kind in zip(parts, ("float32", "int32"), strict=True):
             if value is None:
-                found.append(const(1 if kind == "float32" else 0, kind))
+                operands.append(const(1 if kind == "float32" else 0, kind))
             elif number is not None:
-                found.append(const(number, value.dtype.name))
+                operands.append(const(number, value.dtype.name))
             else:
-                found.append(next(rest))
-        return make(args[0], *found)
+                operands.append(next(rest))
+        return make(args[0], *operands)
 
     build.map(inputs, made, out)
 

@@ -103,13 +103,13 @@ def recurrent(node: Node, build: Build) -> None:
                              f"{tuple(map(int, given.shape))}. The file is damaged.")  # fmt: skip
     shapes = [(steps, directions, batch, hidden), (directions, batch, hidden), (directions, batch, hidden)]
     perms = [(2, 0, 1, 3), (1, 0, 2), (1, 0, 2)]
-    found = [(i, value) for i, value in enumerate(node.outputs[:3]) if value is not None]
-    for i, value in found:
+    written = [(i, value) for i, value in enumerate(node.outputs[:3]) if value is not None]
+    for i, value in written:
         made_shape = tuple(shapes[i][p] for p in perms[i]) if batch_first else shapes[i]
         if tuple(map(int, value.shape)) != tuple(map(int, made_shape)):
             raise ValueError(f"{node.op} {node.name}: {value.name} must have shape {tuple(map(int, made_shape))}, got "
                              f"{tuple(map(int, value.shape))}. The file is damaged.")  # fmt: skip
-    made = [build.value(np.float32, shapes[i]) if batch_first else value for i, value in found]
+    made = [build.value(np.float32, shapes[i]) if batch_first else value for i, value in written]
     build.add(
         "Recurrence",
         inputs,
@@ -118,13 +118,13 @@ def recurrent(node: Node, build: Build) -> None:
         reverse=reverse,
         hidden=hidden,
         inside=inside,
-        roles=tuple("hnc"[i] for i, _ in found),
+        roles=tuple("hnc"[i] for i, _ in written),
         acts=_activations(node, directions),
         clip=float(node.attrs["clip"]) if "clip" in node.attrs else None,
         input_forget=bool(node.attrs.get("input_forget", 0)),
     )
     if batch_first:
-        for (i, value), inner in zip(found, made, strict=True):
+        for (i, value), inner in zip(written, made, strict=True):
             build.transpose(inner, perms[i], out=value)
 
 
@@ -151,7 +151,7 @@ def _activations(node: Node, directions: int) -> tuple[tuple[Expr, ...], ...]:
             f"{len(names)}. The file is damaged."
         )
     alphas, betas = (list(node.attrs.get(f"activation_{which}", [])) for which in ("alpha", "beta"))
-    found = []
+    functions = []
     for name in names:
         key = name.lower()
         if key not in ACTIVATIONS:
@@ -162,6 +162,6 @@ def _activations(node: Node, directions: int) -> tuple[tuple[Expr, ...], ...]:
             float(given.pop(0)) if given else default
             for default, given in zip(NUMBERS.get(key, ()), (alphas, betas), strict=False)
         ]
-        found.append(ACTIVATIONS[key](arg(0, np.float32), *numbers))
+        functions.append(ACTIVATIONS[key](arg(0, np.float32), *numbers))
     each = len(names) // directions
-    return tuple(tuple(found[d * each : (d + 1) * each]) for d in range(directions))
+    return tuple(tuple(functions[d * each : (d + 1) * each]) for d in range(directions))

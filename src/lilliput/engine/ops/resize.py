@@ -96,7 +96,7 @@ def _scales(node: Node) -> list[float]:
     """Of every dimension, how much larger the output is: as it was given, or as the sizes say."""
     x, y = node.x, node.y
     axes = [int(a) % x.rank for a in node.attrs.get("axes", range(x.rank))]
-    found = [1.0] * x.rank
+    scales = [1.0] * x.rank
     if "scales" in node.attrs:
         given: Any = np.asarray(node.attrs["scales"], np.float32)
     else:
@@ -109,41 +109,41 @@ def _scales(node: Node) -> list[float]:
                 f"compile: {node.name} ({node.op}) must have a positive scale for each of {len(axes)} dimensions."
             )
         for axis, scale in zip(axes, given.reshape(-1), strict=True):
-            found[axis] = float(scale)
-        return found
+            scales[axis] = float(scale)
+        return scales
     policy = str(node.attrs.get("keep_aspect_ratio_policy", "stretch"))
     for axis in axes:
         size, new = x.shape[axis], y.shape[axis]
         if isinstance(size, Size) and new == size:
-            found[axis] = 1.0
+            scales[axis] = 1.0
         elif isinstance(size, Size) and fixed(size * 0) and int(size) and new == size * (int(new) // int(size)):
-            found[axis] = float(int(new) // int(size))
+            scales[axis] = float(int(new) // int(size))
         else:
-            found[axis] = int(new) / max(int(size), 1)
+            scales[axis] = int(new) / max(int(size), 1)
     if policy != "stretch":
         sizes = node.ints("sizes", 3)
         if sizes is None or len(sizes) != len(axes) or not fixed(*sizes):
             raise ValueError(f"compile: {node.name} (Resize) must have a size for each of {len(axes)} dimensions.")
         ratios = [size / max(int(x.shape[axis]), 1) for size, axis in zip(sizes, axes, strict=True)]
         scale = min(ratios) if policy == "not_larger" else max(ratios)
-        found = [scale if axis in axes else 1.0 for axis in range(x.rank)]
-    return found
+        scales = [scale if axis in axes else 1.0 for axis in range(x.rank)]
+    return scales
 
 
 def _roi(node: Node) -> list[tuple[float, float]]:
     """The part of every dimension that is resized, from 0 to 1."""
     rank = node.x.rank
-    found = [(0.0, 1.0)] * rank
+    parts = [(0.0, 1.0)] * rank
     if _mode(node) != "tf_crop_and_resize":
-        return found
+        return parts
     axes = [int(a) % rank for a in node.attrs.get("axes", range(rank))]
     held = node.known(1)
     if held is None or held.size != 2 * len(axes):
         raise ValueError(f"compile: {node.name} (Resize) must have a roi of {2 * len(axes)} numbers.")
     flat = held.reshape(-1).astype(float)
     for i, axis in enumerate(axes):
-        found[axis] = (float(flat[i]), float(flat[len(axes) + i]))
-    return found
+        parts[axis] = (float(flat[i]), float(flat[len(axes) + i]))
+    return parts
 
 
 def _repeats(node: Node, mode: str, scales: list[float]) -> bool:
