@@ -38,8 +38,8 @@ class Structure:
     @property
     def weights(self) -> dict[str, Array]:
         """The floating-point initialisers by name, as traced."""
-        arrays = {t.name: numpy_helper.to_array(t) for t in self.proto.graph.initializer}
-        return {name: array for name, array in arrays.items() if name not in self.constants}
+        known = {t.name: numpy_helper.to_array(t) for t in self.proto.graph.initializer}
+        return {name: array for name, array in known.items() if name not in self.constants}
 
     @property
     def constants(self) -> frozenset[str]:

@@ -238,14 +238,14 @@ def pieces(size: int, width: int, counter: str) -> list[tuple[str, str, str]]:
         ]
     full = int(size) // width * width
     kind = "int" if size < 2**31 else "int64_t"
-    loops = []
+    parts = []
     if full == width:
-        loops.append(("{", "0", str(width)))
+        parts.append(("{", "0", str(width)))
     elif full:
-        loops.append((f"for ({kind} {counter} = 0; {counter} < {full}; {counter} += {width}) {{", counter, str(width)))
+        parts.append((f"for ({kind} {counter} = 0; {counter} < {full}; {counter} += {width}) {{", counter, str(width)))
     if size - full:
-        loops.append(("{", str(full), str(size - full)))
-    return loops
+        parts.append(("{", str(full), str(size - full)))
+    return parts
 
 
 def updated(how: str, dtype: str, a: str, b: str) -> str:
