@@ -10,8 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 import lilliput
 from lilliput.data.languages import strings
 
-texts, _, languages = strings()  # what Django says in 79 languages
-names = ["cy", "fi", "hu", "tr"]
+(texts, _, languages), names = strings(), ["cy", "fi", "hu", "tr"]  # what Django says in 79 languages
 rows = [(text.encode()[:48], names.index(name)) for text, name in zip(texts, languages, strict=True) if name in names]
 data = [{"input_ids": torch.tensor(list(text.ljust(48, b"\0"))), "labels": torch.tensor(y)} for text, y in rows]
 train, held, steps = data[::2], data[1::2], 150
