@@ -56,7 +56,7 @@ def test_choosing_among_many_equal_points_is_corrected() -> None:
 def test_without_a_floor_the_least_distance_that_fits_wins() -> None:
     dense = score(np.ones(N, bool))
     points = [some(0.9, 1), some(0.99, 2), some(0.95, 3)]
-    choice = choose(task(), dense, points, [3, 9, 2], floor=None, fits=[True, False, True], distance=[0.3, 0.0, 0.1])
+    choice = choose(task(), dense, points, [3, 9, 2], floor=None, fits=[True, False, True], divergence=[0.3, 0.0, 0.1])
     assert choice.winner == 2
 
 

@@ -47,7 +47,7 @@ def choose(
     *,
     floor: float | None,
     fits: Sequence[bool] | None = None,
-    distance: Sequence[float] | None = None,
+    divergence: Sequence[float] | None = None,
     draws: int = 1000,
     seed: int = 0,
 ) -> Choice:
@@ -64,7 +64,7 @@ def choose(
         price: What is to be small (bytes, milliseconds), for each point.
         floor: How much may be lost, in points of the metric; None for no floor.
         fits: Which points may win at all.
-        distance: The mean divergence from the dense outputs, which ranks points of equal price, and all points where
+        divergence: The mean divergence from the dense outputs, which ranks points of equal price, and all points where
             there is no floor.
         draws: How many bootstrap draws there are.
         seed: The seed of the draws.
@@ -81,7 +81,7 @@ def choose(
         return Choice(None, none, none, np.zeros((0, 2)), 0.0, np.zeros(0, bool))
     able = np.ones(count, bool) if fits is None else np.asarray(fits, bool)
     cheap = np.asarray(price, float)
-    tie = np.zeros(count) if distance is None else np.asarray(distance, float)
+    tie = np.zeros(count) if divergence is None else np.asarray(divergence, float)
     drops = np.array([task.loss_of(dense.value, score.value) for score in scores])
     inside, outside = _resampled(task, dense, scores, draws, seed)
 

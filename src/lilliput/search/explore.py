@@ -1,7 +1,7 @@
 """Explore: many short trainings, few long ones. The next version of the search replaces this file.
 
 Structures are proposed by a sampler over the integers of the space, trained for a sixteenth of their schedule, and the
-promising ones for a quarter; what lies on the front of (distance from the dense network, price) goes on.
+promising ones for a quarter; what lies on the front of (loss or divergence, price) goes on.
 """
 
 import warnings
@@ -92,7 +92,7 @@ def export(job: Job, plans: list[Recipe]) -> None:
 
 
 def _rung(job: Job, pace: Pace, plan: Recipe, until: float) -> Row:
-    """Train a plan up to a rung of its schedule; distance, drop and price of what it is there."""
+    """Train a plan up to a rung of its schedule; rank, drop and price of what it is there."""
     key = ""
     try:
         recipe = pace.trained(plan, until)
@@ -128,7 +128,7 @@ def _rung(job: Job, pace: Pace, plan: Recipe, until: float) -> Row:
 
 def _rank(job: Job, outputs: Any) -> float:
     """What structures are ranked by while they train, far steadier than a metric: the task's own loss on val where
-    there are labels (a student may come to know better than the dense network), else the distance from it."""
+    there are labels (a student may come to know better than the dense network), else the divergence from it."""
     probe = job.task.probe("val")
     if job.task.labelled and probe.targets is not None:
         return float(job.task.loss(outputs, probe))
@@ -145,7 +145,7 @@ def _price(job: Job, model: torch.nn.Module, plan: Recipe) -> float:
 
 
 def _promising(job: Job, rows: dict[Recipe, Row], count: int) -> list[Recipe]:
-    """The plans to go on with: fronts of (distance, price) peeled one by one, evenly spread along each."""
+    """The plans to go on with: fronts of (rank, price) peeled one by one, evenly spread along each."""
     if not rows:
         return []
     limit = _slack(job, rows)

@@ -89,7 +89,7 @@ def _front(job: Job) -> list[Point]:
     """The dense point, then at most MEASURED others: fronts of (loss, packed, ONNX bytes, MACs) peeled in turn."""
     unique: dict[tuple[int, int, float], Point] = {}
     for point in job.points[1:]:
-        unique.setdefault((point.packed_bytes, point.onnx_bytes, point.distance), point)
+        unique.setdefault((point.packed_bytes, point.onnx_bytes, point.divergence), point)
     rest, chosen = list(unique.values()), list[Point]()
     while rest and len(chosen) < MEASURED:
         layer = [rest[i] for i in front([(job.lost(p), p.packed_bytes, p.onnx_bytes, p.macs) for p in rest])]
@@ -136,7 +136,7 @@ def _choose(job: Job, rivals: list[Point]) -> Choice:
         [_price(job, point) for point in rivals],
         floor=None if question.floor is None else question.floor.points(dense.score.value),
         fits=fits,
-        distance=[point.distance for point in rivals],
+        divergence=[point.divergence for point in rivals],
         seed=job.seed,
     )
 

@@ -43,7 +43,7 @@ def search(job: Job, fresh: bool) -> Result:
                 if fresh:
                     shutil.rmtree(job.folder, ignore_errors=True)
                 raise
-            dense.distance = 0.0
+            dense.divergence = 0.0
             job.press.dense = dense
             job.points.append(dense)
             job.show.advance(f"{job.task.metric_name} {dense.score.value:.4f}, {ask.shown(dense.onnx_bytes)}")

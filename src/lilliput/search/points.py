@@ -77,7 +77,7 @@ class Clock:
 class Point:
     """Hold one artifact: what made it, the file it is, and what it scored in its runtime.
 
-    `score` is on val, of `model.onnx` in ONNX Runtime; `outputs` what it gave on the task's probe of val; `distance`
+    `score` is on val, of `model.onnx` in ONNX Runtime; `outputs` what it gave on the task's probe of val; `divergence`
     the mean divergence from the dense outputs; `agreement` the agreement with the torch model it came from; `latency`
     is filled in by the final interleaved measurement.
     """
@@ -89,7 +89,7 @@ class Point:
     structure: Any
     stored: dict[str, Stored]
     score: Score
-    distance: float
+    divergence: float
     onnx_bytes: int
     packed_bytes: int
     values: int
@@ -108,7 +108,7 @@ class Point:
             "recipe": self.recipe,
             "key": self.key,
             "val": round(self.score.value, 6),
-            "distance": round(self.distance, 6),
+            "distance": round(self.divergence, 6),
             "onnx_bytes": self.onnx_bytes,
             "packed_bytes": self.packed_bytes,
             "values": self.values,

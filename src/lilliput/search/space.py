@@ -21,7 +21,7 @@ from lilliput.task import Task
 from lilliput.train import Train
 
 LABELS = (0.3, 10.0)
-"""Weights of the task's own loss, against one for the distance to the dense network's outputs."""
+"""Weights of the task's own loss, against one for the divergence from the dense network's outputs."""
 
 Choice = dict[str, int]
 
