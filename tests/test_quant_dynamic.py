@@ -9,7 +9,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from lilliput.errors import NotSupported
 from lilliput.export.onnx import Session
 from lilliput.quant.dynamic import chosen, dynamic, error
-from lilliput.quant.int8 import channel_codes, pair_codes, row_balance
+from lilliput.quant.int8 import channel_levels, pair_levels, row_balance
 from lilliput.quant.products import groups
 
 WIDTH, HIDDEN, WORDS = 32, 64, 50
@@ -67,29 +67,29 @@ def outputs(proto: ModelProto, runs: list[dict[str, np.ndarray]]) -> list[list[n
 
 
 @pytest.mark.parametrize("rows", [1, 5, 64])
-def test_pair_codes_never_saturate_in_the_runtime(rows: int) -> None:
+def test_pair_levels_never_saturate_in_the_runtime(rows: int) -> None:
     rng = np.random.default_rng(1)
-    codes, _ = pair_codes(rng.standard_normal((63, 40), dtype=np.float32))
-    assert np.abs(codes).max() > 90  # more than the 7 bits that reduce_range leaves
+    levels, _ = pair_levels(rng.standard_normal((63, 40), dtype=np.float32))
+    assert np.abs(levels).max() > 90  # more than the 7 bits that reduce_range leaves
     q = np.where(rng.random((rows, 63)) < 0.8, 255, 0).astype(np.uint8)
     graph = [helper.make_node("MatMulInteger", ["q", "w"], ["sum"]), helper.make_node("Cast", ["sum"], ["out"], to=1)]
-    got = Session(network(graph, {"w": codes}, {"q": (2, [rows, 63])})).all({"q": q})[0]
-    assert np.array_equal(got, q.astype(np.int64) @ codes)
+    got = Session(network(graph, {"w": levels}, {"q": (2, [rows, 63])})).all({"q": q})[0]
+    assert np.array_equal(got, q.astype(np.int64) @ levels)
 
 
-def test_pair_codes_are_as_fine_as_the_pairs_allow() -> None:
+def test_pair_levels_are_as_fine_as_the_pairs_allow() -> None:
     alone = np.array([[1.0], [0.0], [0.0], [-1.0]], np.float32)
     together = np.array([[1.0], [1.0], [0.0], [-1.0]], np.float32)
-    assert np.abs(pair_codes(alone)[0]).max() == 127
-    assert np.abs(pair_codes(together)[0]).max() == 64
-    codes, step = pair_codes(np.zeros((3, 2), np.float32))
-    assert not codes.any() and (step == 1).all()
+    assert np.abs(pair_levels(alone)[0]).max() == 127
+    assert np.abs(pair_levels(together)[0]).max() == 64
+    levels, step = pair_levels(np.zeros((3, 2), np.float32))
+    assert not levels.any() and (step == 1).all()
 
 
-def test_channel_codes_err_by_half_a_step() -> None:
+def test_channel_levels_err_by_half_a_step() -> None:
     weight = np.random.default_rng(2).standard_normal((20, 7), dtype=np.float32)
-    codes, step = channel_codes(weight)
-    assert np.abs(codes * step - weight).max() <= step.max() * 0.501
+    levels, step = channel_levels(weight)
+    assert np.abs(levels * step - weight).max() <= step.max() * 0.501
 
 
 def test_row_balance_spends_few_codes_on_the_small_side() -> None:

@@ -13,11 +13,11 @@ from typing import Any
 from lilliput.engine import activity
 from lilliput.engine import tune as tuning
 from lilliput.engine.build import library
-from lilliput.engine.codes import narrowable, narrowed
 from lilliput.engine.example import example
 from lilliput.engine.fuse import fused
 from lilliput.engine.graph import Array, Graph
 from lilliput.engine.kernels.stripes import striped
+from lilliput.engine.levels import narrowable, narrowed
 from lilliput.engine.lower import lowered, supported
 from lilliput.engine.plan import Plan, planned
 from lilliput.engine.read import read
@@ -115,18 +115,18 @@ def write(
         here = machine if machine.here and machine.library else target()
         active = activity.shares(start(), here, given, lambda plan, folder: _save(plan, folder, here, name))
 
-    def made(codes: bool) -> tuple[Plan, bool]:
+    def made(levels: bool) -> tuple[Plan, bool]:
         graph = start()
         for node in graph.nodes:
             if node.op == "MatMul" and node.y.name in active:
                 node.attrs["active"] = active[node.y.name]
-        more = not codes and narrowable(graph)
-        graph = striped(narrowed(graph) if codes else graph)
+        more = not levels and narrowable(graph)
+        graph = striped(narrowed(graph) if levels else graph)
         return planned(graph, tuning.measured(graph, machine) if measure else tuning.estimated(machine)), more
 
-    plan, quantized = made(codes=False)
-    if quantized:  # computed on numbers, where zeros are skipped, or on codes: whichever takes less time
-        plan = min(plan, made(codes=True)[0], key=lambda p: p.cost_ns)
+    plan, quantized = made(levels=False)
+    if quantized:  # computed on numbers, where zeros are skipped, or on levels: whichever takes less time
+        plan = min(plan, made(levels=True)[0], key=lambda p: p.cost_ns)
     folder = Path(tempfile.mkdtemp(prefix="lilliput-")) if out is None else Path(out)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".compile-", dir=folder.parent))

@@ -14,7 +14,7 @@ from lilliput.onnx.evaluate import evaluate
 from lilliput.onnx.file import MOST_ELEMENTS, elements
 
 MOST_FOLDED = 2**24  # elements of a constant that folding may make larger than what it is made of
-CODES = {"int8": 8, "uint8": 8, "int4": 4, "uint4": 4, "int2": 2, "uint2": 2}  # bits by numpy's name
+LEVELS = {"int8": 8, "uint8": 8, "int4": 4, "uint4": 4, "int2": 2, "uint2": 2}  # bits by numpy's name
 GROWING = frozenset(
     {"ConstantOfShape", "Range", "Tile", "Expand", "Resize", "Pad", "OneHot", "Upsample", "CenterCropPad", "EyeLike",
      "HannWindow", "HammingWindow", "BlackmanWindow", "MelWeightMatrix", "Unique", "Compress", "NonZero"}
@@ -82,36 +82,36 @@ def _small(node: Node, feeds: Mapping[str, Array | None]) -> bool:
 def _dequantize(facts: Facts, proto: NodeProto, node: Node) -> None:
     """Compute the numbers, and keep the integers and scales that kernels of narrow weights read."""
     parts = [facts.known[name].at(0)[1] if name else None for name in proto.input]
-    codes, scale = parts[0], parts[1]
+    levels, scale = parts[0], parts[1]
     zero = parts[2] if len(parts) > 2 else None
-    if codes is None or scale is None:
-        raise ValueError(f"compile: {node.name} (DequantizeLinear) must have codes and a scale. The file is damaged.")
+    if levels is None or scale is None:
+        raise ValueError(f"compile: {node.name} (DequantizeLinear) must have levels and a scale. The file is damaged.")
     axis, block = int(node.attrs.get("axis", 1)), int(node.attrs.get("block_size", 0))
-    bits = CODES.get(codes.dtype.name, 32)
-    whole = codes.astype(np.int32)
+    bits = LEVELS.get(levels.dtype.name, 32)
+    whole = levels.astype(np.int32)
 
     def spread(x: Array) -> Array:
         if x.ndim == 0 or x.size == 1:
-            return x.reshape((1,) * codes.ndim)
+            return x.reshape((1,) * levels.ndim)
         if block:
-            return np.repeat(x, block, axis).take(np.arange(codes.shape[axis]), axis)
-        return x.reshape([-1 if i == axis % codes.ndim else 1 for i in range(codes.ndim)])
+            return np.repeat(x, block, axis).take(np.arange(levels.shape[axis]), axis)
+        return x.reshape([-1 if i == axis % levels.ndim else 1 for i in range(levels.ndim)])
 
     try:
         scales = spread(scale.astype(np.float32))
         zeros = None if zero is None or not np.any(zero.astype(np.int32)) else spread(zero.astype(np.int32))
         data = ((whole - (0 if zeros is None else zeros)) * scales).astype(np.float32)
-        if data.shape != codes.shape:
-            raise ValueError(f"scales of shape {scale.shape} for {codes.shape}")
+        if data.shape != levels.shape:
+            raise ValueError(f"scales of shape {scale.shape} for {levels.shape}")
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise ValueError(
-            f"compile: {node.name} (DequantizeLinear) must have a scale for its codes, got {error}."
+            f"compile: {node.name} (DequantizeLinear) must have a scale for its levels, got {error}."
         ) from error
     name = proto.output[0]
     facts.constant(name, data)
     if bits <= 8:
         facts.narrow[name] = Narrow(
-            bits, whole.astype(np.int16 if codes.dtype.name == "uint8" else np.int8), scales, zeros
+            bits, whole.astype(np.int16 if levels.dtype.name == "uint8" else np.int8), scales, zeros
         )
 
 
@@ -124,9 +124,9 @@ def _keep_narrow(facts: Facts, proto: NodeProto, node: Node) -> None:
     was = facts.known[source].data
     if node.op == "Cast" and was is not None and was[0].dtype == np.float16 and data[0].dtype == np.float32:
         facts.narrow[name] = Narrow(16, was[0])
-    if node.op == "Cast" and was is not None and was[0].dtype.name in CODES and data[0].dtype == np.float32:
-        codes = was[0].astype(np.int16 if was[0].dtype.name == "uint8" else np.int8)
-        facts.narrow[name] = Narrow(CODES[was[0].dtype.name], codes, np.ones((1,) * codes.ndim, np.float32))
+    if node.op == "Cast" and was is not None and was[0].dtype.name in LEVELS and data[0].dtype == np.float32:
+        levels = was[0].astype(np.int16 if was[0].dtype.name == "uint8" else np.int8)
+        facts.narrow[name] = Narrow(LEVELS[was[0].dtype.name], levels, np.ones((1,) * levels.ndim, np.float32))
     if node.op == "Mul" and source not in facts.narrow:
         source = proto.input[1]
     held = facts.narrow.get(source)
@@ -134,16 +134,16 @@ def _keep_narrow(facts: Facts, proto: NodeProto, node: Node) -> None:
         return
     if node.op == "Identity":
         facts.narrow[name] = held
-    elif node.op in ("Mul", "Sub") and held.scale is not None and held.codes.shape == data[0].shape:
+    elif node.op in ("Mul", "Sub") and held.scale is not None and held.levels.shape == data[0].shape:
         other = facts.known[proto.input[1] if proto.input[0] == source else proto.input[0]].data
         assert other is not None
-        number = other[0].reshape((1,) * (held.codes.ndim - other[0].ndim) + other[0].shape)
+        number = other[0].reshape((1,) * (held.levels.ndim - other[0].ndim) + other[0].shape)
         if node.op == "Mul":
             facts.narrow[name] = Narrow(
-                held.bits, held.codes, (held.scale * number).astype(np.float32), held.zero_point
+                held.bits, held.levels, (held.scale * number).astype(np.float32), held.zero_point
             )
         elif held.zero_point is None and np.all(held.scale == 1) and np.array_equal(number, np.rint(number)):
-            facts.narrow[name] = Narrow(held.bits, held.codes, held.scale, number.astype(np.int32))
+            facts.narrow[name] = Narrow(held.bits, held.levels, held.scale, number.astype(np.int32))
     elif node.op in ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose"):
         perm = node.attrs.get("perm")
         moved = held.moved(lambda x: np.transpose(x, perm) if node.op == "Transpose" else x.reshape(data[0].shape))

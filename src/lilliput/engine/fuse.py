@@ -196,11 +196,11 @@ def _scale(node: Node, a: np.ndarray) -> bool:
         if w.narrow.scale is None:
             narrow = Narrow(
                 w.narrow.bits,
-                w.narrow.codes,
+                w.narrow.levels,
                 factor.reshape(factor.shape if node.op != "MatMul" else (1,) * (w.rank - 1) + (-1,)),
             )
         else:
-            narrow = Narrow(w.narrow.bits, w.narrow.codes, w.narrow.scale * factor, w.narrow.zero_point)
+            narrow = Narrow(w.narrow.bits, w.narrow.levels, w.narrow.scale * factor, w.narrow.zero_point)
     scaled = Value(f"{w.name}.scaled", w.dtype, w.shape, (w.data * factor).astype(np.float32), narrow)
     node.inputs = [node.x, scaled, *node.inputs[2:]]
     return True

@@ -21,28 +21,28 @@ RUNS = ("float32", "int8", "uint8", "int32", "int64", "bool")  # what a value th
 
 @dataclass
 class Narrow:
-    """How the file stores a constant: float32 data = (codes - zero_point) * scale, both broadcast over `codes`' shape.
+    """How the file stores a constant: float32 data = (levels - zero_point) * scale, both broadcast over the levels.
 
     Args:
-        bits: 16 (float16: codes is a float16 array), 8, 4 or 2. codes has the shape of the data; scale and
+        bits: 16 (float16: levels is a float16 array), 8, 4 or 2. levels has the shape of the data; scale and
             zero_point have as many dimensions, 1 where shared (with a block size above 1 they are already
             repeated).
     """
 
     bits: int
-    codes: Array
+    levels: Array
     scale: Array | None = None
     zero_point: Array | None = None
 
     def moved(self, change: Any) -> Narrow | None:
         """The same after a transpose or reshape `change` of the data, where the scales can follow; else None."""
         try:
-            codes = change(self.codes)
+            levels = change(self.levels)
             if self.scale is None:
-                return Narrow(self.bits, codes)
-            full = np.broadcast_to(self.scale, self.codes.shape)
-            zero = None if self.zero_point is None else np.broadcast_to(self.zero_point, self.codes.shape)
-            return Narrow(self.bits, codes, _short(change(full)), None if zero is None else _short(change(zero)))
+                return Narrow(self.bits, levels)
+            full = np.broadcast_to(self.scale, self.levels.shape)
+            zero = None if self.zero_point is None else np.broadcast_to(self.zero_point, self.levels.shape)
+            return Narrow(self.bits, levels, _short(change(full)), None if zero is None else _short(change(zero)))
         except ValueError:
             return None
 

@@ -91,7 +91,7 @@ class Build:
         self.source: Node | None = None
         self.graph = graph or Graph([], [], [])
         self._count = 0
-        self.rounds: dict[Value, tuple[Any, ...]] = {}  # codes: (numbers, scale, zero point, least, most)
+        self.rounds: dict[Value, tuple[Any, ...]] = {}  # levels: (numbers, scale, zero point, least, most)
 
     def need(self, size: int) -> None:
         """A size that is at least 0 at the maxima must be so for every smaller one: checked when the model runs."""

@@ -37,22 +37,22 @@ class _Written:
         self.nodes.append(helper.make_node(op, inputs, [output], name=base if self.count == 1 else output, **attrs))
         return output
 
-    def numbers(self, codes: str, scale: str, zero: str, axis: int = 1) -> str:
+    def numbers(self, levels: str, scale: str, zero: str, axis: int = 1) -> str:
         """DequantizeLinear."""
-        if axis == 1 or self.ranks.get(codes) == 1 or self.ranks.get(scale) == 0:
-            return self.add("DequantizeLinear", [codes, scale, zero])
+        if axis == 1 or self.ranks.get(levels) == 1 or self.ranks.get(scale) == 0:
+            return self.add("DequantizeLinear", [levels, scale, zero])
         if self.opset >= 13:
-            return self.add("DequantizeLinear", [codes, scale, zero], axis=axis)
+            return self.add("DequantizeLinear", [levels, scale, zero], axis=axis)
         # Before opset 13 the scales can only lie along the second dimension.
-        turn = [1, 0, *range(2, self.ranks.get(codes, 2))]
-        turned = self.add("DequantizeLinear", [self.add("Transpose", [codes], perm=turn), scale, zero])
+        turn = [1, 0, *range(2, self.ranks.get(levels, 2))]
+        turned = self.add("DequantizeLinear", [self.add("Transpose", [levels], perm=turn), scale, zero])
         return self.add("Transpose", [turned], perm=turn)
 
     def part(self, i: int) -> str:
-        """The numbers of inputs i (codes), i + 1 (scale) and i + 2 (zero point)."""
+        """The numbers of inputs i (levels), i + 1 (scale) and i + 2 (zero point)."""
         return self.numbers(self.at(i), self.at(i + 1), self.at(i + 2))
 
-    def codes(self, x: str, scale: str, zero: str) -> None:
+    def levels(self, x: str, scale: str, zero: str) -> None:
         """QuantizeLinear, to the output of the node."""
         self.add("QuantizeLinear", [x, scale, zero], self.node.output[0])
 
@@ -78,13 +78,13 @@ def _convolution(w: _Written) -> None:
     if channels_last:
         x = w.add("Transpose", [x], perm=[0, 3, 1, 2])
     y = w.add("Conv", [x, weight, bias], **w.attrs("channels_last"))
-    w.codes(w.add("Transpose", [y], perm=[0, 2, 3, 1]) if channels_last else y, w.at(6), w.at(7))
+    w.levels(w.add("Transpose", [y], perm=[0, 2, 3, 1]) if channels_last else y, w.at(6), w.at(7))
 
 
 def _two(op: str) -> Callable[[_Written], None]:
     def write(w: _Written) -> None:
         a, b = w.part(0), w.part(3)
-        w.codes(w.add(op, [a, b]), w.at(6), w.at(7))
+        w.levels(w.add(op, [a, b]), w.at(6), w.at(7))
 
     return write
 
@@ -92,7 +92,7 @@ def _two(op: str) -> Callable[[_Written], None]:
 def _one(op: str, *left_out: str) -> Callable[[_Written], None]:
     def write(w: _Written) -> None:
         x = w.part(0)
-        w.codes(w.add(op, [x], **w.attrs("channels_last", *left_out)), w.at(3), w.at(4))
+        w.levels(w.add(op, [x], **w.attrs("channels_last", *left_out)), w.at(3), w.at(4))
 
     return write
 
@@ -102,7 +102,7 @@ def _pool(op: str) -> Callable[[_Written], None]:
         if w.flag("channels_last"):
             x = w.add("Transpose", [w.part(0)], perm=[0, 3, 1, 2])
             y = w.add(op, [x], **w.attrs("channels_last"))
-            w.codes(w.add("Transpose", [y], perm=[0, 2, 3, 1]), w.at(3), w.at(4))
+            w.levels(w.add("Transpose", [y], perm=[0, 2, 3, 1]), w.at(3), w.at(4))
         else:
             _one(op)(w)
 
@@ -111,19 +111,19 @@ def _pool(op: str) -> Callable[[_Written], None]:
 
 def _concat(w: _Written) -> None:
     parts = [w.part(i) for i in range(2, len(w.node.input), 3)]
-    w.codes(w.add("Concat", parts, **w.attrs()), w.at(0), w.at(1))
+    w.levels(w.add("Concat", parts, **w.attrs()), w.at(0), w.at(1))
 
 
 def _where(w: _Written) -> None:
     a, b = w.part(1), w.part(4)
-    w.codes(w.add("Where", [w.at(0), a, b]), w.at(7), w.at(8))
+    w.levels(w.add("Where", [w.at(0), a, b]), w.at(7), w.at(8))
 
 
 def _gemm(w: _Written) -> None:
     a, b = (w.part(0), w.numbers(w.at(3), w.at(4), w.at(5), axis=0 if w.flag("transB") else 1))
     bias = w.numbers(w.at(6), w.add("Mul", [w.at(1), w.at(4)]), "", axis=0) if w.at(6) else ""
     if w.at(7):
-        w.codes(w.add("Gemm", [a, b, bias], **w.attrs()), w.at(7), w.at(8))
+        w.levels(w.add("Gemm", [a, b, bias], **w.attrs()), w.at(7), w.at(8))
     else:
         w.add("Gemm", [a, b, bias], w.node.output[0], **w.attrs())
 

@@ -9,7 +9,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from lilliput.engine.check import checked
 from lilliput.engine.facts import Facts
-from lilliput.engine.fold import CODES, folded
+from lilliput.engine.fold import LEVELS, folded
 from lilliput.engine.graph import C_TYPES, RUNS, Graph, Node, Value
 from lilliput.engine.half_tables import widened
 from lilliput.engine.infer import inferred
@@ -165,7 +165,7 @@ def _graph(facts: Facts, kept: Sequence[Step]) -> Graph:
         {
             f"{v.name} ({v.dtype.name})"
             for v in (*inputs, *outputs, *read_or_made)
-            if v.dtype.name not in ((*C_TYPES, *CODES) if v.constant and v not in outputs else RUNS)
+            if v.dtype.name not in ((*C_TYPES, *LEVELS) if v.constant and v not in outputs else RUNS)
         }
     )
     if odd:

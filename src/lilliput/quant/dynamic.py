@@ -1,13 +1,13 @@
 """Dynamic int8 quantization of the matrix products of an ONNX network, after training, on a CPU.
 
 A product y = x W of activations x (rows, in) with stored weights W (in, out) becomes y = (q - z) C * (s t): q are the
-8-bit codes of x, found anew in every run (z their zero point, s their step), C (in, out) the 8-bit codes of W with one
-step t for each output. Four ideas make that exact enough to need no training and fast enough to be worth it:
+8-bit levels of x, found anew in every run (z their zero point, s their step), C (in, out) the 8-bit levels of W with
+one step t for each output. Four ideas make that exact enough to need no training and fast enough to be worth it:
 
 1. **Weights of nearly eight bits that cannot saturate.** CPUs with AVX2 but no VNNI multiply with `vpmaddubsw`, which
    adds two neighbouring products in 16 bits. The usual remedy halves the range of all weights ("reduce_range"). But
    255 (max(C_2k, 0) + max(C_2k+1, 0)) <= 32767 is all that is needed, and neighbours are seldom large together:
-   `pair_codes` takes the smallest step for which every pair keeps within it.
+   `pair_levels` takes the smallest step for which every pair keeps within it.
 2. **Equalisation** where it is exact: a layer normalisation that feeds products is divided by e_j in channel j, the
    weights' row j multiplied by it. e_j = max|x_j|^a / max|W_j|^(1-a), with the a that predicts the least noise.
    Whoever else reads the normalised values gets them multiplied by e.

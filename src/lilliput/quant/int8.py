@@ -1,4 +1,4 @@
-"""Int8 arithmetic of a product: codes that cannot saturate, equalisation, steps of rows, and the noise of each."""
+"""Int8 arithmetic of a product: levels that cannot saturate, equalisation, steps of rows, and the noise of each."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ ARITHMETICS: tuple[Arithmetic, ...] = ("tensor", "row", "narrow", "float")
 INT8 = Levels(-127, 127, symmetric=True, step=torch.float32)
 
 
-def pair_codes(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """8-bit codes C and steps t with weight ~ C * t that no u8 x s8 product saturates, however it is computed.
+def pair_levels(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
+    """8-bit levels C and steps t with weight ~ C * t that no u8 x s8 product saturates, however it is computed.
 
     The largest sum of two neighbouring weights of one sign fits 128 = floor(32767 / 255): t_j is the smallest step with
-    max(C_2k,j, 0) + max(C_2k+1,j, 0) <= 128 for all k, likewise for negative codes, and |C| <= 127.
+    max(C_2k,j, 0) + max(C_2k+1,j, 0) <= 128 for all k, likewise for negative levels, and |C| <= 127.
 
     Args:
         weight: (in, out).
 
     Returns:
-        codes int8 (in, out) and steps float32 (out,).
+        levels int8 (in, out) and steps float32 (out,).
 
     Example:
-        >>> codes, step = pair_codes(np.array([[1.0, 1.0], [-0.5, 1.0]], np.float32))
-        >>> codes.tolist()
+        >>> levels, step = pair_levels(np.array([[1.0, 1.0], [-0.5, 1.0]], np.float32))
+        >>> levels.tolist()
         [[127, 64], [-64, 64]]
     """
     return _levels(weight, pairs)
 
 
-def channel_codes(weight: Floats, axis: int = 0) -> tuple[NDArray[np.int8], Floats]:
+def channel_levels(weight: Floats, axis: int = 0) -> tuple[NDArray[np.int8], Floats]:
     """8-bit levels with steps max|weight| / 127 over `axis`: the storage of a table or of a product in float32."""
     if axis == 0:
         return _levels(weight, minmax)
-    codes, step = _levels(weight.T, minmax)
-    return codes.T, step
+    levels, step = _levels(weight.T, minmax)
+    return levels.T, step
 
 
 def _levels(weight: Floats, rule: Range) -> tuple[NDArray[np.int8], Floats]:
@@ -94,8 +94,8 @@ def predicted(group: Group, seen: Observed, e: Floats) -> dict[Arithmetic, float
 def row_balance(x: Floats) -> float:
     """The c for which ranges max(max x, -c min x) of rows, quantized together, have the smallest mean squared step.
 
-    Rows divided by that range lie in [-1 / c, 1], so a c above one spends fewer codes on negative numbers: about 15 for
-    the outputs of a GELU, 1 for values that are as often negative.
+    Rows divided by that range lie in [-1 / c, 1], so a c above one spends fewer levels on negative numbers: about 15
+    for the outputs of a GELU, 1 for values that are as often negative.
     """
     high, low = x.max(1), -x.min(1)
     tried = [float(c) for c in np.geomspace(1 / 32, 32, 21)]

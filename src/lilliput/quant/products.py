@@ -22,7 +22,7 @@ ROWS = 64  # of each run, enough to predict noise from
 
 @dataclass(frozen=True)
 class Group:
-    """The products that multiply the same activations; they share the codes of their input, so also the arithmetic.
+    """The products that multiply the same activations; they share the levels of their input, so also the arithmetic.
 
     Args:
         input: name of the activations.

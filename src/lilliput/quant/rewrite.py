@@ -12,12 +12,12 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from lilliput.errors import NotSupported
 from lilliput.onnx.evaluate import evaluate
-from lilliput.quant.int8 import Arithmetic, channel_codes, pair_codes, row_balance
+from lilliput.quant.int8 import Arithmetic, channel_levels, pair_levels, row_balance
 from lilliput.quant.products import Array, Floats, Group, Observed, inner
 
 PURE = {"Cast", "Concat", "Constant", "Div", "Gather", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Sub",
         "Transpose", "Unsqueeze"}  # fmt: skip
-SMALLEST = 1024  # values; below, a tensor's codes and nodes are not worth their bytes
+SMALLEST = 1024  # values; below, a tensor's levels and nodes are not worth their bytes
 
 
 class _Writer:
@@ -70,7 +70,7 @@ def write(
     equalised = {
         g.norm: g for g in groups if choice[g.input] in ("tensor", "row") and g.norm and (scales[g.input] != 1).any()
     }
-    codes: dict[str, _Codes] = {}
+    levels: dict[str, _Levels] = {}
     plain: dict[str, str] = {}  # what was equalised, as it was
     for node in graph.node:
         group, weight = product.get(node.name, (None, None))
@@ -81,9 +81,9 @@ def write(
             else:
                 e = np.ones_like(e)
             if how in ("tensor", "row"):
-                if group.input not in codes:
-                    codes[group.input] = _quantize(writer, group.input, how, seen[group.input].sample / e)
-                _integer_product(writer, node, weight, codes[group.input])
+                if group.input not in levels:
+                    levels[group.input] = _quantize(writer, group.input, how, seen[group.input].sample / e)
+                _integer_product(writer, node, weight, levels[group.input])
             elif how == "narrow" and weight.size >= SMALLEST:
                 _narrow_product(writer, node, weight)
             else:
@@ -108,16 +108,16 @@ def _used(graph: Any, tensors: Mapping[str, TensorProto]) -> list[TensorProto]:
 
 
 @dataclass(frozen=True)
-class _Codes:
-    """Names of a quantized input's codes, step, zero point and rows' range ("" where there is one step)."""
+class _Levels:
+    """Names of a quantized input's levels, step, zero point and rows' range ("" where there is one step)."""
 
-    codes: str
+    levels: str
     step: str
     zero: str
     span: str
 
 
-def _quantize(writer: _Writer, x: str, how: Arithmetic, sample: Floats) -> _Codes:
+def _quantize(writer: _Writer, x: str, how: Arithmetic, sample: Floats) -> _Levels:
     """Nodes that quantize the activations x, of which `sample` holds rows."""
     span, source = "", x
     if how == "row":
@@ -126,20 +126,20 @@ def _quantize(writer: _Writer, x: str, how: Arithmetic, sample: Floats) -> _Code
         depth = writer.node("Mul", [writer.extreme("ReduceMin", x, x + "/low"), balance], x + "/depth")
         span = writer.node("Max", [writer.extreme("ReduceMax", x, x + "/high"), depth, tiny], x + "/span")
         source = writer.node("Div", [x, span], x + "/unit")
-    names = _Codes(x + "/codes", x + "/step", x + "/zero", span)
+    names = _Levels(x + "/codes", x + "/step", x + "/zero", span)
     quantize = helper.make_node(
-        "DynamicQuantizeLinear", [source], [names.codes, names.step, names.zero], name=names.codes
+        "DynamicQuantizeLinear", [source], [names.levels, names.step, names.zero], name=names.levels
     )
     writer.nodes.append(quantize)
     return names
 
 
-def _integer_product(writer: _Writer, node: NodeProto, weight: Floats, x: _Codes) -> None:
+def _integer_product(writer: _Writer, node: NodeProto, weight: Floats, x: _Levels) -> None:
     (_, name, *rest), (out,) = node.input, node.output
     bias = rest[0] if rest else ""
-    codes, step = pair_codes(weight)
-    stored = writer.constant(name + "/codes", codes)
-    value = writer.node("MatMulInteger", [x.codes, stored, x.zero], out + "/sum")
+    levels, step = pair_levels(weight)
+    stored = writer.constant(name + "/codes", levels)
+    value = writer.node("MatMulInteger", [x.levels, stored, x.zero], out + "/sum")
     value = writer.node("Cast", [value], out + "/float", to=TensorProto.FLOAT)
     both = writer.node("Mul", [x.step, writer.constant(name + "/step", step)], out + "/scale")
     value = writer.node("Mul", [value, both], out + "/scaled" if x.span or bias else out)
@@ -151,8 +151,8 @@ def _integer_product(writer: _Writer, node: NodeProto, weight: Floats, x: _Codes
 
 def _narrow_product(writer: _Writer, node: NodeProto, weight: Floats) -> None:
     (_, name, *rest), (out,) = node.input, node.output
-    codes, step = channel_codes(weight)
-    wide = writer.node("Cast", [writer.constant(name + "/codes", codes)], out + "/wide", to=TensorProto.FLOAT)
+    levels, step = channel_levels(weight)
+    wide = writer.node("Cast", [writer.constant(name + "/codes", levels)], out + "/wide", to=TensorProto.FLOAT)
     wide = writer.node("Mul", [wide, writer.constant(name + "/step", step)], out + "/widened")
     bias = rest[0] if rest else ""
     value = writer.node("MatMul", [node.input[0], wide], out + "/unbiased" if bias else out)
@@ -161,7 +161,7 @@ def _narrow_product(writer: _Writer, node: NodeProto, weight: Floats) -> None:
 
 
 def with_narrow_tables(proto: ModelProto) -> ModelProto:
-    """Looked-up rows come as codes and are widened then, so that the whole table never is."""
+    """Looked-up rows come as levels and are widened then, so that the whole table never is."""
     arrays, writer = {tensor.name: tensor for tensor in proto.graph.initializer}, _Writer(_opset(proto))
     for node in proto.graph.node:
         tensor = arrays.get(node.input[0]) if node.op_type == "Gather" else None
@@ -171,10 +171,10 @@ def with_narrow_tables(proto: ModelProto) -> ModelProto:
             writer.nodes.append(node)
             continue
         (name, index), (out,), table = node.input, node.output, numpy_helper.to_array(tensor)
-        step = channel_codes(table, axis=1)[1].astype(np.float16)[:, None]
+        step = channel_levels(table, axis=1)[1].astype(np.float16)[:, None]
         step[step == 0] = 1
-        codes = np.clip(np.rint(table / step.astype(np.float32)), -127, 127).astype(np.int8)
-        rows = writer.node("Gather", [writer.constant(name + "/rows", codes), index], out + "/rows")
+        levels = np.clip(np.rint(table / step.astype(np.float32)), -127, 127).astype(np.int8)
+        rows = writer.node("Gather", [writer.constant(name + "/rows", levels), index], out + "/rows")
         rows = writer.node("Cast", [rows], out + "/wide", to=TensorProto.FLOAT)
         steps = writer.node("Gather", [writer.constant(name + "/row_step", step), index], out + "/half")
         steps = writer.node("Cast", [steps], out + "/row_step", to=TensorProto.FLOAT)

@@ -38,23 +38,23 @@ def blocks(node: Node, target: Target) -> Iterator[Kernel]:
         if held.mean() > DENSEST or held.sum() * size > 1.1 * np.count_nonzero(layer.weight):
             continue
         lanes = min(target.lanes, size)
-        codes, scale = _codes(layer)
+        levels, scale = _levels(layer)
         if scale is not None:
-            yield _kernel(layer, target, size, lanes, held, codes, scale)
+            yield _kernel(layer, target, size, lanes, held, levels, scale)
         yield _kernel(layer, target, size, lanes, held, layer.weight, None)
 
 
-def _codes(layer: Linear) -> tuple[Array, Array | None]:
+def _levels(layer: Linear) -> tuple[Array, Array | None]:
     """The weights as int8 with one scale an output, where the file keeps them so; else None for the scales."""
     narrow = layer.narrow
     if narrow is None or narrow.scale is None or narrow.scale.size not in (1, layer.outs):
         return layer.weight, None
-    codes = narrow.codes.astype(np.int32) - (0 if narrow.zero_point is None else narrow.zero_point.astype(np.int32))
-    if np.abs(codes).max(initial=0) > 127:
+    levels = narrow.levels.astype(np.int32) - (0 if narrow.zero_point is None else narrow.zero_point.astype(np.int32))
+    if np.abs(levels).max(initial=0) > 127:
         return layer.weight, None
     if narrow.scale.size == layer.outs and narrow.scale.shape[0] != layer.outs:
         return layer.weight, None
-    return codes.astype(np.int8), np.array(np.broadcast_to(narrow.scale.reshape(-1), (layer.outs,)), np.float32)
+    return levels.astype(np.int8), np.array(np.broadcast_to(narrow.scale.reshape(-1), (layer.outs,)), np.float32)
 
 
 def _kernel(

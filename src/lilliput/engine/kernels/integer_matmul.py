@@ -2,7 +2,7 @@
 
 acc[t, o] = sum_k a[t, k] b[k, o] - za sum_k b[k, o]: unsigned a times signed b, the second term computed beforehand up
 to the zero point za. Signed a and unsigned b are shifted by 128, which their zero points take up. Where b's zero point
-is not taken into its codes, the sum of each row of a is multiplied by it.
+is not taken into its levels, the sum of each row of a is multiplied by it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ static inline i32x{n} dot4_{n}(i32x{n} acc, uint32_t x, i32x{n} w)
     return acc + (i32x{n}){madd}(low, ({wide})even) + (i32x{n}){madd}(high, ({wide})odd);
 #else
     for (int i = 0; i < 4; i++) {{
-        const i32x{n} code = (i32x{n})((u32x{n})w << (24 - 8 * i)) >> 24;
-        acc += (int32_t)(x >> 8 * i & 255) * code;
+        const i32x{n} level = (i32x{n})((u32x{n})w << (24 - 8 * i)) >> 24;
+        acc += (int32_t)(x >> 8 * i & 255) * level;
     }}
     return acc;
 #endif
@@ -72,15 +72,15 @@ def dot4(lanes: int) -> str:
 
 
 @dataclass(frozen=True)
-class Codes:
-    """b of a product as signed codes (in, out), what its zero points then are, and the shift of a."""
+class Levels:
+    """b of a product as signed levels (in, out), what its zero points then are, and the shift of a."""
 
-    codes: Array = field(repr=False)
+    levels: Array = field(repr=False)
     zero: Array  # (out,) int32
     shift: int  # 128 where a is signed
 
 
-def _codes(node: Node) -> Codes | None:
+def _levels(node: Node) -> Levels | None:
     a, b, zero = node.input(0), node.input(1), node.maybe(3)
     if b.data is None or b.rank != 2 or a.data is not None or a.dtype.name not in ("int8", "uint8"):
         return None
@@ -88,22 +88,22 @@ def _codes(node: Node) -> Codes | None:
         return None
     held = np.zeros(1, np.int32) if zero is None else np.asarray(zero.data).reshape(-1).astype(np.int32)
     zeros = np.broadcast_to(held, (b.data.shape[1],)).astype(np.int32)
-    codes = b.data.astype(np.int32) - zeros
+    levels = b.data.astype(np.int32) - zeros
     zeros = np.zeros_like(zeros)
-    if codes.min(initial=0) < -128 or codes.max(initial=0) > 127:
+    if levels.min(initial=0) < -128 or levels.max(initial=0) > 127:
         shift = 128 if b.dtype == np.uint8 else 0
-        codes = b.data.astype(np.int32) - shift
+        levels = b.data.astype(np.int32) - shift
         zeros = np.broadcast_to(held, (b.data.shape[1],)).astype(np.int32) - shift
-    return Codes(codes.astype(np.int8), np.ascontiguousarray(zeros), 128 if a.dtype == np.int8 else 0)
+    return Levels(levels.astype(np.int8), np.ascontiguousarray(zeros), 128 if a.dtype == np.int8 else 0)
 
 
 @kernel("MatMulInteger")
 def integer_rows(node: Node, target: Target) -> Iterator[Kernel]:
     """Constant b."""
-    coded = _codes(node)
-    if coded is None or target.vector_bytes == 0 or node.y.size == 0 or coded.codes.size == 0:
+    matrix = _levels(node)
+    if matrix is None or target.vector_bytes == 0 or node.y.size == 0 or matrix.levels.size == 0:
         return
-    ins, outs = coded.codes.shape
+    ins, outs = matrix.levels.shape
     lanes = target.lanes
     while lanes > 4 and lanes >= 2 * outs:
         lanes //= 2
@@ -116,24 +116,24 @@ def integer_rows(node: Node, target: Target) -> Iterator[Kernel]:
     rows = -(-ins // 4) * 4
     parts, sums, zeros = [], [], []
     for o in range(0, outs, wide):
-        part = coded.codes[:, o : o + wide]
+        part = matrix.levels[:, o : o + wide]
         held = np.zeros((rows, -(-part.shape[1] // lanes) * lanes), np.int8)
         held[:ins, : part.shape[1]] = part
         parts.append(held.reshape(rows // 4, 4, -1).transpose(0, 2, 1).reshape(-1))
         sums.append(held.astype(np.int32).sum(0))
-        zeros.append(np.append(coded.zero[o : o + wide], [0] * (held.shape[1] - part.shape[1])))
-    constants: dict[str, Array] = {"codes": np.concatenate(parts), "sums": np.concatenate(sums).astype(np.int32)}
-    if coded.zero.any():
+        zeros.append(np.append(matrix.zero[o : o + wide], [0] * (held.shape[1] - part.shape[1])))
+    constants: dict[str, Array] = {"levels": np.concatenate(parts), "sums": np.concatenate(sums).astype(np.int32)}
+    if matrix.zero.any():
         constants["zeros"] = np.concatenate(zeros).astype(np.int32)
     a = node.input(0)
     expr = node.attrs.get("expr")
     skips = (1, 3)
     yield Kernel(
-        f"8-bit, {high} positions x {wide} outputs", lambda n: _body(n, coded, lanes, high, vectors),
+        f"8-bit, {high} positions x {wide} outputs", lambda n: _body(n, matrix, lanes, high, vectors),
         (Want(order=tuple(range(a.rank))),), Want(order=tuple(range(node.y.rank))), constants, skips,
         scratch=4 * wide * high, cost_ns=macs_ns(target, ins * outs * int(count)) / 3 + 30,
         helpers=(vector_types(lanes), dot4(lanes), *(texts(*needs([expr])) if expr is not None else ())),
-        nonzeros=None, values=coded.codes.size,
+        nonzeros=None, values=matrix.levels.size,
     )  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def _extras(node: Node) -> list[int]:
     return [i for i in range(4, len(node.inputs)) if node.inputs[i] is not None]
 
 
-def _body(node: Node, coded: Codes, lanes: int, high: int, vectors: int) -> str:
+def _body(node: Node, matrix: Levels, lanes: int, high: int, vectors: int) -> str:
     a, y = node.input(0), node.y
     others: list[tuple[str, Value, int | None]] = [("x0", a, a.rank - 1)]
     others += [(f"x{i}", node.input(i), None) for i in _extras(node)]
@@ -149,21 +149,21 @@ def _body(node: Node, coded: Codes, lanes: int, high: int, vectors: int) -> str:
     text = [
         "int32_t *const sum = (int32_t *)scratch;",
         f"const int32_t zero = {'(int32_t)*x2' if node.maybe(2) is not None else '0'}"
-        f"{f' + {coded.shift}' if coded.shift else ''};",
+        f"{f' + {matrix.shift}' if matrix.shift else ''};",
         *way.open,
         f"const uint8_t *const x = (const uint8_t *)({way.base['x0']});",
         f"{y.c_type} *const y = {way.base['y0']};",
     ]
     text += [f"const {node.input(i).c_type} *const e{i} = {way.base[f'x{i}']};" for i in _extras(node)]
-    ins, outs = coded.codes.shape
+    ins, outs = matrix.levels.shape
     wide, rows = lanes * vectors, -(-ins // 4) * 4
-    text.append("const int8_t *w = codes;")
+    text.append("const int8_t *w = levels;")
     full, rest = outs // wide, outs % wide
     for width, start, loop in ((wide, 0, full), (rest, full * wide, 1)):
         if not width or not loop:
             continue
         use = -(-width // lanes)
-        inner = [*_positions(node, coded, way, lanes, use, width, high), f"w += {rows * use * lanes};"]
+        inner = [*_positions(node, matrix, way, lanes, use, width, high), f"w += {rows * use * lanes};"]
         if loop > 1:
             text += [f"for (int o = {start}; o < {start + loop * width}; o += {width}) {{", *inside(inner), "}"]
         else:
@@ -171,11 +171,11 @@ def _body(node: Node, coded: Codes, lanes: int, high: int, vectors: int) -> str:
     return "\n".join([*text, *way.close])
 
 
-def _positions(node: Node, coded: Codes, way: Walk, lanes: int, vectors: int, width: int, high: int) -> list[str]:
+def _positions(node: Node, matrix: Levels, way: Walk, lanes: int, vectors: int, width: int, high: int) -> list[str]:
     count, kind = way.count, size_type(way.count)
 
     def tile(some: int) -> list[str]:
-        return _tile(node, coded, way, lanes, vectors, width, some)
+        return _tile(node, matrix, way, lanes, vectors, width, some)
 
     if fixed(count):
         count = int(count)
@@ -191,8 +191,8 @@ def _positions(node: Node, coded: Codes, way: Walk, lanes: int, vectors: int, wi
     return [*text, f"for (; t < {c(count)}; t++) {{", *inside(tile(1)), "}"] if high > 1 else text
 
 
-def _tile(node: Node, coded: Codes, way: Walk, lanes: int, vectors: int, width: int, high: int) -> list[str]:
-    kind, ins, wide, y = vector(lanes, "i32"), coded.codes.shape[0], lanes * vectors, node.y
+def _tile(node: Node, matrix: Levels, way: Walk, lanes: int, vectors: int, width: int, high: int) -> list[str]:
+    kind, ins, wide, y = vector(lanes, "i32"), matrix.levels.shape[0], lanes * vectors, node.y
     tx, ty = way.step["x0"], way.step["y0"]
     names = [[f"a{i}_{j}" for j in range(vectors)] for i in range(high)]
     text = [
@@ -209,7 +209,7 @@ def _tile(node: Node, coded: Codes, way: Walk, lanes: int, vectors: int, width: 
             place = at("r", (str(i), tx)) if i else "r"
             read = f"uint32_t s{' = 0' if size < 4 else ''}; memcpy(&s, {place}, {size});"
             lines.append(
-                f"{{ {read}{' s ^= 0x80808080u;' if coded.shift else ''} "
+                f"{{ {read}{' s ^= 0x80808080u;' if matrix.shift else ''} "
                 + " ".join(f"{n} = dot4_{lanes}({n}, s, v{j});" for j, n in enumerate(names[i]))
                 + " }"
             )
@@ -222,11 +222,11 @@ def _tile(node: Node, coded: Codes, way: Walk, lanes: int, vectors: int, width: 
     for i in range(high):
         text.append(" ".join(f"*({kind} *)(sum + {i * wide + j * lanes}) = {n};" for j, n in enumerate(names[i])))
     text += [f"for (int i = 0; i < {high}; i++) {{", f"    {y.c_type} *const z = {at('y', ('t + i', ty), ('o', 1))};"]
-    if coded.zero.any():
+    if matrix.zero.any():
         text += [
             "    int32_t row = 0;",
             f"    const uint8_t *const b = {at('x', ('t + i', tx))};",
-            f"    for (int k = 0; k < {ins}; k++) row += b[k]{' ^ 0x80' if coded.shift else ''};",
+            f"    for (int k = 0; k < {ins}; k++) row += b[k]{' ^ 0x80' if matrix.shift else ''};",
             f"    row -= {ins} * zero;",
             f"    for (int j = 0; j < {width}; j++) sum[i * {wide} + j] -= row * zeros[o + j];",
         ]

@@ -42,7 +42,7 @@ def dense(weight: Array, narrow: Narrow | None, target: Target) -> Iterator[MatV
     if rest := outs // lanes % wide:
         many.append(rest)
     wide_weight = padded(weight, outs)
-    half = narrow is not None and narrow.bits == 16 and narrow.codes.dtype == np.float16
+    half = narrow is not None and narrow.bits == 16 and narrow.levels.dtype == np.float16
     if half and lanes == 16 and "AVX512F" in target.features:
         packed = _columns(np.asarray(wide_weight, np.float16), [n * lanes for n in many])
         yield made(

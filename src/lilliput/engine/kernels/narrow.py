@@ -94,20 +94,20 @@ def stored(weight: Array, narrow: Narrow | None, places: Array, at: int = 0) -> 
         before = (HALF,) if helper == HALVES else ()
         return Stored(constants, lines, 4 * each * len(values), scale, (*before, helper.lstrip("\n")))
 
-    if narrow.codes.dtype == np.float16:
-        halves = taken(narrow.codes)
+    if narrow.levels.dtype == np.float16:
+        halves = taken(narrow.levels)
         return whole if narrow.zero_point is not None or not np.isfinite(halves).all() else unpacked(halves, HALVES)
     zero = np.zeros((), np.int32) if narrow.zero_point is None else narrow.zero_point.astype(np.int32)
-    codes = narrow.codes.astype(np.int32) - zero
-    if np.abs(codes).max(initial=0) > 127 or scale is None:
+    levels = narrow.levels.astype(np.int32) - zero
+    if np.abs(levels).max(initial=0) > 127 or scale is None:
         return whole
-    levels = taken(codes)
-    if set(np.unique(levels)) <= {-1, 1}:
-        return unpacked(np.packbits(levels < 0, bitorder="little"), SIGNS, 8)
-    if levels.min() >= -8 and levels.max() <= 7:
-        pairs = np.append(levels, np.zeros(count % 2, np.int32)).reshape(-1, 2) + 8
+    kept_levels = taken(levels)
+    if set(np.unique(kept_levels)) <= {-1, 1}:
+        return unpacked(np.packbits(kept_levels < 0, bitorder="little"), SIGNS, 8)
+    if kept_levels.min() >= -8 and kept_levels.max() <= 7:
+        pairs = np.append(kept_levels, np.zeros(count % 2, np.int32)).reshape(-1, 2) + 8
         return unpacked((pairs[:, 0] | pairs[:, 1] << 4).astype(np.uint8), NIBBLES, 2)
-    return unpacked(levels.astype(np.int8), BYTES)
+    return unpacked(kept_levels.astype(np.int8), BYTES)
 
 
 def _by_output(scale: Array, shape: tuple[int, ...]) -> Array | None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from lilliput.engine import loops
-from lilliput.engine.codes import border
 from lilliput.engine.expr import needs, statements
 from lilliput.engine.graph import Array, Node, Value
 from lilliput.engine.helpers import texts
@@ -15,6 +14,7 @@ from lilliput.engine.kernel import Kernel, Want, kernel
 from lilliput.engine.kernels.integer_matmul import dot4
 from lilliput.engine.kernels.product import vector, vector_types
 from lilliput.engine.kernels.tiles import registers
+from lilliput.engine.levels import border
 from lilliput.engine.size import c
 from lilliput.engine.target import Target
 
@@ -57,7 +57,7 @@ def _plain(node: Node) -> str:
     return loops.nest(y.shape, inner)
 
 
-# -------------------------------------------------------------------------------------------------- codes to codes
+# -------------------------------------------------------------------------------------------------- levels to levels
 
 
 @kernel("Conv8")
@@ -121,7 +121,7 @@ def channels(node: Node, target: Target) -> Iterator[Kernel]:
             continue
         high = min(high, int(y.shape[3]))
         groups = [wide] * (vectors // wide) + ([vectors % wide] if vectors % wide else [])
-        constants: dict[str, Array] = {"codes": _packed(data, lanes, groups), "scale": _filled(node.input(2), lanes),
+        constants: dict[str, Array] = {"levels": _packed(data, lanes, groups), "scale": _filled(node.input(2), lanes),
                                        "bias": _filled(node.input(3), lanes)}  # fmt: skip
         tiles = sum(-(-int(y.shape[3]) // high) * g * high for g in groups) * int(y.shape[0]) * int(y.shape[2])
         work = tiles * lanes * int(data[0].size) / (4 * lanes)
@@ -168,7 +168,7 @@ def _channels(node: Node, lanes: int, groups: list[int], high: int) -> str:
         f"- {a['pads'][1]}*{c(x.strides[3])}"
     )
     lines = ["float *const sum = (float *)scratch;", f"for (int n = 0; n < {y.shape[0]}; n++) {{"]
-    lines.append("    const int8_t *w = codes;")
+    lines.append("    const int8_t *w = levels;")
     # Blocks of outputs that are as wide run in one loop; the last may have fewer outputs than lanes.
     blocks: dict[tuple[int, int], int] = {}
     left = int(y.shape[1])
@@ -235,7 +235,7 @@ def _tile(node: Node, lanes: int, wide: int, high: int, width: int) -> list[str]
         lines.append(f"    const {value.c_type} *const e = x4 + {place};")
         places.append("e[l]" if s[1] == 1 else f"e[l*{c(s[1])}]")
     expr = a["expr"]
-    # Codes are made from whole vectors of floats: loops as short as these the compiler does not make into good ones.
+    # Levels are made from whole vectors of floats: loops as short as these the compiler does not make into good ones.
     bytes_ = lanes == 16 and expr.op == "cast" and expr.dtype == "uint8" and y.strides[1] == 1 and width == wide * lanes
     more, (result,) = statements([expr.args[0] if bytes_ else expr], places)
     to = "f[l]" if bytes_ else "z[l]" if y.strides[1] == 1 else f"z[l*{c(y.strides[1])}]"

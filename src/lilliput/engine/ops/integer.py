@@ -13,16 +13,16 @@ from lilliput.errors import NotSupported
 
 @lower("DynamicQuantizeLinear")
 def dynamic_quantize(node: Node, build: Build) -> None:
-    """uint8 codes of x, the step and the zero point: the range of x with zero in it becomes 0 to 255."""
+    """uint8 levels of x, the step and the zero point: the range of x with zero in it becomes 0 to 255."""
     x = node.x
     low, high = (build.value(x.dtype, [1] * x.rank) for _ in range(2))
     for value, kind in ((low, "min"), (high, "max")):
         build.add("Reduce", [x], [value], axes=tuple(range(x.rank)), kind=kind, keep=True, pre=None, post=None)
     step = build.map([low, high], lambda a, b: _step(a, b))
     zero = build.map([low, step], lambda a, s: (-(a.min(0.0) / s)).max(0.0).min(255.0).of("round"))
-    codes, steps, zeros = [*node.outputs, None, None][:3]
-    if codes is not None:
-        build.map([x, step, zero], lambda x, s, z: ((x / s).of("round") + z).max(0.0).min(255.0).cast("uint8"), codes)
+    levels, steps, zeros = [*node.outputs, None, None][:3]
+    if levels is not None:
+        build.map([x, step, zero], lambda x, s, z: ((x / s).of("round") + z).max(0.0).min(255.0).cast("uint8"), levels)
     for made, out in ((step, steps), (build.map([zero], lambda z: z.cast("uint8")), zeros)):
         if out is not None:
             build.reshape(made, out.shape, out)
@@ -35,7 +35,7 @@ def _step(low: Expr, high: Expr) -> Expr:
 
 @lower("MatMulInteger")
 def matmul_integer(node: Node, build: Build) -> None:
-    """The int32 product of codes less their zero points: inputs a, b and, or None, the zero points."""
+    """The int32 product of levels less their zero points: inputs a, b and, or None, the zero points."""
     node.inputs = [*node.inputs, None, None][:4]
     _zero_points(node)
     build.keep(node)
@@ -52,7 +52,7 @@ def _zero_points(node: Node) -> None:
 
 @lower("QLinearMatMul")
 def qlinear_matmul(node: Node, build: Build) -> None:
-    """Codes of the product: round(product of codes * sa sb / sy) + zy."""
+    """Levels of the product: round(product of levels * sa sb / sy) + zy."""
     a, sa, za, b, sb, zb, sy, zy = (node.input(i) for i in range(8))
     out = node.y
     if sa.size != 1 or sy.size != 1 or zy.size != 1:
@@ -108,7 +108,7 @@ def matmul_nbits(node: Node, build: Build) -> None:
         return wide.reshape(outs, -1)[:, :count]
 
     try:
-        codes = unpacked(packed, blocks * block)[:, :ins].astype(np.int16)
+        levels = unpacked(packed, blocks * block)[:, :ins].astype(np.int16)
         scales = np.repeat(scale.astype(np.float32).reshape(outs, blocks), block, 1)[:, :ins]
         if zero is None:
             zeros = np.full((outs, blocks), 1 << (bits - 1), np.int16)
@@ -117,7 +117,7 @@ def matmul_nbits(node: Node, build: Build) -> None:
         else:
             zeros = zero.reshape(outs, blocks).astype(np.float32)
         wide = np.repeat(zeros, block, 1)[:, :ins]
-        data = (codes.astype(np.float32) - wide) * scales
+        data = (levels.astype(np.float32) - wide) * scales
     except ValueError as error:
         raise ValueError(
             f"{node.op} {node.name}: its tensors must fit K, N, bits and block_size, got {error}."
@@ -126,7 +126,7 @@ def matmul_nbits(node: Node, build: Build) -> None:
     weight.name = node.input(1).name
     if wide.dtype != np.float32:
         weight.narrow = Narrow(
-            bits, np.ascontiguousarray(codes.T), np.ascontiguousarray(scales.T), np.ascontiguousarray(wide.T)
+            bits, np.ascontiguousarray(levels.T), np.ascontiguousarray(scales.T), np.ascontiguousarray(wide.T)
         )
     bias = node.maybe(5)
     product = node.y if bias is None else build.value(node.y.dtype, node.y.shape)

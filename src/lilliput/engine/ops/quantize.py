@@ -1,6 +1,6 @@
 """Lower QuantizeLinear and DequantizeLinear to elementwise expressions that join what comes before them.
 
-Codes that are turned back at once are never stored: the number is rounded to the nearest that has a code.
+Levels that are turned back at once are never stored: the number is rounded to the nearest that has a level.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def quantize(node: Node, build: Build) -> None:
     """clamp(round(x / scale) + zero point), halves to even."""
     x, scale, zero = node.x, node.input(1), node.maybe(2)
     if node.y.dtype.name not in LIMITS:
-        raise NotSupported(f"QuantizeLinear {node.name}: codes must be int8 or uint8, got {node.y.dtype.name}.")
+        raise NotSupported(f"QuantizeLinear {node.name}: levels must be int8 or uint8, got {node.y.dtype.name}.")
     low, high = LIMITS[node.y.dtype.name]
     kind = node.y.dtype.name
 
@@ -36,7 +36,7 @@ def quantize(node: Node, build: Build) -> None:
 
 
 def _divided(x: Expr, s: Expr) -> Expr:
-    """x / s; by a known s as a product with 1 / s, which rounds another way only where x is as near to two codes."""
+    """x / s; by a known s as a product with 1 / s, which rounds another way only where x is as near to two levels."""
     if s.op == "const" and float(s.value) != 0:
         return x * const(np.float32(1) / np.float32(s.value), "float32")
     return x / s
@@ -44,7 +44,7 @@ def _divided(x: Expr, s: Expr) -> Expr:
 
 @lower("DequantizeLinear")
 def dequantize(node: Node, build: Build) -> None:
-    """(codes - zero point) scale."""
+    """(levels - zero point) scale."""
     x, scale, zero = node.x, node.input(1), node.maybe(2)
     if node.y.dtype != np.float32:
         raise NotSupported(f"DequantizeLinear {node.name}: its output must be float32, got {node.y.dtype.name}.")
@@ -138,7 +138,7 @@ def _mapped(
 
 @lower("ConvInteger")
 def conv_integer(node: Node, build: Build) -> None:
-    """The int32 convolution of codes less their zero points, which what is padded has as well."""
+    """The int32 convolution of levels less their zero points, which what is padded has as well."""
     zeros = [node.maybe(2), node.maybe(3)]
     if zeros[0] is not None and zeros[0].size != 1:
         raise NotSupported(f"ConvInteger {node.name}: x must have one zero point, got {zeros[0].size}.")

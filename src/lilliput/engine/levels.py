@@ -1,8 +1,8 @@
 """Quantized activations: keep values as 8-bit integers between layers, and compute products in integer arithmetic.
 
 After lowering such a value is computed as clamp(round(...)) * scale. Where a convolution or a product with 8-bit
-weights reads it, the value is stored as the codes alone and that layer becomes a Conv8 or a MatMulInteger; elementwise
-operators read codes as numbers again.
+weights reads it, the value is stored as the levels alone and that layer becomes a Conv8 or a MatMulInteger; elementwise
+operators read levels as numbers again.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ Border = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Coded:
-    """A value that is (low + code) * scale, code from 0 to 255. core: low + code as an expression."""
+class Quantized:
+    """A value that is (low + level) * scale, level from 0 to 255. core: low + level as an expression."""
 
     core: Expr
     low: int
     scale: float
 
-    def code(self, core: Expr) -> Expr:
-        """The code of a core, as a byte."""
+    def level(self, core: Expr) -> Expr:
+        """The level of a core, as a byte."""
         return (core - float(self.low) if self.low else core).cast("uint8")
 
-    def number(self, code: Expr) -> Expr:
-        """The number that a code stands for."""
-        x = code.cast("float32")
+    def number(self, level: Expr) -> Expr:
+        """The number that a level stands for."""
+        x = level.cast("float32")
         return (x + float(self.low) if self.low else x) * const(self.scale, "float32")
 
 
-def coded(expr: Expr | None) -> Coded | None:
-    """How the values of an expression can be stored as codes; None where they cannot."""
+def quantized(expr: Expr | None) -> Quantized | None:
+    """How the values of an expression can be stored as levels; None where they cannot."""
     if expr is None or expr.op != "mul" or expr.dtype != "float32":
         return None
     core, scale = expr.args if expr.args[1].op == "const" else expr.args[::-1]
@@ -55,7 +55,7 @@ def coded(expr: Expr | None) -> Coded | None:
         e = inner
     if e.op != "round" or not low.is_integer() or not high.is_integer() or high - low > 255:
         return None
-    return Coded(core, int(low), float(scale.value))
+    return Quantized(core, int(low), float(scale.value))
 
 
 def narrowable(graph: Graph) -> bool:
@@ -63,11 +63,11 @@ def narrowable(graph: Graph) -> bool:
     return bool(_layers(graph)[1])
 
 
-def _layers(graph: Graph) -> tuple[dict[Value, Coded], dict[Node, tuple[Array, Array]]]:
-    """The values that can be codes, and the layers that could read them with their weights' codes and scales."""
+def _layers(graph: Graph) -> tuple[dict[Value, Quantized], dict[Node, tuple[Array, Array]]]:
+    """The values that can be levels, and the layers that could read them with their weights' levels and scales."""
     by_value = {}
     for node in graph.nodes:
-        held = coded(_expr(node)) if len(node.outputs) == 1 else None
+        held = quantized(_expr(node)) if len(node.outputs) == 1 else None
         if held is not None:
             by_value[node.y] = held
     layers = {}
@@ -79,7 +79,7 @@ def _layers(graph: Graph) -> tuple[dict[Value, Coded], dict[Node, tuple[Array, A
 
 
 def narrowed(graph: Graph) -> Graph:
-    """The graph with codes stored where that makes layers integer."""
+    """The graph with levels stored where that makes layers integer."""
     uses, makers = graph.uses(), graph.makers()
     by_value, layers = _layers(graph)
     around: dict[Value, Border] = {}
@@ -100,13 +100,13 @@ def narrowed(graph: Graph) -> Graph:
         )
         if not alone and not any(node in layers and node.x is value for node in readers):
             continue
-        narrow[value] = codes = Value(f"{value.name}.codes", np.dtype(np.uint8), value.shape)
+        narrow[value] = levels = Value(f"{value.name}.levels", np.dtype(np.uint8), value.shape)
         if alone:
-            _set(maker, held.code(held.core))
-            maker.outputs = [codes]
+            _set(maker, held.level(held.core))
+            maker.outputs = [levels]
         else:
             again = (arg(0, "float32") * const(np.float32(1) / np.float32(held.scale), "float32")).of("round")
-            node = Node("Map", [value], [codes], {"exprs": (held.code(again),)}, codes.name)
+            node = Node("Map", [value], [levels], {"exprs": (held.level(again),)}, levels.name)
             graph.nodes.insert(graph.nodes.index(maker) + 1, node)
     for node in list(graph.nodes):
         if node in layers:
@@ -128,14 +128,14 @@ def _set(node: Node, expr: Expr) -> None:
 
 
 def _reads(node: Node, value: Value, layers: dict[Node, tuple[Array, Array]]) -> bool:
-    """Whether a node can read codes instead of this value."""
+    """Whether a node can read levels instead of this value."""
     if node.op == "Map":
         return not any(n is None for n in node.inputs)
     return node in layers and all(held is not value or i in (0, 3) for i, held in enumerate(node.inputs))
 
 
-def _weights(node: Node, held: Coded) -> tuple[Array, Array] | None:
-    """The weights of a layer as signed codes, and one scale for each output; None where it stays as it is."""
+def _weights(node: Node, held: Quantized) -> tuple[Array, Array] | None:
+    """The weights of a layer as signed levels, and one scale for each output; None where it stays as it is."""
     if node.op not in ("Conv", "MatMul") or not all_fixed(node):
         return None
     weight, bias = node.input(1), node.maybe(2)
@@ -153,27 +153,27 @@ def _weights(node: Node, held: Coded) -> tuple[Array, Array] | None:
         return None
     if node.op == "MatMul" and (weight.rank != 2 or node.x.rank < 2 or not -255 <= held.low <= 0):
         return None
-    codes = narrow.codes.astype(np.int32) - (0 if narrow.zero_point is None else narrow.zero_point.astype(np.int32))
+    levels = narrow.levels.astype(np.int32) - (0 if narrow.zero_point is None else narrow.zero_point.astype(np.int32))
     axis = 0 if node.op == "Conv" else weight.rank - 1
     if (
-        np.abs(codes).max(initial=0) > 127
+        np.abs(levels).max(initial=0) > 127
         or narrow.scale.size not in (1, outs)
         or (narrow.scale.size == outs and narrow.scale.shape[axis] != outs)
     ):
         return None
     scale = np.broadcast_to(narrow.scale.reshape(-1), (outs,)).astype(np.float32) * np.float32(held.scale)
-    return codes.astype(np.int8), scale
+    return levels.astype(np.int8), scale
 
 
 def _integer(
     graph: Graph,
     node: Node,
     weights: tuple[Array, Array],
-    by_value: dict[Value, Coded],
+    by_value: dict[Value, Quantized],
     narrow: dict[Value, Value],
     around: Border,
 ) -> None:
-    """The layer on codes: Conv8(x, w, scale, bias, residual) with attrs expr, of the sum times the scale plus the bias
+    """The layer on levels: Conv8(x, w, scale, bias, residual) with attrs expr, of the sum times the scale plus the bias
     (argument 0) and the residual (argument 1); or MatMulInteger."""
     held, source = by_value[node.x], narrow[node.x]
     bias, residual = node.maybe(2), node.maybe(3)
@@ -181,16 +181,16 @@ def _integer(
     flat = np.ascontiguousarray(np.broadcast_to(flat, (len(weights[1]),)))
     total, extras = arg(0, "float32"), []
     if residual is not None:
-        codes = narrow.get(residual)
-        extras = [codes or residual]
-        total = total + (arg(1, "float32") if codes is None else by_value[residual].number(arg(1, "uint8")))
+        levels = narrow.get(residual)
+        extras = [levels or residual]
+        total = total + (arg(1, "float32") if levels is None else by_value[residual].number(arg(1, "uint8")))
     act = node.attrs.get("act")
     expr = total if act is None else act.substitute([total])
 
     def constant(name: str, data: Array) -> Value:
         return Value(f"{node.name}.{name}", data.dtype, data.shape, data)
 
-    w, scale, plus = constant("codes", weights[0]), constant("scale", weights[1]), constant("bias", flat)
+    w, scale, plus = constant("levels", weights[0]), constant("scale", weights[1]), constant("bias", flat)
     if node.op == "Conv":
         attrs = {**{k: v for k, v in node.attrs.items() if k != "act"}, "expr": expr, "border": around}
         new = Node("Conv8", [source, w, scale, plus, *extras], node.outputs, attrs, node.name, node.opset)
@@ -220,8 +220,8 @@ def border(node: Node) -> Border:
     return tuple(around)
 
 
-def _widen(node: Node, by_value: dict[Value, Coded], narrow: dict[Value, Value]) -> None:
-    """An elementwise operator that reads codes."""
+def _widen(node: Node, by_value: dict[Value, Quantized], narrow: dict[Value, Value]) -> None:
+    """An elementwise operator that reads levels."""
     first = node.inputs[0]
     if not any(value in narrow for value in node.inputs) or (first is not None and narrow.get(first) is node.y):
         return  # it reads none, or makes them
