@@ -76,14 +76,14 @@ def feed_of(path: Path) -> dict[str, Any]:
         return dict(arrays)
 
 
-def build(path: Path, folder: Path, found: Target, *flags: str) -> tuple[Path, dict[str, Any]]:
+def build(path: Path, folder: Path, machine: Target, *flags: str) -> tuple[Path, dict[str, Any]]:
     """A program that runs the model, made without a warning, and the manifest."""
-    write(path, folder, replace(found, library=""), tune=False)
+    write(path, folder, replace(machine, library=""), tune=False)
     facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     (folder / "program.c").write_text(program(facts, feed_of(path)), encoding="utf-8")
     command = [
-        *found.cc,
-        *found.flags,
+        *machine.cc,
+        *machine.flags,
         "-Wall",
         "-Wextra",
         "-Werror",
@@ -129,11 +129,11 @@ def test_a_program_agrees_in_every_width_and_stays_in_its_room(name: str, model:
 
 
 def test_portable_c_is_scalar_c99(model: Path, tmp_path: Path) -> None:
-    found = target("portable")
-    write(model, tmp_path / "made", replace(found, library=""), tune=False)
+    machine = target("portable")
+    write(model, tmp_path / "made", replace(machine, library=""), tune=False)
     text = (tmp_path / "made" / "model.c").read_text(encoding="utf-8")
     assert "vector_size" not in text
-    command = [*found.cc, "-std=c99", "-pedantic-errors", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "model.c"]
+    command = [*machine.cc, "-std=c99", "-pedantic-errors", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "model.c"]
     done = subprocess.run(command, cwd=tmp_path / "made", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -147,8 +147,8 @@ def test_two_threads_with_two_arenas_give_the_bytes_of_one(model: Path, tmp_path
 
 
 def test_a_small_model_for_a_microcontroller_names_no_system_call(model: Path, tmp_path: Path) -> None:
-    found = target("cortex-m")
-    write(model, tmp_path, replace(found, library=""))
+    machine = target("cortex-m")
+    write(model, tmp_path, replace(machine, library=""))
     text = (tmp_path / "model.c").read_text(encoding="utf-8")
     heads = {line.split()[1] for line in text.split("#ifdef MODEL_PROFILE")[0].splitlines() if line.startswith("#inc")}
     assert heads <= {'"model.h"', "<math.h>", "<string.h>"}
@@ -171,8 +171,8 @@ def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.M
         with pytest.raises(OSError, match=r'pip install ziglang` and pass --cc "python -m ziglang cc"'):
             target(name)
     for name, width in (("cortex-m", 0), ("wasm", 16)):  # of these the C can be had without a compiler
-        found = target(name)
-        assert found.library == "" and not found.here and found.vector_bytes == width
+        machine = target(name)
+        assert machine.library == "" and not machine.here and machine.vector_bytes == width
 
 
 def test_a_compiler_that_is_none_is_refused_by_name() -> None:
@@ -225,9 +225,9 @@ def test_a_library_of_another_machine_is_an_object(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(targets.HOSTS, targets.platform.machine(), "a machine of another kind")
-    found = target("native")
-    assert not found.here and found.library == "model.o"
-    write(model, tmp_path / "made", found)
+    machine = target("native")
+    assert not machine.here and machine.library == "model.o"
+    write(model, tmp_path / "made", machine)
     manifest = json.loads((tmp_path / "made" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["library"] == "model.o" and (tmp_path / "made" / "model.o").stat().st_size > 0
 

@@ -150,12 +150,12 @@ def made(name: str) -> tuple[nn.Module, Tensor, Tensor]:
 def test_removed_channels_are_those_that_nobody_hears(name: str) -> None:
     """Narrower network = wide network in which the readers of the removed channels have zero weights."""
     model, example, x = made(name)
-    found = groups(model, example)
-    free = [g for g in found if g.removable]
-    assert len(free) == len(found) - 1 and skipped(found)[0].reason == "they are the output"
-    keep = kept(found, {g.name: torch.rand(g.size) for g in found}, uniform(found, 0.5, 1))
+    listed = groups(model, example)
+    free = [g for g in listed if g.removable]
+    assert len(free) == len(listed) - 1 and skipped(listed)[0].reason == "they are the output"
+    keep = kept(listed, {g.name: torch.rand(g.size) for g in listed}, uniform(listed, 0.5, 1))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    small = remove_channels(model, example, keep, found)
+    small = remove_channels(model, example, keep, listed)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     silent = copied(model, "test")
     silence_(silent, free, keep)
@@ -170,11 +170,11 @@ def test_removed_channels_are_those_that_nobody_hears(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_sizes_count_what_the_narrow_network_has(name: str) -> None:
     model, example, _ = made(name)
-    found = groups(model, example)
-    counts = uniform(found, 0.6, 1)
-    small = remove_channels(model, example, kept(found, magnitude(model, found), counts), found)
-    assert Sizes(model, example, found)(counts).values == sum(p.numel() for p in small.parameters())
-    assert Sizes(model, example, found)(counts).macs == pytest.approx(
+    listed = groups(model, example)
+    counts = uniform(listed, 0.6, 1)
+    small = remove_channels(model, example, kept(listed, magnitude(model, listed), counts), listed)
+    assert Sizes(model, example, listed)(counts).values == sum(p.numel() for p in small.parameters())
+    assert Sizes(model, example, listed)(counts).macs == pytest.approx(
         Sizes(small, example, groups(small, example))({}).macs
     )
 
@@ -190,13 +190,13 @@ def test_groups_print_as_sentences() -> None:
 
 def test_runs_of_grouped_layers_stay_equal() -> None:
     model, example, _ = made("grouped")
-    found = {g.name: g for g in groups(model, example)}
-    assert found["a"].multiple == 4 and found["g"].multiple == 4 and found["t"].multiple == 1
-    assert rounded(found["g"], 13, 1) == 12 and rounded(found["g"], 13, 8) == 16
+    by_name = {g.name: g for g in groups(model, example)}
+    assert by_name["a"].multiple == 4 and by_name["g"].multiple == 4 and by_name["t"].multiple == 1
+    assert rounded(by_name["g"], 13, 1) == 12 and rounded(by_name["g"], 13, 8) == 16
     with pytest.raises(ValueError, match="equally many channels in each of its 4 runs, got"):
         remove_channels(model, example, {"g": torch.arange(8)})
     small = remove_channels(
-        model, example, {"g": choose(found["g"], torch.rand(24), 8), "a": choose(found["a"], torch.rand(16), 8)}
+        model, example, {"g": choose(by_name["g"], torch.rand(24), 8), "a": choose(by_name["a"], torch.rand(16), 8)}
     )
     assert (small.g.in_channels, small.g.out_channels, small.g.groups, small.d.groups) == (8, 8, 4, 8)
 
@@ -270,10 +270,10 @@ def test_parts_that_cannot_change_say_why() -> None:
 
 def test_attention_is_left_alone_and_its_feed_forward_is_not() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    found = groups(
+    listed = groups(
         nn.Sequential(nn.Linear(3, 8), nn.TransformerEncoder(layer, 2), nn.Linear(8, 2)).eval(), torch.rand(1, 5, 3)
     )
-    said = {g.name: g.reason for g in found}
+    said = {g.name: g.reason for g in listed}
     assert "MultiheadAttention" in said["0"]
     assert said["1.layers.0.linear1"] == said["1.layers.1.linear1"] == ""
 
@@ -300,11 +300,11 @@ def test_wrong_requests_say_what_to_do() -> None:
     for bad in ([], [1, 0], [0, 0], [16]):
         with pytest.raises(ValueError, match=r"sorted indices in \[0, 16\)"):
             remove_channels(model, example, {"a": torch.tensor(bad, dtype=torch.long)})
-    found = groups(model, example)
+    listed = groups(model, example)
     with pytest.raises(ValueError, match=r"multiplier must be in \(0, 1\], got 50"):
-        uniform(found, 50)
+        uniform(listed, 50)
     with pytest.raises(ValueError, match=r"target must be in \(0, 1\]"):
-        widths(model, example, found, 0, magnitude(model, found))
+        widths(model, example, listed, 0, magnitude(model, listed))
     coded = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
     with pytest.raises(NotSupported):
         groups(coded, torch.rand(1, 2))
@@ -330,24 +330,24 @@ def test_tuples_and_dictionaries() -> None:
 
     x, y = torch.rand(1, 3), torch.rand(1, 2)
     for example in ((x, y), {"x": x, "y": y}):
-        found = groups(Two().eval(), example)
-        assert str(found[0]) == "8 channels made by a and b, read by c."
-        assert run(remove_channels(Two(), example, {"a": torch.arange(3)}, found), example)[0].shape == (1, 2)
+        listed = groups(Two().eval(), example)
+        assert str(listed[0]) == "8 channels made by a and b, read by c."
+        assert run(remove_channels(Two(), example, {"a": torch.arange(3)}, listed), example)[0].shape == (1, 2)
 
 
 def test_magnitude_is_the_norm_over_coupled_tensors() -> None:
     model, example, _ = made("linear")
-    found = groups(model, example)
+    listed = groups(model, example)
     a, b, c = model.a, model.b, model.c
     squares = a.weight.square().sum(1) + a.bias.square() + b.weight.square().sum(1) + b.bias.square()
     squares = (squares + b.weight.square().sum(0) + c.weight.square().sum(0)).sqrt()
-    assert torch.allclose(magnitude(model, found)["a"], 2 * squares / squares.sum())
+    assert torch.allclose(magnitude(model, listed)["a"], 2 * squares / squares.sum())
 
 
 def test_taylor_is_gradient_times_weight() -> None:
     model, example, x = made("linear")
-    found = groups(model, example)
-    scores = taylor(model, found, lambda net: [net(x).square().mean()])["a"]
+    listed = groups(model, example)
+    scores = taylor(model, listed, lambda net: [net(x).square().mean()])["a"]
     assert all(p.grad is None for p in model.parameters())
     model(x).square().mean().backward()
     expected = torch.zeros(16)
@@ -362,10 +362,10 @@ def test_taylor_is_gradient_times_weight() -> None:
 def test_a_silent_channel_scores_nothing_and_goes_first() -> None:
     model, example, x = made("residual")
     model.a1.weight.data[3], model.a1.bias.data[3], model.a2.weight.data[:, 3] = 0, 0, 0
-    found = groups(model, example)
-    for scores in (magnitude(model, found), taylor(model, found, lambda net: [net(x).square().sum()])):
+    listed = groups(model, example)
+    for scores in (magnitude(model, listed), taylor(model, listed, lambda net: [net(x).square().sum()])):
         assert scores["a1"].argmin() == 3 and scores["a1"][3] == 0
-        small = remove_channels(model, example, kept(found, scores, {"a1": 11}), found)
+        small = remove_channels(model, example, kept(listed, scores, {"a1": 11}), listed)
         assert torch.allclose(small(x), model(x), atol=1e-5)
 
 
@@ -381,22 +381,22 @@ def test_exactly_the_same_where_the_removed_channels_are_zero() -> None:
 @pytest.mark.parametrize("name", ["residual", "grouped", "lstm"])
 def test_widths_meet_their_target(name: str, of: str) -> None:
     model, example, _ = made(name)
-    found = groups(model, example)
-    sizes, scores = Sizes(model, example, found), magnitude(model, found)
-    counts = widths(model, example, found, 0.4, scores, of=of, round_to=1)
+    listed = groups(model, example)
+    sizes, scores = Sizes(model, example, listed), magnitude(model, listed)
+    counts = widths(model, example, listed, 0.4, scores, of=of, round_to=1)
     assert getattr(sizes(counts), of) <= 0.4 * getattr(sizes({}), of)
-    assert all(counts[g.name] % g.multiple == 0 and 0 < counts[g.name] <= g.size for g in found if g.removable)
-    more = widths(model, example, found, 0.8, scores, of=of, round_to=1)
+    assert all(counts[g.name] % g.multiple == 0 and 0 < counts[g.name] <= g.size for g in listed if g.removable)
+    more = widths(model, example, listed, 0.8, scores, of=of, round_to=1)
     assert all(more[name] >= counts[name] for name in counts)
-    remove_channels(model, example, kept(found, scores, counts), found)
+    remove_channels(model, example, kept(listed, scores, counts), listed)
 
 
 def test_widths_spare_what_is_sensitive() -> None:
     model, example, _ = made("residual")
-    found = groups(model, example)
+    listed = groups(model, example)
     harmless, dear = {2: 0.0, 4: 0.0}, {2: 10.0, 4: 9.0, 8: 8.0}
     measured = {"stem": harmless, "a1": dear, "b1": dear, "b2": dear}
-    counts = widths(model, example, found, 0.7, magnitude(model, found), round_to=2, sensitivity=measured)
+    counts = widths(model, example, listed, 0.7, magnitude(model, listed), round_to=2, sensitivity=measured)
     assert counts["stem"] < 8 and counts["a1"] == 12
 
 
@@ -462,10 +462,10 @@ def test_harder_shapes_are_narrowed_where_they_can_be(
 ) -> None:
     torch.manual_seed(0)
     model, x = build().eval(), torch.randn(shape)
-    found = groups(model, x)
-    assert {g.name for g in found if g.removable} == free
-    scores, counts = magnitude(model, found), uniform(found, 0.5, 1)
-    assert remove_channels(model, x, kept(found, scores, counts), found)(x).shape == model(x).shape
+    listed = groups(model, x)
+    assert {g.name for g in listed if g.removable} == free
+    scores, counts = magnitude(model, listed), uniform(listed, 0.5, 1)
+    assert remove_channels(model, x, kept(listed, scores, counts), listed)(x).shape == model(x).shape
 
 
 @pytest.mark.slow

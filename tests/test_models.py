@@ -284,8 +284,8 @@ def test_it_is_shrunk_or_left_alone_and_never_broken(
     monkeypatch.setattr(finish, "SECONDS_EACH", 0.02)
     model, task = toy(build, data)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = lilliput.shrink(model, task, floor=0.99, trials=1, out=tmp_path / "out")
-    summary, chosen = found.summary, found.chosen
+    result = lilliput.shrink(model, task, floor=0.99, trials=1, out=tmp_path / "out")
+    summary, chosen = result.summary, result.chosen
     assert chosen is not None and chosen["packed_bytes"] < 0.9 * summary["dense"]["packed_bytes"]
     reasons = [(item["name"], item["reason"]) for item in summary["left_alone"]]  # a module may have several
     assert any(left in reason for _, reason in reasons), reasons
@@ -297,12 +297,12 @@ def test_it_is_shrunk_or_left_alone_and_never_broken(
         assert layer["bits"] < 32 or alone, (layer, reasons)
     # The three artifacts are one function, and score what the summary says.
     inputs, _ = task.split("val")
-    exported = torch.from_numpy(Session(found.folder / "model.onnx").outputs(inputs))
-    packed = call(lilliput.load(found.folder), inputs)
+    exported = torch.from_numpy(Session(result.folder / "model.onnx").outputs(inputs))
+    packed = call(lilliput.load(result.folder), inputs)
     torch.testing.assert_close(packed, exported, atol=1e-4, rtol=1e-4)
-    assert found.model is not None
+    assert result.model is not None
     with torch.no_grad():
-        torch.testing.assert_close(call(found.model, inputs), exported, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(call(result.model, inputs), exported, atol=1e-3, rtol=1e-3)
     assert task.rate(exported, "val").value == pytest.approx(chosen["val"], abs=1e-6)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -322,6 +322,6 @@ def test_names_from_a_model_are_escaped_in_the_report(tmp_path: Path, monkeypatc
     for name, module in zip((evil, "relu", f"<img src=x onerror={evil}>"), model, strict=True):
         named.add_module(name, module)
     task.name = f"{evil} & co"
-    found = lilliput.shrink(named, task, floor=0.99, trials=1, out=tmp_path / "out")
-    page = (found.folder / "report.html").read_text(encoding="utf-8")
+    result = lilliput.shrink(named, task, floor=0.99, trials=1, out=tmp_path / "out")
+    page = (result.folder / "report.html").read_text(encoding="utf-8")
     assert evil not in page and "<img src=x" not in page and "alert(1)" in page

@@ -43,8 +43,8 @@ def make():
 def make() -> tuple[nn.Module, Task]:
     space: dict[str, Any] = {}
     exec(TARGET, space)
-    found: tuple[nn.Module, Task] = space["make"]()
-    return found
+    made: tuple[nn.Module, Task] = space["make"]()
+    return made
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +68,8 @@ def again(whole: Path, tmp_path: Path) -> Path:
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return found
+    data: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return data
 
 
 def facts(folder: Path) -> list[Any]:
@@ -135,8 +135,8 @@ def test_killed_at_any_moment_and_resumed_it_equals_the_search_that_was_left_alo
 
 def test_a_finished_search_is_not_trained_again(again: Path, whole: Path) -> None:
     before = trained(again)
-    found = shrink(*make(), floor=0.5, trials=3, out=again, resume=True)
-    assert trained(again) == before and found.summary["steps_per_s"] == 0
+    result = shrink(*make(), floor=0.5, trials=3, out=again, resume=True)
+    assert trained(again) == before and result.summary["steps_per_s"] == 0
     same(whole, again)
 
 
@@ -154,9 +154,9 @@ def test_damaged_records_and_tensors_are_named_set_aside_and_made_again(again: P
     rung = sorted(records.glob("rung-*.json"))[0]
     rung.write_bytes(b"\xff\xfe\x00")
     shrink(*make(), floor=0.5, trials=3, out=again, resume=True)
-    found = summary(again)["damaged"]
-    assert rung.name in found and f"{keys[0]}.json" in found
-    assert all((records / f"{name}.corrupt").exists() for name in found)
+    damaged = summary(again)["damaged"]
+    assert rung.name in damaged and f"{keys[0]}.json" in damaged
+    assert all((records / f"{name}.corrupt").exists() for name in damaged)
     same(whole, again)
 
 
@@ -197,10 +197,10 @@ def poison(output: Tensor, target: Tensor) -> Tensor:
 def test_diverging_trainings_are_recorded_as_failed_and_the_search_goes_on(tmp_path: Path) -> None:
     model, task = make()
     bad = Task("toy", task.split("train"), task.split("val"), loss=poison)
-    found = shrink(model, bad, floor=0.5, trials=2, out=tmp_path / "out")
-    failed = [row for row in found.summary["points"] if row["status"] == "failed"]
+    result = shrink(model, bad, floor=0.5, trials=2, out=tmp_path / "out")
+    failed = [row for row in result.summary["points"] if row["status"] == "failed"]
     assert len(failed) == 2 and all("Diverged: Train: the" in row["reason"] for row in failed)
-    assert found.met and "without training" in found.summary["chosen"]["name"]
+    assert result.met and "without training" in result.summary["chosen"]["name"]
     assert (tmp_path / "out" / "report.html").exists()
 
 
@@ -234,9 +234,9 @@ def test_a_long_training_goes_on_from_its_checkpoint(
     assert steps == list(range(1, 26))
     torch.manual_seed(12345)  # another process has another random state
     steps.clear()
-    found = Runner(model, task, Store(tmp_path / "b")).make(recipe, lambda step: bool(steps.append(step)))
+    trained = Runner(model, task, Store(tmp_path / "b")).make(recipe, lambda step: bool(steps.append(step)))
     assert steps == list(range(25, 41))
-    assert all(torch.equal(left_alone[name], value) for name, value in found.state_dict().items())
+    assert all(torch.equal(left_alone[name], value) for name, value in trained.state_dict().items())
     assert not list((tmp_path / "b").glob("*.ckpt"))  # of no use once the training is finished
 
 
@@ -256,9 +256,9 @@ def test_a_damaged_checkpoint_starts_the_training_again(tmp_path: Path, monkeypa
     path = next((tmp_path / "b").glob("*.ckpt"))
     path.write_bytes(path.read_bytes()[:-100])
     runner = Runner(model, task, Store(tmp_path / "b"))
-    found = runner.make(recipe).state_dict()
+    tensors = runner.make(recipe).state_dict()
     assert runner.store.damaged == [path.name]
-    assert all(torch.equal(left_alone[name], value) for name, value in found.items())
+    assert all(torch.equal(left_alone[name], value) for name, value in tensors.items())
 
 
 @pytest.mark.slow

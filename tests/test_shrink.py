@@ -45,38 +45,40 @@ def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
 def toy() -> tuple[nn.Module, Task]:
     space: dict[str, Any] = {}
     exec(TARGET, space)
-    found: tuple[nn.Module, Task] = space["make"]()
-    return found
+    made: tuple[nn.Module, Task] = space["make"]()
+    return made
 
 
 def test_what_is_handed_back_is_what_was_written(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
     model, task = toy
-    found = lilliput.shrink(model, task, floor="20%", trials=2, out=tmp_path / "out")
-    assert found.met and found.chosen is not None and found.model is not None
-    assert found.summary == json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert found.front == found.summary["front"]
-    assert found.chosen["packed_bytes"] < found.summary["dense"]["packed_bytes"] / 4
-    assert found.summary["drop_corrected"] <= 0.2
-    assert "test" in found.chosen and "test" in found.summary["dense"]
-    assert not any("test" in point for point in found.front[1:] if point["name"] not in ("dense", found.chosen["name"]))
-    shares = found.summary["shares"]
+    result = lilliput.shrink(model, task, floor="20%", trials=2, out=tmp_path / "out")
+    assert result.met and result.chosen is not None and result.model is not None
+    assert result.summary == json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert result.front == result.summary["front"]
+    assert result.chosen["packed_bytes"] < result.summary["dense"]["packed_bytes"] / 4
+    assert result.summary["drop_corrected"] <= 0.2
+    assert "test" in result.chosen and "test" in result.summary["dense"]
+    assert not any(
+        "test" in point for point in result.front[1:] if point["name"] not in ("dense", result.chosen["name"])
+    )
+    shares = result.summary["shares"]
     assert sum(shares.values()) == pytest.approx(1, abs=0.01)
     # The files have the sizes that are reported, and the front beats itself nowhere.
     for name, key in (("model.onnx", "onnx_bytes"), ("model.lil", "packed_bytes")):
-        assert (tmp_path / "out" / name).stat().st_size == found.chosen[key]
-    costs = [(-point["val"], point["onnx_bytes"], point["packed_bytes"], point["latency_ms"]) for point in found.front]
+        assert (tmp_path / "out" / name).stat().st_size == result.chosen[key]
+    costs = [(-point["val"], point["onnx_bytes"], point["packed_bytes"], point["latency_ms"]) for point in result.front]
     for a in costs:
         assert not any(all(x <= y for x, y in zip(b, a, strict=True)) and b != a for b in costs)
 
 
 def test_the_recipe_that_is_written_makes_the_same_network_again(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
     model, task = toy
-    found = lilliput.shrink(model, task, floor="20%", trials=1, out=tmp_path / "out")
+    result = lilliput.shrink(model, task, floor="20%", trials=1, out=tmp_path / "out")
     again = run(model, task, Recipe.read(tmp_path / "out" / "recipe.toml"))
-    assert found.model is not None
+    assert result.model is not None
     inputs, _ = task.split("val")
     with torch.no_grad():
-        torch.testing.assert_close(again.eval()(inputs), found.model.eval()(inputs), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(again.eval()(inputs), result.model.eval()(inputs), atol=1e-6, rtol=1e-6)
 
 
 def test_the_same_seed_finds_the_same_whatever_the_workers(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
@@ -100,10 +102,10 @@ def test_the_same_seed_finds_the_same_whatever_the_workers(toy: tuple[nn.Module,
 @pytest.mark.parametrize("objective", ["latency", "macs"])
 def test_other_objectives(objective: str, toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
     model, task = toy
-    found = lilliput.shrink(model, task, floor="30%", objective=objective, trials=1, out=tmp_path / "out")
-    assert found.met and found.chosen is not None and found.summary["objective"] == objective
+    result = lilliput.shrink(model, task, floor="30%", objective=objective, trials=1, out=tmp_path / "out")
+    assert result.met and result.chosen is not None and result.summary["objective"] == objective
     if objective == "macs":
-        assert found.chosen["macs"] == min(point["macs"] for point in found.front if point.get("eligible"))
+        assert result.chosen["macs"] == min(point["macs"] for point in result.front if point.get("eligible"))
 
 
 @pytest.mark.slow
@@ -111,29 +113,29 @@ def test_for_latency_the_engine_is_measured_and_its_artifact_written(
     toy: tuple[nn.Module, Task], tmp_path: Path
 ) -> None:
     model, task = toy
-    found = lilliput.shrink(model, task, floor="30%", objective="latency", trials=1, out=tmp_path / "out")
-    assert found.met and found.chosen is not None
-    fastest = min(min(p["latency_ms"], p.get("engine_ms", 9e9)) for p in found.front if p.get("eligible"))
-    assert min(found.chosen["latency_ms"], found.chosen["engine_ms"]) <= 1.06 * fastest
+    result = lilliput.shrink(model, task, floor="30%", objective="latency", trials=1, out=tmp_path / "out")
+    assert result.met and result.chosen is not None
+    fastest = min(min(p["latency_ms"], p.get("engine_ms", 9e9)) for p in result.front if p.get("eligible"))
+    assert min(result.chosen["latency_ms"], result.chosen["engine_ms"]) <= 1.06 * fastest
     engine, inputs = lilliput.Engine(tmp_path / "out" / "engine"), np.asarray(task.split("val")[0])
     expected = Session(tmp_path / "out" / "model.onnx").outputs(inputs)
     got = np.concatenate([engine(x[None]) for x in inputs.astype(np.float32)])
     assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
-    assert abs(found.chosen["engine"]["val"] - found.chosen["val"]) < 0.02
-    assert found.summary["files"]["engine/libmodel.so"] == found.chosen["engine"]["library_bytes"]
+    assert abs(result.chosen["engine"]["val"] - result.chosen["val"]) < 0.02
+    assert result.summary["files"]["engine/libmodel.so"] == result.chosen["engine"]["library_bytes"]
 
 
 def test_most_bytes_turn_the_question_round(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
     model, task = toy
-    found = lilliput.shrink(model, task, trials=1, max_bytes="1.2kB", out=tmp_path / "out")
-    assert found.met and found.chosen is not None and found.summary["floor"] is None
-    assert (tmp_path / "out" / "model.onnx").stat().st_size == found.chosen["onnx_bytes"] <= 1200
+    result = lilliput.shrink(model, task, trials=1, max_bytes="1.2kB", out=tmp_path / "out")
+    assert result.met and result.chosen is not None and result.summary["floor"] is None
+    assert (tmp_path / "out" / "model.onnx").stat().st_size == result.chosen["onnx_bytes"] <= 1200
 
 
 def test_most_milliseconds_turn_the_question_round(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
     model, task = toy
-    found = lilliput.shrink(model, task, trials=1, max_latency_ms=1000, out=tmp_path / "out")
-    assert found.met and found.chosen is not None and found.chosen["latency_ms"] <= 1000
+    result = lilliput.shrink(model, task, trials=1, max_latency_ms=1000, out=tmp_path / "out")
+    assert result.met and result.chosen is not None and result.chosen["latency_ms"] <= 1000
 
 
 def test_where_nothing_meets_the_question_the_dense_files_are_written(tmp_path: Path) -> None:
@@ -160,8 +162,8 @@ def test_where_nothing_meets_the_question_the_dense_files_are_written(tmp_path: 
 
 def test_a_relative_floor_is_a_part_of_the_dense_score(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
     model, task = toy
-    found = lilliput.shrink(model, task, floor="20r", trials=1, out=tmp_path / "out")
-    assert found.summary["floor"] == pytest.approx(0.2 * found.summary["dense"]["val"])
+    result = lilliput.shrink(model, task, floor="20r", trials=1, out=tmp_path / "out")
+    assert result.summary["floor"] == pytest.approx(0.2 * result.summary["dense"]["val"])
 
 
 @pytest.mark.parametrize(
@@ -190,23 +192,23 @@ def test_settings_out_of_range_write_nothing(
 def test_training_happens_on_the_device(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
     model, task = toy
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    found = lilliput.shrink(model, task, floor="20%", trials=1, out=tmp_path / "out", device="cuda")
-    assert found.met and found.model is not None
+    result = lilliput.shrink(model, task, floor="20%", trials=1, out=tmp_path / "out", device="cuda")
+    assert result.met and result.model is not None
     assert torch.cuda.memory_stats()["allocation.all.allocated"] > before
-    assert all(p.device.type == "cpu" for p in found.model.parameters())
+    assert all(p.device.type == "cpu" for p in result.model.parameters())
 
 
 @pytest.mark.slow
 def test_a_budget_is_kept(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
-    found = lilliput.shrink(*toy, floor="20%", budget="20s", out=tmp_path / "out")
-    assert found.met and found.summary["wall_s"] <= 21 and found.summary["budget_s"] == 20
+    result = lilliput.shrink(*toy, floor="20%", budget="20s", out=tmp_path / "out")
+    assert result.met and result.summary["wall_s"] <= 21 and result.summary["budget_s"] == 20
 
 
 def test_a_budget_too_small_to_train_says_so(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
-    found = lilliput.shrink(*toy, floor="20%", budget="0.1s", out=tmp_path / "out")
-    reasons = {item["name"]: item["reason"] for item in found.summary["left_alone"]}
-    assert "too few to train a student" in reasons["training"] and found.met
-    assert found.chosen is not None and found.chosen["packed_bytes"] < found.summary["dense"]["packed_bytes"] / 2
+    result = lilliput.shrink(*toy, floor="20%", budget="0.1s", out=tmp_path / "out")
+    reasons = {item["name"]: item["reason"] for item in result.summary["left_alone"]}
+    assert "too few to train a student" in reasons["training"] and result.met
+    assert result.chosen is not None and result.chosen["packed_bytes"] < result.summary["dense"]["packed_bytes"] / 2
 
 
 def test_public_names_are_functions_whatever_was_imported_before() -> None:
@@ -222,7 +224,7 @@ def test_nothing_of_a_file_is_executed(tmp_path: Path) -> None:
     for path in (Path(lilliput.__file__).parent).rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"\bpickle\.|import pickle|allow_pickle=True|\bmarshal\b|\bdill\b", text), path
-        for found in re.findall(r"torch\.load\([^)]*\)", text):
-            assert "weights_only=True" in found, (path, found)
-        for found in re.findall(r"np\.load\([^)]*\)", text):
-            assert "allow_pickle=False" in found, (path, found)
+        for call in re.findall(r"torch\.load\([^)]*\)", text):
+            assert "weights_only=True" in call, (path, call)
+        for call in re.findall(r"np\.load\([^)]*\)", text):
+            assert "allow_pickle=False" in call, (path, call)

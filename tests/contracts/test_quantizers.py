@@ -25,16 +25,16 @@ def every(family: str) -> Any:
 def test_a_grid_has_zero_and_no_more_levels_than_its_bits(entry: Entry, symmetric: bool) -> None:
     sizes = []
     for bits in range(2, 17):
-        found = levels(entry.name, bits, symmetric, "test")
-        assert found.low <= 0 < found.high and found.high - found.low < 2**bits and found.symmetric == symmetric
-        sizes.append(found.high - found.low)
+        grid = levels(entry.name, bits, symmetric, "test")
+        assert grid.low <= 0 < grid.high and grid.high - grid.low < 2**bits and grid.symmetric == symmetric
+        sizes.append(grid.high - grid.low)
         low, high = -torch.rand(5, 1) * 3, torch.rand(5, 1) * 2
-        scale, zero = found.steps(low, high)
+        scale, zero = grid.steps(low, high)
         assert (scale > 0).all() and torch.equal(zero, zero.round()) and torch.equal(scale, scale.half().float())
-        assert (zero >= found.low).all() and (zero <= found.high).all()
+        assert (zero >= grid.low).all() and (zero <= grid.high).all()
         slack = scale + 1e-3 * (high - low)  # steps of eleven bits
-        assert ((found.high - zero) * scale + slack >= high).all()
-        assert ((found.low - zero) * scale - slack <= low).all()
+        assert ((grid.high - zero) * scale + slack >= high).all()
+        assert ((grid.low - zero) * scale - slack <= low).all()
     assert sizes == sorted(sizes)
 
 
@@ -68,11 +68,11 @@ def test_a_rounding_stays_on_the_grid_near_the_weight_and_keeps_zeros(
         )
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         for index in (0, 3, 7):
-            found, weight = coded[index].weight, model[index].weight
-            assert torch.equal(found, again[index].weight) and found.isfinite().all()
-            assert len(found.detach().unique()) <= 2**bits * len(weight) * weight[0].numel() // 3
+            decoded, weight = coded[index].weight, model[index].weight
+            assert torch.equal(decoded, again[index].weight) and decoded.isfinite().all()
+            assert len(decoded.detach().unique()) <= 2**bits * len(weight) * weight[0].numel() // 3
             if bits == 8:
-                torch.testing.assert_close(found, weight, atol=0.2, rtol=0.2)
+                torch.testing.assert_close(decoded, weight, atol=0.2, rtol=0.2)
 
 
 @every("rounding")

@@ -24,8 +24,8 @@ def layer(d: int = 200, out: int = 24) -> tuple[Tensor, Tensor]:
     return torch.randn(out, d, generator=generator), mix @ few + 0.3 * torch.randn(d, 1000, generator=generator)
 
 
-def error(weight: Tensor, found: Tensor, X: Tensor) -> float:
-    return float(((weight - found).double() @ X.double()).square().sum())
+def error(weight: Tensor, rounded: Tensor, X: Tensor) -> float:
+    return float(((weight - rounded).double() @ X.double()).square().sum())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -49,8 +49,8 @@ def test_gptq_with_uncorrelated_inputs_is_nearest() -> None:
     W, _ = layer()
     scale, zero = fit(W, uniform(3, True), "minmax")
     for H in (torch.eye(200), torch.diag(torch.rand(200) + 0.1)):
-        found = gptq(W, scale, zero, uniform(3, True), hessian=H[None].double())
-        assert torch.equal(found, nearest(W, scale, zero, uniform(3, True)))
+        rounded = gptq(W, scale, zero, uniform(3, True), hessian=H[None].double())
+        assert torch.equal(rounded, nearest(W, scale, zero, uniform(3, True)))
 
 
 def test_gptq_equation_3_one_column_after_another() -> None:
@@ -81,9 +81,9 @@ def test_stochastic_rounding_meets_the_weight_on_average() -> None:
     """arXiv:1502.02551, section 3: E[round(x)] = x, and a value on the grid stays."""
     x = torch.tensor([[0.25, -1.7, 3.0]]).repeat(20000, 1)
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
-    found = stochastic(x, torch.ones(1, 1), torch.zeros(1, 1), Levels(-7, 7, True), noise=noise)
-    torch.testing.assert_close(found.mean(0), x[0], atol=0.01, rtol=0)
-    assert (found[:, 2] == 3).all() and set(found[:, 0].tolist()) == {0.0, 1.0}
+    rounded = stochastic(x, torch.ones(1, 1), torch.zeros(1, 1), Levels(-7, 7, True), noise=noise)
+    torch.testing.assert_close(rounded.mean(0), x[0], atol=0.01, rtol=0)
+    assert (rounded[:, 2] == 3).all() and set(rounded[:, 0].tolist()) == {0.0, 1.0}
 
 
 class Net(nn.Module):

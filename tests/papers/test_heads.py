@@ -108,8 +108,8 @@ def test_what_is_left_trains_and_exports(net: str) -> None:
 def test_importance_is_the_mean_slope_of_the_loss_in_the_gates() -> None:
     """Equation 2 of section 4.1, by finite differences: scaling a head's output columns is its gate."""
     model, task = torch_encoder()
-    found = heads(model, task.example)
-    scores = gate_scores(model, task, found)
+    modules = heads(model, task.example)
+    scores = gate_scores(model, task, modules)
     x, y = task.split("train")
 
     def losses(h: int, xi: float) -> Tensor:
@@ -117,9 +117,9 @@ def test_importance_is_the_mean_slope_of_the_loss_in_the_gates() -> None:
         before = layer.out_proj.weight.detach().clone()
         with torch.no_grad():
             layer.out_proj.weight[:, 2 * h : 2 * h + 2] *= xi
-            found = F.cross_entropy(model.train()(x), y, reduction="none").double()
+            loss = F.cross_entropy(model.train()(x), y, reduction="none").double()
             layer.out_proj.weight.copy_(before)
-        return found
+        return loss
 
     expected = [float((losses(h, 1.01) - losses(h, 0.99)).abs().mean() / 0.02) for h in range(4)]
     torch.testing.assert_close(scores["e.layers.1.self_attn"], torch.tensor(expected), rtol=0.02, atol=1e-5)
@@ -143,11 +143,11 @@ def test_head_attention_is_multihead_attention(settings: dict[str, object]) -> N
         {"average_attn_weights": False},
         {"need_weights": False},
     ):
-        expected, found = layer(q, k, v, **options), twin(q, k, v, **options)
-        torch.testing.assert_close(found[0], expected[0], atol=1e-6, rtol=1e-5)
-        assert (found[1] is None) == (expected[1] is None)
+        expected, outputs = layer(q, k, v, **options), twin(q, k, v, **options)
+        torch.testing.assert_close(outputs[0], expected[0], atol=1e-6, rtol=1e-5)
+        assert (outputs[1] is None) == (expected[1] is None)
         if expected[1] is not None:
-            torch.testing.assert_close(found[1], expected[1], atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(outputs[1], expected[1], atol=1e-6, rtol=1e-5)
     one = layer(q[0], k[0], v[0])
     torch.testing.assert_close(twin(q[0], k[0], v[0]), one, atol=1e-6, rtol=1e-5)
 
@@ -160,9 +160,9 @@ def test_torch_layers_take_masks_after_losing_heads(norm_first: bool) -> None:
     layer = nn.TransformerEncoderLayer(8, 4, 16, 0.0, batch_first=True, norm_first=norm_first)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first).eval()
     x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    found = heads(encoder, x)
-    small = remove_heads(encoder, x, {h.name: torch.tensor([0, 2]) for h in found}, found)
-    for h in found:
+    modules = heads(encoder, x)
+    small = remove_heads(encoder, x, {h.name: torch.tensor([0, 2]) for h in modules}, modules)
+    for h in modules:
         encoder.get_submodule(h.name).out_proj.weight.data[:, h.rows(torch.tensor([1, 3]))] = 0
     with torch.no_grad():
         for options in (

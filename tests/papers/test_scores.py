@@ -48,8 +48,8 @@ def dense(net: nn.Module, names: list[str], loss: object) -> tuple[Tensor, Tenso
     return torch.autograd.functional.jacobian(of, flat), torch.autograd.functional.hessian(of, flat)
 
 
-def together(found: dict[str, dict[str, Tensor]], need: str) -> Tensor:
-    return torch.cat([known[need].flatten() for known in found.values()]).double()
+def together(measured: dict[str, dict[str, Tensor]], need: str) -> Tensor:
+    return torch.cat([known[need].flatten() for known in measured.values()]).double()
 
 
 def test_snip_equation_4_is_the_derivative_in_a_mask_on_the_connections() -> None:
@@ -58,11 +58,11 @@ def test_snip_equation_4_is_the_derivative_in_a_mask_on_the_connections() -> Non
     masks = {name: torch.ones_like(net.get_parameter(name), requires_grad=True) for name in names}
     weights = {name: mask * net.get_parameter(name).detach() for name, mask in masks.items()}
     slopes = torch.autograd.grad(F.cross_entropy(functional_call(net, weights, (x,)), y), list(masks.values()))
-    found = statistics(net, task, names, ["mean_gradient"], batch_size=20)
+    measured = statistics(net, task, names, ["mean_gradient"], batch_size=20)
     for name, slope in zip(names, slopes, strict=True):
-        score = scores.snip(net.get_parameter(name).detach(), **found[name])
+        score = scores.snip(net.get_parameter(name).detach(), **measured[name])
         torch.testing.assert_close(score, slope.abs(), rtol=1e-4, atol=1e-7)
-        assert torch.equal(score, scores.saliency(net.get_parameter(name).detach(), **found[name]))
+        assert torch.equal(score, scores.saliency(net.get_parameter(name).detach(), **measured[name]))
 
 
 def test_saliency_cancels_where_taylor_does_not() -> None:
@@ -79,10 +79,10 @@ def test_grasp_equation_8_is_the_change_of_the_gradient_norm() -> None:
     """arXiv:2002.07376: S(-w) = -w Hg; H g against the exact Hessian, and against what the norm really loses."""
     net, x, y, task, names = small()
     g, hessian = dense(net, names, lambda f: F.cross_entropy(f(x.double()), y))
-    found = statistics(net, task, names, ["hessian_gradient"], batch_size=20)
-    torch.testing.assert_close(together(found, "hessian_gradient"), hessian @ g, rtol=1e-3, atol=1e-6)
+    measured = statistics(net, task, names, ["hessian_gradient"], batch_size=20)
+    torch.testing.assert_close(together(measured, "hessian_gradient"), hessian @ g, rtol=1e-3, atol=1e-6)
     flat = torch.cat([net.get_parameter(name).detach().flatten() for name in names]).double()
-    signed = flat * together(found, "hessian_gradient")
+    signed = flat * together(measured, "hessian_gradient")
 
     def norm(index: int, share: float) -> float:
         other = copy.deepcopy(net).double()
@@ -136,17 +136,17 @@ def test_synflow_theorem_2_every_layer_has_the_same_sum_of_scores() -> None:
     """arXiv:2006.05467: what flows into a cut of the network flows out of it; taken here as a share, it is 1."""
     net, x = deep(), torch.randn(8, 2, 6, 6)
     names = ["0.weight", "4.weight", "8.weight", "11.weight"]
-    found = statistics(net, Task("inputs", x, x), names, ["flow"])
+    measured = statistics(net, Task("inputs", x, x), names, ["flow"])
     for name in names:
-        assert float(scores.synflow(net.get_parameter(name).detach(), **found[name]).sum()) == pytest.approx(1, 1e-5)
+        assert float(scores.synflow(net.get_parameter(name).detach(), **measured[name]).sum()) == pytest.approx(1, 1e-5)
 
 
 def test_synflow_theorem_1_every_hidden_neuron_conserves_it() -> None:
     """Sum over a neuron's incoming weights = sum over its outgoing ones."""
     net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
     x = torch.randn(4, 5)
-    found = statistics(net, Task("inputs", x, x), ["0.weight", "2.weight"], ["flow"])
-    into, out = (scores.synflow(net.get_parameter(name).detach(), **known) for name, known in found.items())
+    measured = statistics(net, Task("inputs", x, x), ["0.weight", "2.weight"], ["flow"])
+    into, out = (scores.synflow(net.get_parameter(name).detach(), **known) for name, known in measured.items())
     torch.testing.assert_close(into.sum(1), out.sum(0))
 
 
@@ -231,13 +231,13 @@ def test_curvature_is_the_gauss_newton_diagonal_of_a_likelihood(loss: str) -> No
     net, x = nn.Linear(3, 4 if loss == "cross_entropy" else 1), torch.randn(1, 3).repeat(500, 1)
     y = torch.arange(500) % 2
     task = Task("logits", (x, y), (x, y), None, loss, "accuracy")
-    found = statistics(net, task, ["weight"], ["curvature"], examples=500)
+    measured = statistics(net, task, ["weight"], ["curvature"], examples=500)
     _, hessian = dense(net, ["weight"], lambda f: task.loss(f(x[:1].double()), Batch(x[:1], y[:1])))
-    torch.testing.assert_close(together(found, "curvature"), hessian.diagonal(), rtol=0.25, atol=3e-3)
+    torch.testing.assert_close(together(measured, "curvature"), hessian.diagonal(), rtol=0.25, atol=3e-3)
     other = Task("labels do not matter", (x, 1 - y), (x, y), None, loss, "accuracy")
     assert torch.equal(
         together(statistics(net, other, ["weight"], ["curvature"], examples=500), "curvature"),
-        together(found, "curvature"),
+        together(measured, "curvature"),
     )
 
 
@@ -269,9 +269,9 @@ def test_woodfisher_equation_3_against_the_dense_inverse_and_the_recursion() -> 
 def test_woodfisher_is_what_the_loss_gains_after_the_others_of_the_block_adapt() -> None:
     """Hassibi and Stork 1992: the least d^T A d / 2 with d_q = -w_q is w_q^2 / (2 [A^-1]_qq)."""
     net, x, y, task, names = small()
-    found = statistics(net, task, names, ["inverse_fisher"], examples=48)
+    measured = statistics(net, task, names, ["inverse_fisher"], examples=48)
     weight, g = net[0].weight.detach(), per_example(net, x, y, ["0.weight"])
-    score = scores.woodfisher(weight, **found["0.weight"]).flatten()
+    score = scores.woodfisher(weight, **measured["0.weight"]).flatten()
     fisher = g.T @ g / 48 + 1e-5 * torch.eye(30).double()
     for q in (0, 17, 29):
         rest = [i for i in range(30) if i != q]
@@ -350,11 +350,11 @@ def test_ria_equation_is_relative_importance_times_the_root_of_the_input_norm() 
 
 
 def test_data_needed_says_what_a_score_takes() -> None:
-    found = {name: scores.data_needed(name) for name in SCORES}
-    assert {name for name, data in found.items() if data == "none"} == {"magnitude", "random", "lamp"}
-    assert {name for name, data in found.items() if data == "inputs"} == {"synflow", "obd", "wanda", "ria"}
+    needed = {name: scores.data_needed(name) for name in SCORES}
+    assert {name for name, data in needed.items() if data == "none"} == {"magnitude", "random", "lamp"}
+    assert {name for name, data in needed.items() if data == "inputs"} == {"synflow", "obd", "wanda", "ria"}
     for name in SCORES:
-        said = {"none": "Needs no data", "inputs": "input", "labels": "labels"}[found[name]]
+        said = {"none": "Needs no data", "inputs": "input", "labels": "labels"}[needed[name]]
         text = str(scores.lookup(name).__doc__)
         assert said in text and ("Source:" in text or name == "random")
     with pytest.raises(KeyError, match=r"known score, got 'snipp'\. Did you mean 'snip'"):
@@ -411,11 +411,11 @@ def test_statistics_of_other_precisions_are_taken_in_float32(dtype: torch.dtype)
     net, x, y, _, names = small()
     net = net.to(dtype)
     task = Task("half", (x.to(dtype), y), (x, y))
-    found = statistics(net, task, names, [*KNOWN])
+    measured = statistics(net, task, names, [*KNOWN])
     same = statistics(copy.deepcopy(net).float(), Task("single", (x.to(dtype).float(), y), (x, y)), names, [*KNOWN])
     for name in names:
-        assert set(found[name]) == set(KNOWN)
-        for need, value in found[name].items():
+        assert set(measured[name]) == set(KNOWN)
+        for need, value in measured[name].items():
             assert value.dtype == (torch.float64 if need == "hessian" else torch.float32), need
             torch.testing.assert_close(value, same[name][need])
     assert net[0].weight.dtype == dtype
@@ -461,11 +461,11 @@ def test_layers_of_one_channel_frozen_and_unused_weights() -> None:
             return self.say(self.one(x).flatten(1))
 
     net, x = Odd(), torch.randn(6, 1, 2, 2)
-    found = statistics(
+    measured = statistics(
         net, Task("odd", (x, torch.arange(6) % 2), x), ["one.weight", "unused.weight", "say.weight"], [*KNOWN]
     )
     for need in ("gradient", "mean_gradient", "hessian_gradient", "curvature", "flow"):
-        assert not found["unused.weight"][need].any() and found["say.weight"][need].any(), need
+        assert not measured["unused.weight"][need].any() and measured["say.weight"][need].any(), need
     assert not net.say.weight.requires_grad
 
 

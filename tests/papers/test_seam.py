@@ -52,12 +52,12 @@ MODEL, TASK = problem()
 
 @pytest.mark.parametrize("pattern", ["elements", "channel"])
 def test_weights_never_change(pattern: str) -> None:
-    found = Seam((1, 3), steps=30, pattern=pattern)(MODEL, TASK, None)
+    pruned = Seam((1, 3), steps=30, pattern=pattern)(MODEL, TASK, None)
     folded = fold_batchnorm(MODEL, TASK.example)
     for name, weight in folded.named_parameters():
-        assert torch.equal(theta(found.get_submodule("body"), name), weight), name
-    assert 0 < retention(found) < 1
-    assert all(p.requires_grad for p in found.parameters()), "as it was before"
+        assert torch.equal(theta(pruned.get_submodule("body"), name), weight), name
+    assert 0 < retention(pruned) < 1
+    assert all(p.requires_grad for p in pruned.parameters()), "as it was before"
 
 
 def test_masks_are_binary_forward_and_straight_through_backward_clipped() -> None:
@@ -69,14 +69,14 @@ def test_masks_are_binary_forward_and_straight_through_backward_clipped() -> Non
 
 @pytest.mark.parametrize("pattern", ["elements", "channel"])
 def test_retention_rate_is_the_count_of_kept_weights(pattern: str) -> None:
-    found = Seam((0, 2, 4), steps=40, pattern=pattern)(MODEL, TASK, None)
-    weights = {name: code.mask for name, code in masks(found).items() if code.mask.dim() > 1}
+    pruned = Seam((0, 2, 4), steps=40, pattern=pattern)(MODEL, TASK, None)
+    weights = {name: code.mask for name, code in masks(pruned).items() if code.mask.dim() > 1}
     assert sum(mask.numel() for mask in weights.values()) == sum(p.numel() for p in MODEL.parameters() if p.dim() > 1)
     kept = sum(int(mask.sum()) for mask in weights.values())
-    plain = realize(found)
+    plain = realize(pruned)
     assert kept == sum(int(plain.get_parameter(name).count_nonzero()) for name in weights)
     total = sum(mask.numel() for mask in weights.values())
-    assert retention(found) == pytest.approx(kept / total)
+    assert retention(pruned) == pytest.approx(kept / total)
 
 
 def test_the_loss_is_cross_entropy_through_the_head_plus_alpha_times_the_retention_rate() -> None:
@@ -126,13 +126,13 @@ def test_few_weights_answer_the_sub_problem_as_well() -> None:
 def test_the_smaller_module_computes_what_the_masked_one_does(
     classes: tuple[int, ...], rest: bool, pattern: str
 ) -> None:
-    found = Seam(classes, rest, steps=60, alpha=10.0, pattern=pattern)(MODEL, TASK, None)
-    small = remove_empty(found, TASK.example)
+    pruned = Seam(classes, rest, steps=60, alpha=10.0, pattern=pattern)(MODEL, TASK, None)
+    small = remove_empty(pruned, TASK.example)
     x = TASK.split("test")[0]
-    torch.testing.assert_close(predict(small, x), predict(found, x))
-    torch.testing.assert_close(predict(small, x * 3 - 1), predict(found, x * 3 - 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(predict(small, x), predict(pruned, x))
+    torch.testing.assert_close(predict(small, x * 3 - 1), predict(pruned, x * 3 - 1), rtol=1e-4, atol=1e-4)
     assert not codes(small)
-    values = [sum(p.numel() for p in net.parameters()) for net in (small, realize(found))]
+    values = [sum(p.numel() for p in net.parameters()) for net in (small, realize(pruned))]
     assert values[0] < values[1]
     assert small(TASK.example).shape == (1, len(classes) + rest)
 
@@ -148,8 +148,8 @@ def test_the_smaller_module_trains_and_can_be_shrunk() -> None:
 def test_the_smaller_module_exports() -> None:
     small, sub = reuse(MODEL, TASK, (1, 3), steps=60, alpha=10.0, pattern="channel")
     x = sub.split("test")[0]
-    found = Session(trace(small, sub.example).proto).outputs(x)
-    torch.testing.assert_close(torch.from_numpy(found), predict(small, x), rtol=1e-4, atol=1e-5)
+    outputs = Session(trace(small, sub.example).proto).outputs(x)
+    torch.testing.assert_close(torch.from_numpy(outputs), predict(small, x), rtol=1e-4, atol=1e-5)
 
 
 def test_networks_of_several_inputs() -> None:
@@ -241,9 +241,9 @@ def test_settings_are_checked(settings: dict[str, object], match: str) -> None:
 
 def test_no_channels_to_mask_says_what_to_do() -> None:
     flat = nn.Sequential(nn.Flatten(), nn.Linear(72, 5))
-    found = Seam((0, 1), steps=5, pattern="channel")
+    stage = Seam((0, 1), steps=5, pattern="channel")
     with pytest.raises(ValueError, match="pattern='elements'"):
-        found(nn.Sequential(nn.Flatten(), nn.LayerNorm(72), nn.Linear(72, 5)), TASK, None)
+        stage(nn.Sequential(nn.Flatten(), nn.LayerNorm(72), nn.Linear(72, 5)), TASK, None)
     assert retention(Seam((0, 1), steps=5)(flat, TASK, None)) <= 1
 
 
