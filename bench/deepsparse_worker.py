@@ -39,10 +39,10 @@ class Worker:
     def _answer(self) -> dict:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        found = json.loads(line) if line else {"error": "it ended"}
-        if "error" in found:
-            raise RuntimeError(f"DeepSparse: {found['error']}. What it needs is in bench/deepsparse_worker.py.")
-        return found
+        answer = json.loads(line) if line else {"error": "it ended"}
+        if "error" in answer:
+            raise RuntimeError(f"DeepSparse: {answer['error']}. What it needs is in bench/deepsparse_worker.py.")
+        return answer
 
     def _ask(self, **what: object) -> dict:
         assert self.process.stdin is not None

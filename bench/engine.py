@@ -39,11 +39,11 @@ LEAST_S = 2e-3  # of one runtime's turn
 def turns(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
     """Seconds of a run of each, one median a round, the runtimes taking turns."""
     counts = {name: max(1, int(LEAST_S / min(run(3)))) for name, run in runs.items()}
-    found: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            found[name].append(float(np.median(run(counts[name]))))
-    return found
+            seconds[name].append(float(np.median(run(counts[name]))))
+    return seconds
 
 
 def timed(session: Any, feed: dict[str, Any]) -> Run:
@@ -73,7 +73,7 @@ def row(
     times = turns({"onnxruntime": timed(runtime, feed), "engine": timed(engine, feed), **rivals}, rounds)
     base = np.array(times["onnxruntime"])
     manifest = engine.engine.manifest
-    found: dict[str, Any] = {
+    row: dict[str, Any] = {
         "network": name,
         "onnxruntime_ms": ms(times["onnxruntime"]),
         "engine_ms": ms(times["engine"]),
@@ -82,10 +82,10 @@ def row(
         "error": float(np.abs(a - b).max() / np.abs(b).max()),
     }
     for rival in rivals:
-        found[f"{rival}_ms"] = ms(times[rival])
-        found[f"times_{rival}"] = round(float(np.median(np.array(times[rival]) / times["engine"])), 3)
+        row[f"{rival}_ms"] = ms(times[rival])
+        row[f"times_{rival}"] = round(float(np.median(np.array(times[rival]) / times["engine"])), 3)
     macs = kept_macs(path, manifest)
-    found |= {
+    row |= {
         "share_of_peak": round(macs / (np.median(times["engine"]) * peak), 3) if macs else None,
         "library_bytes": manifest["library_bytes"],
         "weight_bytes": manifest["weight_bytes"],
@@ -93,8 +93,8 @@ def row(
         "arena_over_live": round(manifest["arena_bytes"] / max(manifest["live_bytes"], 1), 3),
         "compile_s": round(compiled_s, 2),
     }
-    print(json.dumps(found), flush=True)
-    return found
+    print(json.dumps(row), flush=True)
+    return row
 
 
 def ms(seconds: list[float]) -> float:
@@ -183,16 +183,16 @@ def library_sizes(path: Path, folder: Path) -> dict[str, int]:
     proto = onnx.load(path)
     weights = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer if len(t.dims) > 1}
     axes = {name: axis for name, axis in channels(proto).items() if name in weights}
-    found = {}
+    sizes = {}
     for kind, stored in {
         "float32": {},
         "float16": {name: Plain(w.astype(np.float16)) for name, w in weights.items()},
         "8 bits": quantized(weights, axes, dict.fromkeys(weights, 8)),
     }.items():
         engine = lilliput.compile(narrow(proto, stored) if stored else proto, folder / f"size-{kind}")
-        found[kind] = engine.manifest["library_bytes"] + engine.manifest["weight_bytes"]
-        print(kind, found[kind], flush=True)
-    return found
+        sizes[kind] = engine.manifest["library_bytes"] + engine.manifest["weight_bytes"]
+        print(kind, sizes[kind], flush=True)
+    return sizes
 
 
 def main() -> None:

@@ -104,11 +104,11 @@ def measure(
             if round_:
                 rules_ms[name] += spent / count / rounds * 1000
                 times[name].append((time.process_time() - start) / count * 1000)
-    found: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, values in times.items():
         ratio = np.array(values) / np.array(times["dense"])
         low, middle, high = np.quantile(ratio, [0.25, 0.5, 0.75])
-        found[name] = {
+        rows[name] = {
             "ms_per_step": round(float(np.median(values)), 3),
             "ratio": round(float(middle), 4),
             "ratio_quartiles": [round(float(low), 4), round(float(high), 4)],
@@ -116,10 +116,10 @@ def measure(
         }
         print(
             f"{name:36s}{np.median(values):9.2f} ms{middle:8.3f} x dense [{low:.3f}, {high:.3f}], updates "
-            f"{found[name]['updates']:.2%}",
+            f"{rows[name]['updates']:.2%}",
             flush=True,
         )
-    return found
+    return rows
 
 
 class Worker:
@@ -144,7 +144,7 @@ class Worker:
 def against(commit: str, pairs: int) -> dict[str, dict[str, Any]]:
     """The ratio of steps a second, this working tree over a commit, for each network and variant."""
     archive = subprocess.run(["git", "archive", commit, "src"], cwd=ROOT, capture_output=True, check=True).stdout
-    found: dict[str, dict[str, Any]] = {}
+    ratios_of: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:
             files.extractall(folder, filter="data")
@@ -161,11 +161,11 @@ def against(commit: str, pairs: int) -> dict[str, dict[str, Any]]:
                 for worker in workers:
                     worker.close()
                 low, middle, high = (round(float(q), 4) for q in np.quantile(ratios, [0.25, 0.5, 0.75]))
-                found.setdefault(network, {})[variant] = {"ratio": middle, "ratio_quartiles": [low, high]}
+                ratios_of.setdefault(network, {})[variant] = {"ratio": middle, "ratio_quartiles": [low, high]}
                 print(
                     f"{network:12s}{variant:18s}{middle:8.4f} x the steps a second [{low:.4f}, {high:.4f}]", flush=True
                 )
-    return found
+    return ratios_of
 
 
 def main() -> None:

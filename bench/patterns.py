@@ -69,7 +69,7 @@ def layers() -> dict[str, tuple[nn.Module, torch.Tensor]]:
 
 def variants(weights: dict[str, torch.Tensor]) -> dict[tuple[str, float], dict[str, Plain]]:
     """The weights under each pattern at each sparsity; the dense ones first."""
-    found = {("dense", 0.0): {name: Plain(w.numpy()) for name, w in weights.items()}}
+    weights_by_pattern = {("dense", 0.0): {name: Plain(w.numpy()) for name, w in weights.items()}}
     asked = [("elements", 0.5), ("2:4", 0.5), ("2:4 out", 0.5), *((p, s) for s in SPARSITIES for p in PATTERNS)]
     for text, sparsity in asked:
         pattern = parse(text)
@@ -78,8 +78,10 @@ def variants(weights: dict[str, torch.Tensor]) -> dict[tuple[str, float], dict[s
                 pattern.check(tuple(w.shape))
         except ValueError:
             continue
-        found[text, sparsity] = {name: Plain((w * pattern(w.abs(), sparsity)).numpy()) for name, w in weights.items()}
-    return found
+        weights_by_pattern[text, sparsity] = {
+            name: Plain((w * pattern(w.abs(), sparsity)).numpy()) for name, w in weights.items()
+        }
+    return weights_by_pattern
 
 
 def compiled(structure: Structure, stored: dict[str, Plain], folder: Path) -> Engine:
@@ -119,11 +121,11 @@ def rows(name: str, layer: nn.Module, x: torch.Tensor, rounds: int, build: Path)
         for key, stored in variants(weights).items()
     }
     times = turns({repr(key): timed(engine, x.numpy()) for key, engine in engines.items()}, rounds)
-    base, found = np.array(times[repr(("dense", 0.0))]), []
+    base, rows = np.array(times[repr(("dense", 0.0))]), []
     for key, engine in engines.items():
         ratio = base / np.array(times[repr(key)])
         kernels = sorted({held["kernel"] for held in engine.manifest["layers"]})
-        found.append(
+        rows.append(
             {
                 "layer": name,
                 "shapes": [list(w.shape) for w in weights.values()],
@@ -135,8 +137,8 @@ def rows(name: str, layer: nn.Module, x: torch.Tensor, rounds: int, build: Path)
                 "kernels": kernels,
             }
         )
-        print(name, *(found[-1][k] for k in ("pattern", "sparsity", "ms", "times_dense", "kernels")), flush=True)
-    return found
+        print(name, *(rows[-1][k] for k in ("pattern", "sparsity", "ms", "times_dense", "kernels")), flush=True)
+    return rows
 
 
 def main() -> None:

@@ -81,22 +81,22 @@ def main() -> None:
     dense, task = work.digits()
     steps = given.epochs * (task.examples // task.batch_size)
     folded = lilliput.run(dense, task, lilliput.Recipe((lilliput.FoldBatchNorm(),)))
-    found = [measure("dense", folded, task, given.models / "digits-dense.onnx")]
+    rows = [measure("dense", folded, task, given.models / "digits-dense.onnx")]
     for sparsity in given.sparsity:
         plan = recipe(sparsity, steps, given.seed)
         pruned = lilliput.run(dense, task, plan, given.models / "store", seed=given.seed)
         percent = f"{sparsity * 100:g}"
         row = measure(f"{percent}% zeros", pruned, task, given.models / f"digits-pruned-{percent}.onnx")
-        found.append({**row, "steps": steps, "recipe": plan.data()})
-    layers = {row["network"]: row.pop("layers") for row in found}
-    recipes = {row["network"]: row.pop("recipe") for row in found if "recipe" in row}
+        rows.append({**row, "steps": steps, "recipe": plan.data()})
+    layers = {row["network"]: row.pop("layers") for row in rows}
+    recipes = {row["network"]: row.pop("recipe") for row in rows if "recipe" in row}
     record = {
         "what": f"ResNet-20 on the bench-work digits, really pruned and distilled, {given.epochs} epochs, one seed; "
         "accuracy in ONNX Runtime on the 1,000 validation digits",
         "command": "python bench/pruned_digits.py",
         "seed": given.seed,
         "epochs": given.epochs,
-        "rows": found,
+        "rows": rows,
         "recipes": recipes,
         "zeros_by_layer": layers,
         "machine": before,

@@ -111,19 +111,19 @@ def differs(got: list[np.ndarray], wanted: list[np.ndarray], quantum: float = 0.
 def built(
     model: Path,
     folder: Path,
-    found: Target,
+    machine: Target,
     more: tuple[str, ...] = (),
     link: tuple[str, ...] = ("-lm",),
     bare: bool = False,
 ) -> tuple[Path, dict]:
-    """A program that runs a model on the inputs beside it, made by the compiler of `found`; the manifest."""
-    write(model, folder, replace(found, library=""), tune=False)
+    """A program that runs a model on the inputs beside it, made by the compiler of `machine`; the manifest."""
+    write(model, folder, replace(machine, library=""), tune=False)
     facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    inside = bare or found.name == "wasm"
+    inside = bare or machine.name == "wasm"
     text = program(facts, networks.feed_of(model), folder if inside and facts["weight_bytes"] else None)
     (folder / "program.c").write_text(text, encoding="utf-8")
-    out = folder / ("program.wasm" if found.name == "wasm" else "program")
-    compiler = [*found.cc, *found.flags, "-Wall", "-Wextra", *more]
+    out = folder / ("program.wasm" if machine.name == "wasm" else "program")
+    compiler = [*machine.cc, *machine.flags, "-Wall", "-Wextra", *more]
     if bare:
         (folder / "start.c").write_text(BARE_START, encoding="utf-8")
         (folder / "bare.ld").write_text(BARE_LINK, encoding="utf-8")
@@ -133,7 +133,7 @@ def built(
             own = ["-DBARE", *(["-fno-builtin"] if name == "start" else []), "-g0", "-c", str(folder / f"{name}.c")]
             warned += run_compiler([*compiler, *own, "-o", objects[-1]])
         # The headers are those of a system, the program has none.
-        linker = [word.replace("-linux-musl", "-freestanding-") for word in found.cc]
+        linker = [word.replace("-linux-musl", "-freestanding-") for word in machine.cc]
         warned += run_compiler(
             [*linker, "-nostdlib", f"-Wl,-T,{folder / 'bare.ld'}", "-Wl,-e,reset", *objects, "-o", str(out)]
         )
@@ -170,12 +170,12 @@ def cross(files: list[Path], work: Path) -> Iterator[str]:
 
     def one(platform: Platform) -> list[str]:
         lines = []
-        found = target(platform.to, " ".join(platform.cc))
+        machine = target(platform.to, " ".join(platform.cc))
         for path in files:
             start, folder = time.monotonic(), work / platform.name.replace(" ", "-") / path.stem
             label = f"cross {platform.name} {path.stem}"
             try:
-                out, facts = built(path, folder, found, link=platform.link, bare=platform.bare)
+                out, facts = built(path, folder, machine, link=platform.link, bare=platform.bare)
                 runs = shutil.which(platform.command[0]) and (platform.to != "wasm" or has("wasmtime"))
                 if not runs:
                     lines.append(f"  {label}: compiled, not run")
@@ -255,12 +255,12 @@ def sanitized_nodes(all: bool) -> Iterator[str]:
 
 def threads(files: list[Path], work: Path) -> Iterator[str]:
     """Two threads with two arenas under ThreadSanitizer: each prints what one alone prints."""
-    found = target("native")
+    machine = target("native")
     for path in files:
         folder = work / "threads" / path.stem
         try:
             more = ("-O1", "-g", "-fsanitize=thread", "-DTHREADS", "-pthread")
-            out, facts = built(path, folder, found, more)
+            out, facts = built(path, folder, machine, more)
             weights = ["model.weights"] if facts["weight_bytes"] else []
             run([str(out), *weights], facts, folder)
             wrong = ""

@@ -206,12 +206,12 @@ def _words(name: str, data: bytes) -> str:
 
 def sizes_of(facts: dict[str, Any], feed: dict[str, np.ndarray]) -> dict[str, int]:
     """The free sizes that these inputs have."""
-    found = dict(facts["sizes"])
+    sizes = dict(facts["sizes"])
     for entry in facts["inputs"]:
         for said, size in zip(entry["shape"], feed[entry["name"]].shape, strict=True):
-            if said in found:
-                found[said] = size
-    return found
+            if said in sizes:
+                sizes[said] = size
+    return sizes
 
 
 def program(facts: dict[str, Any], feed: dict[str, np.ndarray], inside: Path | None = None) -> str:
@@ -254,8 +254,8 @@ def outputs_of(text: str, facts: dict[str, Any], sizes: dict[str, int] | None = 
     first, second, _ = text.split("=\n")
     if first != second:
         raise ValueError("the second run gives other bytes than the first")
-    found = []
+    outputs = []
     for part, entry in zip(first.split("-\n"), facts["outputs"], strict=False):
         raw = bytes.fromhex(part.replace("\n", ""))
-        found.append(np.frombuffer(raw, entry["dtype"]).reshape(shape_of(entry, sizes or facts["sizes"])))
-    return found
+        outputs.append(np.frombuffer(raw, entry["dtype"]).reshape(shape_of(entry, sizes or facts["sizes"])))
+    return outputs

@@ -64,12 +64,12 @@ def training(record: Record) -> None:
     for place, network in zip(axes[0], networks, strict=True):
         rows = {row["method"]: row for row in record["rows"] if row["network"] == network}
         for method, colour in zip(shown, PALETTE, strict=True):
-            found = [c for c in ("80%", "90%", "95%", "98%") if method in rows and c in rows[method]]
-            if found:
+            columns = [c for c in ("80%", "90%", "95%", "98%") if method in rows and c in rows[method]]
+            if columns:
                 line(
                     place,
-                    [float(c[:-1]) for c in found],
-                    [(rows[method][c], rows[method][f"{c} interval"]) for c in found],
+                    [float(c[:-1]) for c in columns],
+                    [(rows[method][c], rows[method][f"{c} interval"]) for c in columns],
                     method,
                     colour,
                 )
@@ -153,10 +153,10 @@ def channels(record: Record) -> None:
         for score, colour in zip(
             ("l1", "l2", "geometric_median", "taylor", "random", "from scratch"), PALETTE, strict=False
         ):
-            found = [rows[0], *(row for row in rows if row["score"] == score)]
+            points = [rows[0], *(row for row in rows if row["score"] == score)]
             place.plot(
-                [row["macs"] / dense for row in found],
-                [row["accuracy"] for row in found],
+                [row["macs"] / dense for row in points],
+                [row["accuracy"] for row in points],
                 marker="o",
                 markersize=3.5,
                 linewidth=1.6,
@@ -223,12 +223,12 @@ def reconstruction(record: Record) -> None:
     colours = dict(zip(dict.fromkeys(row["method"] for row in rows if row["method"] != "dense"), PALETTE, strict=False))
     for place, network in zip(axes[0], networks, strict=True):
         for method, colour in colours.items():
-            found = sorted(
+            points = sorted(
                 (row["sparsity"], row["score"]) for row in rows if (row["network"], row["method"]) == (network, method)
             )
-            if found:
+            if points:
                 place.plot(
-                    *zip(*found, strict=True), marker="o", markersize=3.5, linewidth=1.6, color=colour, label=method
+                    *zip(*points, strict=True), marker="o", markersize=3.5, linewidth=1.6, color=colour, label=method
                 )
         clean(place, "zeros, of all weights", "held-out score", network)
     legend(axes[0][0])

@@ -79,8 +79,8 @@ def seeds() -> list[onnx.ModelProto]:
         values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]
         outputs = [onnx.ValueInfoProto(name=nodes[-1].output[0])]
         graph = helper.make_graph(nodes, "g", values, outputs, held)
-        found = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
-        return onnx.shape_inference.infer_shapes(found)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+        return onnx.shape_inference.infer_shapes(model)
 
     n = helper.make_node
     sparse = floats(8, 4, 3, 3) * (draw.random((8, 4, 3, 3)) < 0.2)
@@ -128,9 +128,9 @@ class Bytes:
     def number(self, most: int) -> int:
         """0 to most - 1."""
         width = 1 if most <= 256 else 4
-        found = int.from_bytes(self.data[self.at : self.at + width], "little")
+        number = int.from_bytes(self.data[self.at : self.at + width], "little")
         self.at += width
-        return found % max(most, 1)
+        return number % max(most, 1)
 
     def any(self, items: list | tuple) -> object:
         """One of them."""
@@ -170,11 +170,11 @@ def _tensor_type(proto: onnx.ModelProto, choose: Bytes) -> None:
 def _attribute(proto: onnx.ModelProto, choose: Bytes) -> None:
     node = choose.any(list(proto.graph.node))
     if node.attribute:  # type: ignore[attr-defined]
-        found = choose.any(list(node.attribute))  # type: ignore[attr-defined]
-        if found.ints:  # type: ignore[attr-defined]
-            found.ints[choose.number(len(found.ints))] = choose.any(NUMBERS)  # type: ignore[attr-defined]
+        attribute = choose.any(list(node.attribute))  # type: ignore[attr-defined]
+        if attribute.ints:  # type: ignore[attr-defined]
+            attribute.ints[choose.number(len(attribute.ints))] = choose.any(NUMBERS)  # type: ignore[attr-defined]
         else:
-            found.i = choose.any(NUMBERS)  # type: ignore[attr-defined]
+            attribute.i = choose.any(NUMBERS)  # type: ignore[attr-defined]
     else:
         name = choose.any(("axis", "group", "hidden_size", "strides", "pads", "dilations", "perm", "to"))
         value = choose.any(NUMBERS)

@@ -35,9 +35,9 @@ def values(linked: bool = False) -> str:
     """One table for each family of what methods take by name: scores, patterns, schedules, networks and the like."""
     blocks = []
     for family in FAMILIES:
-        found = [entry for entry in entries(family) if not set(METHODS) & set(entry.kinds)]
-        rows = "\n".join(f"| {name(entry, linked)} | {escaped(entry.summary)} |" for entry in found)
-        if found:
+        listed = [entry for entry in entries(family) if not set(METHODS) & set(entry.kinds)]
+        rows = "\n".join(f"| {name(entry, linked)} | {escaped(entry.summary)} |" for entry in listed)
+        if listed:
             blocks.append(f"## family {family}\n\n| name | what it is |\n|---|---|\n{rows}")
     return "\n\n".join(blocks)
 

@@ -18,29 +18,29 @@ def methods() -> dict[str, str]:
     Raises:
         ValueError: where two of them, or one and a name of lilliput.__init__, are called the same.
     """
-    found: dict[str, str] = {}
+    modules: dict[str, str] = {}
     for family in PUBLIC:
         for entry in registry.entries(family):
             if entry.package != "lilliput":
                 continue
-            if found.setdefault(entry.name, entry.module) != entry.module or entry.name in lilliput._CORE:
-                other = {**lilliput._CORE, **found}[entry.name]
+            if modules.setdefault(entry.name, entry.module) != entry.module or entry.name in lilliput._CORE:
+                other = {**lilliput._CORE, **modules}[entry.name]
                 raise ValueError(f"names: {entry.name} must be one object, but is in {entry.module} and in {other}.")
-    return found
+    return modules
 
 
-def table(found: dict[str, str]) -> str:
+def table(modules: dict[str, str]) -> str:
     """The text of src/lilliput/_names.py."""
-    rows = "".join(f'    "{name}": "{module}",\n' for name, module in found.items())
+    rows = "".join(f'    "{name}": "{module}",\n' for name, module in modules.items())
     return (
         '"""The methods that `import lilliput` offers. Written by scripts/names.py; do not edit."""\n\n'
         f"METHODS = {{\n{rows}}}\n"
     )
 
 
-def stub(found: dict[str, str]) -> str:
+def stub(modules: dict[str, str]) -> str:
     """The text of src/lilliput/__init__.pyi."""
-    names = {**lilliput._CORE, **found}
+    names = {**lilliput._CORE, **modules}
     rows = "".join(f"from {module} import {name} as {name}\n" for name, module in sorted(names.items(), key=_place))
     return f"# Written by scripts/names.py; do not edit.\n{rows}\n__version__: str\n"
 
@@ -53,8 +53,8 @@ def _place(item: tuple[str, str]) -> tuple[str, int, str]:
 
 def files() -> dict[Path, str]:
     """Each generated file with its text."""
-    found = methods()
-    return {PACKAGE / "_names.py": table(found), PACKAGE / "__init__.pyi": stub(found)}
+    modules = methods()
+    return {PACKAGE / "_names.py": table(modules), PACKAGE / "__init__.pyi": stub(modules)}
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ NETWORKS = {
 
 def speed(record: dict[str, Any]) -> str:
     """How many times faster the engine is than ONNX Runtime in float32 on the same file, by the share of zeros."""
-    found: dict[str, dict[str, str]] = {}
+    networks: dict[str, dict[str, str]] = {}
     columns: dict[str, None] = {}
     for row in record["rows"]:
         kind, zeros = row["network"].rsplit("-", 1)
@@ -85,11 +85,12 @@ def speed(record: dict[str, Any]) -> str:
             column = "no zeros" if zeros == "dense" else f"{zeros}% zeros"
             columns[column] = None
             cell = f"{row['ratio']:.1f}x ({formats.milliseconds(row['engine_ms'])})"
-            found.setdefault(NETWORKS[kind], {})[column] = cell
+            networks.setdefault(NETWORKS[kind], {})[column] = cell
     order = sorted(columns, key=lambda column: (column != "no zeros", column))
     lines = ["| network | " + " | ".join(order) + " |", "|---|" + "--:|" * len(order)]
     lines += [
-        f"| {name} | " + " | ".join(cells.get(column, "") for column in order) + " |" for name, cells in found.items()
+        f"| {name} | " + " | ".join(cells.get(column, "") for column in order) + " |"
+        for name, cells in networks.items()
     ]
     rivals = next((row for row in record["rows"] if row["network"] == "resnet20-90"), {})
     beside = " and ".join(
@@ -141,9 +142,9 @@ def engine() -> dict[str, str]:
     return {"speed": speed(record), "pruned": pruned(record, accuracy)}
 
 
-def fill(text: str, found: dict[str, str]) -> str:
+def fill(text: str, parts: dict[str, str]) -> str:
     """`text` with each part between its markers replaced; raises ValueError for a part without markers."""
-    for name, part in found.items():
+    for name, part in parts.items():
         pattern = re.compile(rf"(<!-- {name}: made by scripts/readme.py -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         text, count = pattern.subn(lambda match, part=part: f"{match[1]}{part}\n{match[2]}", text)
         if count != 1:

@@ -50,9 +50,9 @@ def modules() -> list[str]:
     Returns:
         Modules that hold a public name, a registered method or a noun, sorted.
     """
-    found = {f"lilliput.{noun}" for noun in NOUNS} | set(lilliput._NAMES.values())
+    names = {f"lilliput.{noun}" for noun in NOUNS} | set(lilliput._NAMES.values())
     entries = (entry for family in registry.FAMILIES for entry in registry.entries(family))
-    return sorted(found | {entry.module for entry in entries if entry.package == "lilliput"})
+    return sorted(names | {entry.module for entry in entries if entry.package == "lilliput"})
 
 
 def page(module: str) -> str:
@@ -83,10 +83,10 @@ def listing(module: str) -> str:
 
 def rooms() -> dict[str, list[str]]:
     """The modules of each folder, those of lilliput/ itself under the empty name."""
-    found: dict[str, list[str]] = {}
+    by_room: dict[str, list[str]] = {}
     for module in modules():
-        found.setdefault(module.rpartition(".")[0].removeprefix("lilliput").lstrip("."), []).append(module)
-    return found
+        by_room.setdefault(module.rpartition(".")[0].removeprefix("lilliput").lstrip("."), []).append(module)
+    return by_room
 
 
 def index() -> str:
@@ -151,18 +151,18 @@ def on_page_content(html: str, page: Page, **unused: Any) -> str:
 
 def lines(path: Path) -> dict[str, int]:
     """The first line of each class, function, method and assigned name of a file, by its name within the file."""
-    found: dict[str, int] = {}
+    first: dict[str, int] = {}
 
     def visit(body: list[ast.stmt], prefix: str) -> None:
         for node in body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef):
-                found[prefix + node.name] = node.lineno
+                first[prefix + node.name] = node.lineno
                 if isinstance(node, ast.ClassDef):
                     visit(node.body, f"{prefix}{node.name}.")
             elif isinstance(node, ast.Assign | ast.AnnAssign):
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                     if isinstance(target, ast.Name):
-                        found[prefix + target.id] = node.lineno
+                        first[prefix + target.id] = node.lineno
 
     visit(ast.parse(path.read_text(encoding="utf-8")).body, "")
-    return found
+    return first

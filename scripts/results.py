@@ -17,36 +17,36 @@ KINDS = ("jobs", "evidence", "comparisons")
 
 def read(folder: Path) -> dict[str, dict[str, Record]]:
     """Every record by kind and path; quick ones prove that a script runs, and are no result."""
-    found: dict[str, dict[str, Record]] = {kind: {} for kind in KINDS}
+    records: dict[str, dict[str, Record]] = {kind: {} for kind in KINDS}
     for path in sorted(folder.rglob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         if record.get("size") != "quick":
             kind = "jobs" if "front" in record else "evidence" if "system" in record else "comparisons"
-            found[kind][path.relative_to(folder).as_posix()] = record
-    return found
+            records[kind][path.relative_to(folder).as_posix()] = record
+    return records
 
 
 def render(folder: Path) -> str:
     """The whole page."""
-    found = read(folder)
+    records = read(folder)
     blocks = [
         "# Results",
         "Made by `make readme` from the records in [results/](results/); nothing here is typed in. A ratio compares "
         "two measurements of one interleaved run. Sizes are lengths of files. A loss is on data that was not tuned "
         "on, in points of the metric, and its interval is the central 95%.",
     ]
-    if found["jobs"]:
-        blocks += ["## Jobs", results(found["jobs"].values())]
+    if records["jobs"]:
+        blocks += ["## Jobs", results(records["jobs"].values())]
         blocks.append("\n".join(f"- [{path}](results/{path}): `{job.get('command')}`{stamp(job)}"
-                                for path, job in found["jobs"].items()))  # fmt: skip
-    for path, record in found["evidence"].items():
+                                for path, job in records["jobs"].items()))  # fmt: skip
+    for path, record in records["evidence"].items():
         blocks += [
             f"## Evidence: {record['system']}",
             f"Claim: {record['claim']}. Baseline: {record['baseline']}.",
             table(record["rows"]),
             f"[{path}](results/{path}){stamp(record)}",
         ]
-    for path, record in found["comparisons"].items():
+    for path, record in records["comparisons"].items():
         blocks += [
             f"## {record.get('what', Path(path).stem)}",
             table(list(rows(record.get("results", record.get("rows", {}))))),

@@ -50,13 +50,13 @@ class Touched:
 
 def examples() -> dict[str, tuple[str, str]]:
     """The examples of the page: (file name, text) by the heading of their section."""
-    found = {}
+    by_heading = {}
     for section in re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE):
         heading, _, body = section.partition("\n")
         if heading in ROOMS:
             title = r'^```python title="my-methods/my_methods/([^"]+)"\n(.*?)^```$'
-            (found[heading],) = re.findall(title, body, re.MULTILINE | re.DOTALL)
-    return found
+            (by_heading[heading],) = re.findall(title, body, re.MULTILINE | re.DOTALL)
+    return by_heading
 
 
 def touched() -> Iterator[Touched]:

@@ -60,10 +60,10 @@ def check(
             value.name: draw.standard_normal([d.dim_value for d in value.type.tensor_type.shape.dim], np.float32)
             for value in made.graph.input
         }
-    found = engine(**feeds)
+    outputs = engine(**feeds)
     onnx.save(made, folder / "model.onnx")
     for a, b in zip(
-        found if isinstance(found, tuple) else (found,), Session(folder / "model.onnx").run(feeds), strict=True
+        outputs if isinstance(outputs, tuple) else (outputs,), Session(folder / "model.onnx").run(feeds), strict=True
     ):
         assert a.shape == b.shape
         assert a.dtype == b.dtype
@@ -312,8 +312,8 @@ def test_what_is_spelt_out_becomes_one_layer(tmp_path: Path, name: str) -> None:
     used = {k: v for k, v in every.items() if any(k in n.input for n in nodes)}
     made = model(nodes, {"x": [3, 11, 40]}, ["y"], **used)
     graph = fused(lowered(read(made.SerializeToString(), supported=supported)))
-    found = [n.op for n in graph.nodes]
-    assert sorted(found) == sorted(wanted) or (name == "of another" and "Normalize" not in found)
+    ops = [n.op for n in graph.nodes]
+    assert sorted(ops) == sorted(wanted) or (name == "of another" and "Normalize" not in ops)
     check(made, tmp_path, tolerance=4e-6)
 
 

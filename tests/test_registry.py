@@ -57,8 +57,8 @@ def test_what_is_listed_is_what_the_classes_are() -> None:
 
     nouns = {name: getattr(lilliput, name) for name in ("Stage", "Rule", "Code")}
     for method in methods():
-        found = tuple(name for name, noun in nouns.items() if issubclass(method.load(), noun))
-        assert found == tuple(kind for kind in method.kinds if kind in nouns), method.name
+        kinds = tuple(name for name, noun in nouns.items() if issubclass(method.load(), noun))
+        assert kinds == tuple(kind for kind in method.kinds if kind in nouns), method.name
 
 
 def test_private_and_abstract_classes_are_left_out() -> None:
@@ -143,11 +143,11 @@ def test_a_package_joins_by_its_entry_point(fresh: None, tmp_path: Path, monkeyp
             def foreign(weight): ...
         ''',
     })  # fmt: skip
-    found = {e.name: e for family in registry.FAMILIES for e in entries(family) if e.package == "tall_package"}
-    assert found.keys() == {"Middle", "Tall", "Bent", "tall", "tall score"}
-    assert (found["Tall"].family, found["Tall"].has_loss, found["Tall"].summary) == ("rule", True, "Tall.")
-    assert found["Bent"].family == "schedule"
-    assert found["tall"].module == "tall_package.sub.methods" and found["tall"].room == "tall_package"
+    by_name = {e.name: e for family in registry.FAMILIES for e in entries(family) if e.package == "tall_package"}
+    assert by_name.keys() == {"Middle", "Tall", "Bent", "tall", "tall score"}
+    assert (by_name["Tall"].family, by_name["Tall"].has_loss, by_name["Tall"].summary) == ("rule", True, "Tall.")
+    assert by_name["Bent"].family == "schedule"
+    assert by_name["tall"].module == "tall_package.sub.methods" and by_name["tall"].room == "tall_package"
     assert "tall_package" not in sys.modules
 
 

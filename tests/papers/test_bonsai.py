@@ -70,12 +70,12 @@ def test_one_neuron_computes_xor(factor):
 def test_one_neuron_computes_every_function_of_two_and_three_inputs(inputs):
     x = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=inputs)))
     grid = torch.tensor(list(itertools.product(torch.arange(-2, 2.01, 0.5).tolist(), repeat=inputs)))
-    found = set()
+    rows = set()
     for bias in torch.arange(-4, 4.01, 0.5):
         z = grid @ x.T + bias
         values = Gate(1.0, 0.0)(z)
-        found |= {tuple(row) for row in (values[(values.abs() > 0.2).all(1)] > 0).tolist()}
-    assert len(found) == 2**2**inputs
+        rows |= {tuple(row) for row in (values[(values.abs() > 0.2).all(1)] > 0).tolist()}
+    assert len(rows) == 2**2**inputs
 
 
 def test_values_and_slopes_of_the_activation():
@@ -174,9 +174,9 @@ def test_noise_is_in_states_while_training_only():
 def test_a_graph_of_parity_by_hand():
     net = parity_by_hand()
     assert right(net(every(12)), parity(every(12))).all()
-    found = graph(net)
+    built = graph(net)
     # The constant has gone into the biases, what nobody reads has gone, and output and next state are one neuron.
-    assert found == Graph(
+    assert built == Graph(
         ("x0",),
         (Delayed("s0_1", "n0_1", -1.0),),
         (Neuron("n0_1", (("x0", 1.0), ("s0_1", 1.0)), -1.0),),
@@ -184,7 +184,7 @@ def test_a_graph_of_parity_by_hand():
         0.5,
         0.01,
     )
-    assert (found.nodes, found.edges) == (3, 2)
+    assert (built.nodes, built.edges) == (3, 2)
     assert difference(net, 12) == (0.0, 0.0)
 
 
@@ -212,9 +212,9 @@ def test_the_program_is_the_network_on_every_input_whatever_the_weights():
 
 def test_a_constant_output_and_a_network_without_states():
     net = set_(Bonsai(state=(1,)), [[0.0, 0.0]], [0.0], [[0.0, 0.0]], [2.5], [0.5])
-    found = graph(net)
-    assert found.neurons == (Neuron("y0_0", (), 2.5),) and not found.states and found.nodes == 1
-    step, state = program(found)
+    built = graph(net)
+    assert built.neurons == (Neuron("y0_0", (), 2.5),) and not built.states and built.nodes == 1
+    step, state = program(built)
     assert step((1.0,), state)[1] == () and difference(net, 3)[1] == 0
 
 
