@@ -109,20 +109,20 @@ def grown(
     task: lilliput.Task, states: int, learn: int, grow: int, seed: int, rule: Saturating, wanted: int
 ) -> tuple[Bonsai, Bonsai, int]:
     """(what had learnt the task, the same after growing and pruning, how many initialisations were tried)."""
-    found: list[tuple[float, int, Bonsai, Bonsai]] = []
+    candidates: list[tuple[float, int, Bonsai, Bonsai]] = []
     for tried in range(INITS):
         torch.manual_seed(1000 * seed + tried)
         start = after(Bonsai(state=(states,)), task, learn, seed)
-        if task.score(start).value < 0.8 and (found or tried < INITS - 1):
+        if task.score(start).value < 0.8 and (candidates or tried < INITS - 1):
             continue
         for cell in start.cells:
             cell.noise = 0.2
         pruned = Clip()(after(start, task, grow, seed, (rule,)), task, None)
         assert isinstance(pruned, Bonsai)
-        found.append((-task.score(pruned).value, kept(pruned)[0], start, pruned))
-        if sum(value == -1 for value, *_ in found) == wanted:
+        candidates.append((-task.score(pruned).value, kept(pruned)[0], start, pruned))
+        if sum(value == -1 for value, *_ in candidates) == wanted:
             break
-    _, _, start, pruned = min(found, key=lambda one: one[:2])
+    _, _, start, pruned = min(candidates, key=lambda one: one[:2])
     return start, pruned, tried + 1
 
 
@@ -137,7 +137,7 @@ def row(
     clipped = Clip()(plain, task, None)
     assert isinstance(cut, Bonsai) and isinstance(clipped, Bonsai)
     assert kept(cut)[0] == few
-    found = graph(pruned)
+    drawing = graph(pruned)
     answer, _ = TASKS[name]
     x = drawn(512, LONG, torch.Generator().manual_seed(99))
     far = lilliput.task.predict(pruned, x[..., None])
@@ -145,13 +145,13 @@ def row(
     return {
         "task": name, "seed": seed, "exact": task.score(pruned, "test").value,
         "exact_unpruned": task.score(start, "test").value, "kept": few, "weights": all_,
-        "nodes": found.nodes, "edges": found.edges, "states": len(found.states),
+        "nodes": drawing.nodes, "edges": drawing.edges, "states": len(drawing.states),
         "program_differs": differs, "largest_difference": float(f"{largest:.2g}"),
         f"exact_{LONG}_steps": float(right(far, answer(x)[..., None]).mean()),
         "baseline_exact": task.score(cut, "test").value, "baseline_kept_to_stay_exact": kept(clipped)[0],
         "baseline_clipped_exact": task.score(clipped, "test").value,
         "initialisations": tried, "cpu_s": round(time.process_time() - began, 1),
-    }, found  # fmt: skip
+    }, drawing  # fmt: skip
 
 
 def measure(quick: bool) -> dict[str, Any]:
@@ -163,9 +163,9 @@ def measure(quick: bool) -> dict[str, Any]:
     rows, smallest = [], {}
     for name in names:
         for seed in range(seeds):
-            found, drawing = row(name, seed, task_of(name, seed, length, longest), *sizes)
-            rows.append(found)
-            if found["exact"] == 1 and (name not in smallest or drawing.edges < smallest[name].edges):
+            result, drawing = row(name, seed, task_of(name, seed, length, longest), *sizes)
+            rows.append(result)
+            if result["exact"] == 1 and (name not in smallest or drawing.edges < smallest[name].edges):
                 smallest[name] = drawing
     for name, drawing in {} if quick else smallest.items():
         try:

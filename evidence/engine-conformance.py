@@ -78,11 +78,11 @@ class Test:
     @property
     def types(self) -> set[str]:
         """The types of its inputs and outputs."""
-        found = set()
+        types = set()
         for value in (*self.model.graph.input, *self.model.graph.output):
             kind = value.type.tensor_type.elem_type if value.type.HasField("tensor_type") else 0
-            found.add(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)).name if kind else "no tensor")
-        return found
+            types.add(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)).name if kind else "no tensor")
+        return types
 
 
 def tests() -> Iterator[Test]:
@@ -91,8 +91,8 @@ def tests() -> Iterator[Test]:
         warnings.simplefilter("ignore")
         from onnx.backend.test.loader import load_model_tests
 
-        found = load_model_tests(kind="node")
-    for case in found:
+        cases = load_model_tests(kind="node")
+    for case in cases:
         if "_expanded" in case.name or case.model is None or not case.data_sets:
             continue
         ops = {node.op_type for node in case.model.graph.node if node.domain in ("", "ai.onnx")}
@@ -122,20 +122,20 @@ def checked(test: Test) -> str:
         folder = write(test.model.SerializeToString(), None, fast, tune=False, shapes=shapes, constants=bound)
         try:
             engine = Engine(folder)
-            found = engine(*(x for name, x in zip(names, given, strict=True) if name not in bound))
+            outputs = engine(*(x for name, x in zip(names, given, strict=True) if name not in bound))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        found = found if isinstance(found, tuple) else (found,)
-        if wrong := different(found, wanted, test.rtol, test.atol):
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if wrong := different(outputs, wanted, test.rtol, test.atol):
             return wrong
     return ""
 
 
-def different(found: Any, wanted: Any, rtol: float, atol: float) -> str:
+def different(outputs: Any, wanted: Any, rtol: float, atol: float) -> str:
     """The first difference between what was computed and what must be, as ONNX's runner sees it; "" for none."""
-    if len(found) != len(wanted):
-        return f"{len(found)} outputs where {len(wanted)} must be"
-    for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
+    if len(outputs) != len(wanted):
+        return f"{len(outputs)} outputs where {len(wanted)} must be"
+    for i, (a, b) in enumerate(zip(outputs, wanted, strict=True)):
         a, b = np.asarray(a), np.asarray(b)
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"output {i} is {a.dtype}{list(a.shape)}, must be {b.dtype}{list(b.shape)}"

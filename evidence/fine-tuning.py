@@ -102,13 +102,13 @@ def measure(quick: bool) -> dict[str, Any]:
     held_out(quick)
     given = [(job, folder, quick) for job in jobs]
     if quick:
-        found = [one(each) for each in given]
+        results = [one(each) for each in given]
     else:
         with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-            found = list(pool.imap(one, given, chunksize=4))
+            results = list(pool.imap(one, given, chunksize=4))
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for name, method, sparsity in dict.fromkeys(job[:3] for job in jobs):
-        scores = [score for job, score in zip(jobs, found, strict=True) if job[:3] == (name, method, sparsity)]
+        scores = [score for job, score in zip(jobs, results, strict=True) if job[:3] == (name, method, sparsity)]
         column = "dense" if method == "dense" else f"{sparsity:.0%}"
         row = rows.setdefault((name, method), {"network": name, "method": method, "seeds": len(scores)})
         row |= {column: round(float(np.mean(scores)), 4), f"{column} interval": evidence.interval(scores)}

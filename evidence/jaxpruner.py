@@ -182,15 +182,15 @@ def one(job: tuple[tuple[str, str, float, int], Path, int]) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------------- summary
 
 
-def rows(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def rows(runs_of: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """One row a network and method: the mean at every sparsity, its interval, and JaxPruner's where it is known."""
-    for name in dict.fromkeys(run["network"] for run in found):
-        for method in dict.fromkeys(run["method"] for run in found):
+    for name in dict.fromkeys(run["network"] for run in runs_of):
+        for method in dict.fromkeys(run["method"] for run in runs_of):
             row: dict[str, Any] = {"network": name, "method": method}
             for sparsity in (0.0, *SPARSITIES):
                 runs = [
                     run["accuracy"]
-                    for run in found
+                    for run in runs_of
                     if (run["network"], run["method"], run["sparsity"]) == (name, method, sparsity)
                 ]
                 if runs:
@@ -213,14 +213,14 @@ def measure(quick: bool) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp()) if quick else cache_folder() / "evidence" / "jaxpruner"
     given = [(job, folder, 3 if quick else 0) for job in jobs(quick)]
     if quick:
-        found = [one(job) for job in given]
+        runs = [one(job) for job in given]
     else:
         torch.set_num_threads(1)  # before the fork: a pool of threads does not survive one
         for name in ("MLP", "ResNet-20"):
             work(name)  # once for all
         with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-            found = list(pool.imap(one, given, chunksize=4))
-    for run in found:
+            runs = list(pool.imap(one, given, chunksize=4))
+    for run in runs:
         most = round((1 - run["sparsity"]) * run["weights"]) + 30  # each tensor rounds to whole weights
         if not quick and run["kept"] > most:
             raise ValueError(
@@ -232,9 +232,9 @@ def measure(quick: bool) -> dict[str, Any]:
         "magnitude pruning and RigL are far above random and static masks; in the 100 steps of ResNet-20 "
         "static masks do as well",
         "baseline": "the same training without zeros, random masks, and what JaxPruner reached with this protocol",
-        "rows": list(rows(found)),
+        "rows": list(rows(runs)),
         "runs": [
             [run["network"], run["method"], run["sparsity"], run["seed"], round(run["accuracy"], 4), run["kept"]]
-            for run in found
+            for run in runs
         ],
     }

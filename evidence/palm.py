@@ -75,30 +75,30 @@ def painted(x: Tensor) -> Tensor:
 
 def patches(names: tuple[str, ...], count: int, side: int, seed: int) -> tuple[Tensor, Tensor]:
     """(count, 3, side, side) squares cut out at random, and the same ones of the painted photographs."""
-    draw, found = np.random.default_rng(seed), []
+    draw, patches = np.random.default_rng(seed), []
     for name in names:
         x = photograph(name)
         both = torch.cat([x, painted(x[None])[0]])
         for _ in range(-(-count // len(names))):
             top, left = (int(draw.integers(0, n - side + 1)) for n in x.shape[1:])
             cut = both[:, top : top + side, left : left + side]
-            found.append(cut.flip(2) if draw.integers(2) else cut)
-    together = torch.stack(found)
+            patches.append(cut.flip(2) if draw.integers(2) else cut)
+    together = torch.stack(patches)
     return together[:, :3].contiguous(), together[:, 3:].contiguous()
 
 
 def squares(names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     """Every whole square of SIZE pixels of some photographs, and the same painted."""
-    found = []
+    patches = []
     for name in names:
         x = photograph(name)
         both = torch.cat([x, painted(x[None])[0]])
-        found += [
+        patches += [
             both[:, i : i + SIZE, j : j + SIZE]
             for i in range(0, x.shape[1] - SIZE + 1, SIZE)
             for j in range(0, x.shape[2] - SIZE + 1, SIZE)
         ]
-    together = torch.stack(found)
+    together = torch.stack(patches)
     return together[:, :3].contiguous(), together[:, 3:].contiguous()
 
 
@@ -197,22 +197,22 @@ def measure(quick: bool) -> dict[str, Any]:
     store = None if quick else cache_folder() / "evidence"
     torch.manual_seed(0)
     dense = trained(Painter(channels, blocks), task, steps, 0.0, store)
-    found = {"dense": trained(dense, task, steps, 0.0, store)}
-    found |= {f"{100 * sparsity:g}% zeros": trained(dense, task, steps, sparsity, store) for sparsity in levels}
+    networks = {"dense": trained(dense, task, steps, 0.0, store)}
+    networks |= {f"{100 * sparsity:g}% zeros": trained(dense, task, steps, sparsity, store) for sparsity in levels}
     with tempfile.TemporaryDirectory() as scratch:
         protos = {name: trace(net, task.example[..., :64, :64].repeat(1, 1, SIZE // 64, SIZE // 64)).proto
-                  for name, net in found.items()}  # fmt: skip
+                  for name, net in networks.items()}  # fmt: skip
         engines = {name: lilliput.compile(proto, Path(scratch, name), shapes={"x": (1, 3, SIZE, SIZE)}, tune=not quick)
                    for name, proto in protos.items()}  # fmt: skip
         sessions = {name: Session(proto) for name, proto in protos.items()}
         x = np.ascontiguousarray(pictures[:1].numpy())
         y = np.empty_like(x)
         runs: dict[str, Any] = {}
-        for name in found:
+        for name in networks:
             runs[f"engine {name}"] = partial(engines[name], x, out=y)
             runs[f"onnxruntime {name}"] = partial(sessions[name].run, sessions[name].feed(x))
         seconds = times(runs, 5 if quick else 60)
-        for name, net in found.items():
+        for name, net in networks.items():
             painted_ = np.concatenate([engines[name](picture[None]) for picture in pictures.numpy()])
             other = sessions[name].outputs(pictures)
             weights = [w for w in net.parameters() if w.dim() > 1]

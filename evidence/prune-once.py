@@ -107,7 +107,7 @@ def _documented(node: ast.AST, inside: bool = False) -> Iterator[tuple[str, str]
 
 
 def _read(packages: tuple[str, ...], files: int) -> list[Docstring]:
-    found: dict[str, Docstring] = {}
+    by_head: dict[str, Docstring] = {}
     for package in packages:
         root = package_file(package, "__init__.py", install="lilliput[sentences]").parent
         paths = [
@@ -119,8 +119,8 @@ def _read(packages: tuple[str, ...], files: int) -> list[Docstring]:
             for kind, text in _documented(ast.parse(path.read_bytes())):
                 head, rest = halves(text)
                 if 4 <= len(head.split()) <= 40:
-                    found.setdefault(head, Docstring(package, str(path.relative_to(root)), kind, head, rest))
-    return sorted(found.values(), key=lambda doc: _hash(doc.head))
+                    by_head.setdefault(head, Docstring(package, str(path.relative_to(root)), kind, head, rest))
+    return sorted(by_head.values(), key=lambda doc: _hash(doc.head))
 
 
 def docstrings(quick: bool) -> list[Docstring]:
@@ -130,8 +130,8 @@ def docstrings(quick: bool) -> list[Docstring]:
     stamp = " ".join(f"{package} {version(package)}" for package in PACKAGES)
     file = cache_folder() / f"prune-once-{_hash(stamp):08x}.json"
     if not file.exists():
-        found = json.dumps([list(vars(doc).values()) for doc in _read(PACKAGES, 10**9)])
-        write(file, lambda out: out.write(found.encode()))
+        texts = json.dumps([list(vars(doc).values()) for doc in _read(PACKAGES, 10**9)])
+        write(file, lambda out: out.write(texts.encode()))
     return [Docstring(*values) for values in json.loads(file.read_text(encoding="utf-8"))]
 
 
@@ -189,8 +189,8 @@ class Pair(nn.Module):
         self.encoder = encoder
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        found: Tensor = self.encoder(input_ids.flatten(0, 1), attention_mask.flatten(0, 1))
-        return found.view(len(input_ids), 2, -1)
+        vectors: Tensor = self.encoder(input_ids.flatten(0, 1), attention_mask.flatten(0, 1))
+        return vectors.view(len(input_ids), 2, -1)
 
 
 # ----------------------------------------------------------------------------------------------------------- upstream
@@ -401,7 +401,7 @@ def locked(encoder: SentenceBert) -> nn.Module:
 def pressed(models: dict[str, nn.Module], task: lilliput.Task, size: Size, quick: bool) -> dict[str, dict[str, Any]]:
     """Each network as a packed file and as an ONNX file in both runtimes, which take turns."""
     structures: dict[int, Structure] = {}
-    example, found, runs = task.example, {}, {}
+    example, measured, runs = task.example, {}, {}
     inputs = {name: value[:32] for name, value in task.split("val")[0].items()}
     count = len(inputs["input_ids"])
     with tempfile.TemporaryDirectory() as scratch:
@@ -425,13 +425,13 @@ def pressed(models: dict[str, nn.Module], task: lilliput.Task, size: Size, quick
             mine = np.concatenate([engine(*text) for text in one])
             with torch.no_grad():
                 ours = plain(**inputs).numpy()
-            found[name] = {
+            measured[name] = {
                 "packed_bytes": file.size_bytes,
                 "layer_bytes": sum(count for key, count in file.tensors.items() if ".layers." in key),
                 "largest_difference": float(f"{np.abs(mine - ours).max():.2g}"),
             }  # fmt: skip
         spent = turns(runs, size.rounds)
-    for name, row in found.items():
+    for name, row in measured.items():
         mine, theirs = spent[f"engine {name}"], spent[f"onnxruntime {name}"]
         row |= {
             "engine_ms": round(float(np.median(mine)), 3),
@@ -439,4 +439,4 @@ def pressed(models: dict[str, nn.Module], task: lilliput.Task, size: Size, quick
             "engine_times_faster": round(float(np.median(spent["engine dense"] / mine)), 2),
             "onnxruntime_times_faster": round(float(np.median(spent["onnxruntime dense"] / theirs)), 2),
         }
-    return found
+    return measured

@@ -156,12 +156,12 @@ def texts() -> Iterator[dict[str, Any]]:
 def measure(quick: bool) -> dict[str, Any]:
     """A row for each network, sparsity and method."""
     torch.set_num_threads(1)
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for source in (signals(quick),) if quick else (signals(quick), images(), texts()):
         for row in source:
             print(*row.values(), flush=True)
-            found.append(row)
-    held = {(row["network"], row["sparsity"], row.get("pattern"), row["method"]): row["score"] for row in found}
+            rows.append(row)
+    held = {(row["network"], row["sparsity"], row.get("pattern"), row["method"]): row["score"] for row in rows}
     points = sorted({key[:3] for key in held if key[1]})
     best = [{"network": network, "sparsity": sparsity, "pattern": pattern, "best": max(
         (key for key in held if key[:3] == (network, sparsity, pattern)), key=held.__getitem__)[3]}
@@ -176,7 +176,7 @@ def measure(quick: bool) -> dict[str, Any]:
         "claim": "Without a step of training, weights that make up for what goes keep more of a network than choosing "
                  "well what goes does.",
         "baseline": "magnitude and Wanda, the same zeros in every layer, no update of the weights",
-        "rows": found,
+        "rows": rows,
         "best": best,
         "above": {f"{a} above {b}": wins(a, b) for a, b in (
             ("SparseGPT", "magnitude"), ("SparseGPT", "Wanda"), ("magnitude + Reconstruct", "magnitude"),

@@ -89,7 +89,7 @@ def ratios(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, floa
             for _ in range(repeat[name]):
                 run()
             spent[name].append((time.process_time() - began) / repeat[name])
-    return {name: float(np.median(found[2:])) for name, found in spent.items()}
+    return {name: float(np.median(times[2:])) for name, times in spent.items()}
 
 
 def row(
@@ -124,7 +124,7 @@ def row(
     }  # fmt: skip
 
 
-def found(
+def rows_of(
     full: Full, classes: tuple[int, ...], rest: bool, masks: str, settings: dict[str, Any], rounds: int, train: int = 0
 ) -> Iterator[dict[str, Any]]:
     """The rows of one search: the module with the network's own weights and, for `train` steps, trained on."""
@@ -173,23 +173,23 @@ def measure(quick: bool) -> dict[str, Any]:
         if quick:
             task = Task("few signals", fresh(400), fresh(200, seed=44))
             full = Full("mnist1d-cnn", pretrained(CNN(), "mnist1d-cnn"), task, task, "val", folder, False)
-            rows += found(full, (0, 1), False, "elements", {**SMALL, "steps": 20}, 3)
+            rows += rows_of(full, (0, 1), False, "elements", {**SMALL, "steps": 20}, 3)
         else:
             model, task = mnist1d_cnn()
             full = Full("mnist1d-cnn", model, task, Task("fresh", fresh(), fresh(100, seed=44)), "train", folder, True)
             for pair in PAIRS:
-                rows += found(full, pair, False, "elements", SMALL, 40)
-                rows += found(full, pair, False, "elements from ones", SMALL, 40)
-                rows += found(full, pair, False, "channel", SMALL, 40, 400)
+                rows += rows_of(full, pair, False, "elements", SMALL, 40)
+                rows += rows_of(full, pair, False, "elements from ones", SMALL, 40)
+                rows += rows_of(full, pair, False, "channel", SMALL, 40, 400)
             for classes, rest in (((1, 4, 7), False), ((0, 5, 8), False), ((5,), True), ((8,), True)):
-                rows += found(full, classes, rest, "elements", SMALL, 40)
+                rows += rows_of(full, classes, rest, "elements", SMALL, 40)
             model, task = digits()
             full = Full("digits", model, task, task, "test", folder, True)
             for pair in PAIRS[:3]:
-                rows += found(full, pair, False, "elements", LARGE, 20)
-                rows += found(full, pair, False, "channel", {**LARGE, "alpha": 2.0}, 20, 100)
+                rows += rows_of(full, pair, False, "elements", LARGE, 20)
+                rows += rows_of(full, pair, False, "channel", {**LARGE, "alpha": 2.0}, 20, 100)
             for classes, rest in (((1, 4, 7), False), ((5,), True)):
-                rows += found(full, classes, rest, "elements", LARGE, 20)
+                rows += rows_of(full, classes, rest, "elements", LARGE, 20)
     return {
         "claim": "re-engineered to a part of its classes, a network keeps 10.11% of its weights on average and answers "
                  "no worse (the paper: 5.85% better)",

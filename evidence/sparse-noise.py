@@ -148,14 +148,14 @@ def timed(model: nn.Module, task: lilliput.Task, mean: Tensor, kind: str, quick:
 
 def row(kind: str, how: str, models: list[nn.Module], task: lilliput.Task, steps: int) -> dict[str, Any]:
     """What the models of all seeds are like on held-out digits."""
-    found = [activity(model, task, split="test") for model in models]
-    active = [float(np.average(f.active, weights=f.units)) for f in found]
+    activities = [activity(model, task, split="test") for model in models]
+    active = [float(np.average(f.active, weights=f.units)) for f in activities]
     scores = [task.score(model, "test").value for model in models]
     return {
         "network": kind, "training": how, "steps": steps, "active": round(float(np.mean(active)), 4),
         "active_least": round(min(active), 4), "active_most": round(max(active), 4),
-        "active_by_layer": " / ".join(f"{v:.4f}" for v in np.mean([f.active for f in found], 0)),
-        "dead": round(float(np.mean([sum(f.dead) for f in found])), 1), "units": sum(found[0].units),
+        "active_by_layer": " / ".join(f"{v:.4f}" for v in np.mean([f.active for f in activities], 0)),
+        "dead": round(float(np.mean([sum(f.dead) for f in activities])), 1), "units": sum(activities[0].units),
         "error" if kind == "autoencoder" else "accuracy": round(float(np.mean(scores)), 5),
     }  # fmt: skip
 

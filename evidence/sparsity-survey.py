@@ -107,24 +107,24 @@ def measure(quick: bool) -> dict[str, Any]:
     work(quick)  # before the fork: once for all
     given = list(jobs(quick, folder))
     if quick:
-        found = [one(job) for job in given]
+        results = [one(job) for job in given]
     else:
         with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-            found = pool.map(one, given, chunksize=8)
+            results = pool.map(one, given, chunksize=8)
     rows = []
-    for criterion, pattern in dict.fromkeys((run["criterion"], run["pattern"]) for run in found):
+    for criterion, pattern in dict.fromkeys((run["criterion"], run["pattern"]) for run in results):
         row: dict[str, Any] = {"criterion": criterion, "pattern": pattern}
         for schedule in SCHEDULES:
             runs = [
                 run["accuracy"]
-                for run in found
+                for run in results
                 if (run["criterion"], run["pattern"], run["schedule"]) == (criterion, pattern, schedule)
             ]
             if runs:
                 row[schedule] = round(float(np.mean(runs)), 4)
                 row["largest spread"] = max(row.get("largest spread", 0.0), round(max(runs) - min(runs), 4))
         rows.append({**row, "engine, times dense": fast["ratio"].get(pattern)})
-    wrong = [run for run in found if abs(run["zeros"] - SPARSITY) > 0.02 and not quick]
+    wrong = [run for run in results if abs(run["zeros"] - SPARSITY) > 0.02 and not quick]
     if wrong:
         raise ValueError(f"sparsity-survey: every combination must reach {SPARSITY:.0%} zeros, got {wrong[0]}.")
     model, _, x, y = work(quick)

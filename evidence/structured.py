@@ -41,8 +41,8 @@ def pruned(model: nn.Module, task: lilliput.Task, settings: dict[str, Any], seed
 
 
 def size(model: nn.Module, task: lilliput.Task) -> dict[str, int]:
-    found = Sizes(model, task.example, ())({})
-    return {"macs": found.macs, "values": found.values}
+    size = Sizes(model, task.example, ())({})
+    return {"macs": size.macs, "values": size.values}
 
 
 def variants(batch_norms: bool, sparsity: float) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -132,11 +132,11 @@ def study(
             times[runtime] = latency(sessions, task.example, seconds=0.1 if quick else 5.0, clock=time.process_time)
     for row in rows:
         key = "dense" if row["score"] == "none" else f"{row['sparsity']} {row['score']}"
-        for runtime, found in times.items():
-            if key in found:
+        for runtime, measured in times.items():
+            if key in measured:
                 row |= {
-                    f"{runtime}_us": round(1e3 * found[key].median_ms, 1),
-                    f"{runtime}_times_faster": round(found[key].ratio, 2),
+                    f"{runtime}_us": round(1e3 * measured[key].median_ms, 1),
+                    f"{runtime}_times_faster": round(measured[key].ratio, 2),
                 }
     return rows
 

@@ -50,16 +50,16 @@ def speech() -> list[Array]:
             f"tts-cpu: recorded speech must be in {SPEECH}, and is not. "
             "Run: apt-get install asterisk-core-sounds-en-wav"
         )
-    found = []
+    sounds = []
     for file in files:
         with wave.open(str(file)) as sound:
-            found.append(np.frombuffer(sound.readframes(sound.getnframes()), "<i2").astype(np.float32) / 32768)
-    return [sound for sound in found if len(sound) >= 20 * FRAME]
+            sounds.append(np.frombuffer(sound.readframes(sound.getnframes()), "<i2").astype(np.float32) / 32768)
+    return [sound for sound in sounds if len(sound) >= 20 * FRAME]
 
 
 def vowels(count: int, seconds: float) -> list[Array]:
     """Synthesised vowels, for where no speech is installed: pulses at a gliding pitch through three resonances."""
-    draw, found, length = np.random.default_rng(0), [], int(seconds * RATE)
+    draw, sounds, length = np.random.default_rng(0), [], int(seconds * RATE)
     formants = np.array([[730, 1090, 2440], [270, 2290, 3010], [300, 870, 2240], [530, 1840, 2480], [570, 840, 2410]])
     frequency = np.fft.rfftfreq(2 * length, 1 / RATE)
     for _ in range(count):
@@ -69,8 +69,8 @@ def vowels(count: int, seconds: float) -> list[Array]:
         for centre in draw.permutation(formants)[0]:
             spectrum /= 1 - (frequency / centre) ** 2 + 1j * frequency / (8 * centre)
         sound = np.fft.irfft(spectrum)[:length]
-        found.append((0.5 * sound / np.abs(sound).max()).astype(np.float32))
-    return found
+        sounds.append((0.5 * sound / np.abs(sound).max()).astype(np.float32))
+    return sounds
 
 
 def encoded(sound: Array) -> Array:

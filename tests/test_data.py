@@ -22,8 +22,8 @@ ROOT = Path(__file__).parent.parent
 
 def load(name: str) -> tuple[torch.nn.Module, Task]:
     module, function = TASKS[name].target.split(":")
-    found: tuple[torch.nn.Module, Task] = getattr(importlib.import_module(module), function)()
-    return found
+    pair: tuple[torch.nn.Module, Task] = getattr(importlib.import_module(module), function)()
+    return pair
 
 
 def test_tasks_are_listed_without_torch_or_data() -> None:

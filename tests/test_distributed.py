@@ -71,6 +71,6 @@ def test_two_processes_reach_the_same_masks_and_weights(tmp_path: Path) -> None:
         first, second = (torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in range(2))
         assert first.pop("shard") != second.pop("shard"), "each process has examples of its own"
         assert first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
-        found = [value for key, value in first.items() if key.startswith("mask ")]
-        assert len(found) == 2
-        assert sum(int((~mask).sum()) for mask in found) == pytest.approx(share * (6 * 24 + 24 * 3), abs=2)
+        masks = [value for key, value in first.items() if key.startswith("mask ")]
+        assert len(masks) == 2
+        assert sum(int((~mask).sum()) for mask in masks) == pytest.approx(share * (6 * 24 + 24 * 3), abs=2)

@@ -29,10 +29,10 @@ PENDING: set[str] = set()
 
 def names() -> list[str]:
     """The dotted names of everything that must be documented."""
-    found = {f"{module}.{name}" for name, module in lilliput._NAMES.items()}
+    names = {f"{module}.{name}" for name, module in lilliput._NAMES.items()}
     entries = (entry for family in registry.FAMILIES for entry in registry.entries(family))
-    found |= {f"{entry.module}.{entry.attribute}" for entry in entries if entry.package == "lilliput"}
-    return sorted(found)
+    names |= {f"{entry.module}.{entry.attribute}" for entry in entries if entry.package == "lilliput"}
+    return sorted(names)
 
 
 @cache

@@ -63,12 +63,12 @@ def skipping(monkeypatch, made, example, to="native"):
 
         def ranked_of(target, which=which, names=names):
             def ranked(node):
-                found = candidates(node, target)
+                kernels = candidates(node, target)
                 if node.op == "MatMul" and "active" in node.attrs:
-                    found = [k for k in found if k.name.startswith(SKIPS)]
-                    found = [found[min(which, len(found) - 1)]]
-                    names.append(found[0].name)
-                return found
+                    kernels = [k for k in kernels if k.name.startswith(SKIPS)]
+                    kernels = [kernels[min(which, len(kernels) - 1)]]
+                    names.append(kernels[0].name)
+                return kernels
 
             return ranked
 

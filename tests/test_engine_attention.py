@@ -18,9 +18,9 @@ def agrees(node: object, shapes: dict[str, tuple[int, ...]], made: list[str], op
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     draw = np.random.default_rng(0)
     feeds = {n: draw.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
-    found = compile(proto, tune=False)(**feeds)
+    outputs = compile(proto, tune=False)(**feeds)
     for a, b in zip(
-        found if isinstance(found, tuple) else (found,), ReferenceEvaluator(proto).run(None, feeds), strict=True
+        outputs if isinstance(outputs, tuple) else (outputs,), ReferenceEvaluator(proto).run(None, feeds), strict=True
     ):
         assert a.shape == b.shape
         assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()

@@ -33,9 +33,9 @@ SAMPLE = (
 
 
 def test_a_sample_of_onnx_tests_passes(conformance: ModuleType) -> None:
-    found = {test.name: test for test in conformance.tests() if test.name in SAMPLE}
-    assert set(found) == set(SAMPLE)
-    assert not {name: reason for name, test in found.items() if (reason := conformance.judged(test))}
+    cases = {test.name: test for test in conformance.tests() if test.name in SAMPLE}
+    assert set(cases) == set(SAMPLE)
+    assert not {name: reason for name, test in cases.items() if (reason := conformance.judged(test))}
 
 
 @pytest.mark.slow

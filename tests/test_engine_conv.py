@@ -73,8 +73,8 @@ def check(proto: onnx.ModelProto, folder: Path, starts: str, monkeypatch: pytest
     """Compile with the kernels whose names start so where there are any, compare; how often each was used."""
 
     def only(node: Node, target: Any) -> list[Kernel]:
-        found = every_candidate(node, target)
-        return [k for k in found if k.name.startswith(starts)] or found
+        kernels = every_candidate(node, target)
+        return [k for k in kernels if k.name.startswith(starts)] or kernels
 
     monkeypatch.setattr(tune, "candidates", only)
     engine = lilliput.compile(proto, folder, tune=False)

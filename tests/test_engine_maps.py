@@ -99,8 +99,8 @@ def test_functions_are_accurate_to_a_millionth(functions: Any) -> None:
     for low, high in ((1e-6, 1e-3), (1e-3, 1), (1, 80)):
         size = np.exp(np.linspace(math.log(low), math.log(high), 2048))
         x = np.concatenate([-size, size]).astype(np.float32)
-        for (op, exact), found in zip(REFERENCES.items(), functions(x), strict=True):
-            for value, y in zip(x[::7], found[::7], strict=True):
+        for (op, exact), computed in zip(REFERENCES.items(), functions(x), strict=True):
+            for value, y in zip(x[::7], computed[::7], strict=True):
                 if op == "Log" and value <= 0:
                     continue
                 wanted = exact(float(value))
@@ -113,8 +113,8 @@ def test_functions_where_float32_ends(functions: Any) -> None:
     exp, tanh, erf, log, softplus, sigmoid = (y[:8] for y in functions(x))
     assert np.array_equal(exp[:6], np.array([np.inf, 0, np.nan, np.inf, 0, 1], np.float32), equal_nan=True)
     assert exp[6] == pytest.approx(math.exp(88.5), rel=1e-6)
-    for found in (tanh, erf):
-        assert np.array_equal(found[:6], np.array([1, -1, np.nan, 1, -1, 0], np.float32), equal_nan=True)
+    for computed in (tanh, erf):
+        assert np.array_equal(computed[:6], np.array([1, -1, np.nan, 1, -1, 0], np.float32), equal_nan=True)
     assert np.array_equal(log[:3], np.array([np.inf, np.nan, np.nan], np.float32), equal_nan=True)
     assert log[5] == -np.inf
     assert log[7] == pytest.approx(math.log(1e-40), rel=1e-5)

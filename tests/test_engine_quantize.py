@@ -129,8 +129,8 @@ def test_codes_between_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, w
     made = tmp_path / "quantized.onnx"
     q.quantize_static(tmp_path / "net.onnx", made, Reader(), per_channel=True, weight_type=q.QuantType.QInt8)
     native = target("native")
-    found = native if width == 64 else replace(native, vector_bytes=width)
-    engine = Engine(write(made, tmp_path / "out", found, tune=False))
+    machine = native if width == 64 else replace(native, vector_bytes=width)
+    engine = Engine(write(made, tmp_path / "out", machine, tune=False))
     assert sum(layer["op"] == "Conv8" for layer in engine.manifest["layers"]) == 4
     scale = next(numpy_helper.to_array(t) for t in onnx.load(made).graph.initializer if t.name == "y_scale")
     x = np.random.default_rng(10).standard_normal((2, 4, 9, 9)).astype(np.float32)

@@ -62,9 +62,9 @@ def same(data: bytes, tune: bool = False) -> list[str]:
     draw = np.random.default_rng(1)
     engine = compile(data, tune=tune)
     feeds = {name: draw.standard_normal(tuple(shape)).astype(np.float32) for name, _, shape in engine._kinds}
-    for found, wanted in zip(engine(**feeds), Session(onnx.load_from_string(data)).run(feeds), strict=True):
-        assert found.shape == wanted.shape
-        assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    for output, wanted in zip(engine(**feeds), Session(onnx.load_from_string(data)).run(feeds), strict=True):
+        assert output.shape == wanted.shape
+        assert np.abs(output - wanted).max() <= 1e-4 * np.abs(wanted).max()
     return [layer["kernel"] for layer in engine.manifest["layers"] if layer["op"] == "Recurrence"]
 
 
@@ -87,11 +87,11 @@ def test_one_step_with_its_state() -> None:
     assert kernels and "sparse" in kernels[0]
 
 
-def offered(m: int, k: int, zeros: float, block: int, found: Target) -> list[tuple[np.ndarray, MatVec]]:
+def offered(m: int, k: int, zeros: float, block: int, machine: Target) -> list[tuple[np.ndarray, MatVec]]:
     draw = np.random.default_rng(2)
     weight = draw.standard_normal((m, k)).astype(np.float32)
     weight[np.repeat(draw.random((m // block, k)) < zeros, block, 0)] = 0
-    return [(weight, way) for way in ways(weight, None, found)]
+    return [(weight, way) for way in ways(weight, None, machine)]
 
 
 def test_every_way_gives_the_product(tmp_path: object) -> None:

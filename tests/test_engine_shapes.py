@@ -34,9 +34,9 @@ def model(
 
 
 def agrees(engine: Engine, proto: onnx.ModelProto, feeds: dict[str, Array]) -> None:
-    found = engine(**feeds)
-    found = found if isinstance(found, tuple) else (found,)
-    for a, b in zip(found, ReferenceEvaluator(proto).run(None, feeds), strict=True):
+    outputs = engine(**feeds)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    for a, b in zip(outputs, ReferenceEvaluator(proto).run(None, feeds), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
         assert a.dtype == b.dtype
 

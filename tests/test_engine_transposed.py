@@ -40,5 +40,5 @@ def test_transposed_convolutions(sizes: tuple[int, ...], kernel: tuple[int, ...]
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     expected = Session(proto).all({"x": x})[0]
-    found = lilliput.compile(proto, tune=False)(x)
-    assert found.shape == expected.shape and np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    output = lilliput.compile(proto, tune=False)(x)
+    assert output.shape == expected.shape and np.abs(output - expected).max() <= 1e-5 * np.abs(expected).max()

@@ -68,8 +68,8 @@ def test_every_setting_of_every_method_reads_back(name: str) -> None:
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return found
+    data: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return data
 
 
 @pytest.mark.slow

@@ -61,10 +61,10 @@ def expected(proto=None):
 
 def test_a_good_artifact_passes():
     stored = {"w": grid(WEIGHT, 8)}
-    found = guard.compare(
+    measured = guard.compare(
         Session(narrow(dense(), stored)).outputs(inputs()), expected(dense(stored["w"].decode())), exact=False
     )
-    assert found["changed"] == 0 and found["cosine"] > 0.999
+    assert measured["changed"] == 0 and measured["cosine"] > 0.999
     assert guard.flags(narrow(dense(), stored), dense()) == []
 
 
@@ -155,10 +155,10 @@ def test_saturation_on_this_machine_is_refused_with_its_reason():
     else:
         assert not any("saturate" in sentence for sentence in guard.flags(proto, dense()))
     proto, right = saturated(7)
-    found = guard.compare(
+    measured = guard.compare(
         Session(proto).outputs(bright()), Session(right).outputs(bright()), exact=False, most_changed=0.05
     )
-    assert found["cosine"] > 0.9999
+    assert measured["cosine"] > 0.9999
 
 
 def test_static_ranges_that_clip_the_activations():

@@ -107,8 +107,8 @@ def test_values_of_a_narrow_file_leave_scales_out():
 
 
 def test_shapes_are_those_of_a_run_at_batch_one():
-    found = shapes(convolutions(), images())
-    assert found["c"] == (1, 8, 4, 4) and found["y"] == (1, 3) and found["x"] == (1, 1, 9, 9)
+    sizes = shapes(convolutions(), images())
+    assert sizes["c"] == (1, 8, 4, 4) and sizes["y"] == (1, 3) and sizes["x"] == (1, 1, 9, 9)
 
 
 def measured(ms=1.0):
@@ -140,12 +140,12 @@ def test_latency_is_interleaved_and_says_what_it_was_measured_with():
         "narrow": Session(convolutions(8)),
         "two": Session(convolutions(8), 2),
     }
-    found = latency(sessions, images(), seconds=0.05, least=5, batch=3)
-    assert list(found) == ["wide", "narrow", "two"] and found["wide"].ratio == 1.0
-    assert len({m.runs for m in found.values()}) == 1 and found["wide"].runs >= 5
-    for m in found.values():
+    times = latency(sessions, images(), seconds=0.05, least=5, batch=3)
+    assert list(times) == ["wide", "narrow", "two"] and times["wide"].ratio == 1.0
+    assert len({m.runs for m in times.values()}) == 1 and times["wide"].runs >= 5
+    for m in times.values():
         assert 0 < m.q1_ms <= m.median_ms <= m.q3_ms and m.batch == 3 and m.runtime.startswith("onnxruntime")
-    assert found["two"].threads == 2
+    assert times["two"].threads == 2
     own = latency(sessions, images(), seconds=0.02, least=5, clock=time.process_time)
     assert own["wide"].median_ms > 0
     with pytest.raises(ValueError, match="needs a session"):

@@ -108,9 +108,9 @@ def brought(run: Run) -> set[tuple[str, str]]:
 
 
 def test_everything_is_in_the_registry_and_nothing_of_it_in_src(run: Run) -> None:
-    found = brought(run)
-    assert found == BROUGHT
-    words = re.compile(rf"\b({'|'.join([PACKAGE, *sorted(name for _, name in found)])})\b")
+    listed = brought(run)
+    assert listed == BROUGHT
+    words = re.compile(rf"\b({'|'.join([PACKAGE, *sorted(name for _, name in listed)])})\b")
     for file in (ROOT / "src").rglob("*.py*"):
         if file.suffix in (".py", ".pyi"):
             assert not words.search(file.read_text(encoding="utf-8")), file

@@ -33,15 +33,15 @@ STEPS = 3
 
 def methods() -> list[Any]:
     """Every way of using every pruning method in its first settings: as a stage and as a rule."""
-    found = []
+    cases = []
     for entry in registry.methods():
         for settings in _contracts.MADE.get(entry.name, [{}])[:1] if entry.room == "prune" else []:
-            found += [
+            cases += [
                 pytest.param(entry.name, settings, kind, id=f"{entry.name}-{kind}")
                 for kind in ("Stage", "Rule")
                 if kind in entry.kinds
             ]
-    return found
+    return cases
 
 
 METHODS = methods()

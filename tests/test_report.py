@@ -337,8 +337,8 @@ FLAGS = [
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")]
-    executable = next(filter(None, found), None)
+    paths = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")]
+    executable = next(filter(None, paths), None)
     if executable is None:
         pytest.skip("no chromium is installed")
     with playwright.sync_playwright() as driver:

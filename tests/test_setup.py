@@ -147,8 +147,8 @@ def test_readme_says_what_its_record_says() -> None:
         pytest.skip("the demo has no record yet")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = script("readme")
-    found = readme.parts(json.loads(record.read_text(encoding="utf-8"))) | readme.engine()
-    assert readme.fill(text, found) == text, "run `make readme`"
+    parts = readme.parts(json.loads(record.read_text(encoding="utf-8"))) | readme.engine()
+    assert readme.fill(text, parts) == text, "run `make readme`"
 
 
 def test_results_say_what_their_records_say() -> None:

@@ -18,8 +18,8 @@ def test_a_record_and_its_tensors_come_back(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.put("a", {"score": 0.5}, {"w": torch.arange(3.0)})
     assert store.record("a") == {"score": 0.5}
-    found = store.tensors("a")
-    assert found is not None and torch.equal(found["w"], torch.arange(3.0))
+    tensors = store.tensors("a")
+    assert tensors is not None and torch.equal(tensors["w"], torch.arange(3.0))
     assert store.record("b") is None and store.tensors("b") is None
 
 
@@ -52,8 +52,8 @@ def test_a_truncated_tensor_file_is_set_aside(tmp_path: Path) -> None:
 def test_a_checkpoint_is_read_without_executing_anything(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.keep_checkpoint("a", {"step": 3, "model": {"w": torch.ones(2)}})
-    found = store.checkpoint("a")
-    assert found is not None and found["step"] == 3
+    state = store.checkpoint("a")
+    assert state is not None and state["step"] == 3
     import pickle
 
     class Trap:

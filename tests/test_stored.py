@@ -95,8 +95,8 @@ def test_sparse_places_kept_entries_in_c_order():
 def test_positions_take_the_cheapest_way(sparsity, way):
     mask = np.random.default_rng(1).random(400) >= sparsity
     mask[-1] = True
-    found, bits = position_bits(mask)
-    assert found.startswith(way) and bits <= 400
+    way_taken, bits = position_bits(mask)
+    assert way_taken.startswith(way) and bits <= 400
 
 
 def test_two_of_four_costs_three_bits_a_group():

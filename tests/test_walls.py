@@ -36,11 +36,11 @@ PENDING: dict[str, set[str]] = {"circles": set(), "arrows": set(), "long": set()
 
 def files() -> dict[str, Path]:
     """Every source file by its module's name."""
-    found = {}
+    files = {}
     for file in sorted(SOURCE.rglob("*.py")):
         parts = file.relative_to(SOURCE.parent).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
-    return found
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return files
 
 
 def imported(name: str, file: Path, known: dict[str, Path]) -> Iterator[str]:
@@ -69,7 +69,7 @@ def circles(graph: dict[str, set[str]]) -> list[tuple[str, ...]]:
     number: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
-    found = []
+    circles = []
 
     def visit(name: str) -> None:
         number[name] = low[name] = len(number)
@@ -83,12 +83,12 @@ def circles(graph: dict[str, set[str]]) -> list[tuple[str, ...]]:
             members = stack[stack.index(name) :]
             del stack[stack.index(name) :]
             if len(members) > 1:
-                found.append(tuple(sorted(members)))
+                circles.append(tuple(sorted(members)))
 
     for name in graph:
         if name not in number:
             visit(name)
-    return found
+    return circles
 
 
 def room(name: str) -> str:

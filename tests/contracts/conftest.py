@@ -64,12 +64,12 @@ MADE: dict[str, list[dict[str, Any]]] = {
 
 def made(kind: str) -> list[Any]:
     """One `pytest.param` for each way of making each method of a kind."""
-    found = []
+    cases = []
     for entry in registry.methods():
         if kind in entry.kinds:
             for i, settings in enumerate(MADE.get(entry.name, [{}])):
-                found.append(pytest.param((entry, settings), id=f"{entry.name}{i or ''}"))
-    return found
+                cases.append(pytest.param((entry, settings), id=f"{entry.name}{i or ''}"))
+    return cases
 
 
 def pytest_generate_tests(metafunc: Any) -> None:

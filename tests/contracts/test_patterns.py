@@ -19,16 +19,16 @@ def rated(shape: tuple[int, ...]) -> torch.Tensor:
 
 def fitting(pattern: Pattern) -> list[tuple[int, ...]]:
     """The shapes that a pattern divides; what it does not divide, it refuses with what to do."""
-    found = []
+    shapes = []
     for shape in SHAPES:
         try:
             pattern.check(shape)
         except ValueError as error:
             assert "where=" in str(error)
         else:
-            found.append(shape)
-    assert found
-    return found
+            shapes.append(shape)
+    assert shapes
+    return shapes
 
 
 @every

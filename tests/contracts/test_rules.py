@@ -85,15 +85,15 @@ def test_a_result_from_the_store_is_the_same_and_nothing_is_measured_for_it(
         raise AssertionError("begin is not called for a result that is there")
 
     monkeypatch.setattr(type(rule), "begin", again)
-    found = Runner(model, task, Store(tmp_path)).make(recipe)
-    assert torch.equal(predict(first, task.example), predict(found, task.example))
+    trained = Runner(model, task, Store(tmp_path)).make(recipe)
+    assert torch.equal(predict(first, task.example), predict(trained, task.example))
     assert [type(code) for chain in codes(first).values() for code in chain] == [
-        type(code) for chain in codes(found).values() for code in chain
+        type(code) for chain in codes(trained).values() for code in chain
     ]
     if until is None:
         state = first.state_dict()
-        assert state.keys() == found.state_dict().keys()
-        assert all(torch.equal(value, state[name]) for name, value in found.state_dict().items())
+        assert state.keys() == trained.state_dict().keys()
+        assert all(torch.equal(value, state[name]) for name, value in trained.state_dict().items())
 
 
 def test_a_copied_state_drives_on_the_same_way(rule, model, task):

@@ -25,10 +25,10 @@ def test_a_score_is_positive_finite_and_of_the_weights_shape(entry: Entry, shape
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight.view(-1)[::5] = 0
     before, given = weight.clone(), statistics(entry, shape)
-    found = entry.load()(weight, **given)
-    assert found.shape == weight.shape and found.is_floating_point()
-    assert bool(found.isfinite().all()) and bool((found >= 0).all())
-    assert torch.equal(found, entry.load()(weight, **given)), "a score is a function of its arguments"
+    score = entry.load()(weight, **given)
+    assert score.shape == weight.shape and score.is_floating_point()
+    assert bool(score.isfinite().all()) and bool((score >= 0).all())
+    assert torch.equal(score, entry.load()(weight, **given)), "a score is a function of its arguments"
     assert torch.equal(weight, before)
 
 

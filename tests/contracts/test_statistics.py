@@ -22,9 +22,9 @@ def same(a: dict[str, dict[str, Tensor]], b: dict[str, dict[str, Tensor]], need:
 
 @every
 def test_shapes_meet_the_tensor_and_values_are_finite(entry: Entry, model: nn.Module, task: Task) -> None:
-    found = statistics(model, task, NAMES, [entry.name], examples=12)
-    assert set(found) == set(NAMES)
-    for name, known in found.items():
+    measured = statistics(model, task, NAMES, [entry.name], examples=12)
+    assert set(measured) == set(NAMES)
+    for name, known in measured.items():
         weight = model.get_parameter(name)
         if entry.name not in known:
             assert of_layer_inputs(entry.name) and name == "1.weight", "only what no layer shows may be missing"
@@ -50,15 +50,15 @@ def test_deterministic_and_the_model_is_left_as_it_is(entry: Entry, model: nn.Mo
 @every
 def test_what_it_is_taken_from_is_all_that_it_needs(entry: Entry, model: nn.Module, task: Task) -> None:
     inputs, _ = task.split("train")
-    found = statistics(model, task, NAMES, [entry.name], examples=12)
+    measured = statistics(model, task, NAMES, [entry.name], examples=12)
     if taken_from(entry.name) == "none":
-        assert same(found, statistics(model, None, NAMES, [entry.name]), entry.name)
+        assert same(measured, statistics(model, None, NAMES, [entry.name]), entry.name)
         return
     with pytest.raises(ValueError, match=f"a task must be given for {entry.name}, got None"):
         statistics(model, None, NAMES, [entry.name])
     bare = statistics(model, Task("no labels", inputs, inputs), NAMES, [entry.name], examples=12)
     if taken_from(entry.name) == "inputs":
-        assert same(found, bare, entry.name)
+        assert same(measured, bare, entry.name)
 
 
 @pytest.mark.parametrize("entry", entries("running"), ids=lambda entry: entry.name)

@@ -94,12 +94,12 @@ class Loop:
 @pytest.mark.parametrize("name", RULES)
 def test_the_count_is_exact_at_the_end_and_no_tensor_is_empty(name: str, net: nn.Module, task: Task) -> None:
     trained = Train(STEPS, lr=0.01, rules=(RULES[name],))(net, task, Reference(net, task))
-    found, share = masks(trained), 0.5 if name == "sr-ste" else 0.75
-    total = sum(code.mask.numel() for code in found.values())
+    by_name, share = masks(trained), 0.5 if name == "sr-ste" else 0.75
+    total = sum(code.mask.numel() for code in by_name.values())
     # Each tensor's count is rounded, or each row's.
-    slack = 0 if RULES[name].allocation != "erk" else len(found) if name != "kast-even" else 26
-    assert len(found) == 3 and abs(zeros(trained) - round(share * total)) <= slack
-    for layer, code in found.items():
+    slack = 0 if RULES[name].allocation != "erk" else len(by_name) if name != "kast-even" else 26
+    assert len(by_name) == 3 and abs(zeros(trained) - round(share * total)) <= slack
+    for layer, code in by_name.items():
         weight = theta(trained, layer)
         assert code.mask.any() and not code.straight
         decoded = trained[int(layer[0])].weight

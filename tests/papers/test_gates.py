@@ -66,13 +66,13 @@ def test_str_begins_where_the_dense_network_is(net: nn.Module) -> None:
 
 def test_str_without_a_target_gets_sparser_the_more_it_decays(net: nn.Module, task: Task) -> None:
     """arXiv:2002.03231, section 4: the sparsity comes from the weight decay on s and from its first value."""
-    found = []
+    zeros = []
     for decay in (0.0, 0.02, 0.1):
         stage = Train(60, lr=0.05, optimizer="sgd", rules=(STR(decay=decay, start=-4.0),))
         trained = stage(net, task, Reference(net, task))
-        found.append(sum(int((~code.mask).sum()) for code in masks(trained).values()))
+        zeros.append(sum(int((~code.mask).sum()) for code in masks(trained).values()))
         assert all(torch.equal(code.mask, theta(trained, name) != 0) for name, code in masks(trained).items())
-    assert found == sorted(found) and found[0] < found[1] < found[2]
+    assert zeros == sorted(zeros) and zeros[0] < zeros[1] < zeros[2]
 
 
 def test_str_steers_one_common_threshold_whatever_s_has_learnt(net: nn.Module) -> None:

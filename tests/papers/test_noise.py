@@ -157,10 +157,10 @@ def test_activity_counts_what_is_not_zero():
         net[3].bias.fill_(0.5)
     x = torch.tensor([[1.0, 2.0, 3.0, -1.0], [0.0, 0.0, 0.0, 0.0]]).view(2, 1, 2, 2)
     y = torch.zeros(2, dtype=torch.int64)
-    found = activity(net, Task("tiny", train=(x, y), val=(x, y)))
-    assert found.layers == ("1", "4") and found.units == (3, 2) and found.dead == (1, 0) and found.examples == 2
-    assert found.active == pytest.approx((4 / 24, 0.5))
-    assert str(found).splitlines()[0] == "1: 16.7% active, 1 of 3 dead"
+    seen = activity(net, Task("tiny", train=(x, y), val=(x, y)))
+    assert seen.layers == ("1", "4") and seen.units == (3, 2) and seen.dead == (1, 0) and seen.examples == 2
+    assert seen.active == pytest.approx((4 / 24, 0.5))
+    assert str(seen).splitlines()[0] == "1: 16.7% active, 1 of 3 dead"
     assert not any(module._forward_hooks for module in net.modules())
     assert activity(net, Task("tiny", train=(x, y), val=(x, y)), where="0").active[0] == pytest.approx((4 + 4 + 8) / 24)
 
@@ -182,9 +182,9 @@ def test_activity_is_followed_over_a_training():
     follow = FollowActivity(every=20, examples=64)
     stage = Train(100, lr=3e-3, rules=(Noise(0.5), follow))
     fit(stage, model, task, Reference(copy_model(model), task), save=kept.append, stop=lambda step: step == 60)
-    found = activities(kept[0]["rules"][1])
-    assert [step for step, _ in found["1"]] == [0, 20, 40, 60]
-    assert found["1"][-1][1] < found["1"][0][1]
+    seen = activities(kept[0]["rules"][1])
+    assert [step for step, _ in seen["1"]] == [0, 20, 40, 60]
+    assert seen["1"][-1][1] < seen["1"][0][1]
     untouched = fit(Train(100, lr=3e-3, rules=(Noise(0.5),)), model, task, Reference(copy_model(model), task))
     followed = fit(stage, model, task, Reference(copy_model(model), task))
     assert all(

@@ -92,8 +92,8 @@ def test_the_global_step_takes_the_cheapest_next_removal_wherever_it_is() -> Non
         row = min((r for r in range(5) if at[r] < 8), key=lambda r: float(loss[r, at[r]]))
         mask[row, order[row, at[row]]] = False
         at[row] += 1
-    new, found = obc(W, H, 0.5, parse("elements"), damp=0.0)
-    assert torch.equal(found, mask)
+    new, kept = obc(W, H, 0.5, parse("elements"), damp=0.0)
+    assert torch.equal(kept, mask)
     torch.testing.assert_close(new, reconstruct(W, mask, H))
 
 
@@ -120,8 +120,8 @@ def test_two_of_four_is_exact_and_near_the_best_of_all_masks() -> None:
     for w, row, got in zip(W, mask, new, strict=True):
         pairs = list(itertools.combinations(range(4), 2))
         least = min(best(w, [*a, *(4 + k for k in b)], X)[0] for a in pairs for b in pairs)
-        found = best(w, row.nonzero()[:, 0].tolist(), X)[0]
-        assert least <= found * (1 + 1e-9) and float((X.T @ (w - got)).square().sum()) == pytest.approx(found)
+        error = best(w, row.nonzero()[:, 0].tolist(), X)[0]
+        assert least <= error * (1 + 1e-9) and float((X.T @ (w - got)).square().sum()) == pytest.approx(error)
     intact = obc(W, H, 0.25, parse("2:4"), damp=0.0)[1].view(-1, 4).sum(1)
     assert sorted(intact.tolist()) == [2] * 6 + [4] * 6
 

@@ -215,11 +215,11 @@ def test_the_choice_is_the_best_of_all() -> None:
         costs = {n: dict(zip(levels, -np.sort(-draw.integers(1, 999, 4)).astype(float), strict=True)) for n in "abc"}
         least, most = (sum(f(row.values()) for row in costs.values()) for f in (min, max))
         allowed = (least + most) / 2
-        found = budget._cheapest(lost, costs, allowed, "bytes", 0)
+        cheapest = budget._cheapest(lost, costs, allowed, "bytes", 0)
         ways = [dict(zip("abc", way, strict=True)) for way in itertools.product(levels, repeat=3)]
         fit = [w for w in ways if sum(costs[n][s] for n, s in w.items()) <= allowed * 0.9995]
-        assert sum(costs[n][s] for n, s in found.items()) <= allowed
-        assert sum(lost[n][s] for n, s in found.items()) <= min(sum(lost[n][s] for n, s in w.items()) for w in fit)
+        assert sum(costs[n][s] for n, s in cheapest.items()) <= allowed
+        assert sum(lost[n][s] for n, s in cheapest.items()) <= min(sum(lost[n][s] for n, s in w.items()) for w in fit)
     assert budget._cheapest(lost, costs, most, "bytes", 0) == dict.fromkeys("abc", 0.0)
     with pytest.raises(ValueError, match="bytes must be at least"):
         budget._cheapest(lost, costs, least - 1, "bytes", 0)

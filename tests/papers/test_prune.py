@@ -18,13 +18,13 @@ def test_erk_equation_1_density_is_proportional_to_the_sum_over_the_product_of_t
     """arXiv:1911.11134, section 3: 1 - (n_in + n_out + w + h) / (n_in n_out w h), scaled to the whole's sparsity."""
     shapes = {"first": (16, 3, 3, 3), "wide": (64, 32, 3, 3), "point": (64, 64, 1, 1), "fc": (10, 64)}
     rated = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    found = allocations.erk(rated, 0.9)
-    zeros = sum(found[name] * value.numel() for name, value in rated.items())
+    shares = allocations.erk(rated, 0.9)
+    zeros = sum(shares[name] * value.numel() for name, value in rated.items())
     assert zeros == pytest.approx(0.9 * sum(value.numel() for value in rated.values()))
     raw = {name: sum(shape) / torch.Size(shape).numel() for name, shape in shapes.items()}
-    ratios = {name: (1 - found[name]) / raw[name] for name in shapes if found[name] > 0}
+    ratios = {name: (1 - shares[name]) / raw[name] for name in shapes if shares[name] > 0}
     assert len(ratios) >= 2 and max(ratios.values()) == pytest.approx(min(ratios.values()))
-    assert all(raw[name] * max(ratios.values()) >= 1 for name in shapes if found[name] == 0), "no denser than dense"
+    assert all(raw[name] * max(ratios.values()) >= 1 for name in shapes if shares[name] == 0), "no denser than dense"
 
 
 def test_cubic_schedule_equation_1() -> None:
@@ -53,12 +53,12 @@ def test_input_norms_are_those_of_the_inputs_that_meet_each_weight() -> None:
     net = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.ReLU(), nn.Flatten(2), nn.Linear(9, 2))
     x = torch.randn(80, 4, 3, 3)
     task = Task("norms", (x, torch.zeros(80, 6, 2)), (x, torch.zeros(80, 6, 2)), None, "mse", "mse")
-    found = statistics(net, task, ["0.weight", "3.weight"], ["input_norm", "input_second_moment"], examples=80)
+    measured = statistics(net, task, ["0.weight", "3.weight"], ["input_norm", "input_second_moment"], examples=80)
     norm = x.transpose(0, 1).flatten(1).norm(dim=1)
     expected = torch.stack([norm[:2]] * 3 + [norm[2:]] * 3)[:, :, None, None]
-    torch.testing.assert_close(found["0.weight"]["input_norm"], expected)
+    torch.testing.assert_close(measured["0.weight"]["input_norm"], expected)
     hidden = net[:3](x).detach().reshape(-1, 9)
-    torch.testing.assert_close(found["3.weight"]["input_second_moment"], hidden.square().mean(0, keepdim=True))
+    torch.testing.assert_close(measured["3.weight"]["input_second_moment"], hidden.square().mean(0, keepdim=True))
 
 
 def test_taylor_equation_8_is_the_first_order_change_of_the_loss() -> None:

@@ -53,16 +53,16 @@ def task() -> lilliput.Task:
 
 def test_shares_by_snip_then_sparse_training(task: lilliput.Task) -> None:
     net = network()
-    found = masks(lilliput.Prune(0.4, "snip", allocation="global")(net, task, None))
-    shares = tuple((name, code.sparsity) for name, code in found.items())
-    assert {f"1.branches.{i}.weight" for i in range(3)} <= set(found)
-    assert sum(int((~code.mask).sum()) for code in found.values()) == round(
-        0.4 * sum(code.mask.numel() for code in found.values())
+    by_name = masks(lilliput.Prune(0.4, "snip", allocation="global")(net, task, None))
+    shares = tuple((name, code.sparsity) for name, code in by_name.items())
+    assert {f"1.branches.{i}.weight" for i in range(3)} <= set(by_name)
+    assert sum(int((~code.mask).sum()) for code in by_name.values()) == round(
+        0.4 * sum(code.mask.numel() for code in by_name.values())
     )
     training = lilliput.Train(120, lilliput.Cosine(1e-2), (SET(allocation=shares, every=10),))
     made = lilliput.run(net, task, [training])
     moved = masks(made)
-    for name, code in found.items():
+    for name, code in by_name.items():
         assert int(moved[name].mask.sum()) == int(code.mask.sum()), "each layer keeps SNIP's share"
-    assert any(not torch.equal(moved[name].mask, found[name].mask) for name in found)
+    assert any(not torch.equal(moved[name].mask, by_name[name].mask) for name in by_name)
     assert task.score(lilliput.realize(made), "val").value > 0.8

@@ -37,7 +37,7 @@ def input_mean(layers: Layers, parameters: Parameters) -> Parameters:
 def mean_keeping(weight: Tensor, scale: Tensor, zero: Tensor, levels: Levels, *, input_mean: Tensor) -> Tensor:
     """Round such that the mean of each output stays: what one weight's error adds to it, the next ones take away."""
     steps, shifts = scale.expand_as(weight), zero.expand_as(weight)
-    found, carried = torch.empty_like(weight), torch.zeros_like(weight[:, 0])
+    levels_of, carried = torch.empty_like(weight), torch.zeros_like(weight[:, 0])
     for j in range(weight.shape[1]):
         w, s, z, mean = weight[:, j], steps[:, j], shifts[:, j], input_mean[:, j]
         level = (w / s + z).round()
@@ -46,6 +46,6 @@ def mean_keeping(weight: Tensor, scale: Tensor, zero: Tensor, levels: Levels, *,
         # Of the levels within a step the one that leaves the least behind.
         near = ((better - z) * s - w).abs() <= s
         left = (carried + (w - (better - z) * s) * mean).abs().masked_fill(~near, torch.inf)
-        found[:, j] = torch.where(w == 0, z, better.gather(0, left.argmin(0)[None])[0])
-        carried = carried + (w - (found[:, j] - z) * s) * mean
-    return found
+        levels_of[:, j] = torch.where(w == 0, z, better.gather(0, left.argmin(0)[None])[0])
+        carried = carried + (w - (levels_of[:, j] - z) * s) * mean
+    return levels_of

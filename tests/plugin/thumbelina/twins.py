@@ -31,9 +31,9 @@ class TwinUnits(Finding):
 
 def twin_units(model: nn.Module, task: Task, tolerance: float = 1e-3) -> TwinUnits:
     """Count the hidden units of a model that have a twin."""
-    found = [(name, _gaps(first)) for name, first, _ in _pairs(model)]
+    gaps_of = [(name, _gaps(first)) for name, first, _ in _pairs(model)]
     return TwinUnits(
-        tuple(name for name, _ in found), tuple(int((gaps.amin(1) < tolerance).sum()) for _, gaps in found)
+        tuple(name for name, _ in gaps_of), tuple(int((gaps.amin(1) < tolerance).sum()) for _, gaps in gaps_of)
     )
 
 
