@@ -72,19 +72,19 @@ def one(job: tuple[str, str, str, int, int, Path]) -> dict[str, Any]:
 def speeds(quick: bool) -> dict[str, Any]:
     """How many times faster than dense a pattern is in the engine, at batch 1."""
     model, task = mnist1d.mnist1d_mlp() if quick else digits.digits()
-    sessions, left = {"dense": EngineSession(trace(model, task.example).proto)}, {}
+    sessions, skipped = {"dense": EngineSession(trace(model, task.example).proto)}, {}
     for pattern in PATTERNS[:1] if quick else PATTERNS:
         try:
             pruned = lilliput.Prune(SPARSITY, "random", pattern, "uniform")(model, task, None)
             sessions[pattern] = EngineSession(trace(lilliput.realize(pruned), task.example).proto)
         except (ValueError, NotSupported) as error:
-            left[pattern] = str(error)
+            skipped[pattern] = str(error)
     times = latency(sessions, task.example, seconds=0.1 if quick else 8)
     dense = times["dense"].median_ms
     return {
         "ratio": {name: round(dense / time.median_ms, 2) for name, time in times.items()},
         "dense_ms": round(dense, 4),
-        "left": left,
+        "left": skipped,
     }
 
 

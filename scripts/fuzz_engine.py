@@ -121,7 +121,7 @@ class Bytes:
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
 
-    def left(self) -> bool:
+    def remains(self) -> bool:
         """Whether there are any."""
         return self.at < len(self.data)
 
@@ -252,16 +252,16 @@ def damaged(model: onnx.ModelProto, choose: Bytes) -> bytes:
     proto = onnx.ModelProto()
     proto.CopyFrom(model)
     for _ in range(6):
-        if not choose.left():
+        if not choose.remains():
             break
         try:
             DAMAGES[choose.number(len(DAMAGES))](proto, choose)
         except (ValueError, TypeError, OverflowError, IndexError, ZeroDivisionError):
             continue  # this damage cannot be written into a file
     raw = bytearray(proto.SerializeToString())
-    if choose.left() and choose.number(4) == 0:
+    if choose.remains() and choose.number(4) == 0:
         for _ in range(8):
-            if raw and choose.left():
+            if raw and choose.remains():
                 raw[choose.number(len(raw))] = choose.number(256)
     return bytes(raw)
 

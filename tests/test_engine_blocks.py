@@ -18,7 +18,7 @@ def weights(outs: int, ins: int, block: int, seed: int = 0) -> np.ndarray:
 
 def model(weight: np.ndarray, bias: np.ndarray | None, *, relu: bool = False, tanh: bool = False,
           scale: np.ndarray | None = None) -> onnx.ModelProto:  # fmt: skip
-    """relu or tanh (x w^T + bias); with a scale the weight is int8 codes of it."""
+    """relu or tanh (x w^T + bias); with a scale the weight is int8 levels of it."""
     outs, ins = weight.shape
     nodes, held = [], [numpy_helper.from_array(weight, "w")]
     if scale is not None:
@@ -52,12 +52,12 @@ def test_it_equals_the_dense_product(tmp_path: Path, block: int, outs: int, ins:
 
 
 def test_eight_bit_values_stay_so(tmp_path: Path) -> None:
-    codes = np.clip(np.round(weights(64, 90, 16) * 50), -127, 127).astype(np.int8)
+    levels = np.clip(np.round(weights(64, 90, 16) * 50), -127, 127).astype(np.int8)
     scale, bias = np.linspace(0.01, 0.02, 64, dtype=np.float32), np.ones(64, np.float32)
-    engine = compile(model(codes, bias, scale=scale), tmp_path, tune=False)
+    engine = compile(model(levels, bias, scale=scale), tmp_path, tune=False)
     assert engine.manifest["layers"][0]["kernel"] == "sparse, blocks of 16 outputs, 8-bit"
     x = np.random.default_rng(1).standard_normal((1, 90)).astype(np.float32)
-    np.testing.assert_allclose(engine(x), x @ (codes * scale[:, None]).T + bias, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(engine(x), x @ (levels * scale[:, None]).T + bias, rtol=1e-5, atol=1e-5)
 
 
 def test_scattered_zeros_are_left_to_others(tmp_path: Path) -> None:

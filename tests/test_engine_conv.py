@@ -169,8 +169,8 @@ def test_narrow_weights_stay_narrow(kind: str, tmp_path: Path, monkeypatch: pyte
     else:
         most = {"bytes": 127, "nibbles": 7, "signs": 1}[kind]
         scale = np.abs(w).max((1, 2, 3)) / most
-        codes = np.sign(w) if kind == "signs" else np.rint(w / scale[:, None, None, None])
-        stored = [numpy_helper.from_array(codes.astype(np.int8), "narrow"), numpy_helper.from_array(scale, "scale")]
+        levels = np.sign(w) if kind == "signs" else np.rint(w / scale[:, None, None, None])
+        stored = [numpy_helper.from_array(levels.astype(np.int8), "narrow"), numpy_helper.from_array(scale, "scale")]
         read = helper.make_node("DequantizeLinear", ["narrow", "scale"], ["w0"], axis=0)
     proto = model([([read, *nodes], inputs, outputs, [*stored, *constants[1:]])])
     check(proto, tmp_path / "net", "sparse", monkeypatch)

@@ -137,16 +137,16 @@ def test_free_sizes(monkeypatch, zeros, to):
 @pytest.mark.parametrize("zeros", [0.0, 0.8])
 def test_narrow_weights(monkeypatch, bits, scaled, zeros):
     rng = np.random.default_rng(2)
-    codes = rng.integers(-(2 ** (min(bits, 8) - 1)) + 1, 2 ** (min(bits, 8) - 1), (40, 26)).astype(np.int8)
-    codes[rng.random(codes.shape) < zeros] = 0
+    levels = rng.integers(-(2 ** (min(bits, 8) - 1)) + 1, 2 ** (min(bits, 8) - 1), (40, 26)).astype(np.int8)
+    levels[rng.random(levels.shape) < zeros] = 0
     scale = (rng.random(26) / 50 + 0.01).astype(np.float32)
-    stored = codes * scale if scaled else codes.astype(np.float32) / 7
+    stored = levels * scale if scaled else levels.astype(np.float32) / 7
 
     def make(copies):
         if bits == 16:
             head, constants = [N("Cast", ["h"], ["w"], to=FLOAT)], {"h": stored.astype(np.float16)}
         else:
-            head, constants = [N("DequantizeLinear", ["q", "s"], ["w"], axis=1)], {"q": codes, "s": scale}
+            head, constants = [N("DequantizeLinear", ["q", "s"], ["w"], axis=1)], {"q": levels, "s": scale}
         nodes = [N("MatMul", ["x", "w"], [f"y{i}"]) for i in range(copies)]
         return proto([*head, *nodes], [("x", FLOAT, (35, 40))], [(f"y{i}", FLOAT) for i in range(copies)], constants)
 
@@ -280,15 +280,15 @@ def test_attention_of_free_sizes(monkeypatch):
 def test_integer_products(monkeypatch, a_kind, b_kind, zero):
     rng = np.random.default_rng(7)
 
-    def codes(shape, kind):
+    def levels(shape, kind):
         return rng.integers(np.iinfo(kind).min, np.iinfo(kind).max + 1, shape).astype(kind)
 
-    constants = {"b": codes((35, 41), b_kind), "t": rng.random(41).astype(np.float32)}
+    constants = {"b": levels((35, 41), b_kind), "t": rng.random(41).astype(np.float32)}
     more = []
     if zero:
         constants["za"], more = a_kind(77), ["za"]
     if zero == "columns":
-        constants["zb"], more = codes(41, b_kind), ["za", "zb"]
+        constants["zb"], more = levels(41, b_kind), ["za", "zb"]
 
     def make(copies):
         nodes = []
@@ -311,7 +311,7 @@ def test_integer_products(monkeypatch, a_kind, b_kind, zero):
         b = constants["b"].astype(np.int64) - constants.get("zb", np.uint8(0)).astype(np.int64)
         return [(a @ b).astype(np.float32) * constants["t"] * feeds["s"]]
 
-    feeds = {"a": codes((2, 9, 35), a_kind), "s": rng.random((2, 9, 1)).astype(np.float32)}
+    feeds = {"a": levels((2, 9, 35), a_kind), "s": rng.random((2, 9, 1)).astype(np.float32)}
     names = each_kernel(monkeypatch, make, "MatMulInteger", [feeds], 1e-6, known=exactly)
     assert any(name.startswith("8-bit") for name in names)
 
@@ -330,21 +330,21 @@ def test_codes_of_products(monkeypatch):
         "t": rng.random(20).astype(np.float32),
     }
     nodes = [
-        N("DynamicQuantizeLinear", ["x"], ["codes", "step", "zero"]),
-        N("MatMulInteger", ["codes", "w", "zero"], ["i"]),
+        N("DynamicQuantizeLinear", ["x"], ["levels", "step", "zero"]),
+        N("MatMulInteger", ["levels", "w", "zero"], ["i"]),
         N("Cast", ["i"], ["f"], to=FLOAT),
         N("Mul", ["step", "t"], ["s"]),
         N("Mul", ["f", "s"], ["y"]),
-        N("QLinearMatMul", ["codes", "sa", "za", "w", "sb", "zb", "sy", "zy"], ["z"]),
+        N("QLinearMatMul", ["levels", "sa", "za", "w", "sb", "zb", "sy", "zy"], ["z"]),
     ]
-    outputs = [("y", FLOAT), ("z", U8), ("codes", U8), ("step", FLOAT)]
+    outputs = [("y", FLOAT), ("z", U8), ("levels", U8), ("step", FLOAT)]
     model = proto(nodes, [("x", FLOAT, (1, 7, 30))], outputs, constants)
     x = rng.standard_normal((1, 7, 30)).astype(np.float32)
-    y, z, codes, step = reference(model, {"x": x})
+    y, z, levels, step = reference(model, {"x": x})
     mine = compiling.compile(model, tune=False)(x)
     np.testing.assert_allclose(mine[0], y, atol=1e-5 * np.abs(y).max())
     assert np.abs(mine[1].astype(int) - z).max() <= 1
-    np.testing.assert_array_equal(mine[2], codes)
+    np.testing.assert_array_equal(mine[2], levels)
     np.testing.assert_array_equal(mine[3], step)
 
 

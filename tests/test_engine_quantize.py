@@ -78,31 +78,31 @@ def test_codes_and_back(axis: int | None) -> None:
     zero = np.array(7, np.uint8) if axis is None else np.array([0, 255, 128, 3], np.uint8)
     given = {} if axis is None else {"axis": axis}
     nodes = [
-        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["codes"], **given),
-        helper.make_node("DequantizeLinear", ["codes", "s", "z"], ["y"], **given),
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["levels"], **given),
+        helper.make_node("DequantizeLinear", ["levels", "s", "z"], ["y"], **given),
     ]
     graph = helper.make_graph(
         nodes,
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, (3, 4, 4))],
         [
-            helper.make_tensor_value_info("codes", TensorProto.UINT8, (3, 4, 4)),
+            helper.make_tensor_value_info("levels", TensorProto.UINT8, (3, 4, 4)),
             helper.make_tensor_value_info("y", TensorProto.FLOAT, (3, 4, 4)),
         ],
         [numpy_helper.from_array(scale, "s"), numpy_helper.from_array(zero, "z")],
     )
     data = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString()
     x = 10 * np.random.default_rng(0).standard_normal((3, 4, 4)).astype(np.float32)
-    codes, y = compile(data, tune=False)(x)
+    levels, y = compile(data, tune=False)(x)
     wanted = Session(onnx.load_from_string(data)).run({"x": x})
-    assert np.abs(codes.astype(int) - wanted[0]).max() <= 1 and (codes == wanted[0]).mean() > 0.95
+    assert np.abs(levels.astype(int) - wanted[0]).max() <= 1 and (levels == wanted[0]).mean() > 0.95
     assert np.abs(y - wanted[1]).max() <= 1.01 * scale.max()
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("width", [64, 16, 0])
 def test_codes_between_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
-    """The same file on its codes: integer layers give what ONNX Runtime's give."""
+    """The same file on its levels: integer layers give what ONNX Runtime's give."""
     from onnxruntime import quantization as q
 
     monkeypatch.setattr(Plan, "cost_ns", property(lambda plan: -sum("8" in node.op for node in plan.graph.nodes)))

@@ -61,20 +61,20 @@ def _plain(node: Node) -> str:
 
 
 @kernel("Conv8")
-def plain_codes(node: Node, target: Target) -> Iterator[Kernel]:
+def plain_levels(node: Node, target: Target) -> Iterator[Kernel]:
     """Conv8(x, w, scale, bias, residual): attrs expr, of the sum times the scale plus the bias, and of the residual."""
     w = node.input(1)
     if target.lanes >= 4:
         return
     yield Kernel(
         "plain",
-        _plain_codes,
+        _plain_levels,
         cost_ns=3.0 * int(node.y.size) * int(w.size) / max(int(w.shape[0]), 1),
         helpers=texts(*needs([node.attrs["expr"]])),
     )
 
 
-def _plain_codes(node: Node) -> str:
+def _plain_levels(node: Node) -> str:
     x, w, y, a = node.x, node.input(1), node.y, node.attrs
 
     def inner(names: list[str]) -> list[str]:
