@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +62,6 @@ class Train(Stage):
     clip: float = 0.0
     seed: int = 0
     until: int | None = None
-
-    expensive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.until is not None and not 1 <= self.until <= self.steps):

@@ -1,7 +1,6 @@
 """Lottery tickets: train, prune, return to the early weights, and repeat."""
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -61,8 +60,6 @@ class Lottery(Stage):
     pattern: str = "elements"
     allocation: Allocation = "global"
     where: str = "*"
-
-    expensive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self._round(self.rounds)
