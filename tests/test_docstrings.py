@@ -23,8 +23,6 @@ FROM_PAPERS = ("score", "pattern", "allocation", "range", "grid", "rounding")
 ROOMS_OF_PAPERS = ("prune", "quant", "factor", "distill", "adapt", "share")
 # Where the settings of a class are checked and its work begins: what these raise, the class raises.
 ENTRY_POINTS = ("__init__", "__post_init__", "__call__", "begin", "encode")
-# Not yet in that style, by the ends of their names. An entry that has become fine must be taken out.
-PENDING: set[str] = set()
 
 
 def names() -> list[str]:
@@ -124,15 +122,7 @@ def problems(name: str) -> list[str]:
 @pytest.mark.parametrize("name", names())
 def test_docstring_has_its_sections(name: str) -> None:
     missing = problems(name)
-    if any(name.endswith(f".{end}") for end in PENDING):
-        assert missing, f"{name} is fine now: take it out of PENDING"
-        return
     assert not missing, f"{name}: {'; '.join(missing)}."
-
-
-def test_nothing_else_is_pending() -> None:
-    for end in PENDING:
-        assert any(name.endswith(f".{end}") for name in names()), f"PENDING names {end}, which is not there"
 
 
 def documented(module: griffe.Module) -> Iterator[griffe.Class | griffe.Function]:
