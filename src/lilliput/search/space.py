@@ -125,6 +125,7 @@ class Space:
                 base | {final.name: first + -(-(most - first) // 3), "labels": 0},
                 base | {"labels": last},
                 base | {final.name: first + 2 * (most - first) // 3, "labels": last},
+                base | {final.name: first + 5 * (most - first) // 6, "labels": last},
                 {final.name: -(-2 * first // 3), "labels": last},
                 *([base | {used[0].name: used[0].offered.first // 2, "labels": 0}] if used[0] is not early else []),
                 base | {final.name: min(first + 1, most), "labels": 0},
