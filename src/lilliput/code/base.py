@@ -231,14 +231,14 @@ def codes(model: nn.Module) -> dict[str, tuple[Code, ...]]:
         >>> codes(net)
         {'0.weight': (Code(),)}
     """
-    found: dict[str, tuple[Code, ...]] = {}
+    chains: dict[str, tuple[Code, ...]] = {}
     seen: set[int] = set()
     for path, module in plain_modules(model):
         for attribute, holder in lists(module).items():
             if isinstance(holder[0], Code) and id(holder) not in seen:
                 seen.add(id(holder))
-                found[f"{path}.{attribute}" if path else attribute] = tuple(_chain(module, attribute))
-    return found
+                chains[f"{path}.{attribute}" if path else attribute] = tuple(_chain(module, attribute))
+    return chains
 
 
 def foreign(parametrization: nn.Module) -> str:
@@ -269,7 +269,7 @@ def pack(model: nn.Module) -> dict[str, Stored]:
 
     A tied tensor is stored under its first name; under the others it is `Shared`.
     """
-    found: dict[str, Stored] = {}
+    packed: dict[str, Stored] = {}
     first: dict[int, str] = {}
     with torch.no_grad():
         for path, module in plain_modules(model):
@@ -278,11 +278,11 @@ def pack(model: nn.Module) -> dict[str, Stored]:
                 held = lists(module)[name] if name in lists(module) else module._parameters[name]
                 if held is not None:
                     one = first.setdefault(id(held), prefix + name)
-                    found[prefix + name] = _pack(module, name) if one == prefix + name else Shared(one, found[one])
+                    packed[prefix + name] = _pack(module, name) if one == prefix + name else Shared(one, packed[one])
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:
-                    found[prefix + name] = Plain(_array(buffer, prefix + name))
-    return found
+                    packed[prefix + name] = Plain(_array(buffer, prefix + name))
+    return packed
 
 
 def _array(tensor: Tensor, name: str) -> Any:

@@ -48,7 +48,7 @@ def find(model: nn.Module, where: str = "*", *, least_dim: int = 2, who: str = "
 
 def parameter_names(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter by the name it had before codes were attached, decoded; tied ones under their first name."""
-    found: dict[str, Tensor] = {}
+    by_name: dict[str, Tensor] = {}
     seen: set[int] = set()
     for path, module in plain_modules(model):
         for name in (*module._parameters, *lists(module)):
@@ -61,8 +61,8 @@ def parameter_names(model: nn.Module) -> dict[str, Tensor]:
                 identity = id(tensor)
             if tensor is not None and identity not in seen:
                 seen.add(identity)
-                found[f"{path}.{name}" if path else name] = tensor
-    return found
+                by_name[f"{path}.{name}" if path else name] = tensor
+    return by_name
 
 
 def lists(module: nn.Module) -> Any:

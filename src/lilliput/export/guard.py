@@ -48,10 +48,10 @@ def flags(
         dense_latency: of the dense network.
         values: how many numbers the network keeps, where known.
     """
-    found = [larger(artifact, dense), slower(latency, dense_latency), bloated(artifact, values)]
+    sentences = [larger(artifact, dense), slower(latency, dense_latency), bloated(artifact, values)]
     if saturates():
-        found.append(saturating(artifact))
-    return [sentence for sentence in found if sentence]
+        sentences.append(saturating(artifact))
+    return [sentence for sentence in sentences if sentence]
 
 
 def last_axis(outputs: Any) -> int | None:
@@ -92,8 +92,8 @@ def compare(
     rows = []
     for a, b in pairs:
         place = axis(b)
-        found = verify(np.asarray(a), np.asarray(b), exact=exact, axis=place, most_changed=most_changed, who=who)
-        rows.append(found | _directions(np.asarray(a), np.asarray(b), place, least_cosine, who))
+        measured = verify(np.asarray(a), np.asarray(b), exact=exact, axis=place, most_changed=most_changed, who=who)
+        rows.append(measured | _directions(np.asarray(a), np.asarray(b), place, least_cosine, who))
     return worst(rows)
 
 
@@ -104,7 +104,7 @@ def worst(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _directions(outputs: Array, expected: Array, axis: int | None, least_cosine: float, who: str) -> dict[str, float]:
-    found: dict[str, float] = {}
+    measured: dict[str, float] = {}
     a, b = np.asarray(outputs, np.float64), np.asarray(expected, np.float64)
     if axis is None and a.ndim > 2:  # a part of an image or a series has no direction of its own
         a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
@@ -118,8 +118,8 @@ def _directions(outputs: Array, expected: Array, axis: int | None, least_cosine:
                 f"{who}: outputs must lie where the model's do (cosine at least {least_cosine}), got {cosine:.3f}. "
                 "The file or its runtime computes something else."
             )
-        found["cosine"] = cosine
-    return found
+        measured["cosine"] = cosine
+    return measured
 
 
 def larger(artifact: ModelProto, dense: ModelProto) -> str:
@@ -191,10 +191,10 @@ def saturates() -> bool:
         ir_version=8,
     )
     try:
-        found = Session(proto).outputs(np.full((8, 64), 255, np.uint8))
+        sums = Session(proto).outputs(np.full((8, 64), 255, np.uint8))
     except ExportError:
         return False
-    return bool((found != 255 * 127 * 64).any())
+    return bool((sums != 255 * 127 * 64).any())
 
 
 def saturating(proto: ModelProto) -> str:

@@ -85,8 +85,8 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise StoreError(f"restore: {path.name} is damaged or cut short ({error}). Copy it again.") from error
     if text is None:
         raise StoreError(f"restore: {path.name} must say which codes it holds, and does not. Write it again.")
-    found: dict[str, Any] = json.loads(text)
-    if found.get("format") != FORMAT:
-        got = found.get("format")
+    data: dict[str, Any] = json.loads(text)
+    if data.get("format") != FORMAT:
+        got = data.get("format")
         raise StoreError(f"restore: {path.name} must be of format {FORMAT}, got {got!r}. Update lilliput.")
-    return tensors, found
+    return tensors, data

@@ -325,12 +325,12 @@ class HeadReader(ByteReader):
     def tensor(self) -> tuple[Callable[[Source], Stored], bool]:
         """What reads a tensor's numbers, and whether the graph takes it as it is."""
         number = self.number()
-        found = self.kind(number & 3 | number >> 3 << 2)
+        kind = self.kind(number & 3 | number >> 3 << 2)
         shape = self.shape()
         self._depth += 1
         if self._depth > DEEPEST:
             raise ValueError(f"tensors lie inside one another more than {DEEPEST} deep")
-        plan = found.read(self, len(shape))
+        plan = kind.read(self, len(shape))
         self._depth -= 1
         return lambda source: plan(source, shape, None), bool(number & 4)
 

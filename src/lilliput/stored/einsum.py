@@ -153,10 +153,10 @@ class Einsum(Stored):
         def plan(source: Source, shape: tuple[int, ...], mask: Mask | None) -> Einsum:
             source.claim(shape)
             factors = tuple(factor(source) for factor in plans)
-            found = product(factors, shape) if equation is None else cls(factors, equation, shape)
-            if found.most > source.most:
-                raise ValueError(f"a product of factors has {found.most} values on the way to its result")
-            return found
+            made = product(factors, shape) if equation is None else cls(factors, equation, shape)
+            if made.most > source.most:
+                raise ValueError(f"a product of factors has {made.most} values on the way to its result")
+            return made
 
         return plan
 

@@ -149,13 +149,13 @@ class Sparse(Stored):
             if block is not None and any(b < 1 or n % b for b, n in zip(block, shape, strict=True)):
                 raise ValueError(f"blocks of {block} do not divide {shape}")
             at = shape if block is None else tuple(n // b for n, b in zip(shape, block, strict=True))
-            found = spread(way.read(source, math.prod(at)).reshape(at), block)
+            kept = spread(way.read(source, math.prod(at)).reshape(at), block)
             if all_of_it is not None:
-                return Sparse(found, all_of_it(source), block)
+                return Sparse(kept, all_of_it(source), block)
             assert part is not None
             if number & 1:
-                return Sparse(found, part(source, shape, found), block)
-            return Sparse(found, part(source, (int(np.count_nonzero(found)),), None), block)
+                return Sparse(kept, part(source, shape, kept), block)
+            return Sparse(kept, part(source, (int(np.count_nonzero(kept)),), None), block)
 
         return plan
 

@@ -268,7 +268,7 @@ def edit_distance(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tens
     Source:
         Levenshtein, Binary codes capable of correcting deletions, insertions and reversals, 1966.
     """
-    found = []
+    distances = []
     for given, right in zip(outputs, targets, strict=True):
         a, b = given[meaning.labelled(given)].tolist(), right[meaning.labelled(right)].tolist()
         row = list(range(len(b) + 1))
@@ -276,5 +276,5 @@ def edit_distance(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tens
             before, row[0] = row[0], i
             for j, y in enumerate(b, 1):
                 before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
-        found.append(row[-1] / max(1, len(b)))
-    return torch.tensor(found)
+        distances.append(row[-1] / max(1, len(b)))
+    return torch.tensor(distances)
