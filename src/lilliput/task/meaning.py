@@ -114,10 +114,10 @@ def of_loss(loss: Any) -> Kind:
         F.nll_loss: "logits",
         F.binary_cross_entropy_with_logits: "bits",
     }
-    found: Any = getattr(loss, "outputs", None) or next(
+    outputs: Any = getattr(loss, "outputs", None) or next(
         (kind for key, kind in known.items() if loss is key or (isinstance(key, type) and isinstance(loss, key))), None
     )
-    return found if found in KINDS else "values"
+    return outputs if outputs in KINDS else "values"
 
 
 def bound(function: Any, meaning: Meaning) -> Any:
