@@ -451,3 +451,10 @@ def test_browser_copies_the_command(visit: Any, met: dict[str, Any]) -> None:
 def test_browser_page_without_a_plot(visit: Any) -> None:
     seen = visit({"task": "tiny", "dense": {"val": 0.9}, "met": False})
     assert seen.page.get_by_role("heading", level=1).inner_text().startswith("No point of tiny")
+
+
+def test_the_dense_network_has_one_row_though_it_lies_on_the_front(met: dict[str, Any]) -> None:
+    dense = met["dense"] | {"name": "dense"}
+    rest = [point for point in met["front"] if point.get("name") != "dense"]
+    rows = [tables.front(met | {"front": points}).row_count for points in (rest, [dense, *rest])]
+    assert rows[0] == rows[1]

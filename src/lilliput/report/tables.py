@@ -29,7 +29,8 @@ def front(summary: Summary) -> Table:
     quality, dense, described = Quality.of(summary), summary["dense"], shown(summary)
     table = Table(title=Text(str(summary["task"])), box=None, header_style="dim", pad_edge=False)
     table.add_column("point", overflow="fold")
-    rest = [point for point in summary.get("front") or () if not _same(point, described)]
+    front = summary.get("front") or ()
+    rest = [point for point in front if not _same(point, described) and not _same(point, {"name": "dense"} | dense)]
     points = [dense, *([described] if described else []), *rest]
     in_engine = any(formats.known(point.get("engine_ms")) for point in points)
     for heading in (
