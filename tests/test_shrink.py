@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lilliput import Recipe, Task
 from lilliput.cli import app
 from lilliput.export.onnx import Session
 from lilliput.runner import run
-from lilliput.search import finish
+from lilliput.search import finish, points
 
 pytestmark = pytest.mark.slow  # whole searches
 
@@ -228,3 +229,20 @@ def test_nothing_of_a_file_is_executed(tmp_path: Path) -> None:
             assert "weights_only=True" in call, (path, call)
         for call in re.findall(r"np\.load\([^)]*\)", text):
             assert "allow_pickle=False" in call, (path, call)
+
+
+def test_structures_are_exported_while_nothing_trains(
+    toy: tuple[nn.Module, Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's exporter and its optimizers share state: trainings run in other threads than exports, and not beside."""
+    threads = []
+    trace = points.onnx_export.trace
+
+    def watched(*arguments: Any, **settings: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return trace(*arguments, **settings)
+
+    monkeypatch.setattr(points.onnx_export, "trace", watched)
+    found = lilliput.shrink(*toy, floor="20%", trials=2, out=tmp_path / "out", workers=2)
+    done = [row for row in found.summary["points"] if row["kind"] == "point" and row["status"] == "done"]
+    assert len(done) > len(threads) and set(threads) == {"MainThread"}

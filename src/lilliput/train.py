@@ -129,7 +129,7 @@ def fit(
         _set_lr(optimizer, at(stage.lr, step, stage.steps))
         output = call(model, batch.inputs)
         loss = _loss(stage, states, model, task, step, batch, output, reference)
-        optimizer.zero_grad()
+        _clear(parameters)
         loss.backward()
         for i, rule in enumerate(stage.rules):
             states[i] = rule.on_grad(states[i], model, step, stage.steps)
@@ -191,6 +191,12 @@ def _restored(
     ]
     _set_random(checkpoint["random"])
     return restored
+
+
+def _clear(parameters: list[nn.Parameter]) -> None:
+    """Drop the gradients; `zero_grad` of torch's optimizers raises while another thread exports a model."""
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -19,7 +19,7 @@ from lilliput.search.choose import front
 from lilliput.search.job import FAILURES, Job, finite
 from lilliput.search.pace import Pace
 from lilliput.search.points import judged, parameters
-from lilliput.search.space import Space, name, structure, topology
+from lilliput.search.space import Space, identity, name, structure, topology
 
 RUNGS = (1 / 16, 1 / 4)
 Row = dict[str, Any]
@@ -75,7 +75,7 @@ def _built(job: Job, space: Space, choice: dict[str, int]) -> Recipe | None:
         return plan
     except StoreError:
         raise
-    except (*FAILURES, TypeError, KeyError) as error:
+    except FAILURES as error:
         shown = ", ".join(f"{axis} {number}" for axis, number in choice.items() if number)
         job.failed(shown or "same structure", error)
         return None
@@ -86,7 +86,7 @@ def export(job: Job, plans: list[Recipe]) -> None:
     for plan in plans:
         try:
             plain = fold_batchnorm(realize(job.runner.make(structure(plan))).cpu(), job.task.example)
-            job.press.fitting(plain, topology(plan), own=structure(plan).describe())
+            job.press.fitting(plain, topology(plan), own=identity(structure(plan)))
         except FAILURES as error:
             job.failed(name(plan), error)
 
@@ -140,7 +140,7 @@ def _price(job: Job, model: torch.nn.Module, plan: Recipe) -> float:
     if not job.question.priced_by_runtime:
         return sum(s.storage().bits / (8 if s.bits >= 32 else 1) for s in pack(realize(model)).values()) / 8
     plain = fold_batchnorm(realize(model), job.task.example)
-    structure_ = job.press.structure(plain, topology(plan), structure(plan).describe())
+    structure_ = job.press.structure(plain, topology(plan), identity(structure(plan)))
     return job.press.price(structure_, plain, job.question.objective)
 
 

@@ -21,7 +21,7 @@ from lilliput.store import Store
 from lilliput.task import Task, leaves
 from lilliput.train import Diverged
 
-FAILURES = (Diverged, TimeoutError, ExportError, NotSupported, ValueError, RuntimeError)
+FAILURES = (Diverged, TimeoutError, ExportError, NotSupported, ValueError, TypeError, KeyError, RuntimeError)
 """What a stranger's model or a method may raise: the end of one point, never of the search."""
 
 

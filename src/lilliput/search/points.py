@@ -143,6 +143,7 @@ class Press:
         self.task, self.clock, self.compared = task, clock, compared
         self.dense: Point | None = None
         self._structures: dict[tuple[str, tuple[str, ...]], Any] = {}
+        self._refused: dict[tuple[str, tuple[str, ...]], str] = {}
         self._own: set[str] = set()
         self._lock = threading.Lock()
 
@@ -159,9 +160,16 @@ class Press:
         """
         with self._lock, self.clock.on("measure"):
             name = own if own in self._own else topology
-            key = name, tuple(model.state_dict())  # a layer that was built from factors has other tensors
+            # A layer that was built from factors has other tensors. Sorted: a coded tensor, once realized, comes last.
+            key = name, tuple(sorted(model.state_dict()))
+            if key in self._refused:  # not tried again, perhaps while something trains
+                raise ExportError(self._refused[key])
             if key not in self._structures:
-                self._structures[key] = onnx_export.trace(model, self.task.example)
+                try:
+                    self._structures[key] = onnx_export.trace(model, self.task.example)
+                except ExportError as error:
+                    self._refused[key] = str(error)
+                    raise
             return self._structures[key]
 
     def point(

@@ -24,7 +24,7 @@ from lilliput.schedule import Cosine
 from lilliput.search import codes, engine
 from lilliput.search.job import FAILURES, Job
 from lilliput.search.pace import Pace
-from lilliput.search.space import Space, name, structure, topology, training
+from lilliput.search.space import Space, identity, name, structure, topology, training
 from lilliput.train import Train
 
 MOST_AT_ONCE = 0.6  # zeros that a short training recovers from; more are made while it trains
@@ -78,7 +78,7 @@ def _rewarded(job: Job, space: Space) -> tuple[float, ...]:
     try:
         plan = space.plan(space.starters()[0])
         plain = fold_batchnorm(realize(job.runner.make(structure(plan))).cpu(), job.task.example)
-        graph = job.press.structure(plain, topology(plan), structure(plan).describe())
+        graph = job.press.structure(plain, topology(plan), identity(structure(plan)))
         with job.clock.on("measure"):
             return engine.rewarded(graph, pack(plain), job.task.example)
     except StoreError:
@@ -164,4 +164,4 @@ def _stages(
 def _point(job: Job, model: nn.Module, plan: Recipe, which: Tail, recipe: Recipe) -> None:
     title = f"{name(plan)}, {which.name()}"
     key = job.runner.key(recipe)
-    job.add(job.press.point(model, topology(plan), title, recipe.data(), key, structure(plan).describe()))
+    job.add(job.press.point(model, topology(plan), title, recipe.data(), key, identity(structure(plan))))

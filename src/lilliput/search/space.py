@@ -4,6 +4,7 @@ Every registered method with a moment is an axis, one integer: 0 leaves it out, 
 as the stages before it left it. Where an earlier stage changed what there is to propose, k is read in proportion.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -160,7 +161,12 @@ def training(plan: Recipe) -> Train:
 
 def topology(plan: Recipe) -> str:
     """A name for the plan's graph: plans that differ only in shapes share one export."""
-    return Recipe(tuple(stage for stage in structure(plan).stages if not stage.same_graph)).describe()
+    return identity(Recipe(tuple(stage for stage in structure(plan).stages if not stage.same_graph)))
+
+
+def identity(recipe: Recipe) -> str:
+    """A name that no other recipe has: all of its settings."""
+    return json.dumps(recipe.data(), sort_keys=True)
 
 
 def name(plan: Recipe) -> str:
