@@ -1,0 +1,253 @@
+"""pool: processes that do a search's work, killed, stopped and left alone."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from lilliput.search import cores
+from lilliput.search.pool import Pool, Progress, WorkerDied
+
+PATIENCE_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    with Pool({"offset": 100}, 2) as pool:
+        yield pool
+
+
+def wait_for(condition: Any) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.02)
+
+
+def patient(desk: Any, path: str) -> tuple[int, bool]:
+    Path(path).touch()
+    steps = 0
+    while not desk.stopped:
+        steps += 1
+        desk.report(steps)
+        time.sleep(0.01)
+    return os.getpid(), desk.stopped
+
+
+def deadly(desk: Any, deaths: int, path: str, smaller: int = 0) -> int:
+    Path(path).touch()
+    if smaller < deaths:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return smaller
+
+
+def test_calls_come_back_in_order_from_one_thread_each(pool: Pool) -> None:
+    def work(desk: Any, x: int) -> tuple[int, int, int]:
+        import torch
+
+        return desk.thing["offset"] + x, torch.get_num_threads(), os.getpid()
+
+    results = list(pool.map(work, range(8)))
+    assert [value for value, _, _ in results] == list(range(100, 108))
+    assert {threads for _, threads, _ in results} == {1}
+    assert os.getpid() not in {pid for _, _, pid in results} <= set(pool.pids)
+
+
+def test_a_worker_keeps_what_a_call_leaves(pool: Pool) -> None:
+    def count(desk: Any) -> int:
+        desk.kept["count"] = desk.kept.get("count", 0) + 1
+        return int(desk.kept["count"])
+
+    assert max(pool.submit(count).result() for _ in range(6)) >= 3
+
+
+def test_what_a_call_raises_is_raised_again(pool: Pool) -> None:
+    class Odd(Exception):
+        def __init__(self, one: int, two: int) -> None:
+            super().__init__(f"{one} and {two}")
+
+    def fail(desk: Any, odd: bool) -> None:
+        raise Odd(1, 2) if odd else KeyError("name")
+
+    with pytest.raises(KeyError, match="name") as caught:
+        pool.submit(fail, False).result()
+    assert 'raise Odd(1, 2) if odd else KeyError("name")' in caught.value.__notes__[0]
+    with pytest.raises(RuntimeError, match="Odd: 1 and 2"):
+        pool.submit(fail, True).result()
+    with pytest.raises(TypeError, match="must be such as cloudpickle takes"):
+        pool.submit(lambda desk: __import__("threading").Lock()).result()
+    assert pool.submit(lambda desk: 1).result() == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_a_killed_worker_takes_its_own_call_along_and_no_other(pool: Pool, tmp_path: Path) -> None:
+    running = pool.submit(patient, str(tmp_path / "running"))
+    wait_for((tmp_path / "running").exists)
+    once, twice = (pool.submit(deadly, n, str(tmp_path / str(n))) for n in (1, 2))
+    behind = pool.submit(lambda desk: "behind")
+    assert once.result() == 1  # the second try was asked to be smaller
+    with pytest.raises(WorkerDied, match="the one that ran deadly was killed, and killed again"):
+        twice.result()
+    assert behind.result() == "behind" and not running.done()
+    seen = pool.progress(running)
+    assert seen.steps > 1 and seen.seconds > 0
+    pool.end(running)
+    pid, stopped = running.result()
+    assert stopped and pid in pool.pids and pool.progress(running) == Progress()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_an_idle_worker_that_is_killed_is_replaced(pool: Pool) -> None:
+    for pid in pool.pids:
+        os.kill(pid, signal.SIGKILL)
+    assert pool.submit(lambda desk: 5).result() == 5
+    assert [pool.submit(lambda desk, x: x, i).result() for i in range(4)] == [0, 1, 2, 3]
+
+
+def test_a_call_without_the_hint_is_tried_again_as_it_was(pool: Pool, tmp_path: Path) -> None:
+    def once(desk: Any, path: str) -> str:
+        if not Path(path).exists():
+            Path(path).touch()
+            os._exit(1)
+        return "again"
+
+    assert pool.submit(once, str(tmp_path / "seen")).result() == "again"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_workers_can_be_held(pool: Pool, tmp_path: Path) -> None:
+    running = pool.submit(patient, str(tmp_path / "held"))
+    wait_for(lambda: pool.progress(running).steps > 2)
+    with pool.paused():
+        time.sleep(0.05)
+        before = pool.progress(running)
+        time.sleep(0.2)
+        assert pool.progress(running) == before
+    wait_for(lambda: pool.progress(running).steps > before.steps)
+    pool.end(running)
+    assert running.result()[1]
+
+
+def test_a_closed_pool_leaves_nothing(tmp_path: Path) -> None:
+    with Pool(None, 1) as pool:
+        running, waiting = pool.submit(patient, str(tmp_path / "a")), pool.submit(patient, str(tmp_path / "b"))
+        wait_for((tmp_path / "a").exists)
+        assert pool.idle == 0
+        pids, folder = pool.pids, pool.folder
+    for future in (running, waiting):
+        with pytest.raises(CancelledError):
+            future.result()
+    assert not folder.exists() and not any(map(psutil.pid_exists, pids))
+    with pytest.raises(RuntimeError, match="must be open"):
+        pool.submit(patient)
+
+
+def test_workers_are_as_many_as_cores_and_memory_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = torch.nn.Linear(1000, 1000)  # 4 MB
+    monkeypatch.setattr(cores, "cpu_count", lambda: 8)
+    for free, expected in ((100e9, 8), (2e9, 5), (0.1e9, 1)):
+        monkeypatch.setattr(cores, "available_bytes", lambda free=free: free)
+        assert cores.count_workers(net) == expected
+    assert cores.count_workers(net, 20) == 20
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        cores.count_workers(net, 0)
+
+
+def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"max": "1000\n", "current": "900\n", "stat": "anon 600\ninactive_file 300\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(cores, "CGROUPS", [tuple(str(tmp_path / name) for name in texts)])
+    assert cores.available_bytes() == 400
+    (tmp_path / "max").write_text("max\n")
+    assert cores.available_bytes() > 1e6
+
+
+SCRIPT = """
+import sys, time
+from lilliput.search import cores
+from lilliput.search.pool import Pool
+scale = 3
+def work(desk, x):
+    return scale * desk.thing(x)
+def long(desk):
+    print(f"folder {desk.folder}", flush=True)
+    time.sleep(600)
+with Pool(lambda x: x + 1, 2) as pool:
+    print(*pool.map(work, range(3)), flush=True)
+    if sys.argv[-1] in ("long", "held"):
+        pool.submit(long)
+        work = pool.submit(long)
+        time.sleep(1)
+        if sys.argv[-1] == "held":
+            with pool.paused():
+                print("ready", flush=True)
+                time.sleep(600)
+        print("ready", flush=True)
+        work.result()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["file", "-c", "stdin"])
+def test_a_program_needs_no_main_guard(how: str, tmp_path: Path) -> None:
+    (tmp_path / "plain.py").write_text(SCRIPT)
+    arguments = {"file": ["plain.py"], "-c": ["-c", SCRIPT], "stdin": ["-"]}[how]
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        input=SCRIPT if how == "stdin" else "",
+        text=True,
+        capture_output=True,
+        cwd=tmp_path,
+        timeout=PATIENCE_S,
+    )
+    assert (done.stdout, done.stderr) == ("3 6 9\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize(("mode", "sent"), [("long", "INT"), ("long", "KILL"), ("held", "KILL"), ("long", "HUP")])
+def test_workers_end_with_their_parent(mode: str, sent: str, tmp_path: Path) -> None:
+    (tmp_path / "plain.py").write_text(SCRIPT)
+    with subprocess.Popen(
+        [sys.executable, "plain.py", mode],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        start_new_session=True,
+    ) as parent:
+        assert parent.stdout is not None and parent.stderr is not None
+        said = ""
+        while "ready" not in said:
+            line = parent.stdout.readline()
+            assert line, parent.stderr.read()
+            said += line
+        family = [psutil.Process(parent.pid), *psutil.Process(parent.pid).children(recursive=True)]
+        assert len(family) >= 3
+        if sent == "INT":  # as a terminal does: to everybody
+            os.killpg(parent.pid, signal.SIGINT)
+        else:
+            parent.send_signal(getattr(signal, f"SIG{sent}"))
+        parent.wait(PATIENCE_S)
+        _, alive = psutil.wait_procs(family, timeout=10)
+        for process in alive:
+            process.kill()
+        assert not alive
+        errors = parent.stderr.read()
+    if sent == "INT":
+        assert errors.count("Traceback") == errors.count("KeyboardInterrupt") == 1 and "loky" not in errors
+    else:  # loky's own process says that it has removed what the parent could not
+        assert "Traceback" not in errors
+    folder = re.search("folder (.*)", said)
+    assert folder is not None and not Path(folder[1]).exists()
