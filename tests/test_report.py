@@ -45,8 +45,8 @@ def not_met() -> dict[str, Any]:
 
 def test_verdict_of_a_floor_that_was_met(met: dict[str, Any]) -> None:
     assert report.verdict(met) == (
-        "digits is 25 times smaller (91 times packed) and 10.2 times faster, and loses 0.2 points of accuracy "
-        "(95% interval −0.1 to 0.5) on data it was not tuned on."
+        "digits is 10.2 times faster and 91 times smaller as model.lil (25 times as model.onnx), and loses 0.2 points "
+        "of accuracy (95% interval −0.1 to 0.5) on data it was not tuned on."
     )
 
 
@@ -63,7 +63,12 @@ def test_verdict_of_a_floor_that_was_not_met(not_met: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bound", "words_of_it"), [({"max_bytes": 45_000}, "within 45.0 kB"), ({"max_latency_ms": 0.2}, "within 0.200 ms")]
+    ("bound", "words_of_it"),
+    [
+        ({"max_bytes": 45_000}, "within 45.0 kB"),
+        ({"max_latency_ms": 0.2}, "within 0.200 ms"),
+        ({"max_bytes": 45_000, "max_latency_ms": 0.2, "file": "onnx"}, "within 45.0 kB and 0.200 ms"),
+    ],
 )
 def test_verdict_of_the_question_turned_round(met: dict[str, Any], bound: dict[str, float], words_of_it: str) -> None:
     met |= bound
@@ -77,8 +82,20 @@ def test_verdict_does_not_flatter(met: dict[str, Any]) -> None:
     met["chosen"] |= {"onnx_bytes": 2_191_090, "packed_bytes": 2_000_000, "latency_ms": 2.104}
     met |= {"drop_test": -0.004, "drop_test_interval": None}
     assert report.verdict(met) == (
-        "digits is 2.0 times larger and 2.0 times slower, and gains 0.4 points of accuracy on data it was not tuned on."
+        "digits is 2.0 times slower and 1.8 times larger as model.lil, and gains 0.4 points of accuracy on data it was "
+        "not tuned on."
     )
+
+
+def test_the_verdict_speaks_of_the_file_that_was_asked_for(met: dict[str, Any]) -> None:
+    met |= {"objective": "size", "file": "onnx", "runtime": None}
+    assert report.verdict(met).startswith("digits is 25 times smaller as model.onnx and 10.2 times faster, and loses")
+    met |= {"file": "lil"}
+    assert report.verdict(met).startswith("digits is 91 times smaller as model.lil (25 times as model.onnx) and 10.2")
+    met |= {"objective": "macs"}
+    assert report.verdict(met).startswith(
+        "digits needs "
+    ) and "times less multiply-adds, is 91 times" in report.verdict(met)
 
 
 def test_verdict_without_any_finished_point(not_met: dict[str, Any]) -> None:
@@ -256,21 +273,21 @@ def test_front_for_the_terminal(met: dict[str, Any]) -> None:
     console = Console(file=io.StringIO(), width=140)
     console.print(tables.front(met))
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "[bold]not markup[/bold]" in text and text.count("(chosen)") == 1
-    line = next(line for line in text.splitlines() if "(chosen)" in line)
-    assert line.split("(chosen)")[1].split() == [
-        "98.7%",
-        "0.2",
-        "43.8",
-        "kB",
-        "25x",
-        "12.0",
-        "kB",
-        "91x",
-        "0.103",
-        "ms",
-        "10.2x",
-    ]
+    assert "[bold]not markup[/bold]" in text and text.count("chosen: ") == 1
+    line = next(line for line in text.splitlines() if "chosen: " in line)
+    assert " ".join(line.split("distilled")[1].split()) == "98.7% 0.2 12.0 kB 91x 43.8 kB 25x 0.103 ms 10.2x –"
+
+
+@pytest.mark.parametrize("width", [70, 80, 100, 140])
+def test_a_point_takes_one_line_of_the_terminal(met: dict[str, Any], width: int) -> None:
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=width)
+    console.print(tables.front(met, width))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(lines) == 2 + 1 + len(met["front"]) + (met["chosen"] not in met["front"])
+    chosen = next(line for line in lines if line.startswith("chosen: "))
+    assert "12.0 kB" in chosen and "91x" in chosen and "0.103 ms" in chosen
 
 
 def test_results_table(met: dict[str, Any], not_met: dict[str, Any]) -> None:

@@ -128,9 +128,25 @@ def test_for_latency_the_engine_is_measured_and_its_artifact_written(
 
 def test_most_bytes_turn_the_question_round(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
     model, task = toy
-    result = lilliput.shrink(model, task, trials=1, max_bytes="1.2kB", out=tmp_path / "out")
+    result = lilliput.shrink(model, task, trials=1, max_bytes="1.2kB", file="onnx", out=tmp_path / "out")
     assert result.met and result.chosen is not None and result.summary["floor"] is None
     assert (tmp_path / "out" / "model.onnx").stat().st_size == result.chosen["onnx_bytes"] <= 1200
+
+
+def test_most_bytes_are_those_of_the_asked_file(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
+    result = lilliput.shrink(*toy, trials=1, max_bytes=700, out=tmp_path / "out")
+    assert result.met and result.chosen is not None and result.summary["file"] == "lil"
+    assert (tmp_path / "out" / "model.lil").stat().st_size == result.chosen["packed_bytes"] <= 700
+
+
+def test_memory_is_an_objective_and_a_limit(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
+    result = lilliput.shrink(*toy, "30%", "memory", trials=1, runtime="engine", out=tmp_path / "a")
+    assert result.met and result.chosen is not None
+    planned = {p["name"]: p["engine_peak_bytes"] for p in (*result.front, result.chosen) if p.get("eligible")}
+    assert result.chosen["engine_peak_bytes"] == min(planned.values()) < result.summary["dense"]["engine_peak_bytes"]
+    most = result.chosen["engine_peak_bytes"]
+    limited = lilliput.shrink(*toy, trials=1, max_peak=most, runtime="engine", out=tmp_path / "b")
+    assert limited.met and limited.chosen is not None and limited.chosen["engine_peak_bytes"] <= most
 
 
 def test_most_milliseconds_turn_the_question_round(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:

@@ -12,21 +12,19 @@ import torch
 from torch import nn
 
 from lilliput.code.base import copy_model
-from lilliput.errors import near
 from lilliput.proposal import Known
 from lilliput.runner import Runner
 from lilliput.search import ask
 from lilliput.search.check import check, place
 from lilliput.search.finish import Result
-from lilliput.search.job import Job, Question
+from lilliput.search.job import Job
 from lilliput.search.pace import is_stochastic
 from lilliput.search.phases import cheaper, search, target
 from lilliput.search.points import Clock, Press
 from lilliput.search.progress import Silent
+from lilliput.search.question import question
 from lilliput.store import Store
 from lilliput.task import Task
-
-OBJECTIVES = ("size", "latency", "macs")
 
 
 def shrink(
@@ -39,6 +37,9 @@ def shrink(
     trials: int | None = None,
     max_bytes: int | str | None = None,
     max_latency_ms: float | None = None,
+    max_peak: int | str | None = None,
+    file: str = "lil",
+    runtime: str | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
@@ -53,11 +54,14 @@ def shrink(
         model: a trained network; it is not changed.
         task: what must be preserved.
         floor: what may be lost: points of the metric ("1%" or 0.01), or a fraction of the dense score ("0.5r").
-        objective: "size" (bytes of model.lil), "latency" (one thread, batch 1) or "macs".
+        objective: "size" (bytes of the file), "latency" (one thread, batch 1), "macs" or "memory" (peak of one run).
         budget: wall time of the whole search in seconds, or such as "90s" or "5m".
         trials: try that many structures instead; the result then depends on nothing but the seed.
-        max_bytes: the best score whose model.onnx has at most as many bytes, instead of a floor.
+        max_bytes: the best score whose file has at most as many bytes, instead of a floor.
         max_latency_ms: the best score that takes at most as many milliseconds, instead of a floor.
+        max_peak: the best score that needs at most as many bytes of memory, instead of a floor.
+        file: what is deployed: "lil" (model.lil) or "onnx" (model.onnx). Sizes are this file's.
+        runtime: where it runs: "ort" (ONNX Runtime) or "engine"; the better of both without one.
         seed: of the search and of every training.
         out: the folder for model.onnx, model.lil, model.safetensors, recipe.toml, report.html, summary.json, records/.
         resume: continue the search in `out`.
@@ -79,7 +83,7 @@ def shrink(
         >>> result.chosen["packed_bytes"]  # doctest: +SKIP
         9120
     """
-    question = _question(objective, floor, max_bytes, max_latency_ms)
+    asked = question(objective, floor, max_bytes, max_latency_ms, max_peak, file, runtime)
     if trials is not None and trials < 1:
         raise ValueError(f"shrink: trials must be at least 1, got {trials}.")
     budget_s = None if trials is not None or budget is None else ask.seconds(budget)
@@ -112,7 +116,7 @@ def shrink(
             target=target(model),
             model=model,
             task=task,
-            question=question,
+            question=asked,
             clock=clock,
             trials=trials,
             seed=seed,
@@ -133,18 +137,3 @@ def shrink(
 
     write_report(folder)
     return result
-
-
-def _question(
-    objective: str, floor: float | str, max_bytes: int | str | None, max_latency_ms: float | None
-) -> Question:
-    if objective not in OBJECTIVES:
-        raise ValueError(
-            f"shrink: objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}. "
-            f"{near(objective, OBJECTIVES)}"
-        )
-    if max_latency_ms is not None and not max_latency_ms > 0:
-        raise ValueError(f"shrink: max-latency-ms must be above 0, got {max_latency_ms}.")
-    turned = max_bytes is not None or max_latency_ms is not None
-    most = None if max_bytes is None else ask.size_bytes(max_bytes)
-    return Question(objective, None if turned else ask.floor(floor), most, max_latency_ms)

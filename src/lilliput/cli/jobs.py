@@ -32,9 +32,14 @@ def shrink(
     floor: Annotated[
         str, typer.Option(help="what may be lost: 1% is a point of accuracy, 0.5r half a percent of the dense score")
     ] = "1%",
-    objective: Annotated[str, typer.Option("--for", help="size, latency or macs")] = "size",
-    max_bytes: Annotated[str | None, typer.Option(help="the best score whose model.onnx fits, such as 2MB")] = None,
+    objective: Annotated[str, typer.Option("--for", help="size, latency, macs or memory")] = "size",
+    file: Annotated[str, typer.Option(help="what is deployed: lil or onnx; sizes are this file's")] = "lil",
+    runtime: Annotated[
+        str | None, typer.Option(help="where it runs: ort or engine; the better of both when left out")
+    ] = None,
+    max_bytes: Annotated[str | None, typer.Option(help="the best score whose file fits, such as 2MB")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="the best score that is as fast as this")] = None,
+    max_peak: Annotated[str | None, typer.Option(help="the best score that runs in this memory, such as 256KB")] = None,
     budget: Annotated[str, typer.Option(help="wall time of the whole command, such as 90s or 5m")] = "5m",
     trials: Annotated[int | None, typer.Option(help="structures to try instead of a budget; repeatable")] = None,
     device: Annotated[str, typer.Option(help="where to train")] = "cpu",
@@ -52,49 +57,44 @@ def shrink(
     """
     _shrink(
         target,
-        floor,
-        objective,
-        max_bytes,
-        max_latency_ms,
-        budget,
-        trials,
-        device,
         shape,
         calib,
-        seed,
-        out,
-        resume,
         dry_run,
         as_json,
-        shlex.join(["lilliput", *sys.argv[1:]]),
+        floor=floor,
+        objective=objective,
+        file=file,
+        runtime=runtime,
+        max_bytes=max_bytes,
+        max_latency_ms=max_latency_ms,
+        max_peak=max_peak,
+        budget=None if trials is not None else budget,
+        trials=trials,
+        device=device,
+        seed=seed,
+        out=out,
+        resume=resume,
     )
 
 
 def _shrink(
     target: str,
-    floor: str,
-    objective: str,
-    max_bytes: str | None,
-    max_latency_ms: float | None,
-    budget: str,
-    trials: int | None,
-    device: str,
-    shape: list[str] | None,
-    calib: Path | None,
-    seed: int,
-    out: Path | None,
-    resume: bool,
-    dry_run: bool,
-    as_json: bool,
-    command: str,
+    shape: list[str] | None = None,
+    calib: Path | None = None,
+    dry_run: bool = False,
+    as_json: bool = False,
+    command: str = "",
+    **settings: Any,
 ) -> None:
+    """Search, or say what would be tried; `settings` are those of lilliput.shrink."""
     with speaking():
         from lilliput.search import ask
+        from lilliput.search.question import question
 
-        ask.floor(floor)
-        ask.seconds(budget)
-        if max_bytes is not None:
-            ask.size_bytes(max_bytes)
+        asked = ("floor", "objective", "max_bytes", "max_latency_ms", "max_peak", "file", "runtime")
+        question(**{name: settings[name] for name in asked if name in settings})  # before anything heavy is imported
+        if settings.get("budget") is not None:
+            ask.seconds(settings["budget"])
         if target.endswith(".onnx"):
             from lilliput.search.onnx_target import load_target
 
@@ -106,21 +106,6 @@ def _shrink(
             )
         else:
             model, task = resolve(target)
-        from lilliput.search.progress import Live, Silent
-        from lilliput.shrinking import shrink as search
-
-        settings: dict[str, Any] = dict(
-            floor=floor,
-            objective=objective,
-            budget=None if trials is not None else budget,
-            trials=trials,
-            max_bytes=max_bytes,
-            max_latency_ms=max_latency_ms,
-            seed=seed,
-            out=out,
-            resume=resume,
-            device=device,
-        )
         if dry_run:
             from lilliput.search.dry import plan
             from lilliput.search.dry import show as describe
@@ -131,7 +116,11 @@ def _shrink(
             else:
                 describe(planned, console)
             return
+        from lilliput.search.progress import Live, Silent
+        from lilliput.shrinking import shrink as search
+
         live = Live(console) if console.is_terminal and not as_json else Silent()
+        command = command or shlex.join(["lilliput", *sys.argv[1:]])
         result = search(model, task, show=live, command=command, **settings)
     if as_json:
         print(json.dumps(result.summary, indent=1))
@@ -139,7 +128,7 @@ def _shrink(
         from lilliput.report.summary import verdict
         from lilliput.report.tables import front
 
-        console.print(front(result.summary))
+        console.print(front(result.summary, console.width))
         console.print(verdict(result.summary), highlight=False, markup=False)
         page = result.folder.resolve() / "report.html"
         console.print(f"report: {page}", highlight=False, soft_wrap=True, markup=False)
@@ -165,24 +154,8 @@ def demo(
     marker = out / "records"
     if marker.exists():
         shutil.rmtree(marker)
-    _shrink(
-        "digits",
-        "1%",
-        "size",
-        None,
-        None,
-        budget,
-        None,
-        "cpu",
-        None,
-        None,
-        0,
-        out,
-        False,
-        False,
-        False,
-        f"lilliput shrink digits --floor 1% --budget {budget}",
-    )
+    command = f"lilliput shrink digits --floor 1% --budget {budget}"
+    _shrink("digits", command=command, floor="1%", budget=budget, out=out)
 
 
 @app.command()

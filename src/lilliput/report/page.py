@@ -67,6 +67,7 @@ def page(source: str | Path | Summary) -> str:
         dense=summary["dense"],
         point=point,
         met=bool(summary.get("met", True)),
+        asked=summaries.question(summary),
         verdict=summaries.verdict(summary),
         style=(_HERE / "page.css").read_text("utf-8"),
         scripts=scripts,

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from lilliput.report.formats import Quality, Summary, compared, known, milliseconds, ratio, size, times
+from lilliput.report.formats import Quality, Summary, compared, count, known, milliseconds, ratio, size, times
+from lilliput.search.ask import Floor
+from lilliput.search.question import FILES, Question
 
 
-def limit(summary: Summary) -> tuple[str, float] | None:
-    """The question turned round: (key, bound) for `--max-bytes` or `--max-latency-ms`, None for a floor."""
-    for setting, key in (("max_bytes", "onnx_bytes"), ("max_latency_ms", "latency_ms")):
-        if known(summary.get(setting)):
-            return key, float(summary[setting])
-    return None
+def question(summary: Summary) -> Question:
+    """What was asked; an older summary's limit on bytes was about model.onnx, its objective about model.lil."""
+
+    def most(key: str) -> Any:
+        return summary[key] if known(summary.get(key)) else None
+
+    old = "file" not in summary and known(summary.get("max_bytes"))
+    return Question(
+        str(summary.get("objective") or "size"),
+        None if floor(summary) is None else Floor(float(summary["floor"])),
+        most("max_bytes"),
+        most("max_latency_ms"),
+        most("max_peak_bytes"),
+        "onnx" if old else str(summary.get("file") or "lil"),
+        summary.get("runtime"),
+    )
+
+
+def written(question: Question, what: str, value: float | None) -> str:
+    """A cost with its unit, to three digits."""
+    if what == "latency":
+        return milliseconds(value)
+    return f"{count(value)} multiply-adds" if what == "macs" else size(value)
 
 
 def cost(point: Mapping[str, Any], key: str) -> float | None:
@@ -31,25 +49,52 @@ def shown(summary: Summary) -> Mapping[str, Any] | None:
     front: list[Mapping[str, Any]] = [point for point in summary.get("front") or () if known(point.get("val"))]
     if not front:
         return None
-    bound = limit(summary)
-    if bound:
-        return min(front, key=lambda point: cost(point, bound[0]) or math.inf)
+    asked = question(summary)
+    if asked.limits:
+        return min(front, key=lambda point: asked.excess(point))
     sign = 1 if Quality.of(summary).higher_is_better else -1
     return max(front, key=lambda point: sign * point["val"])
 
 
 def gains(summary: Summary, point: Mapping[str, Any]) -> str:
-    """`25 times smaller (91 times packed) and 10.2 times faster`, each against the dense model's ONNX file."""
-    dense = summary["dense"]
-    smaller = compared(ratio(dense.get("onnx_bytes"), cost(point, "onnx_bytes")), "smaller", "larger", "as large")
-    packed = ratio(dense.get("onnx_bytes"), cost(point, "packed_bytes"))
-    if smaller and packed is not None and packed >= 1.05:
-        smaller += f" ({times(packed)} times packed)"
-    faster = compared(ratio(cost(dense, "latency_ms"), cost(point, "latency_ms")), "faster", "slower", "as fast")
-    in_engine = ratio(cost(dense, "latency_ms"), cost(point, "engine_ms"))
-    if in_engine is not None and in_engine >= 1.05:
-        faster += f" ({times(in_engine)} times in lilliput's engine)" if faster else f"{times(in_engine)} times faster"
-    return " and ".join(part for part in (smaller, faster) if part)
+    """`91 times smaller as model.lil (25 times as model.onnx) and 10.2 times faster`, what was asked first.
+
+    Each is against the dense network as it was given: its ONNX file, in ONNX Runtime.
+    """
+    asked = question(summary)
+    parts = {"size": _smaller(summary, point, asked), "latency": _faster(summary, point, asked)}
+    if asked.objective in ("macs", "memory"):
+        change = ratio(asked.before(summary["dense"]), asked.price(point))
+        what = {"macs": "multiply-adds", "memory": "memory"}[asked.objective]
+        parts[asked.objective] = compared(change, f"less {what}", f"more {what}", f"as much {what}")
+        parts[asked.objective] = f"needs {parts[asked.objective]}" if parts[asked.objective] else ""
+    order = sorted(parts, key=lambda what: what != asked.objective)
+    said = [parts[what] for what in order if parts[what]]
+    if said and said[0].startswith("needs "):
+        return said[0] + (f", is {' and '.join(said[1:])}" if said[1:] else "")
+    return ("is " if said else "is done") + " and ".join(said)
+
+
+def _smaller(summary: Summary, point: Mapping[str, Any], asked: Question) -> str:
+    given, other = summary["dense"].get("onnx_bytes"), {"lil": "onnx", "onnx": "lil"}[asked.file]
+    text = compared(ratio(given, cost(point, asked.file_key)), "smaller", "larger", "as large")
+    beside = ratio(given, cost(point, FILES[other])) if asked.file == "lil" else None
+    if not text:
+        return compared(ratio(given, cost(point, FILES[other])), "smaller", "larger", "as large")
+    return f"{text} as model.{asked.file}" + (
+        f" ({times(beside)} times as model.{other})" if beside is not None and beside >= 1.05 else ""
+    )
+
+
+def _faster(summary: Summary, point: Mapping[str, Any], asked: Question) -> str:
+    given = cost(summary["dense"], "latency_ms")
+    in_engine = ratio(given, cost(point, "engine_ms"))
+    if asked.runtime == "engine" and in_engine is not None:
+        return compared(in_engine, "faster", "slower", "as fast") + " in lilliput's engine"
+    text = compared(ratio(given, cost(point, "latency_ms")), "faster", "slower", "as fast")
+    if in_engine is not None and in_engine >= 1.05 and asked.runtime is None:
+        text += f" ({times(in_engine)} times in lilliput's engine)" if text else f"{times(in_engine)} times faster"
+    return text
 
 
 def verdict(summary: Summary) -> str:
@@ -58,26 +103,26 @@ def verdict(summary: Summary) -> str:
     A loss on the test split is quoted with the test split's own interval; the interval of the corrected validation
     loss is quoted with that loss only, since one number's interval says nothing about another.
     """
-    quality, task, bound = Quality.of(summary), str(summary["task"]), limit(summary)
+    quality, task, asked = Quality.of(summary), str(summary["task"]), question(summary)
     point, met = shown(summary), bool(summary.get("met", True))
     if point is None:
         return f"No point of {task} could be finished; the files written are the dense model's."
-    fits = "" if bound is None else (size if bound[0] == "onnx_bytes" else milliseconds)(bound[1])
+    fits = " and ".join(written(asked, what, most) for what, most in asked.limits)
     if met:
         drop, where = summary.get("drop_test"), "on data it was not tuned on"
         bounds, score = summary.get("drop_test_interval"), point.get("test")
         if not known(drop):
             drop, bounds, where = *_corrected(summary, point), "on validation data, corrected for the choice"
             score = point.get("val")
-        if bound:
+        if asked.limits:
             comparison = f" and {quality.lost(drop, bounds)}" if drop is not None else ""
             best = f"The best {task} within {fits} scores {quality.score(score)} {where}"
-            return f"{best}{comparison}; it is {gains(summary, point)}."
+            return f"{best}{comparison}; it {gains(summary, point)}."
         comparison = f", and {quality.lost(drop, bounds)} {where}" if drop is not None else ""
-        return f"{task} is {gains(summary, point)}{comparison}."
+        return f"{task} {gains(summary, point)}{comparison}."
     name = str(point.get("name") or "unnamed")
-    if bound:
-        needs = (size if bound[0] == "onnx_bytes" else milliseconds)(cost(point, bound[0]))
+    if asked.limits:
+        needs = " and ".join(written(asked, what, asked.cost(what, point)) for what, _ in asked.limits)
         return f"Nothing that was tried makes {task} fit within {fits}; the nearest ({name}) needs {needs}."
     drop, bounds = _corrected(summary, point)
     nearest = f"; the nearest ({name}) {quality.lost(drop, bounds)}" if drop is not None else ""
@@ -86,8 +131,9 @@ def verdict(summary: Summary) -> str:
 
 def floor(summary: Summary) -> float | None:
     """The floor in units of the metric, or None for a question without one."""
+    turned = any(known(summary.get(key)) for key in ("max_bytes", "max_latency_ms", "max_peak_bytes"))
     value = summary.get("floor")
-    return float(value) if limit(summary) is None and known(value) else None  # type: ignore[arg-type]
+    return None if turned or value is None or not known(value) else float(value)
 
 
 def _corrected(summary: Summary, point: Mapping[str, Any]) -> tuple[float | None, Any]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lilliput.report import formats
 from lilliput.report.formats import Quality, Summary
-from lilliput.report.summary import cost, floor, shown
+from lilliput.report.summary import cost, floor, question, shown
+from lilliput.search.question import FILES, Question
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,8 +16,18 @@ if TYPE_CHECKING:
 Column = str | Callable[[Mapping[str, Any]], object]
 
 
-def front(summary: Summary) -> Table:
-    """The dense model, the chosen point (or the nearest) and the rest of the front, largest file first, for rich.
+WIDE = 110
+"""Columns of a terminal from which on the other file is shown beside the asked one."""
+
+
+def front(summary: Summary, width: int = 140) -> Table:
+    """The dense model, the chosen point (or the nearest) and the rest of the front, dearest first, for rich.
+
+    Each point takes one line: names that do not fit are cut, and stand in full in the report.
+
+    Args:
+        summary: of a search.
+        width: of the terminal, in characters.
 
     Example:
         >>> table = front({"task": "tiny", "dense": {"val": 0.9, "onnx_bytes": 4000}, "front": []})
@@ -27,43 +38,63 @@ def front(summary: Summary) -> Table:
     from rich.text import Text
 
     quality, dense, described = Quality.of(summary), summary["dense"], shown(summary)
-    table = Table(title=Text(str(summary["task"])), box=None, header_style="dim", pad_edge=False)
-    table.add_column("point", overflow="fold")
+    asked = question(summary)
     front = summary.get("front") or ()
     rest = [point for point in front if not _same(point, described) and not _same(point, {"name": "dense"} | dense)]
     points = [dense, *([described] if described else []), *rest]
-    in_engine = any(formats.known(point.get("engine_ms")) for point in points)
-    for heading in (
-        quality.metric,
-        "loss",
-        "model.onnx",
-        "",
-        "packed",
-        "",
-        "latency",
-        "",
-        *(["engine", ""] if in_engine else []),
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for point in sorted(points, key=lambda point: -(cost(point, "onnx_bytes") or 0)):
+    columns = _columns(asked, points, width)
+    rows, styles = [], []
+    for point in sorted(points, key=lambda point: (point is not dense, -asked.price(point))):
         drop = quality.drop(dense.get("val"), point.get("val"))
         label = "dense" if point is dense else str(point.get("name") or "unnamed")
         if point is described:
-            label += "  (chosen)" if summary.get("met", True) else "  (nearest)"
+            label = ("chosen: " if summary.get("met", True) else "nearest: ") + label
         cells = [quality.score(point.get("val")), formats.MISSING if point is dense else quality.bare(drop)]
-        for key, text in (
-            ("onnx_bytes", formats.size),
-            ("packed_bytes", formats.size),
-            ("latency_ms", formats.milliseconds),
-            *([("engine_ms", formats.milliseconds)] if in_engine else []),
-        ):
-            before = cost(dense, {"packed_bytes": "onnx_bytes", "engine_ms": "latency_ms"}.get(key, key))
+        for _, key, text in columns:
+            before = cost(dense, GIVEN.get(key, key))
             change = formats.ratio(before, cost(point, key))
-            same = point is dense and key != "engine_ms"
+            same = point is dense and key not in ("engine_ms", "engine_peak_bytes")
             cells += [text(cost(point, key)), "" if same or change is None else f"{formats.times(change)}x"]
-        style = "bold" if point is described else ""
-        table.add_row(*(Text(cell) for cell in (label, *cells)), style=style)  # Text: names are no markup
+        rows.append([label, *cells])
+        styles.append("bold" if point is described else "")
+    headings = [quality.metric, "loss", *(part for heading, _, _ in columns for part in (heading, ""))]
+    table = Table(title=Text(str(summary["task"])), box=None, header_style="dim", pad_edge=False)
+    widths = [max(len(cell) for cell in column) for column in zip(headings, *(row[1:] for row in rows), strict=True)]
+    table.add_column("point", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    room = max(12, width - sum(wide + 2 for wide in widths))  # numbers keep their room, names have what is left
+    for (label, *cells), style in zip(rows, styles, strict=True):
+        table.add_row(*(Text(cell) for cell in (_cut(label, room), *cells)), style=style)  # Text: names are no markup
     return table
+
+
+def _cut(text: str, room: int) -> str:
+    """A name in as many characters: its middle is left out, since points differ at their ends."""
+    return text if len(text) <= room else f"{text[: room - room // 2 - 1]}…{text[len(text) - room // 2 :]}"
+
+
+GIVEN = {"packed_bytes": "onnx_bytes", "engine_ms": "latency_ms"}
+"""What a cost is compared with: the file as it was given, in the runtime that it ran in."""
+
+
+def _columns(
+    asked: Question, points: Iterable[Mapping[str, Any]], width: int
+) -> list[tuple[str, str, Callable[[float | None], str]]]:
+    """(heading, key, as text) of the costs to show: the asked file, what else was asked, and what there is room for."""
+    every: list[tuple[str, str, Callable[[float | None], str]]] = [
+        ("model.lil", "packed_bytes", formats.size),
+        ("model.onnx", "onnx_bytes", formats.size),
+        ("latency", "latency_ms", formats.milliseconds),
+        ("engine", "engine_ms", formats.milliseconds),
+        ("memory", "peak_bytes", formats.size),
+        ("engine's memory", "engine_peak_bytes", formats.size),
+        ("MACs", "macs", formats.count),
+    ]
+    needed = {asked.file_key, *asked.keys}
+    known = {key for _, key, _ in every if any(formats.known(point.get(key)) for point in points)}
+    extra = ["latency_ms", *(["engine_ms", *FILES.values()] if width >= WIDE else [])]
+    return [column for column in every if column[1] in needed or (column[1] in extra and column[1] in known)]
 
 
 def _same(point: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:

@@ -69,7 +69,7 @@ def seconds(text: str | float) -> float:
     return value
 
 
-def size_bytes(text: str | float) -> int:
+def size_bytes(text: str | float, setting: str = "max-bytes") -> int:
     """Bytes from "900", "64KB", "2MB" (thousands) or "64KiB" (1024s).
 
     Example:
@@ -80,7 +80,7 @@ def size_bytes(text: str | float) -> int:
     unit = {"": 1, "B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
     value = int(float(match[1]) * unit[match[2]]) if match else 0
     if value <= 0:
-        raise ValueError(f"shrink: max-bytes must be a size such as 900KB or 2MB, got {text!r}.")
+        raise ValueError(f"shrink: {setting} must be a size such as 900KB or 2MB, got {text!r}.")
     return value
 
 

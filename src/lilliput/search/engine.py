@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from lilliput.cost.measure import latency
+from lilliput.cost.peak import peak_bytes
+from lilliput.engine import memory
 from lilliput.errors import ExportError, NotSupported
 from lilliput.export.guard import compare
 from lilliput.onnx.session import Session
@@ -74,6 +76,27 @@ def rewarded(structure: Structure, stored: dict[str, Stored], example: Any) -> t
             rewarding.append(sparsity)
             best = times[f"{sparsity:g}"].median_ms
     return tuple(rewarding)
+
+
+def weigh(job: Job, points: list[Point], compiled: dict[int, EngineSession]) -> None:
+    """The peak memory of points: measured in ONNX Runtime, and as the engine plans it, where that runtime may be used.
+
+    Args:
+        points: whose costs are filled in.
+        compiled: those of them that are compiled, by place, whose plans are known.
+    """
+    allowed = job.question.runtime
+    for i, point in enumerate(points):
+        try:
+            if allowed != "engine" and point.peak_bytes is None:
+                point.peak_bytes = peak_bytes(point.proto, job.task.example)
+            if allowed != "ort" and i in compiled:
+                manifest = compiled[i].engine.manifest
+                point.engine_peak_bytes = int(manifest["arena_bytes"]) + int(manifest["weight_bytes"])
+            elif allowed != "ort" and point.engine_peak_bytes is None:
+                point.engine_peak_bytes = memory.peak_bytes(point.proto)
+        except REFUSALS as error:
+            job.known.skip("the memory of a run", f"{point.name}: {str(error)[:200]}")
 
 
 def keep(job: Job, point: Point, session: EngineSession, folder: Path) -> dict[str, Any]:

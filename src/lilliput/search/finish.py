@@ -1,6 +1,5 @@
 """Finish a search: measure the best points in one run, choose, read the test split once, write the files."""
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,16 +85,22 @@ def conclude(job: Job) -> Result:
 
 
 def _front(job: Job) -> list[Point]:
-    """The dense point, then at most MEASURED others: fronts of (loss, packed, ONNX bytes, MACs) peeled in turn."""
+    """The dense point, then at most MEASURED others: fronts of the loss and what may be asked, peeled in turn."""
     unique: dict[tuple[int, int, float], Point] = {}
     for point in job.points[1:]:
         unique.setdefault((point.packed_bytes, point.onnx_bytes, point.divergence), point)
     rest, chosen = list(unique.values()), list[Point]()
     while rest and len(chosen) < MEASURED:
-        layer = [rest[i] for i in front([(job.lost(p), p.packed_bytes, p.onnx_bytes, p.macs) for p in rest])]
+        layer = [rest[i] for i in front([_axes(job, p) for p in rest])]
         chosen += sorted(layer, key=job.lost)
         rest = [point for point in rest if point not in layer]
     return [job.dense, *chosen[:MEASURED]]
+
+
+def _axes(job: Job, point: Point) -> tuple[float, ...]:
+    """What a point must be beaten on: its loss, the asked file, and what a run costs where a run is asked for."""
+    run = job.question.priced_by_runtime
+    return (job.lost(point), float(point.costs[job.question.file_key]), *((float(point.macs),) if run else ()))
 
 
 def _measure(job: Job, best: list[Point]) -> dict[int, Any]:
@@ -103,39 +108,28 @@ def _measure(job: Job, best: list[Point]) -> dict[int, Any]:
     with job.clock.on("measure"):
         sessions: dict[str, Any] = {str(i): Session(point.proto) for i, point in enumerate(best)}
         job.clock.reserved_s = 0.0
-        asked = job.question.for_latency
+        asked = job.question.for_latency and job.question.runtime != "ort"
         compiled = engine.sessions(job, best, job.clock.remaining(0.97) - 6) if asked else {}
         sessions |= {f"engine {i}": session for i, session in compiled.items()}
         seconds = max(2 * SECONDS_EACH, min(12.0, SECONDS_EACH * len(sessions), job.clock.remaining(0.97)))
         times = latency(sessions, job.task.example, seconds=seconds)
+        if job.question.for_memory:
+            engine.weigh(job, best, compiled)
     for i, point in enumerate(best):
         point.latency, point.engine = times[str(i)], times.get(f"engine {i}")
         point.flags += flags(point.proto, job.dense.proto, point.latency, job.dense.latency or times["0"])
     return compiled
 
 
-def _price(job: Job, point: Point) -> float:
-    objective = job.question.objective
-    if objective == "latency":  # what is as fast within the noise of a measurement is chosen by its size
-        step = round(math.log(point.fastest_ms, 1.05))
-        return step + min(point.packed_bytes / (job.dense.packed_bytes + 1.0), 0.999)
-    return float(point.macs if objective == "macs" else point.packed_bytes)
-
-
 def _choose(job: Job, rivals: list[Point]) -> Choice:
     question, dense = job.question, job.dense
-    fits = [
-        (question.max_bytes is None or point.onnx_bytes <= question.max_bytes)
-        and (question.max_latency_ms is None or point.fastest_ms <= question.max_latency_ms)
-        for point in rivals
-    ]
     return choose(
         job.task,
         dense.score,
         [point.score for point in rivals],
-        [_price(job, point) for point in rivals],
+        [point.price(question) for point in rivals],
         floor=None if question.floor is None else question.floor.points(dense.score.value),
-        fits=fits,
+        fits=[question.fits(point.costs) for point in rivals],
         divergence=[point.divergence for point in rivals],
         seed=job.seed,
     )

@@ -14,46 +14,15 @@ from torch import Tensor, nn
 from lilliput.errors import ExportError, NotSupported
 from lilliput.proposal import Known
 from lilliput.runner import Runner
-from lilliput.search import ask
 from lilliput.search.points import Clock, Point, Press, kept
 from lilliput.search.progress import Silent
+from lilliput.search.question import Question
 from lilliput.store import Store
 from lilliput.task import Task, leaves
 from lilliput.train import Diverged
 
 FAILURES = (Diverged, TimeoutError, ExportError, NotSupported, ValueError, TypeError, KeyError, RuntimeError)
 """What a stranger's model or a method may raise: the end of one point, never of the search."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked: the floor and what is to be small, or the most that fits and the best score under it.
-
-    Args:
-        objective: "size" (bytes of model.lil), "latency" or "macs".
-        floor: what may be lost; None where a limit turns the question round.
-        max_bytes: the most bytes of model.onnx.
-        max_latency_ms: the most milliseconds of one example, in the faster runtime.
-    """
-
-    objective: str = "size"
-    floor: ask.Floor | None = None
-    max_bytes: int | None = None
-    max_latency_ms: float | None = None
-
-    @property
-    def for_latency(self) -> bool:
-        """Whether time is asked for, so that the engine has a say."""
-        return self.objective == "latency" or self.max_latency_ms is not None
-
-    @property
-    def priced_by_runtime(self) -> bool:
-        """Whether structures are priced by their exported graph: by milliseconds or multiply-adds."""
-        return self.objective != "size" or self.max_latency_ms is not None
-
-    def points(self, dense: float) -> float:
-        """The floor in points of the metric; one point where there is none, to sort what is near from what is not."""
-        return 0.01 if self.floor is None else self.floor.points(dense)
 
 
 class Target(ABC):
@@ -177,12 +146,19 @@ class Job:
         return kept
 
     def _best(self) -> str:
-        floor = self.question.points(self.dense.score.value)
-        best = min((p for p in self.points if self.lost(p) <= floor), key=lambda p: p.packed_bytes)
-        return (
-            f"{best.name}: {self.task.metric_name} {best.score.value:.4f}, packed {ask.shown(best.packed_bytes)} "
-            f"({self.dense.onnx_bytes / best.packed_bytes:.0f} times less)"
-        )
+        """The best point so far by what is asked: its name, score and price."""
+        question, dense = self.question, self.dense
+        score = dense.score.value
+
+        def rank(point: Point) -> tuple[float, float]:
+            lack = question.lack(point.costs, self.lost(point), score)
+            return lack, self.lost(point) if question.floor is None else point.price(question)
+
+        best = min(self.points, key=rank)
+        price, before = best.price(question), question.before(dense.costs)
+        times = f" ({before / price:.1f} times less)" if 0 < price < before else ""
+        metric = f"{self.task.metric_name} {best.score.value:.4f}"
+        return f"{best.name}: {metric}, {question.measure} {question.written(price)}{times}"
 
 
 def finite(outputs: Any) -> Any:

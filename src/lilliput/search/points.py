@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from lilliput.code.base import pack
 from lilliput.cost.count import count, stored_values
 from lilliput.cost.measure import latency
+from lilliput.engine.memory import peak_bytes as planned_bytes
 from lilliput.errors import ExportError
 from lilliput.export import onnx as onnx_export
 from lilliput.export import pack as pack_format
 from lilliput.export.guard import compare, worst
 from lilliput.export.save import prepared
+from lilliput.search.question import Question
 from lilliput.stored.base import Stored
 from lilliput.task import Model, Score, Task, leaves, length, predict, take
 from lilliput.task.nested import output_names
@@ -79,7 +81,8 @@ class Point:
 
     `score` is on val, of `model.onnx` in ONNX Runtime; `outputs` what it gave on the task's probe of val; `divergence`
     the mean divergence from the dense outputs; `agreement` the agreement with the torch model it came from; `latency`
-    is filled in by the final interleaved measurement.
+    and `engine` are filled in by an interleaved measurement, `peak_bytes` by a run of its own in ONNX Runtime,
+    `engine_peak_bytes` by the engine's plan; each where it is asked for.
     """
 
     name: str
@@ -98,6 +101,8 @@ class Point:
     model: nn.Module | None = None
     latency: Any = None
     engine: Any = None
+    peak_bytes: int | None = None
+    engine_peak_bytes: int | None = None
     flags: list[str] = field(default_factory=list)
     outputs: Any = None
 
@@ -109,25 +114,35 @@ class Point:
             "key": self.key,
             "val": round(self.score.value, 6),
             "distance": round(self.divergence, 6),
-            "onnx_bytes": self.onnx_bytes,
-            "packed_bytes": self.packed_bytes,
             "values": self.values,
-            "macs": self.macs,
+            **self.costs,
             "agreement": self.agreement,
             "flags": self.flags,
             "runtime": "onnxruntime",
             "threads": 1,
         }
         if self.latency is not None:
-            row |= {"latency_ms": self.latency.median_ms, "latency_iqr_ms": [self.latency.q1_ms, self.latency.q3_ms]}
+            row |= {"latency_iqr_ms": [self.latency.q1_ms, self.latency.q3_ms]}
         if self.engine is not None:
-            row |= {"engine_ms": self.engine.median_ms, "engine_iqr_ms": [self.engine.q1_ms, self.engine.q3_ms]}
+            row |= {"engine_iqr_ms": [self.engine.q1_ms, self.engine.q3_ms]}
         return row
 
     @property
-    def fastest_ms(self) -> float:
-        """The median latency in the runtime that is faster."""
-        return float(min(m.median_ms for m in (self.latency, self.engine) if m is not None))
+    def costs(self) -> dict[str, Any]:
+        """What the point costs, as far as it was counted and measured, by the names of summary.json."""
+        costs: dict[str, Any] = {"onnx_bytes": self.onnx_bytes, "packed_bytes": self.packed_bytes, "macs": self.macs}
+        if self.latency is not None:
+            costs["latency_ms"] = self.latency.median_ms
+        if self.engine is not None:
+            costs["engine_ms"] = self.engine.median_ms
+        for key in ("peak_bytes", "engine_peak_bytes"):
+            if getattr(self, key) is not None:
+                costs[key] = getattr(self, key)
+        return costs
+
+    def price(self, question: Question) -> float:
+        """What the point costs by a question; infinite where that was not measured."""
+        return question.price(self.costs)
 
 
 class Press:
@@ -204,8 +219,10 @@ class Press:
             self.structure(model, topology, own)
 
     def price(self, structure: Any, plain: nn.Module, objective: str) -> float:
-        """MACs of a structure, or the median of a short measurement of its float32 artifact."""
+        """MACs of a structure, its planned memory, or the median of a short measurement of its float32 artifact."""
         proto = structure.write(pack(plain))
+        if objective == "memory":
+            return float(planned_bytes(proto))
         if objective == "macs":
             return float(count(proto, self.task.example).macs)
         with self.clock.on("measure"):

@@ -25,10 +25,13 @@ class Summary:
     Args:
         format: the version of these keys.
         floor: what may be lost, in points of the metric; None where a limit turned the question round.
+        file: which file is deployed, "lil" or "onnx": `max_bytes`, the objective "size" and the front are about it (an
+            older summary has no such key: its `max_bytes` were about model.onnx).
+        runtime: what it runs in, "ort" or "engine"; None for the better of both.
         met: whether a point was found that meets the question.
         dense: the dense network, a row of numbers and its layers.
         chosen: the point that was handed over, likewise.
-        front: what no other measured point beats on (score, ONNX bytes, packed bytes, latency).
+        front: what no other measured point beats on (score, bytes of the asked file, and what else is asked).
         nearest: the point that came nearest, where none was chosen.
         drop_val: what the chosen (or nearest) point loses on val, uncorrected.
         drop_corrected: the same, corrected for the optimism of having chosen.
@@ -49,6 +52,9 @@ class Summary:
     objective: str
     max_bytes: int | None
     max_latency_ms: float | None
+    max_peak_bytes: int | None
+    file: str
+    runtime: str | None
     budget_s: float | None
     trials: int | None
     met: bool
@@ -111,7 +117,7 @@ def summarize(
             }
         return fields
 
-    costs = [(job.lost(p), p.onnx_bytes, p.packed_bytes, p.latency.median_ms) for p in best]
+    costs = [(job.lost(p), *question.asked(p.costs)) for p in best]
     nearest = winner or (rivals[int(np.argmin(choice.corrected))] if len(choice.corrected) else dense)
     i = rivals.index(nearest) if nearest in rivals else None
     here = machine()
@@ -128,6 +134,9 @@ def summarize(
         objective=question.objective,
         max_bytes=question.max_bytes,
         max_latency_ms=question.max_latency_ms,
+        max_peak_bytes=question.max_peak_bytes,
+        file=question.file,
+        runtime=question.runtime,
         budget_s=clock.budget_s,
         trials=job.trials,
         met=winner is not None,
