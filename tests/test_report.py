@@ -46,8 +46,13 @@ def not_met() -> dict[str, Any]:
 def test_verdict_of_a_floor_that_was_met(met: dict[str, Any]) -> None:
     assert report.verdict(met) == (
         "digits is 10.2 times faster and 91 times smaller as model.lil (25 times as model.onnx), and loses 0.2 points "
-        "of accuracy (95% interval −0.1 to 0.5) on data it was not tuned on."
+        "of accuracy (95% interval −0.1 to 0.5) on data it was not tuned on, within the floor of 0.5 points."
     )
+
+
+def test_verdict_says_where_the_loss_is_more_than_the_floor(met: dict[str, Any]) -> None:
+    met["drop_test"] = 0.006
+    assert "which is more than the floor of 0.5 points" in report.verdict(met)
 
 
 def test_verdict_never_lends_one_numbers_interval_to_another(met: dict[str, Any]) -> None:
@@ -83,7 +88,7 @@ def test_verdict_does_not_flatter(met: dict[str, Any]) -> None:
     met |= {"drop_test": -0.004, "drop_test_interval": None}
     assert report.verdict(met) == (
         "digits is 2.0 times slower and 1.8 times larger as model.lil, and gains 0.4 points of accuracy on data it was "
-        "not tuned on."
+        "not tuned on, within the floor of 0.5 points."
     )
 
 
@@ -278,7 +283,7 @@ def test_front_for_the_terminal(met: dict[str, Any]) -> None:
     assert " ".join(line.split("distilled")[1].split()) == "98.7% 0.2 12.0 kB 91x 43.8 kB 25x 0.103 ms 10.2x –"
 
 
-@pytest.mark.parametrize("width", [70, 80, 100, 140])
+@pytest.mark.parametrize("width", [72, 80, 100, 140])
 def test_a_point_takes_one_line_of_the_terminal(met: dict[str, Any], width: int) -> None:
     from rich.console import Console
 

@@ -119,7 +119,7 @@ def verdict(summary: Summary) -> str:
             best = f"The best {task} within {fits} scores {quality.score(score)} {where}"
             return f"{best}{comparison}; it {gains(summary, point)}."
         comparison = f", and {quality.lost(drop, bounds)} {where}" if drop is not None else ""
-        return f"{task} {gains(summary, point)}{comparison}."
+        return f"{task} {gains(summary, point)}{comparison}{_beside_floor(drop, floor(summary), quality)}."
     name = str(point.get("name") or "unnamed")
     if asked.limits:
         needs = " and ".join(written(asked, what, asked.cost(what, point)) for what, _ in asked.limits)
@@ -127,6 +127,15 @@ def verdict(summary: Summary) -> str:
     drop, bounds = _corrected(summary, point)
     nearest = f"; the nearest ({name}) {quality.lost(drop, bounds)}" if drop is not None else ""
     return f"Nothing that was tried keeps {task} within {quality.points(floor(summary))} of the dense model{nearest}."
+
+
+def _beside_floor(drop: float | None, floor: float | None, quality: Quality) -> str:
+    """Whether the loss that a sentence names lies within the floor that was asked for."""
+    if drop is None or floor is None:
+        return ""
+    if drop <= floor + 1e-12:
+        return f", within the floor of {quality.points(floor)}"
+    return f", which is more than the floor of {quality.points(floor)} that validation data promised"
 
 
 def floor(summary: Summary) -> float | None:

@@ -47,25 +47,25 @@ def front(summary: Summary, width: int = 140) -> Table:
     for point in sorted(points, key=lambda point: (point is not dense, -asked.price(point))):
         drop = quality.drop(dense.get("val"), point.get("val"))
         label = "dense" if point is dense else str(point.get("name") or "unnamed")
-        if point is described:
-            label = ("chosen: " if summary.get("met", True) else "nearest: ") + label
+        kind = "" if point is not described else "chosen: " if summary.get("met", True) else "nearest: "
         cells = [quality.score(point.get("val")), formats.MISSING if point is dense else quality.bare(drop)]
         for _, key, text in columns:
             before = cost(dense, GIVEN.get(key, key))
             change = formats.ratio(before, cost(point, key))
             same = point is dense and key not in ("engine_ms", "engine_peak_bytes")
             cells += [text(cost(point, key)), "" if same or change is None else f"{formats.times(change)}x"]
-        rows.append([label, *cells])
+        rows.append([kind, label, *cells])
         styles.append("bold" if point is described else "")
     headings = [quality.metric, "loss", *(part for heading, _, _ in columns for part in (heading, ""))]
     table = Table(title=Text(str(summary["task"])), box=None, header_style="dim", pad_edge=False)
-    widths = [max(len(cell) for cell in column) for column in zip(headings, *(row[1:] for row in rows), strict=True)]
+    widths = [max(len(cell) for cell in column) for column in zip(headings, *(row[2:] for row in rows), strict=True)]
     table.add_column("point", no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    room = max(12, width - sum(wide + 2 for wide in widths))  # numbers keep their room, names have what is left
-    for (label, *cells), style in zip(rows, styles, strict=True):
-        table.add_row(*(Text(cell) for cell in (_cut(label, room), *cells)), style=style)  # Text: names are no markup
+    room = max(16, width - sum(wide + 2 for wide in widths))  # numbers keep their room, names have what is left
+    for (kind, label, *cells), style in zip(rows, styles, strict=True):
+        named = kind + _cut(label, room - len(kind))
+        table.add_row(*(Text(cell) for cell in (named, *cells)), style=style)  # Text: names are no markup
     return table
 
 
