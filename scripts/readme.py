@@ -38,7 +38,7 @@ def printed(summary: dict[str, Any]) -> str:
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=118, force_terminal=False)
-    console.print(front(summary))
+    console.print(front(summary, console.width))
     console.print(summaries.verdict(summary), highlight=False)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().strip("\n").splitlines())

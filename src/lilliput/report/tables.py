@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Column = str | Callable[[Mapping[str, Any]], object]
 
 
-WIDE = 110
+WIDE = 130
 """Columns of a terminal from which on the other file is shown beside the asked one."""
 
 
