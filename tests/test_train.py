@@ -1,6 +1,8 @@
 """The training loop: repeatable, resumable at any rung, and it says when a loss is not finite."""
 
 import pickle
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,8 +11,10 @@ from torch import Tensor, nn
 
 from lilliput.code.base import codes
 from lilliput.distill.logits import Distill
+from lilliput.layout import channels_last
 from lilliput.prune.prune import Prune
 from lilliput.quant.quantize import Quantize
+from lilliput.rule import Rule, State
 from lilliput.schedule import Cosine, Linear
 from lilliput.stage import Reference
 from lilliput.task import Task
@@ -134,3 +138,105 @@ def test_what_a_training_needs_goes_to_another_process(model: nn.Module, task: T
     reference.outputs(task.batch(torch.arange(8), 0))
     stage, sent, model = pickle.loads(pickle.dumps((STAGE, reference, model)))
     assert equal(stage(model, sent.task, sent), STAGE(model, task, reference))
+
+
+class Places(Rule):
+    """Notes (step, steps) wherever it is called."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+        self.ended = 0
+
+    def on_step(self, state: State, model: nn.Module, step: int, steps: int) -> State:
+        self.seen.append((step, steps))
+        return state
+
+    def end(self, state: State, model: nn.Module) -> State:
+        self.ended += 1
+        return state
+
+
+def test_a_training_that_is_slowed_down_ends_on_time_and_at_the_end_of_its_schedule(
+    model: nn.Module, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def wait(step: int) -> bool:
+        clock[0] += 0.1 if step < 40 else 0.5  # something else takes the processor
+        return False
+
+    rates: list[float] = []
+
+    def rate(step: int, steps: int) -> float:
+        rates.append(Linear(1e-2, 0.0)(step, steps))
+        return rates[-1]
+
+    places = Places()
+    trained = fit(Train(100, lr=rate, rules=(places, Prune(0.5, every=4))), model, task, Reference(model, task),
+                  stop=wait, seconds=10.0)  # fmt: skip
+    assert 10.0 <= clock[0] < 11.0 and 50 < len(rates) < 60
+    assert rates == sorted(rates, reverse=True) and rates[39] == pytest.approx(6e-3, rel=0.05) and rates[-1] < 5e-4
+    assert places.seen[-1][0] + 1 == places.seen[-1][1] == len(rates) and places.ended == 1
+    assert int((trained[0].weight == 0).sum() + (trained[4].weight == 0).sum()) == (96 + 64) // 2
+
+
+def test_a_limit_that_is_not_reached_changes_nothing(model: nn.Module, task: Task) -> None:
+    reference = Reference(model, task)
+    assert equal(fit(STAGE, model, task, reference), fit(STAGE, model, task, reference, seconds=1e6))
+
+
+def test_a_limited_training_goes_on_where_it_was(model: nn.Module, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def slow(last: int) -> Callable[[int], bool]:
+        def stop(step: int) -> bool:
+            clock[0] += 1.0
+            return step == last
+
+        return stop
+
+    kept: list[dict] = []
+    stage, reference = Train(100, rules=(places := Places(),)), Reference(model, task)
+    fit(stage, model, task, reference, stop=slow(5), save=kept.append, seconds=20.0)
+    assert places.ended == 0
+    clock[0] += 100.0  # the search was not running
+    fit(stage, model, task, reference, stop=slow(-1), load=lambda: kept[-1], seconds=20.0)
+    assert 19 <= len(places.seen) <= 22 and places.ended == 1
+
+
+def test_channels_may_lie_last_while_training(task: Task) -> None:
+    x, y = torch.randn(64, 3, 8, 8), torch.arange(64) % 2
+    images = Task("images", (x, y), (x, y), batch_size=16)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2)).eval()
+    seen = []
+
+    def last(model: nn.Module, task: Task, batch_size: int | None) -> bool:
+        seen.append(channels_last(model, task, batch_size, timed=False))
+        return seen[-1]
+
+    stage, reference, kept = Train(12, lr=0.01, optimizer="sgd"), Reference(net, images), []
+    plain, faster = fit(stage, net, images, reference), fit(stage, net, images, reference, layout=last)
+    assert seen == [True] and all(p.is_contiguous() for p in faster.parameters())
+    for name, value in faster.state_dict().items():
+        assert torch.allclose(value.float(), plain.state_dict()[name].float(), atol=1e-4)
+    fit(replace(stage, until=6), net, images, reference, save=kept.append, layout=last)
+    assert equal(fit(stage, net, images, reference, load=lambda: kept[-1]), faster)
+
+
+def test_a_network_that_needs_channels_first_keeps_them() -> None:
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(288, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h: Tensor = self.fc(self.conv(x).view(len(x), -1))
+            return h
+
+    x, y = torch.randn(64, 3, 8, 8), torch.arange(64) % 2
+    images = Task("images", (x, y), (x, y), batch_size=16)
+    net, before = Viewed(), torch.get_rng_state()
+    assert not channels_last(net, images) and not channels_last(net, images, timed=False)
+    assert torch.equal(before, torch.get_rng_state())

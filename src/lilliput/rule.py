@@ -20,8 +20,9 @@ class Rule:
     """Do one thing while a network trains: gradual pruning, distillation, a growing penalty.
 
     A frozen dataclass with six moments. Each is given the state, and those that return a state may change it; the loop
-    owns and checkpoints it. `steps` is how many optimizer steps the whole training has, `step` counts them from 0, and
-    a setting that may change with them is read by `lilliput.schedule.at`.
+    owns and checkpoints it. `steps` is how many optimizer steps the whole training has (another number at every step
+    where time limits it and the machine gets slower or faster), `step` counts them from 0, and a setting that may
+    change with them is read by `lilliput.schedule.at`.
 
     A module in the state that `begin` returns is a learnable extra (a projection of hints, gates, a generator): the
     loop moves it to the device, trains its parameters with the model's optimizer and checkpoints it. Later moments

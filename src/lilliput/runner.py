@@ -16,7 +16,7 @@ from lilliput.recipe import Recipe, next_key, start_key
 from lilliput.stage import Reference, Stage
 from lilliput.store import Store
 from lilliput.task import Task
-from lilliput.train import Train, fit
+from lilliput.train import Layout, Train, channels_first, fit
 
 
 def run(
@@ -68,7 +68,9 @@ class Runner:
         seed: int = 0,
         reference: Reference | None = None,
         device: str | torch.device = "cpu",
+        layout: Layout = channels_first,
     ) -> None:
+        self.layout = layout
         self.model, self.task, self.store, self.seed = model, task, store, seed
         self.start = start_key(model, task, seed)
         self.reference = reference or self._reference(torch.device(device))
@@ -92,24 +94,34 @@ class Runner:
             key = next_key(key, stage)
         return key
 
-    def make(self, recipe: Recipe, stop: Callable[[int], bool] = lambda step: False) -> nn.Module:
-        """The model of a recipe; `stop(step)` ends a training early, whose result is then not kept."""
+    def make(
+        self, recipe: Recipe, stop: Callable[[int], bool] = lambda step: False, seconds: float | None = None
+    ) -> nn.Module:
+        """The model of a recipe.
+
+        Args:
+            recipe: the stages.
+            stop: asked after every step of a training with its number; a training that it ends is not kept.
+            seconds: the most time that a training may take; it then has as many steps as fit, at most those asked for.
+        """
         model, key = copy_model(self.model).eval(), self.start
         for stage in recipe.stages:
             before, key = key, next_key(key, stage)
             if isinstance(stage, Train):
-                model = self._train(model, stage, before, key, stop)
+                model = self._train(model, stage, before, key, stop, seconds)
                 continue
             if stage.structural and codes(model):
                 model = realize(model)
             model = stage(model, self.task, self.reference)
         return model
 
-    def _train(self, model: nn.Module, stage: Train, before: str, key: str, stop: Callable[[int], bool]) -> nn.Module:
+    def _train(
+        self, model: nn.Module, stage: Train, before: str, key: str, stop: Callable[[int], bool], seconds: float | None
+    ) -> nn.Module:
         if (restored := self._restored(model, key)) is not None:
             return restored
         schedule = next_key(before, replace(stage, until=None))
-        began, first = time.monotonic(), 0
+        began, first, last = time.monotonic(), 0, 0
         cut = False
 
         def load() -> dict[str, Any] | None:
@@ -120,8 +132,8 @@ class Runner:
             return checkpoint
 
         def halt(step: int) -> bool:
-            nonlocal cut
-            cut = stop(step)
+            nonlocal cut, last
+            last, cut = step, stop(step)
             return cut
 
         result = fit(
@@ -132,13 +144,14 @@ class Runner:
             load=load,
             stop=halt,
             save=lambda checkpoint: self.store.keep_checkpoint(schedule, checkpoint),
+            seconds=seconds,
+            layout=self.layout,
         )
-        seconds = time.monotonic() - began
-        steps = (stage.until or stage.steps) - first
-        self.trained_s += seconds
+        spent, steps = time.monotonic() - began, max(0, last - first)
+        self.trained_s += spent
         if not cut:
-            self.steps += max(0, steps)
-            record = {"kind": "train", "steps": steps, "seconds": round(seconds, 3), "codes": describe(result)}
+            self.steps += steps
+            record = {"kind": "train", "steps": steps, "seconds": round(spent, 3), "codes": describe(result)}
             self.store.put(key, record, result.state_dict())
             if stage.until is None:
                 self.store.drop_checkpoint(schedule)

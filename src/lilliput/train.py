@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.code.base import copy_model
+from lilliput.layout import place
 from lilliput.rule import Rule, State, frozen, nothing, start_anew, thawed, to
 from lilliput.rule import parameters as extras
 from lilliput.schedule import Cosine, Schedule, at
@@ -16,6 +17,15 @@ from lilliput.stage import Reference, Stage, on
 from lilliput.task import Batch, Task, call
 
 CHECKPOINT_SECONDS = 30.0
+
+
+Layout = Callable[[nn.Module, Task, int | None], bool]
+"""(model, task, batch size) -> whether images lie with their channels last while it trains (lilliput.layout)."""
+
+
+def channels_first(model: nn.Module, task: Task, batch_size: int | None) -> bool:
+    """The layout of torch."""
+    return False
 
 
 class Diverged(ArithmeticError):
@@ -101,38 +111,57 @@ def fit(
     load: Callable[[], dict[str, Any] | None] = lambda: None,
     save: Callable[[dict[str, Any]], None] = lambda checkpoint: None,
     stop: Callable[[int], bool] = lambda step: False,
+    seconds: float | None = None,
+    layout: Layout = channels_first,
 ) -> nn.Module:
     """Run `stage` on a copy of `model`; `load` and `save` keep the checkpoints, `stop(step)` ends it early.
 
     A checkpoint holds the model, the optimizer, every rule's state with its learnable extras and the step; with batches
     that are a pure function of (seed, step) the rest of the training is the same as if it had never been interrupted.
+
+    Args:
+        stage: the training.
+        model: what it begins with; it is not changed.
+        task: gives the batches.
+        reference: the dense network.
+        load: gives the checkpoint to go on from, or None.
+        save: keeps a checkpoint.
+        stop: asked after every step.
+        seconds: the most time that it may take. Schedules and rules then follow steps or time, whichever is further, so
+            a training that the machine slows down has fewer steps and still ends well.
+        layout: how images lie in memory while it trains.
     """
     # glibc hands large blocks back and faults them in anew at every step, until one of them has been freed.
     torch.empty(30 * 2**18).zero_()
     model = copy_model(model).to(reference.device)
     model.train()
+    until = stage.until or stage.steps
+    checkpoint = _usable(load(), until)
+    # Momenta are kept as the weights lie, so a training goes on in the layout that it began with.
+    last = layout(model, task, stage.batch_size) if checkpoint is None else checkpoint.get("channels_last", False)
+    place(model, last)
     states = [to(rule.begin(model, task, reference, stage.steps), reference.device) for rule in stage.rules]
     optimizer = _optimizer(stage, [*model.parameters(), *extras(states)])
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    step, until = 0, stage.until or stage.steps
-    checkpoint = load()
-    if checkpoint is not None and checkpoint["step"] <= until:
+    step, steps, course = 0, stage.steps, Course(stage.steps, seconds)
+    if checkpoint is not None:
         states = _restored(checkpoint, model, optimizer, states, reference.device)
         step = checkpoint["step"]
+        course = Course(stage.steps, seconds, checkpoint.get("done", 0.0))
     else:
         torch.manual_seed(stage.seed * 7919)
     saved = time.monotonic()
     for batch in task.batches(until, stage.seed, stage.batch_size, step):
-        batch = _moved(batch, reference.device)
+        batch, steps = _moved(batch, reference.device), course.steps_at(step)
         for rule, state in zip(stage.rules, states, strict=True):
-            batch = rule.batch(state, model, step, stage.steps, batch)
-        _set_lr(optimizer, at(stage.lr, step, stage.steps))
+            batch = rule.batch(state, model, step, steps, batch)
+        _set_lr(optimizer, at(stage.lr, step, steps))
         output = call(model, batch.inputs)
-        loss = _loss(stage, states, model, task, step, batch, output, reference)
+        loss = _loss(stage, states, model, task, (step, steps), batch, output, reference)
         _clear(parameters)
         loss.backward()
         for i, rule in enumerate(stage.rules):
-            states[i] = rule.on_grad(states[i], model, step, stage.steps)
+            states[i] = rule.on_grad(states[i], model, step, steps)
         if stage.clip:
             nn.utils.clip_grad_norm_(parameters, stage.clip, foreach=True)
         if step % 20 == 0 and not bool(torch.isfinite(loss)):
@@ -141,20 +170,48 @@ def fit(
             )
         optimizer.step()
         for i, rule in enumerate(stage.rules):
-            states[i] = start_anew(rule.on_step(states[i], model, step, stage.steps), model, optimizer)
+            states[i] = start_anew(rule.on_step(states[i], model, step, steps), model, optimizer)
         step += 1
-        if stop(step):
+        if stop(step) or step == steps:
             break
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
-            save(_checkpoint(model, optimizer, states, step))
+            save(_checkpoint(model, optimizer, states, step, course.done, last))
             saved = time.monotonic()
     _check_finite(parameters)
-    if step < stage.steps:
-        save(_checkpoint(model, optimizer, states, step))
+    if step < steps:
+        save(_checkpoint(model, optimizer, states, step, course.done, last))
     else:
         for rule, state in zip(stage.rules, states, strict=True):
             rule.end(state, model)
-    return model.cpu().eval()
+    return place(model.cpu(), last=False).eval()
+
+
+class Course:
+    """How far a training is on its way: by steps, or by time where it has a limit and time is further.
+
+    Args:
+        steps: the most steps.
+        seconds: the most time, above 0; None for none.
+        done: the fraction that was done before.
+
+    Example:
+        >>> Course(100, None).steps_at(50), Course(100, 1e9).steps_at(50), Course(100, 1e-9).steps_at(50)
+        (100, 100, 51)
+    """
+
+    def __init__(self, steps: int, seconds: float | None, done: float = 0.0) -> None:
+        self.steps, self.seconds, self.done = steps, seconds, done
+        self.began = time.monotonic() - done * (seconds or 0.0)
+
+    def steps_at(self, step: int) -> int:
+        """How many steps the whole training has, as `step` (from 0) begins: those at which `step` is as far as it is.
+
+        The last step before the time is over knows that it is the last.
+        """
+        if self.seconds is None:
+            return self.steps
+        self.done = max(self.done, step / self.steps, min(1.0, (time.monotonic() - self.began) / self.seconds))
+        return max(step + 1, round(step / self.done)) if step and self.done else self.steps
 
 
 def _loss(
@@ -162,17 +219,21 @@ def _loss(
     states: list[State],
     model: nn.Module,
     task: Task,
-    step: int,
+    place: tuple[int, int],
     batch: Batch,
     output: Any,
     reference: Reference,
 ) -> Tensor:
     loss = task.loss(output, batch) * stage.supervised if stage.supervised else nothing(output)
     for rule, state in zip(stage.rules, states, strict=True):
-        added = rule.loss(state, model, step, stage.steps, batch, output, reference)
+        added = rule.loss(state, model, *place, batch, output, reference)
         if added is not None:
             loss = loss + added
     return loss
+
+
+def _usable(checkpoint: dict[str, Any] | None, until: int) -> dict[str, Any] | None:
+    return None if checkpoint is None or checkpoint["step"] > until else checkpoint
 
 
 def _restored(
@@ -209,13 +270,17 @@ def _check_finite(parameters: list[Tensor]) -> None:
         raise Diverged("Train: the weights must stay finite, got NaN or infinity. Lower the learning rate.")
 
 
-def _checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, states: list[State], step: int) -> dict[str, Any]:
+def _checkpoint(
+    model: nn.Module, optimizer: torch.optim.Optimizer, states: list[State], step: int, done: float, channels_last: bool
+) -> dict[str, Any]:
     random = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "rules": [frozen(state) for state in states],
         "step": step,
+        "done": done,
+        "channels_last": channels_last,
         "random": random,
     }
 

@@ -94,7 +94,7 @@ class Growing(Masking, Rule):
     def on_step(self, state: State, model: nn.Module, step: int, steps: int) -> State:
         done, first, last = step + 1, round(self.start * steps), round(self.until * steps)
         rises = not isinstance(self.sparsity, int | float) and first < done < last and done % self.every == 0
-        if done == first or rises:
+        if rises or (done >= first and not state):  # later than first where a slow training gets shorter
             return self._choose(state, model, done, steps)
         if done in (last, steps):
             state, masked = self._choose(state, model, steps, steps), self.masked(model)
