@@ -44,3 +44,13 @@ def silence_(model: nn.Module, groups: Iterable[Group], keep: Mapping[str, Tenso
             slicing.silence_(layer, gone.nonzero().flatten())
         elif isinstance(layer, nn.RNNBase):
             recurrent.silence_(layer, gone.nonzero().flatten())
+
+
+def mute_(model: nn.Module, groups: Iterable[Group], keep: Mapping[str, Tensor]) -> None:
+    """Let all other channels be zero wherever they are made, in place."""
+    modules = dict(model.named_modules())
+    for (name, side), stays in _indices(model, groups, keep).items():
+        if side == "out":
+            gone = torch.ones(slicing.width(modules[name], side), dtype=torch.bool)
+            gone[stays] = False
+            slicing.mute_(modules[name], gone.nonzero().flatten())

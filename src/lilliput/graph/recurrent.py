@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 
 def reason(layer: nn.RNNBase) -> str:
@@ -24,7 +25,11 @@ class StandIn(nn.Module):
         self.batch_first, self.copies = layer.batch_first, layer.num_layers * (2 if layer.bidirectional else 1)
         self.bidirectional, self.cell = layer.bidirectional, isinstance(layer, nn.LSTM)
 
-    def forward(self, x: Tensor, hx: Any = None) -> Any:
+    def forward(self, x: Tensor | PackedSequence, hx: Any = None) -> Any:
+        if isinstance(x, PackedSequence):  # joined as in a padded one; the states then belong to the sorted order
+            steps, lengths = pad_packed_sequence(x, self.batch_first)
+            out, state = self(steps, hx)
+            return pack_padded_sequence(out, lengths, self.batch_first, enforce_sorted=False), state
         h = self.linear(x)
         time = 1 if self.batch_first and x.ndim == 3 else 0
         for state in hx if isinstance(hx, tuple) else () if hx is None else (hx,):

@@ -166,6 +166,18 @@ def silence_(layer: nn.Module, inputs: Tensor) -> None:
     _parameter_(layer, "weight", weight)
 
 
+def mute_(layer: nn.Module, outputs: Tensor) -> None:
+    """Zero every parameter that makes the output channels `outputs`."""
+    outputs = cast(Tensor, _beside(layer, outputs))
+    for name, p in list(layer._parameters.items()):
+        if p is None:
+            continue
+        rows, dim = outputs, cast(int, channels(layer, "out", name))
+        if isinstance(layer, nn.RNNBase):  # unit i has a row in each gate
+            rows = torch.cat([outputs + gate for gate in range(0, len(p), layer.hidden_size)])
+        _parameter_(layer, name, p.detach().index_fill(dim, rows, 0))
+
+
 def per_channel(layer: nn.Module, side: str, tensor: str, values: Tensor) -> Tensor | None:
     """Sum `values`, one a number of the parameter `tensor`, over each channel of a side; None where it has none."""
     if isinstance(layer, nn.RNNBase):
