@@ -7,7 +7,8 @@ A Stage or Rule that a search may use names its `moment` and has a class method
 A search never lists methods by name: it asks every method of the registry that has a moment, on the model as the
 stages before it left it. `moment` orders a recipe: "structure" (what the network computes), "training" (how it is
 trained), "code" (how each tensor is stored), "activation" (which arithmetic runs). Within "structure" a method may name
-the methods that it must follow; one with `replaces` gives another network altogether and goes first.
+the methods that it must follow; one with `replaces` gives another network altogether and goes first, one with `last`
+takes whatever the others leave.
 """
 
 from collections.abc import Sequence
@@ -117,21 +118,26 @@ def in_order(methods: Sequence[type]) -> list[type]:
     """Methods of one moment in the order in which they are applied.
 
     Args:
-        methods: classes with `replaces` and `follows` (names of methods).
+        methods: classes with `replaces`, `last` and `follows` (names of methods).
 
     Returns:
-        Those that replace the network first; then each behind what it must follow, otherwise by name.
+        Those that replace the network first; then each behind what it must follow, otherwise by name; then the last.
 
     Raises:
         ValueError: where methods must follow each other in a circle.
     """
-    waiting = sorted(methods, key=lambda method: (not getattr(method, "replaces", False), method.__name__))
+    waiting = sorted(methods, key=_place)
     placed: list[type] = []
     while waiting:
         names = {method.__name__ for method in waiting}
-        ready = [method for method in waiting if not names & set(getattr(method, "follows", ()))]
+        early = [method for method in waiting if not getattr(method, "last", False)]
+        ready = [method for method in early or waiting if not names & set(getattr(method, "follows", ()))]
         if not ready:
             raise ValueError(f"proposals: methods must not follow each other in a circle, got {sorted(names)}.")
         placed.append(ready[0])
         waiting.remove(ready[0])
     return placed
+
+
+def _place(method: type) -> tuple[bool, str]:
+    return not getattr(method, "replaces", False), method.__name__

@@ -35,10 +35,12 @@ class Stage(ABC):
     version: ClassVar[int] = 1
     structural: ClassVar[bool] = False
     # What a search needs to know of a stage that proposes itself (lilliput.proposal): when it is applied, behind which
-    # methods, whether it gives another network altogether, and whether operators stay as they are while shapes change.
+    # methods, whether it gives another network altogether, whether it takes what all others leave, and whether
+    # operators stay as they are while shapes change.
     moment: ClassVar[str] = ""
     follows: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
+    last: ClassVar[bool] = False
     same_graph: ClassVar[bool] = False
 
     @abstractmethod

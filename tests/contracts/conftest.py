@@ -57,6 +57,9 @@ MADE: dict[str, list[dict[str, Any]]] = {
     "EarlierStride": [{"layers": ["0"]}],
     "Narrow": [{"width": 0.5}, {"width": 0.5, "multiple": 1, "spread": True}],
     "PruneRows": [],  # nor a table
+    "FoldRows": [],
+    "NarrowTables": [],
+    "DropTables": [],
     "Encode": [{"code": {"code": "Uniform", "bits": 4}}],
     "PatternLock": [{"least": 0.0}],
 }

@@ -1,6 +1,6 @@
-"""Bases of a group's channels: where its readers let channels be mixed, few mixtures say most of what all of them say."""
+"""Bases of a group's channels: where readers let channels be mixed, few mixtures say most of what all of them say."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -68,8 +68,8 @@ def basis(model: nn.Module, group: Group, free: Freedom, moment: Tensor) -> Basi
         The basis.
 
     Source:
-        Moore, Principal component analysis in linear systems, IEEE Trans. Automatic Control 1981 (balancing); Eckart and
-        Young, Psychometrika 1936.
+        Moore, Principal component analysis in linear systems, IEEE Transactions on Automatic Control 1981 (balancing);
+        Eckart and Young, The approximation of one matrix by another of lower rank, Psychometrika 1936.
     """
     eye = torch.eye(group.size, dtype=torch.float64)
     gram = _gram(model, group)
@@ -104,19 +104,20 @@ def mix_(model: nn.Module, group: Group, made: Tensor, read: Tensor) -> None:
             setattr(layer, name, nn.Parameter(p, requires_grad=getattr(layer, name).requires_grad))
 
 
-def moment(model: nn.Module, group: Group, use: Callable[[str], Tensor]) -> Tensor:
+def moment(model: nn.Module, group: Group, use: Mapping[str, Tensor]) -> Tensor:
     """C: the mean of e e^T over the rows that the group's tables read, in float64.
 
     Args:
         model: The model.
         group: A group with tables among its makers.
-        use: Gives how often each row of the table at a path is read.
+        use: How often each row is read, by the path of the table; all rows alike where it says nothing.
     """
     total, count = torch.zeros(group.size, group.size, dtype=torch.float64), 0.0
     for part in group.parts:
         table = model.get_submodule(part.layer)
         if isinstance(table, slicing.TABLES):
-            read, rows = use(part.layer), table.weight.detach().double().cpu()
+            rows = table.weight.detach().double().cpu()
+            read = use.get(part.layer, torch.ones(len(rows), dtype=torch.float64))
             total += rows.T @ (read[:, None] * rows)
             count += float(read.sum())
     return total / max(count, 1.0)

@@ -1,6 +1,6 @@
 """Channel groups: find the channels that must be removed together, and remove some of them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,17 +13,7 @@ from lilliput.graph.follow import dependencies
 from lilliput.graph.group import Group, Part
 from lilliput.graph.narrow import narrow_
 from lilliput.graph.probe import probed
-from lilliput.graph.trace import (
-    Call,
-    Skipped,
-    calls,
-    copied,
-    first_line,
-    frozen,
-    run,
-    shapes,
-    tied,
-)
+from lilliput.graph.trace import Call, Skipped, calls, copied, first_line, frozen, run, shapes, tied
 from lilliput.graph.trial import awake, labelled, trial
 
 
@@ -58,11 +48,8 @@ def groups(model: nn.Module, example: Any) -> tuple[Group, ...]:
         listed = dependencies(work, example)
     except Exception as error:  # whatever a stranger's forward raises: nothing of this model can be followed
         why = f"the model could not be followed ({type(error).__name__}: {first_line(error)})"
-        return tuple(
-            _whole(name, module, why)
-            for name, module in work.named_modules()
-            if any(True for _ in module.parameters(recurse=False))
-        )
+        held = [(n, m) for n, m in work.named_modules() if any(True for _ in m.parameters(recurse=False))]
+        return tuple(probed(model, example, [_whole(name, module, why) for name, module in held]))
     seen = calls(work, example)
     listed = [replace(g, reason=g.reason or _reason(work, g, seen)) for g in listed]
     return tuple(probed(model, example, _tried(model, example, listed) + _unseen(work, listed)))

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.code.base import copy_model
-from lilliput.graph.lookup import FirstRows, SomeRows
+from lilliput.graph.lookup import FirstRows, SomeRows, Table, shortened
 from lilliput.graph.trace import replace_
-from lilliput.graph.use import tables, use
+from lilliput.graph.use import placed, replaceable, use
 from lilliput.proposal import Known, Proposals, Refusal
 from lilliput.stage import Reference, Stage
 from lilliput.task import Task
 
-Table = nn.Embedding | nn.EmbeddingBag
 STEPS = 16
 """How many shares of the rows are offered, each two thirds of the one before."""
 
@@ -35,7 +34,7 @@ class FoldRows(Stage):
 
     Raises:
         KeyError: for a path that is no table that can be replaced.
-        ValueError: unless at least one row of each stays and at least two go.
+        ValueError: unless at least one row of each stays.
 
     Example:
         >>> net, x = nn.Sequential(nn.Embedding(100, 8), nn.Flatten(), nn.Linear(8, 2)), torch.arange(9)[:, None] % 4
@@ -53,20 +52,16 @@ class FoldRows(Stage):
     moment: ClassVar[str] = "structure"
 
     def __call__(self, model: nn.Module, task: Task, reference: Reference | None) -> nn.Module:
-        known = tables(model)
-        for path, count in self.rows:
-            if path not in known:
-                raise KeyError(f"FoldRows: '{path}' must be a lookup table of its own, got {', '.join(known) or 'none'}.")
-            if not 1 <= count <= known[path].num_embeddings - 2:
-                raise ValueError(
-                    f"FoldRows: of the {known[path].num_embeddings} rows of '{path}' at least one must stay and two go, "
-                    f"got {count} that stay."
-                )
         counts = use(model, task)
         model = copy_model(model)
         for path, count in self.rows:
-            table = tables(model)[path]
-            read = counts.get(path, torch.zeros(table.num_embeddings, dtype=torch.float64))
+            if count < 1:
+                raise ValueError(f"FoldRows: at least one row of '{path}' must stay, got {count}.")
+            at = placed(model, path, "FoldRows")
+            table = replaceable(model)[at] if at else None
+            if table is None or table.num_embeddings < count + 2:
+                continue  # it is as short already
+            read = counts.get(at, torch.zeros(table.num_embeddings, dtype=torch.float64))
             if path in self.first:
                 stays = torch.arange(table.num_embeddings) < count
             else:
@@ -82,7 +77,7 @@ class FoldRows(Stage):
     def proposals(cls, model: nn.Module, task: Task, known: Known) -> Proposals | Refusal:
         """Offer the rows that training data reads, then ever fewer, shared out over all tables by what matters most."""
         counts = {path: read for path, read in use(model, task).items() if len(read) > 2}
-        found = tables(model)
+        found = replaceable(model)
         if not counts:
             return Refusal("no lookup table of its own is called")
         matter = {path: _matter(found[path], read) / found[path].embedding_dim for path, read in counts.items()}
@@ -93,9 +88,11 @@ class FoldRows(Stage):
             total = math.ceil(read * (2 / 3) ** step)
             least = float(ranked[total - 1])
             rows = {path: max(int((score >= max(least, 1e-300)).sum()), 1) for path, score in matter.items()}
-            if option := _option(found, matter, {path: count for path, count in rows.items()}):
+            if option := _option(found, matter, rows):
                 options[cls(*option)] = None
-        return Proposals(tuple(options)) if options else Refusal("training data reads every row of every table often")
+        if not options:
+            return Refusal("no table would take fewer bytes with the map of its rows")
+        return Proposals(tuple(options), min(3, len(options)))
 
 
 def _option(
@@ -122,7 +119,7 @@ def _matter(table: Table, read: Tensor) -> Tensor:
     """How much each row matters; the row of padding more than any."""
     rows = table.weight.detach().double().cpu()
     mean = (read[:, None] * rows).sum(0) / read.sum().clamp_min(1)
-    score = read * (rows - mean).norm(dim=1)
+    score: Tensor = read * (rows - mean).norm(dim=1)
     if table.padding_idx is not None:
         score[table.padding_idx] = score.max() + 1
     return score
@@ -135,11 +132,7 @@ def _folded(table: Table, stays: Tensor, read: Tensor, first: bool) -> nn.Module
     weight = (weight if bool(weight.any()) else (~stays).double()).to(rows)
     unknown = (weight[:, None] * rows).sum(0, keepdim=True) / weight.sum()
     kept = rows[stays.to(rows.device)]
-    short = table  # the caller's own copy
-    short.weight = nn.Parameter(
-        torch.cat([kept, unknown] if first else [unknown, kept]), requires_grad=table.weight.requires_grad
-    )
+    short = shortened(table, torch.cat([kept, unknown] if first else [unknown, kept]))
     if table.padding_idx is not None:
         short.padding_idx = int(stays[: table.padding_idx].sum()) + (not first)
-    short.num_embeddings = len(short.weight)
     return FirstRows(short) if first else SomeRows(short, stays)

@@ -1,15 +1,26 @@
-"""Modules that stand in the place of a lookup table: one of fewer rows, and one row for all."""
+"""Modules that stand in the place of a lookup table: one of fewer rows, and none."""
 
+import copy
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+Table = nn.Embedding | nn.EmbeddingBag
 
-class _Fewer(nn.Module):
+
+def shortened(table: Table, rows: Tensor) -> Table:
+    """A table like this one with other rows, none of them that of padding."""
+    short = copy.copy(table)
+    short._parameters = {"weight": nn.Parameter(rows.clone(), requires_grad=table.weight.requires_grad)}
+    short.num_embeddings, short.padding_idx = len(rows), None
+    return short
+
+
+class Fewer(nn.Module):
     """A lookup table behind the ids of a longer one; whatever is asked of it beside a lookup, the table answers."""
 
-    table: nn.Embedding | nn.EmbeddingBag
+    table: Table
 
     def forward(self, input: Tensor, *args: Any, **settings: Any) -> Tensor:
         return cast(Tensor, self.table(self.row(input), *args, **settings))
@@ -27,7 +38,7 @@ class _Fewer(nn.Module):
             return getattr(self.table, name)
 
 
-class FirstRows(_Fewer):
+class FirstRows(Fewer):
     """A lookup table whose first rows stayed: every id behind them reads the last row, the unknown one.
 
     Args:
@@ -38,7 +49,7 @@ class FirstRows(_Fewer):
         [0, 1, 2, 2]
     """
 
-    def __init__(self, table: nn.Embedding | nn.EmbeddingBag) -> None:
+    def __init__(self, table: Table) -> None:
         super().__init__()
         self.table = table
 
@@ -46,7 +57,7 @@ class FirstRows(_Fewer):
         return ids.clamp_max(self.table.num_embeddings - 1)
 
 
-class SomeRows(_Fewer):
+class SomeRows(Fewer):
     """A lookup table of which some rows stayed, in their order; every other id reads row 0, the unknown one.
 
     Which rows stayed takes one bit a row: a file holds these bits, and operators on constants, which a runtime computes
@@ -64,14 +75,14 @@ class SomeRows(_Fewer):
     bits: Tensor
     index: Tensor
 
-    def __init__(self, table: nn.Embedding | nn.EmbeddingBag, stays: Tensor) -> None:
+    def __init__(self, table: Table, stays: Tensor) -> None:
         super().__init__()
         self.table, self.rows = table, len(stays)
         padded = torch.zeros(-(-len(stays) // 8) * 8, dtype=torch.uint8)
         padded[: len(stays)] = stays
         self.register_buffer("bits", (padded.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1).to(torch.uint8))
         self.register_buffer("index", self.counted(), persistent=False)
-        self.register_load_state_dict_post_hook(_count_again_)
+        self.register_load_state_dict_post_hook(_count_again_)  # type: ignore[no-untyped-call]
 
     def counted(self) -> Tensor:
         """The row of the shorter table for each id, from the bits."""
@@ -91,24 +102,21 @@ def _count_again_(module: nn.Module, _: Any) -> None:
     cast(SomeRows, module).index = cast(SomeRows, module).counted()
 
 
-class OneRow(nn.Module):
-    """Give the same row for every id, in the place of a lookup table.
+class Nothing(nn.Module):
+    """Give no numbers at all for an id, in the place of a lookup table.
 
     Args:
-        row: float (dim,); nothing is given where its length is 0.
-        bag: whether a whole bag of ids, not each id, reads it.
+        bag: whether a whole bag of ids, not each id, is looked up.
 
     Example:
-        >>> OneRow(torch.ones(2))(torch.zeros(4, 3, dtype=torch.long)).shape
-        torch.Size([4, 3, 2])
+        >>> Nothing()(torch.zeros(4, 3, dtype=torch.long)).shape
+        torch.Size([4, 3, 0])
     """
 
-    def __init__(self, row: Tensor, bag: bool = False) -> None:
+    def __init__(self, bag: bool = False) -> None:
         super().__init__()
-        self.row, self.bag = nn.Parameter(row), bag
+        self.bag = bag
 
     def forward(self, input: Tensor, *args: Any, **settings: Any) -> Tensor:
-        return self.row.expand(*(input.shape[:1] if self.bag else input.shape), -1)
-
-    def extra_repr(self) -> str:
-        return f"{len(self.row)}"
+        shape = input.shape[:1] if self.bag else input.shape
+        return torch.zeros(*shape, 0, device=input.device)

@@ -2,19 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lilliput.code.base import copy_model
-from lilliput.errors import near
 from lilliput.graph import slicing
 from lilliput.graph.basis import Basis, basis, freedom, mix_, moment
 from lilliput.graph.channels import groups
 from lilliput.graph.group import Group
 from lilliput.graph.narrow import narrow_
-from lilliput.graph.use import use
+from lilliput.graph.use import placed, use
 from lilliput.proposal import Known, Proposals, Refusal
 from lilliput.stage import Reference, Stage, calibration
 from lilliput.task import Task, predict
@@ -28,13 +27,13 @@ class NarrowTables(Stage):
     """Narrow lookup tables, each alone where a layer reads it, together where a dot product does.
 
     Where what reads a table is linear, its columns are mixed so that the first carry most of what the training data
-    sends through them; in dot products they are rotated; elsewhere the strongest columns stay. See `lilliput.graph.basis`.
+    sends through them; in dot products they are rotated; elsewhere the strongest columns stay (`lilliput.graph.basis`).
 
     Args:
-        widths: (name of a group of tables, how many columns stay).
+        widths: (path of a table, how many columns of it, and of those that go with it, stay).
 
     Raises:
-        KeyError: for a name that is no group of tables whose columns may go.
+        KeyError: for a table whose columns must stay, or no table.
         ValueError: unless at least one column stays.
 
     Example:
@@ -58,18 +57,17 @@ class NarrowTables(Stage):
     follows: ClassVar[tuple[str, ...]] = ("DropTables", "FoldRows", "RemoveBlocks", "EarlierStride")
 
     def __call__(self, model: nn.Module, task: Task, reference: Reference | None) -> nn.Module:
-        found = {group.name: group for group in _groups(model, task)}
+        found, counts, chosen = _groups(model, task), use(model, task), []
         for name, count in self.widths:
-            if name not in found:
-                raise KeyError(f"NarrowTables: no group of tables '{name}'. {near(name, found)}")
-            if not 1 <= count <= found[name].size:
-                raise ValueError(
-                    f"NarrowTables: '{name}' must keep from 1 to {found[name].size} columns, got {count}."
-                )
-        counts = use(model, task)
-        return _narrowed(
-            model, [(found[name], _basis(model, task, found[name], counts), count) for name, count in self.widths]
-        )
+            path = placed(model, name, "NarrowTables")
+            group = next((g for g in found if path in {part.layer for part in g.parts if part.side == "out"}), None)
+            if path and group is None:
+                raise KeyError(f"NarrowTables: the columns of '{path}' must be free to go, but they stay.")
+            if count < 1:
+                raise ValueError(f"NarrowTables: '{name}' must keep at least one column, got {count}.")
+            if group is not None and count < group.size:  # else it was dropped, or is as narrow already
+                chosen.append((group, _basis(model, task, group, counts), count))
+        return _narrowed(model, chosen)
 
     def label(self) -> str:
         return f"tables of width {', '.join(str(count) for count in sorted({count for _, count in self.widths}))}"
@@ -110,27 +108,16 @@ def _ever_narrower(tails: dict[str, list[float]], prices: dict[str, int]) -> Ite
 
 def _groups(model: nn.Module, task: Task) -> list[Group]:
     """The groups with a lookup table among their makers whose channels may go."""
-    return [
-        group
-        for group in groups(model, task.example)
-        if group.removable
-        if any(isinstance(model.get_submodule(part.layer), slicing.TABLES) for part in group.parts)
-    ]
+    return [group for group in groups(model, task.example) if group.removable and holds_table(model, group)]
+
+
+def holds_table(model: nn.Module, group: Group) -> bool:
+    """Whether a lookup table is among the layers that make a group's channels."""
+    return any(isinstance(model.get_submodule(part.layer), slicing.TABLES) for part in group.parts)
 
 
 def _basis(model: nn.Module, task: Task, group: Group, counts: dict[str, Tensor]) -> Basis:
-    def read(path: str) -> Tensor:
-        for name in (path, path.removesuffix(".table")):
-            if name in counts:
-                return counts[name]
-        return torch.ones(_rows(model, path), dtype=torch.float64)
-
-    return basis(model, group, freedom(model, task.example, group), moment(model, group, read))
-
-
-def _rows(model: nn.Module, path: str) -> int:
-    table: Any = model.get_submodule(path)
-    return int(table.num_embeddings)
+    return basis(model, group, freedom(model, task.example, group), moment(model, group, counts))
 
 
 def _narrowed(model: nn.Module, chosen: Sequence[tuple[Group, Basis, int]]) -> nn.Module:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lilliput.graph import slicing
 from lilliput.graph.group import Group, Part
@@ -29,7 +30,8 @@ SPREAD = (nn.LayerNorm, nn.GroupNorm)  # these would spread a NaN over all chann
 def probed(model: nn.Module, example: Any, listed: Sequence[Group]) -> list[Group]:
     """The groups, those that stay replaced where following NaNs finds groups that may lose channels.
 
-    Each table, Linear or convolution that lies in no removable group is tried alone, then with others of its width.
+    Each table, Linear, recurrent layer or shared convolution that lies in no removable group is tried alone, then with
+    others of its width.
 
     Args:
         model: A model without codes.
@@ -77,7 +79,7 @@ def _waiting(model: nn.Module, example: Any, listed: Sequence[Group]) -> list[st
 
 
 def _counts(model: nn.Module, example: Any) -> dict[str, int]:
-    """How often each table, Linear and convolution is called."""
+    """How often each table, Linear, recurrent layer and convolution is called."""
     counts: dict[str, int] = {}
 
     def hook(name: str) -> Any:
@@ -85,7 +87,7 @@ def _counts(model: nn.Module, example: Any) -> dict[str, int]:
 
     with _hooked() as handles:
         for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, *slicing.CONVS, *slicing.TABLES)):
+            if isinstance(module, (nn.Linear, nn.RNNBase, *slicing.CONVS, *slicing.TABLES)):
                 handles.append(module.register_forward_hook(hook(name)))
         run(model, example)
     return counts
@@ -168,16 +170,23 @@ def _arrivals(
     arrived: dict[str, Tensor] = {}
 
     def spoil(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, PackedSequence):
+            return output._replace(data=spoil(module, args, output.data))
+        if isinstance(output, tuple):  # a recurrent layer: the outputs of both directions side by side, and its states
+            return tuple(spoil(module, args, part) for part in output)
         gone = mask.to(output.device)
         if isinstance(module, slicing.CONVS):
             gone = gone.view(-1, *[1] * (module.weight.ndim - 2))
+        elif isinstance(module, nn.RNNBase):
+            gone = gone.repeat(output.shape[-1] // len(gone))
         return output.nan_to_num().masked_fill(gone, torch.nan)  # what is made here anew is whole but for these
 
     def look(name: str) -> Any:
         size, dim = widths[name]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            into = [t for t in tensors([*args, kwargs]) if t.is_floating_point()]
+            given = [part.data if isinstance(part, PackedSequence) else part for part in args]
+            into = [t for t in tensors([*given, kwargs]) if t.is_floating_point()]
             if not into or into[0].ndim < abs(dim) + (dim > 0) or into[0].shape[dim] != size:
                 return
             nan = into[0].isnan().movedim(dim, 0).flatten(1).any(1).cpu()

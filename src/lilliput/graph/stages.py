@@ -1,20 +1,24 @@
 """Stages that change a network's graph: make a student that is narrower and shallower, fold batch norms."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from lilliput.graph.blocks import removable, remove_blocks, skipped_blocks
-from lilliput.graph.channels import groups
+from lilliput.graph.channels import groups, remove_channels
 from lilliput.graph.fold import fold_batchnorm
-from lilliput.graph.group import skipped
+from lilliput.graph.group import Group, skipped
+from lilliput.graph.narrow_tables import holds_table
 from lilliput.graph.stride import earlier_stride, poolable, set_stride
 from lilliput.graph.students import student
+from lilliput.graph.widths import Scores, kept, magnitude, uniform, widths
 from lilliput.proposal import Known, Proposals, Refusal
 from lilliput.stage import Reference, Stage, calibration
 from lilliput.task import Task, predict
 
+WIDE, NARROWER = 64, 0.7
 WIDTHS = (0.875, 0.75, 0.625, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.1875, 0.125, 0.0625)
 MEASURED = 64  # examples on which a missing block is missed
 
@@ -201,9 +205,10 @@ class Narrow(Stage):
         width: the fraction of channels that stays, in (0, 1].
         multiple: widths are multiples of it.
         spread: let widths differ, by how much each group's channels weigh, so that width^2 of all values stay.
+        tables: narrow lookup tables too (`NarrowTables` does so better).
 
     Raises:
-        ValueError: where no channel can go.
+        ValueError: unless 0 < width <= 1.
 
     Example:
         >>> import torch
@@ -220,27 +225,52 @@ class Narrow(Stage):
     width: float
     multiple: int = 4
     spread: bool = False
+    tables: bool = True
 
     structural: ClassVar[bool] = True
     same_graph: ClassVar[bool] = True
     moment: ClassVar[str] = "structure"
-    follows: ClassVar[tuple[str, ...]] = ("RemoveBlocks", "EarlierStride")
+    follows: ClassVar[tuple[str, ...]] = ("RemoveBlocks", "EarlierStride", "NarrowTables")
 
     def __call__(self, model: nn.Module, task: Task, reference: Reference | None) -> nn.Module:
+        listed = groups(model, task.example)
+        scores = magnitude(model, listed)
+        counts = self._counts(model, task, listed, scores)
+        return remove_channels(model, task.example, kept(listed, scores, counts), listed)
+
+    def _counts(self, model: nn.Module, task: Task, listed: Sequence[Group], scores: Scores) -> dict[str, int]:
+        chosen = [group for group in listed if self.tables or not holds_table(model, group)]
         if self.spread:
-            return student(model, task.example, multiple=self.multiple, target=round(self.width**2, 6))
-        return student(model, task.example, multiple=self.multiple, width=self.width)
+            target = round(self.width**2, 6)
+            return widths(model, task.example, chosen, target, scores, round_to=self.multiple)
+        return uniform(chosen, self.width, self.multiple)
 
     def label(self) -> str:
         return f"width {self.width:g}{' spread' if self.spread else ''}"
 
     @classmethod
     def proposals(cls, model: nn.Module, task: Task, known: Known) -> Proposals | Refusal:
-        """Offer widths from 7/8 to 1/16, each uniform in fours, spread by weight, and uniform in eights."""
+        """Offer widths from 7/8 down to a channel or two, each uniform, spread by weight, and uniform in eights.
+
+        Widths are multiples of four where the widest group has at least 64 channels and 1/16 of them stays, else of 1.
+        """
         channels = groups(model, task.example)
         for item in skipped(channels):
             known.skip(item.name, item.reason)
-        if not any(group.removable for group in channels):
+        sizes = [group.size for group in channels if group.removable and not holds_table(model, group)]
+        if not sizes:
             return Refusal("no channel can go")
-        options = [cls(width, *how) for width in WIDTHS for how in ((4, False), (4, True), (8, False))]
-        return Proposals(tuple(options), 1 + options.index(cls(0.5)))
+        shares, options = list(WIDTHS), list[Narrow]()
+        while shares[-1] * NARROWER * max(sizes) > 1:
+            shares.append(round(shares[-1] * NARROWER, 4))
+        for share in shares:
+            wide = max(sizes) >= WIDE and share >= WIDTHS[-1]
+            hows = ((4, False), (4, True), (8, False)) if wide else ((1, False), (1, True))
+            options += [cls(share, *how, tables=False) for how in hows]
+        distinct: dict[tuple[Any, ...], Narrow] = {}
+        for option in options:
+            counts = () if option.spread else tuple(sorted(uniform(channels, option.width, option.multiple).items()))
+            distinct.setdefault((option.spread, option.width if option.spread else counts), option)
+        options = list(distinct.values())
+        middle = min(range(len(options)), key=lambda i: (abs(options[i].width - 0.5), options[i].spread))
+        return Proposals(tuple(options), 1 + middle)

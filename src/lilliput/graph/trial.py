@@ -87,5 +87,3 @@ def trial(model: nn.Module, example: Any, candidates: list[Group], dense: list[T
 
 def _layers(listed: Iterable[Group]) -> list[str]:
     return list(dict.fromkeys(part.layer for group in listed for part in group.parts))
-
-

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lilliput.graph.lookup import Fewer, Nothing
 from lilliput.graph.slicing import TABLES
 from lilliput.graph.trace import evaluating, frozen, tied
 from lilliput.task import Task, call, length, take
@@ -17,11 +18,27 @@ FIRST = 64  # examples whose ids tell whether two networks read their tables ali
 _known: OrderedDict[tuple[str, str], dict[str, Tensor]] = OrderedDict()
 
 
+def placed(model: nn.Module, path: str, who: str) -> str:
+    """Where the table that was at `path` lies by now; empty where it was dropped.
+
+    Raises:
+        KeyError: where none was there.
+    """
+    modules, known = dict(model.named_modules()), replaceable(model)
+    if path in known:
+        return path
+    if isinstance(modules.get(path), Fewer):
+        return f"{path}.table"
+    if isinstance(modules.get(path), Nothing):
+        return ""
+    raise KeyError(f"{who}: '{path}' must be a lookup table of its own, got {', '.join(known) or 'none'}.")
+
+
 class _Read(Exception):
     """All tables have been read: the rest of the network need not run."""
 
 
-def tables(model: nn.Module) -> dict[str, nn.Embedding | nn.EmbeddingBag]:
+def replaceable(model: nn.Module) -> dict[str, nn.Embedding | nn.EmbeddingBag]:
     """The lookup tables that may be replaced: nobody else's, no rows that are rescaled when they are read."""
     fixed = tied(model) | frozen(model)
     return {
@@ -48,7 +65,7 @@ def use(model: nn.Module, task: Task) -> dict[str, Tensor]:
         >>> use(net, Task("ids", train=x, val=x))["0"].tolist()
         [1.0, 0.0, 3.0, 0.0]
     """
-    found = tables(model)
+    found = replaceable(model)
     if not found:
         return {}
     first: list[Tensor] = []

@@ -6,7 +6,6 @@ from typing import ClassVar
 from torch import nn
 
 from lilliput.graph.tables import tables
-from lilliput.proposal import Known, Proposals, Refusal
 from lilliput.prune.prune import Prune
 from lilliput.stage import Reference, Stage
 from lilliput.task import Task
@@ -16,7 +15,8 @@ from lilliput.task import Task
 class PruneRows(Stage):
     """Set whole rows of lookup tables to zero, those of the smallest magnitude first.
 
-    A word or item whose row is gone reads as zero. The packed file stores which rows stay and their values.
+    A word or item whose row is gone reads as zero. The packed file stores which rows stay and their values; model.onnx
+    keeps the zeros: there, and where training data tells which rows matter, `FoldRows` gives less.
 
     Args:
         sparsity: the fraction of rows that goes, in [0, 1).
@@ -38,8 +38,6 @@ class PruneRows(Stage):
     where: str = ""
 
     same_graph: ClassVar[bool] = True
-    moment: ClassVar[str] = "structure"
-    follows: ClassVar[tuple[str, ...]] = ("Factorize",)
 
     def __post_init__(self) -> None:
         Prune(self.sparsity, pattern="channel")
@@ -52,14 +50,3 @@ class PruneRows(Stage):
                 f"{type(model).__name__}. Name one with where=."
             )
         return Prune(self.sparsity, pattern="channel", where=chosen)(model, task, reference)
-
-    def label(self) -> str:
-        return f"{self.sparsity:.0%} of rows gone"
-
-    @classmethod
-    def proposals(cls, model: nn.Module, task: Task, known: Known) -> Proposals | Refusal:
-        """Offer 30 to 80% of the rows of the tables that hold most of the values."""
-        chosen = ",".join(tables(model))
-        if not chosen:
-            return Refusal("no lookup table is most of the network")
-        return Proposals(tuple(cls(sparsity, chosen) for sparsity in (0.3, 0.5, 0.6, 0.7, 0.8)), 3)
