@@ -454,7 +454,7 @@ class Shuffle(nn.Module):
 
 @pytest.mark.parametrize(
     ("build", "shape", "free"),
-    [(Mixer, (1, 6, 4), {"t1", "c1"}), (Squeeze, (1, 3, 7, 7), {"a", "r"}), (Shuffle, (1, 3, 5, 5), {"c"})],
+    [(Mixer, (1, 6, 4), {"e", "t1", "c1"}), (Squeeze, (1, 3, 7, 7), {"a", "r"}), (Shuffle, (1, 3, 5, 5), {"c"})],
 )
 def test_harder_shapes_are_narrowed_where_they_can_be(
     build: type[nn.Module], shape: tuple[int, ...], free: set[str]

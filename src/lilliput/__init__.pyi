@@ -26,7 +26,11 @@ from lilliput.export.restore import restore as restore
 from lilliput.export.save import save as save
 from lilliput.factor.svd import Factorize as Factorize
 from lilliput.finding import Finding as Finding
+from lilliput.graph.drop_tables import DropTables as DropTables
 from lilliput.graph.empty import RemoveEmpty as RemoveEmpty
+from lilliput.graph.fold_rows import FoldRows as FoldRows
+from lilliput.graph.from_scratch import FromScratch as FromScratch
+from lilliput.graph.narrow_tables import NarrowTables as NarrowTables
 from lilliput.graph.stages import EarlierStride as EarlierStride
 from lilliput.graph.stages import FoldBatchNorm as FoldBatchNorm
 from lilliput.graph.stages import Narrow as Narrow

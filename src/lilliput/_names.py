@@ -3,7 +3,11 @@
 METHODS = {
     "Encode": "lilliput.encode",
     "Factorize": "lilliput.factor.svd",
+    "DropTables": "lilliput.graph.drop_tables",
     "RemoveEmpty": "lilliput.graph.empty",
+    "FoldRows": "lilliput.graph.fold_rows",
+    "FromScratch": "lilliput.graph.from_scratch",
+    "NarrowTables": "lilliput.graph.narrow_tables",
     "FoldBatchNorm": "lilliput.graph.stages",
     "Student": "lilliput.graph.stages",
     "RemoveBlocks": "lilliput.graph.stages",
