@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
 from lilliput.cost.count import WEIGHTS, Cost
@@ -27,8 +28,8 @@ from lilliput.onnx.session import Inputs, Session
 class Measured(Cost):
     """Hold a median latency with its quartiles, in milliseconds, and what it was measured with.
 
-    `ratio` is the median over the run of (the first session's time / this one's), each pair taken side by side; `load`
-    the machine's load average before and after.
+    `ratio` is the median over the run of (the first session's time / this one's), each pair taken side by side;
+    `interval` its central 95%; `load` the machine's load average before and after.
     """
 
     median_ms: float
@@ -40,6 +41,7 @@ class Measured(Cost):
     runtime: str
     ratio: float
     load: tuple[float, float] | None = None
+    interval: tuple[float, float] | None = None
 
 
 def machine() -> dict[str, Any]:
@@ -85,11 +87,12 @@ def latency(
     least: int = 15,
     batch: int = 1,
     clock: Callable[[], float] = time.perf_counter,
+    settled: float = 0.0,
 ) -> dict[str, Measured]:
     """Measure each session's latency on `example`, all interleaved in one run (A B C A B C ...) of about `seconds`.
 
     Whatever slows the machine slows all of them, so the ratios hold where single times drift. Every session runs at
-    least `least` times, after a warm-up.
+    least `least` times, after a warm-up (three times where `least` of all take longer than ten times `seconds`).
 
     Args:
         sessions: By name; ratios are to the first one.
@@ -97,7 +100,9 @@ def latency(
         seconds: For all of them together.
         least: The fewest runs of a session.
         batch: Examples a run.
-        clock: Wall time; on a machine that others use, `time.process_time` leaves out the time that they took.
+        clock: Wall time; on a machine that others use, `time.thread_time` leaves out the time that they took (from
+            sessions of one thread).
+        settled: End before `seconds` once the interval of every ratio is narrower than this fraction of it.
 
     Returns:
         The latency of each session, by its name.
@@ -117,13 +122,15 @@ def latency(
             session.run(feeds[name])
     times: dict[str, list[float]] = {name: [] for name in sessions}
     deadline = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < least or time.perf_counter() < deadline:
+    rounds, latest = 0, deadline + 9 * seconds
+    while time.perf_counter() < deadline or rounds < (least if time.perf_counter() < latest else 3):
         for name, session in sessions.items():
             first = clock()
             session.run(feeds[name])
             times[name].append(clock() - first)
         rounds += 1
+        if settled and rounds % 8 == 0 and rounds >= least and _widest(times) < settled:
+            break
     after = _load()
     load = None if before is None or after is None else (before, after)
     base = np.maximum(next(iter(times.values())), 1e-9)
@@ -131,9 +138,26 @@ def latency(
     for name, session in sessions.items():
         spent = np.maximum(times[name], 1e-9)
         q1, median, q3 = (round(float(x) * 1e3, 6) for x in np.quantile(spent, [0.25, 0.5, 0.75]))
-        ratio = round(float(np.median(base / spent)), 4)
-        measured[name] = Measured(median, q1, q3, rounds, batch, session.threads, session.runtime, ratio, load)
+        low, ratio, high = (round(x, 4) for x in _interval(base / spent))
+        measured[name] = Measured(
+            median, q1, q3, rounds, batch, session.threads, session.runtime, ratio, load, (low, high)
+        )
     return measured
+
+
+def _interval(values: NDArray[np.float64]) -> tuple[float, float, float]:
+    """The median between the ends of its central 95%, by order statistics: no distribution is assumed."""
+    ordered, count = np.sort(values), len(values)
+    reach = 0.98 * math.sqrt(count)
+    low, high = max(0, math.floor(count / 2 - reach)), min(count - 1, math.ceil(count / 2 + reach))
+    return float(ordered[low]), float(np.median(ordered)), float(ordered[high])
+
+
+def _widest(times: Mapping[str, list[float]]) -> float:
+    """The width of the widest interval of a ratio to the first session, as a fraction of that ratio."""
+    base = np.maximum(next(iter(times.values())), 1e-9)
+    ends = [_interval(base / np.maximum(spent, 1e-9)) for spent in times.values()]
+    return max((high - low) / median for low, median, high in ends)
 
 
 # ------------------------------------------------------------------------------------------------------------ profile

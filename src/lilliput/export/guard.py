@@ -218,6 +218,10 @@ def saturating(proto: ModelProto) -> str:
         conv = "Conv" in node.op_type
         transposed = any(a.name == "transB" and a.i for a in node.attribute)
         # One row per output, the summed axis last.
+        if conv:  # computed with the channels last; a depthwise one is not computed by pairs
+            if weight.shape[1] == 1:
+                continue
+            weight = np.moveaxis(weight, 1, -1)
         rows = weight.reshape(len(weight), -1) if conv or transposed else np.moveaxis(weight, -2, -1)
         rows = rows[..., : rows.shape[-1] // 2 * 2]
         sums = np.abs(rows[..., ::2] + rows[..., 1::2])

@@ -20,7 +20,7 @@ PURE = {"Cast", "Concat", "Constant", "Div", "Gather", "Identity", "Mul", "Resha
 SMALLEST = 1024  # values; below, a tensor's levels and nodes are not worth their bytes
 
 
-class _Writer:
+class Writer:
     """Nodes and initialisers as they come."""
 
     def __init__(self, opset: int) -> None:
@@ -64,7 +64,7 @@ def write(
     choice: Mapping[str, Arithmetic],
 ) -> ModelProto:
     """The graph rewritten: each group's input quantized once, before the first of its products."""
-    graph, writer = proto.graph, _Writer(_opset(proto))
+    graph, writer = proto.graph, Writer(opset(proto))
     arrays = {tensor.name: tensor for tensor in graph.initializer}
     product = {node: (g, weight) for g in groups for node, weight in zip(g.nodes, g.weights, strict=True)}
     equalised = {
@@ -117,7 +117,7 @@ class _Levels:
     span: str
 
 
-def _quantize(writer: _Writer, x: str, how: Arithmetic, sample: Floats) -> _Levels:
+def _quantize(writer: Writer, x: str, how: Arithmetic, sample: Floats) -> _Levels:
     """Nodes that quantize the activations x, of which `sample` holds rows."""
     span, source = "", x
     if how == "row":
@@ -134,7 +134,7 @@ def _quantize(writer: _Writer, x: str, how: Arithmetic, sample: Floats) -> _Leve
     return names
 
 
-def _integer_product(writer: _Writer, node: NodeProto, weight: Floats, x: _Levels) -> None:
+def _integer_product(writer: Writer, node: NodeProto, weight: Floats, x: _Levels) -> None:
     (_, name, *rest), (out,) = node.input, node.output
     bias = rest[0] if rest else ""
     levels, step = pair_levels(weight)
@@ -149,7 +149,7 @@ def _integer_product(writer: _Writer, node: NodeProto, weight: Floats, x: _Level
         writer.node("Add", [value, bias], out)
 
 
-def _narrow_product(writer: _Writer, node: NodeProto, weight: Floats) -> None:
+def _narrow_product(writer: Writer, node: NodeProto, weight: Floats) -> None:
     (_, name, *rest), (out,) = node.input, node.output
     levels, step = channel_levels(weight)
     wide = writer.node("Cast", [writer.constant(name + "/codes", levels)], out + "/wide", to=TensorProto.FLOAT)
@@ -162,7 +162,7 @@ def _narrow_product(writer: _Writer, node: NodeProto, weight: Floats) -> None:
 
 def with_narrow_tables(proto: ModelProto) -> ModelProto:
     """Looked-up rows come as levels and are widened then, so that the whole table never is."""
-    arrays, writer = {tensor.name: tensor for tensor in proto.graph.initializer}, _Writer(_opset(proto))
+    arrays, writer = {tensor.name: tensor for tensor in proto.graph.initializer}, Writer(opset(proto))
     for node in proto.graph.node:
         tensor = arrays.get(node.input[0]) if node.op_type == "Gather" else None
         by_row = all(a.i == 0 for a in node.attribute if a.name == "axis")
@@ -182,14 +182,15 @@ def with_narrow_tables(proto: ModelProto) -> ModelProto:
     return writer.model(proto)
 
 
-def _opset(proto: ModelProto) -> int:
+def opset(proto: ModelProto) -> int:
+    """The version of the standard operators."""
     return next(int(o.version) for o in proto.opset_import if o.domain in ("", "ai.onnx"))
 
 
-def folded(proto: ModelProto) -> ModelProto:
+def folded(proto: ModelProto, who: str = "dynamic") -> ModelProto:
     """A copy whose nodes have unique names, with what depends on constants alone computed (unless it would grow)."""
-    if _opset(proto) < 13:
-        raise NotSupported(f"dynamic: the opset must be at least 13, got {_opset(proto)}. Export the network again.")
+    if opset(proto) < 13:
+        raise NotSupported(f"{who}: the opset must be at least 13, got {opset(proto)}. Export the network again.")
     copy = ModelProto()
     copy.CopyFrom(proto)
     arrays = {t.name: t for t in copy.graph.initializer}

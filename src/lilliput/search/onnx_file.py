@@ -1,34 +1,35 @@
 """OnnxFile: a network that is only an ONNX file as the target: its stored weights in fewer bits."""
 
+import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import numpy_helper
 from torch import nn
 
 from lilliput.errors import ExportError
 from lilliput.onnx.session import Session
 from lilliput.onnx.structure import Structure
-from lilliput.quant.allocate import allocate_bits
-from lilliput.quant.uniform import Uniform
+from lilliput.quant.moments import moments
 from lilliput.recipe import Recipe
-from lilliput.search import arithmetic
+from lilliput.search import arithmetic, onnx_codes
 from lilliput.search.job import Job, Target
+from lilliput.search.onnx_codes import MEASURED, Options, channels
 from lilliput.search.onnx_target import OnnxModel
 from lilliput.search.points import Point
-from lilliput.search.sensitivity import Table, by_bits
 from lilliput.stage import calibration
 from lilliput.stored.base import Stored
 from lilliput.stored.bits import Array
-from lilliput.stored.grid import Grid
 from lilliput.stored.plain import Plain
-from lilliput.task import Task, call
+from lilliput.task import Task, call, length, take
 
-LEVELS = (8, 4, 3, 2)
-MEANS = (6, 5, 4, 3)
+NEAR = 1.04  # two totals of bits between which nothing is worth a trial
+UNLIMITED_S = 60.0  # of looking, where no budget says how long
+LOOKING = 0.35  # of the budget, for errors made up for and harms measured
+TRYING = 0.85  # of the budget, until which totals are tried
 
 
 class OnnxFile(Target):
@@ -53,13 +54,11 @@ class OnnxFile(Target):
     def untrained(self, job: Job) -> list[Point]:
         axes = channels(self.model.structure.proto)
         weights = {name: array for name, array in self.model.structure.weights.items() if name in axes}
-        points: list[Point] = []
-        if weights:
-            points += self._point(job, "8 bits", quantized(weights, axes, dict.fromkeys(weights, 8)))
-            points += self._by_sensitivity(job, weights, axes)
-        else:
+        if not weights:
             job.known.skip("weights", "the file holds no float32 tensor of two and more axes")
-        return [*points, *arithmetic.points(job)]
+            return [*self._half(job), *arithmetic.points(job)]
+        points = [*self._half(job), *self._eight(job, weights, axes), *arithmetic.points(job)]
+        return [*points, *self._mixed(job, weights, axes, points)]
 
     def trained(self, job: Job, pool: ThreadPoolExecutor) -> None:
         return None
@@ -79,36 +78,89 @@ class OnnxFile(Target):
         return {
             "values": sum(array.size for array in self.model.structure.weights.values()),
             "tried": {
-                "bits": f"8, then {', '.join(map(str, MEANS))} on average by sensitivity, for "
+                "bits": "float16, 8, then mixed from 12 to 2 by what each tensor harms, for "
                 f"{', '.join(weights) or 'no tensor'}",
-                "8-bit arithmetic": "where the matrix products are large enough to gain from it",
+                "8-bit arithmetic": "where time is asked for and measuring says that it pays",
             },
             "left_alone": [{"name": "training", "reason": "an ONNX file has no parameters to train"}],
         }
 
-    def _by_sensitivity(self, job: Job, weights: Mapping[str, Array], axes: Mapping[str, int]) -> list[Point]:
-        """Fewer bits on average, each tensor's by what it harms."""
-        limit = 20.0 if job.clock.budget_s is None else 0.3 * job.clock.budget_s
+    def _half(self, job: Job) -> list[Point]:
+        """All weights as float16: half the bytes, and next to nothing lost."""
+        return self._point(job, "float16", {name: halved(a) for name, a in self.model.structure.weights.items()})
+
+    def _eight(self, job: Job, weights: Mapping[str, Array], axes: Mapping[str, int]) -> list[Point]:
+        return self._point(job, "8 bits", {name: onnx_codes.grid(weights[name], axes[name], 8) for name in weights})
+
+    def _mixed(
+        self, job: Job, weights: Mapping[str, Array], axes: Mapping[str, int], before: list[Point]
+    ) -> list[Point]:
+        """Totals of bits between the fewest and the most, halved towards the fewest that lose no more than the floor.
+
+        Each tensor gets the code that the allocation gives it. Where even the most bits lose more than the floor, the
+        trials end there.
+        """
+        end = job.clock.now + (UNLIMITED_S if job.clock.budget_s is None else LOOKING * job.clock.budget_s)
         with job.clock.on("calibrate"):
-            job.known.harm = job.remember(
-                f"sensitivity-{job.runner.start}",
-                "sensitivity",
-                lambda: {"table": self._sensitivity(job, weights, axes, limit)},
-            )["table"]
-        sizes = {name: weights[name].size for name in job.known.harm}
-        losses, points = by_bits(job.known.harm), list[Point]()
-        for mean in MEANS:
-            if not sizes or job.clock.remaining(0.9) < 1:
-                break
-            bits = dict.fromkeys(weights, mean) | allocate_bits(losses, sizes, mean * sum(sizes.values()))
-            points += self._point(job, f"{mean} bits on average", quantized(weights, axes, bits))
+            known, harm = self._known(job, weights, axes, end)
+        job.known.harm = {name: {k: v for k, v in row.items() if k.endswith("bits")} for name, row in harm.items()}
+        floor = job.question.points(job.dense.score.value)
+        low, high = onnx_codes.limits(known)
+        points: list[Point] = []
+        tried: set[str] = set()
+        while high > low * NEAR and job.clock.remaining(TRYING) > 0 and len(tried) < 16:
+            middle = round(math.sqrt(low * high))
+            labels = onnx_codes.allocated(known, harm, middle)
+            mean = middle / sum(array.size for array in weights.values())
+            name = f"{mean:.2f} bits on average"
+            made = self._point(job, name, {key: known[key][label].stored for key, label in labels.items()})
+            tried.add(name)
+            points += made
+            if made and job.lost(made[0]) <= floor:
+                high = middle
+            else:
+                low = middle
         return points
+
+    def _known(
+        self, job: Job, weights: Mapping[str, Array], axes: Mapping[str, int], end: float
+    ) -> tuple[Options, dict[str, dict[str, float]]]:
+        """Every tensor's options, and what each is predicted to harm."""
+        structure = self.model.structure
+        inputs = calibration(job.task, 64)
+        session = Session(structure.proto)
+        known_moments: dict[str, torch.Tensor] = {}
+        try:
+            runs: list[Any] = [session.feed(take(inputs, slice(i, i + 8))) for i in range(0, length(inputs), 8)]
+            known_moments = moments(structure.proto, runs)
+        except arithmetic.REFUSALS as error:
+            job.known.skip("second moments", str(error))
+        half = (job.clock.now + end) / 2
+        cost = onnx_codes.cost_in("lil", structure.proto)
+        known = onnx_codes.options(weights, axes, known_moments, cost, lambda: job.clock.now > half)
+        measured = job.remember(
+            f"sensitivity-{job.runner.start}",
+            "sensitivity",
+            lambda: {"table": self._sensitivity(job, known, inputs, end)},
+        )["table"]
+        return known, onnx_codes.harms(known, measured)
+
+    def _sensitivity(self, job: Job, known: Options, inputs: Any, end: float) -> dict[str, float]:
+        """The mean divergence from the file's own outputs when one tensor alone has few bits, largest first."""
+        table: dict[str, float] = {}
+        before = call(self.model, inputs)
+        for name, rows in known.items():
+            if table and job.clock.now > end:
+                break
+            held: dict[str, Stored] = {name: Plain(rows[f"{MEASURED} bits"].stored.decode())}
+            outputs = torch.from_numpy(np.array(Session(self.model.structure.fill(held)).outputs(inputs)))
+            table[name] = float(job.task.divergence(outputs, before).mean().clamp_min(0))
+        return table
 
     def _point(self, job: Job, name: str, stored: dict[str, Stored]) -> list[Point]:
         structure, title = self.model.structure, f"same structure, {name} without training"
         whole: dict[str, Stored] = {
-            key: Plain(array.astype(np.float16) if array.dtype == np.float32 and array.ndim < 2 else array)
-            for key, array in structure.weights.items()
+            key: halved(array) if array.ndim < 2 else Plain(array) for key, array in structure.weights.items()
         } | stored
         recipe = [{"stage": "quantize the file's tensors", "bits": name}]
         key = f"{job.runner.start}-{name.replace(' ', '-')}"
@@ -121,53 +173,8 @@ class OnnxFile(Target):
             job.failed(title, error)
             return []
 
-    def _sensitivity(self, job: Job, weights: Mapping[str, Array], axes: Mapping[str, int], seconds: float) -> Table:
-        """The mean divergence from the file's own outputs when one tensor alone has fewer bits, largest first."""
-        structure, table, began = self.model.structure, Table(), job.clock.now
-        inputs = calibration(job.task, 64)
-        before = call(self.model, inputs)
-        for name in sorted(weights, key=lambda name: -weights[name].size):
-            for bits in LEVELS:
-                if job.clock.now - began > seconds:
-                    break
-                held: dict[str, Stored] = {name: Plain(_grid(weights[name], axes[name], bits).decode())}
-                outputs = torch.from_numpy(np.array(Session(structure.fill(held)).outputs(inputs)))
-                change = float(job.task.divergence(outputs, before).mean().clamp_min(0))
-                table.setdefault(name, {})[f"{bits} bits"] = change
-        return table
 
-
-def channels(proto: ModelProto) -> dict[str, int]:
-    """Every float32 weight of two and more axes with the axis of its output channels.
-
-    Example:
-        >>> from onnx import helper
-        >>> w = numpy_helper.from_array(np.zeros((4, 3), np.float32), "w")
-        >>> graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [], [], [w])
-        >>> channels(helper.make_model(graph))
-        {'w': 1}
-    """
-    axes = {t.name: 0 for t in proto.graph.initializer if len(t.dims) > 1 and t.data_type == TensorProto.FLOAT}
-    for node in proto.graph.node:
-        flipped = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
-        if node.op_type in ("MatMul", "Gemm", "ConvTranspose") and not flipped and node.input[1] in axes:
-            axes[node.input[1]] = 1 if node.op_type != "MatMul" else len(_dims(proto, node.input[1])) - 1
-    return axes
-
-
-def _dims(proto: ModelProto, name: str) -> list[int]:
-    return next(list(t.dims) for t in proto.graph.initializer if t.name == name)
-
-
-def quantized(weights: Mapping[str, Array], axes: Mapping[str, int], bits: Mapping[str, int]) -> dict[str, Stored]:
-    """The weights on symmetric grids with a step for each output channel."""
-    return {name: _grid(weights[name], axes[name], bits[name]) for name in weights}
-
-
-def _grid(weight: Array, axis: int, bits: int) -> Grid:
-    first = torch.from_numpy(np.array(np.moveaxis(weight, axis, 0), order="C"))
-    code = Uniform(bits)
-    theta = code.encode(first)
-    grid = cast(Grid, code.pack(*(Plain(part.numpy()) for part in theta)))
-    codes = np.ascontiguousarray(np.moveaxis(grid.codes, 0, axis))
-    return Grid(codes, bits, np.ascontiguousarray(np.moveaxis(grid.scale, 0, axis)))
+def halved(array: Array) -> Plain:
+    """Numbers in 16 bits where they are float32 and float16 holds the largest of them."""
+    fits = array.dtype == np.float32 and array.size and np.abs(array).max() < 65504
+    return Plain(array.astype(np.float16) if fits else array)

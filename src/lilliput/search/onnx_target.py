@@ -17,6 +17,7 @@ from lilliput.search.compare import shapes
 from lilliput.task import Arrays, Model, Score, Task, leaves
 
 Columns = dict[str, NDArray[Any]]
+CALIBRATION = 128  # examples: what is fitted is a range, or what one tensor harms; judging needs every other one
 
 
 class OnnxModel(nn.Module):
@@ -50,7 +51,7 @@ class _FirstOutput(Arrays):
 def load_target(path: Path, calib: Path | None, given: Sequence[str]) -> tuple[OnnxModel, Task]:
     """(model, task) of an ONNX file and an npz with its inputs by name, and `targets` where there are labels.
 
-    The first half of the examples calibrates, the second half judges. Integer targets are classes (accuracy), others
+    The first quarter of the examples, 128 at most, calibrates; the others judge. Integer targets are classes (accuracy), others
     are values (squared error). Without targets the task is to say what the file says: the same direction (cosine)
     where outputs are unit vectors or have three axes and more, the same class where they have two or more columns, the
     same value otherwise.
@@ -94,10 +95,10 @@ def load_target(path: Path, calib: Path | None, given: Sequence[str]) -> tuple[O
     outputs = model(**tensors)
     targets = torch.from_numpy(arrays["targets"]) if "targets" in arrays else None
     kind, targets = _question(outputs, targets)
-    half = count // 2
+    first = min(CALIBRATION, max(2, count // 4))
     train, val = (
         ({name: value[part] for name, value in tensors.items()}, targets[part])
-        for part in (slice(0, half), slice(half, count))
+        for part in (slice(0, first), slice(first, count))
     )
     loss, metric = kind
     return model, _FirstOutput(path.stem, train, val, loss=loss, metric=metric)
