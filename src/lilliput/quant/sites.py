@@ -121,7 +121,8 @@ def _site(node: NodeProto, held: Mapping[str, TensorProto], fixed: set[str], beh
         axis = 0 if settings.get("transB") else 1
     if not np.isfinite(numpy_helper.to_array(stored)).all():
         return None
-    return Site(node.name, x, weight, bias, *behind(node.output[0]), axis, node.op_type == "Conv")
+    y, over = behind(node.output[0])
+    return Site(node.name, x, weight, bias, y, over, axis, node.op_type == "Conv")
 
 
 def _clips(node: NodeProto, held: Mapping[str, TensorProto]) -> bool:

@@ -259,8 +259,8 @@ class _Quantizer:
             return
         scale, zero = self.levels(name)
         grid = [
-            self.writer.constant(f"{self.held[name]}/step", scale),
-            self.writer.constant(f"{self.held[name]}/zero", zero),
+            self.writer.constant(f"{self.held[name]}/step", np.asarray(scale)),
+            self.writer.constant(f"{self.held[name]}/zero", np.asarray(zero)),
         ]
         levels = self.writer.node("QuantizeLinear", [f"{name}/float" if made else name, *grid], f"{name}/levels")
         self._numbers[name] = self.writer.node("DequantizeLinear", [levels, *grid], name if made else f"{name}/numbers")
@@ -301,9 +301,7 @@ class _Quantizer:
         copy.input[:], copy.output[:] = inputs, [output]
         self.writer.nodes.append(copy)
 
-    def _bias(
-        self, site: Site, arrays: Mapping[str, TensorProto], levels: Array, step: Floats
-    ) -> Floats | None:
+    def _bias(self, site: Site, arrays: Mapping[str, TensorProto], levels: Array, step: Floats) -> Floats | None:
         """The bias with each output's mean error taken off; None where there is none and none can be given."""
         given = numpy_helper.to_array(arrays[site.bias]).astype(np.float32) if site.bias else None
         seen = self.seen.seen[site.x]

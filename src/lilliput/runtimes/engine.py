@@ -11,6 +11,7 @@ import torch
 from onnx import ModelProto
 
 from lilliput.engine.compile import compile
+from lilliput.engine.run import Engine
 from lilliput.onnx.session import Inputs, arrays
 from lilliput.registry import register
 from lilliput.task.nested import structured
@@ -48,8 +49,22 @@ class EngineSession:
         tune: bool = True,
         out: str | Path | None = None,
     ) -> None:
-        self.engine = compile(model, out, tune=tune, shapes=shapes)
-        self.input_names = [value["name"] for value in self.engine.inputs]
+        self._hold(compile(model, out, tune=tune, shapes=shapes))
+
+    @classmethod
+    def opened(cls, folder: str | Path) -> EngineSession:
+        """Open what was compiled into a folder, such as by another process.
+
+        Raises:
+            OSError: Where the folder holds no library.
+        """
+        session = cls.__new__(cls)
+        session._hold(Engine(folder))
+        return session
+
+    def _hold(self, engine: Engine) -> None:
+        self.engine = engine
+        self.input_names = [value["name"] for value in engine.inputs]
 
     def feed(self, inputs: Inputs) -> dict[str, Any]:
         """Return the inputs by name, in the types that the network takes."""

@@ -45,9 +45,7 @@ def _static(job: Job, proto: ModelProto, end: float) -> list[Point]:
     try:
         with job.clock.on("calibrate"):
             session = Session(proto)
-            runs: list[Any] = [
-                session.feed(take(inputs, slice(i, i + CHUNK))) for i in range(0, length(inputs), CHUNK)
-            ]
+            runs: list[Any] = [session.feed(take(inputs, slice(i, i + CHUNK))) for i in range(0, length(inputs), CHUNK)]
             seen = observe(proto, runs)
             found = integers(seen, job.task, inputs, max(1.0, 0.6 * (end - job.clock.now)))
     except REFUSALS as error:

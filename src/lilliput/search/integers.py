@@ -91,9 +91,7 @@ def integers(seen: Observed, task: Task, inputs: Inputs, seconds: float) -> Inte
     by_rule = {rule: harm(everything, rule) for rule in RULES}
     each = (time.monotonic() - began) / len(RULES)
     rule = min(by_rule, key=lambda rule: by_rule[rule])
-    told = _split(
-        Group(everything, by_rule[rule]), lambda names: harm(names, rule), deadline - 0.4 * seconds, each
-    )
+    told = _split(Group(everything, by_rule[rule]), lambda names: harm(names, rule), deadline - 0.4 * seconds, each)
     example = task.example
     groups = _gains(seen, rule, told, example, max(0.5, deadline - time.monotonic()))
     return Integers(seen, rule, _choices(groups))

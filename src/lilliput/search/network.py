@@ -1,14 +1,17 @@
 """Network: a torch module as the target: structures, trainings and codes are proposed for it."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lilliput.encode import Encode
 from lilliput.errors import StoreError
 from lilliput.graph.fold import fold_batchnorm
 from lilliput.proposal import Known
+from lilliput.quant.half import Half
 from lilliput.quant.quantize import Quantize
 from lilliput.recipe import Recipe, plain
 from lilliput.search import arithmetic, codes, engine, sensitivity
@@ -18,7 +21,7 @@ from lilliput.search.pace import Pace, batch_size_for
 from lilliput.search.points import Point, parameters
 from lilliput.search.refine import refine, tails
 from lilliput.search.space import Space, offers, structure
-from lilliput.stage import calibration
+from lilliput.stage import Stage, calibration
 from lilliput.task import Task
 
 
@@ -40,7 +43,9 @@ class Network(Target):
         job.show.advance(f"{len(job.known.harm)} tensors")
 
     def untrained(self, job: Job) -> list[Point]:
-        return [*_eight_bits(job), *arithmetic.points(job)]
+        points = [*_eight_bits(job), *arithmetic.points(job)]
+        safe = any(job.lost(point) <= 0 for point in points)
+        return points if safe else [*points, *_half(job)]
 
     def trained(self, job: Job, pool: ThreadPoolExecutor) -> None:
         if reason := _frozen(job):
@@ -87,12 +92,28 @@ class Network(Target):
 
 def _eight_bits(job: Job) -> list[Point]:
     """The dense network with 8-bit weights."""
-    name, stage = "same structure, 8 bits without training", Quantize(8)
+    return _stored(job, "8 bits", lambda folded: Quantize(8))
+
+
+def _half(job: Job) -> list[Point]:
+    """The dense network in 16-bit floats: half the bytes for next to nothing, where 8 bits lose something."""
+
+    def stage(folded: nn.Module) -> Stage:
+        small = [name for name, p in folded.named_parameters() if p.numel() and float(p.detach().abs().max()) < 65504]
+        return Encode(Half(), where=",".join(small))
+
+    return _stored(job, "float16", stage)
+
+
+def _stored(job: Job, how: str, stage: Callable[[nn.Module], Stage]) -> list[Point]:
+    """The dense network stored by a stage that is made for its folded form."""
+    name = f"same structure, {how} without training"
     try:
         with job.clock.on("calibrate"):
             folded = fold_batchnorm(job.model, job.task.example)
-            model: nn.Module = stage(folded, job.task, job.runner.reference)
-        recipe = [{"stage": "FoldBatchNorm"}, plain(stage)]
+            made = stage(folded)
+            model = made(folded, job.task, job.runner.reference)
+        recipe = [{"stage": "FoldBatchNorm"}, plain(made)]
         return [job.press.point(model, "dense", name, recipe, job.runner.key(Recipe.parse(recipe)))]
     except arithmetic.REFUSALS as error:
         job.failed(name, error)
