@@ -212,7 +212,7 @@ def written(seen: Observed, names: Collection[str], rule: str = "mse") -> ModelP
 
 
 def _held(seen: Observed, chosen: Mapping[str, Site]) -> tuple[dict[str, str], set[str]]:
-    """The activations that are kept as levels, each with the one that its levels are fitted to; the joins among them."""
+    """The activations kept as levels, each with the one that its levels are fitted to; the joins among them."""
     nodes, joins = seen.graph.nodes, seen.graph.joins
     held = {site.x for site in chosen.values()} | {site.y for site in chosen.values() if site.conv}
     possible = held | {site.y for site in chosen.values()}

@@ -35,7 +35,11 @@ def points(job: Job) -> list[Point]:
         return []
     proto = job.dense.structure.fill(job.dense.stored)
     end = job.clock.now + (60.0 if job.clock.budget_s is None else SHARE * job.clock.budget_s)
-    return [*_static(job, proto, end), *_dynamic(job, proto, end)]
+    points = _static(job, proto, end)
+    if job.forge is not None:  # the network itself, compiled, loses nothing
+        job.forge.start(job.dense.proto)
+        job.forge.tune((points or [job.dense])[0].proto)
+    return [*points, *_dynamic(job, proto, end)]
 
 
 def _static(job: Job, proto: ModelProto, end: float) -> list[Point]:
@@ -47,7 +51,8 @@ def _static(job: Job, proto: ModelProto, end: float) -> list[Point]:
             session = Session(proto)
             runs: list[Any] = [session.feed(take(inputs, slice(i, i + CHUNK))) for i in range(0, length(inputs), CHUNK)]
             seen = observe(proto, runs)
-            found = integers(seen, job.task, inputs, max(1.0, 0.6 * (end - job.clock.now)))
+            begin = job.forge.start if job.forge is not None else None
+            found = integers(seen, job.task, inputs, max(1.0, 0.6 * (end - job.clock.now)), begin)
     except REFUSALS as error:
         job.failed(title, error)
         return []

@@ -1,104 +1,138 @@
-"""Forge: networks compiled by the engine beside a search, the dense one first, so that choosing waits for none."""
+"""Forge: networks compiled by the engine beside a search, the dense one too, so that choosing waits for none."""
 
+import contextlib
 import hashlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+from onnx import ModelProto
+
+from lilliput.cost.count import stored_values
 from lilliput.engine.compile import write
 from lilliput.engine.target import target
 from lilliput.errors import ExportError, NotSupported
 from lilliput.runtimes.engine import EngineSession
+from lilliput.search.pool import Pool
 
 REFUSALS = (NotSupported, ExportError, OSError, ValueError, RuntimeError, CancelledError)
-Submit = Callable[[Callable[[bytes, str], float], bytes, str], "Future[float]"]
+VALUE_BYTES = 300  # of memory that compiling takes for each value of a network
 
 
-def build(data: bytes, folder: str) -> float:
-    """Compile a file for this machine into a folder; the seconds of processor and compiler that it took."""
+def build(desk: Any, data: bytes, folder: str, tune: bool) -> float:
+    """Compile a file for this machine into a folder; the seconds that it took. Runs in a worker of a pool."""
     began = time.monotonic()
-    write(data, folder, target("native"))
+    write(data, folder, target("native"), tune)
     return time.monotonic() - began
 
 
 @dataclass
-class _Job:
+class _Build:
     future: "Future[float]"
     folder: Path
-    nodes: int
     session: EngineSession | None = None
     reason: str = ""
 
+    def wait(self, seconds: float) -> EngineSession | None:
+        """The compiled file as soon as it is there, or None."""
+        if self.session is None and not self.reason:
+            try:
+                self.future.result(max(0.0, seconds))
+                self.session = EngineSession.opened(self.folder)
+            except NotYet:
+                return None
+            except REFUSALS as error:
+                self.reason = str(error) or type(error).__name__
+        return self.session
+
 
 class Forge:
-    """Compile files, each once, elsewhere; what has been compiled says how long others will take.
+    """Compile files, each once, elsewhere: at once with kernels by estimate, then perhaps with measured ones.
 
     Args:
-        submit: runs `function(data, folder)` beside the caller, such as the `submit` of an executor.
+        submit: runs `function(desk, *arguments)` in another process (`Pool.submit`).
 
     Example:
-        >>> from concurrent.futures import ThreadPoolExecutor
-        >>> import torch; from lilliput.onnx.trace import trace
-        >>> proto = trace(torch.nn.Linear(4, 2), torch.zeros(1, 4)).proto
-        >>> with ThreadPoolExecutor(1) as pool:
+        >>> from lilliput.search.pool import Pool
+        >>> with Pool(workers=1) as pool:  # doctest: +SKIP
         ...     forge = Forge(pool.submit)
         ...     forge.start(proto)
-        ...     session = forge.session(proto, seconds=60)
-        >>> session.predict(torch.zeros(1, 4)).shape
-        torch.Size([1, 2])
-        >>> forge.close()
+        ...     sessions = forge.sessions(proto, seconds=60)
     """
 
-    def __init__(self, submit: Submit) -> None:
+    def __init__(self, submit: Callable[..., "Future[float]"]) -> None:
         self._submit = submit
         self._folder = Path(tempfile.mkdtemp(prefix="lilliput-engine-"))
-        self._jobs: dict[str, _Job] = {}
+        self._quick: dict[str, _Build] = {}
+        self._tuned: dict[str, _Build] = {}
 
-    def start(self, proto: Any) -> None:
-        """Begin to compile a file, unless it has begun already."""
-        data = proto.SerializeToString()
-        if (key := _key(data)) not in self._jobs:
-            folder = self._folder / str(len(self._jobs))
-            self._jobs[key] = _Job(self._submit(build, data, str(folder)), folder, len(proto.graph.node))
+    def start(self, proto: ModelProto) -> None:
+        """Begin to compile a file by estimates, unless it has begun already, or there is no memory for it."""
+        self._begin(self._quick, proto, tune=False)
 
-    def session(self, proto: Any, seconds: float = 0.0) -> EngineSession | None:
-        """The compiled file, or None where it is not there within as many seconds, or was refused."""
-        job = self._jobs.get(_key(proto.SerializeToString()))
-        if job is None or job.reason or job.session is not None:
-            return None if job is None else job.session
-        try:
-            job.future.result(max(0.0, seconds))
-            job.session = EngineSession.opened(job.folder)
-        except NotYet:
-            return None
-        except REFUSALS as error:
-            job.reason = f"{error}" or type(error).__name__
-        return job.session
+    def tune(self, proto: ModelProto) -> None:
+        """Begin to compile a file with measured kernels, instead of all those for which that has not begun yet."""
+        for key, held in list(self._tuned.items()):
+            if held.future.cancel():
+                del self._tuned[key]
+        self._begin(self._tuned, proto, tune=True)
 
-    def reason(self, proto: Any) -> str:
+    def sessions(self, proto: ModelProto, seconds: float = 0.0) -> list[EngineSession]:
+        """The compiled file, once or twice; nothing where it is not there within as many seconds, or was refused."""
+        key = _key(proto)
+        quick = self._quick[key].wait(seconds) if key in self._quick else None
+        tuned = self._tuned[key].wait(0.0) if key in self._tuned else None
+        return [session for session in (quick, tuned) if session is not None]
+
+    def reason(self, proto: ModelProto) -> str:
         """Why a file was refused, or an empty text."""
-        job = self._jobs.get(_key(proto.SerializeToString()))
-        return "" if job is None else job.reason
+        held = self._quick.get(_key(proto))
+        return "" if held is None else held.reason
 
-    def expected_s(self, proto: Any) -> float | None:
-        """How long compiling a file will take by those that are done, node for node; None where none is."""
-        done = [(job.future.result(), job.nodes) for job in self._jobs.values() if job.session is not None]
-        if not done:
-            return None
-        return len(proto.graph.node) * sum(spent for spent, _ in done) / max(1, sum(nodes for _, nodes in done))
+    def expected_s(self) -> float:
+        """How long the compilation by estimates of a network takes that is as large as those so far; 0 if unknown."""
+        done = [held.future.result() for held in self._quick.values() if held.session is not None]
+        return max(done, default=0.0)
 
     def close(self) -> None:
         """Take back what has not begun, and remove the compiled files."""
-        for job in self._jobs.values():
-            job.future.cancel()
+        for held in (*self._quick.values(), *self._tuned.values()):
+            held.future.cancel()
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _begin(self, known: dict[str, _Build], proto: ModelProto, tune: bool) -> None:
+        key = _key(proto)
+        if key in known:
+            return
+        folder = self._folder / f"{len(self._quick)}-{len(self._tuned)}"
+        values = stored_values(proto)
+        if values * VALUE_BYTES > 0.5 * psutil.virtual_memory().available:
+            reason = f"compiling {values:,} values takes more memory than there is"
+            known[key] = _Build(Future(), folder, reason=reason)
+        else:
+            known[key] = _Build(self._submit(build, proto.SerializeToString(), str(folder), tune), folder)
 
-def _key(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+
+@contextlib.contextmanager
+def forging(wanted: bool) -> Iterator[Forge | None]:
+    """A forge with a process of its own, where one is wanted."""
+    if not wanted:
+        yield None
+        return
+    with Pool(workers=1) as pool:
+        forge = Forge(pool.submit)
+        try:
+            yield forge
+        finally:
+            forge.close()
+
+
+def _key(proto: ModelProto) -> str:
+    return hashlib.sha256(proto.SerializeToString()).hexdigest()

@@ -66,7 +66,9 @@ class Integers:
         return written(self.seen, choice.names, self.rule)
 
 
-def integers(seen: Observed, task: Task, inputs: Inputs, seconds: float) -> Integers:
+def integers(
+    seen: Observed, task: Task, inputs: Inputs, seconds: float, begin: Callable[[ModelProto], None] | None = None
+) -> Integers:
     """Measure what groups of operators in integers gain and harm, and list the choices that are worth a trial.
 
     The group that harms most is halved, and halved again, until the time is over or what hurts stands alone. A group
@@ -77,6 +79,7 @@ def integers(seen: Observed, task: Task, inputs: Inputs, seconds: float) -> Inte
         task: gives the divergence.
         inputs: at most 128 examples.
         seconds: for all of it; fewer groups are told apart in less.
+        begin: given the network with all operators in integers, the likely choice, before anything is told apart.
     """
     deadline = time.monotonic() + seconds
     dense = Session(seen.proto)
@@ -91,6 +94,8 @@ def integers(seen: Observed, task: Task, inputs: Inputs, seconds: float) -> Inte
     by_rule = {rule: harm(everything, rule) for rule in RULES}
     each = (time.monotonic() - began) / len(RULES)
     rule = min(by_rule, key=lambda rule: by_rule[rule])
+    if begin is not None:
+        begin(written(seen, everything, rule))
     told = _split(Group(everything, by_rule[rule]), lambda names: harm(names, rule), deadline - 0.4 * seconds, each)
     example = task.example
     groups = _gains(seen, rule, told, example, max(0.5, deadline - time.monotonic()))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lilliput.errors import ExportError, NotSupported
 from lilliput.proposal import Known
 from lilliput.runner import Runner
+from lilliput.search.forge import Forge
 from lilliput.search.points import Clock, Point, Press, kept
 from lilliput.search.progress import Silent
 from lilliput.search.question import Question
@@ -70,6 +71,7 @@ class Job:
         points: the artifacts that were made, the dense one first.
         attempts: every structure and point that was tried, done or failed, as plain data.
         known: what proposals may ask.
+        forge: compiles points beside the search, where time is asked for.
     """
 
     target: Target
@@ -91,6 +93,7 @@ class Job:
     attempts: list[dict[str, Any]] = field(default_factory=list)
     stopped: bool = False
     lock: Any = field(default_factory=threading.Lock)
+    forge: Forge | None = None
 
     @property
     def dense(self) -> Point:
@@ -112,6 +115,9 @@ class Job:
         with self.lock:
             self.points.append(point)
             self.attempts.append(row)
+        if self.forge is not None and point is self._fewest():
+            self.forge.start(point.proto)
+            self.forge.tune(point.proto)
         self.store.put(f"point-{point.key}", {"kind": "point", **point.row()}, kept(point.outputs))
         self.show.advance(point.name)
         self.show.best(self._best())
@@ -144,6 +150,11 @@ class Job:
             kept = {"kind": kind, **make()}
             self.store.put(key, kept)
         return kept
+
+    def _fewest(self) -> Point:
+        """Of the points within the floor the one that computes least."""
+        floor = self.question.points(self.dense.score.value)
+        return min((p for p in self.points if self.lost(p) <= floor), key=lambda p: p.macs)
 
     def _best(self) -> str:
         """The best point so far by what is asked: its name, score and price."""

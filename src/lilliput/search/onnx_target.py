@@ -52,9 +52,9 @@ def load_target(path: Path, calib: Path | None, given: Sequence[str]) -> tuple[O
     """(model, task) of an ONNX file and an npz with its inputs by name, and `targets` where there are labels.
 
     The first quarter of the examples, 128 at most, calibrates; the others judge. Integer targets are classes
-    (accuracy), others are values (squared error). Without targets the task is to say what the file says: the same direction (cosine)
-    where outputs are unit vectors or have three axes and more, the same class where they have two or more columns, the
-    same value otherwise.
+    (accuracy), others are values (squared error). Without targets the task is to say what the file says: the same
+    direction (cosine) where outputs are unit vectors or have three axes and more, the same class where they have two or
+    more columns, the same value otherwise.
 
     Raises:
         ValueError: For a missing file or array, or one of another shape.

@@ -9,6 +9,7 @@ from torch import nn
 from lilliput.errors import ExportError, NotSupported
 from lilliput.search import ask
 from lilliput.search.finish import Result, conclude
+from lilliput.search.forge import forging
 from lilliput.search.job import Job, Target
 from lilliput.search.network import Network
 from lilliput.search.onnx_file import OnnxFile
@@ -33,7 +34,11 @@ def search(job: Job, fresh: bool) -> Result:
     Returns:
         The result.
     """
-    with job.show, ThreadPoolExecutor(job.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with (
+        job.show,
+        forging(job.question.for_latency) as job.forge,
+        ThreadPoolExecutor(job.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
         try:
             job.show.phase("measuring the dense network", 1)
             _say_what_is_old(job)
