@@ -65,7 +65,7 @@ def _faster(job: Job, point: Point, made: list[EngineSession]) -> EngineSession:
         compare(session.predict(example), expected, exact=exact, who=f"{point.name} in the engine", axis=axis)
     if len(made) == 1:
         return made[0]
-    sessions = {str(i): session for i, session in enumerate(made)}
+    sessions: dict[str, Any] = {str(i): session for i, session in enumerate(made)}
     times = latency(sessions, example, seconds=0.3, clock=time.thread_time, settled=0.02)
     return made[int(max(times, key=lambda name: times[name].ratio))]
 

@@ -1,5 +1,6 @@
 """Finish a search: measure the best points in one run, choose, read the test split once, write the files."""
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
