@@ -24,15 +24,12 @@ def moments(proto: ModelProto, calibration: Sequence[Mapping[str, Array]]) -> di
     """E[x x^T] for each stored weight of a convolution or product, x the values that one output of it multiplies.
 
     Args:
-        proto: float32, any opset from 13.
+        proto: float32, any opset.
         calibration: inputs by name, one run each.
 
     Returns:
         By the name of the weight: float32 (groups, d, d). A weight that several operators read gets their mean; one
         with more than 2,048 values for an output is left out.
-
-    Raises:
-        NotSupported: for an opset below 13.
 
     Example:
         >>> w = numpy_helper.from_array(np.ones((2, 3), np.float32), "w")
@@ -42,7 +39,7 @@ def moments(proto: ModelProto, calibration: Sequence[Mapping[str, Array]]) -> di
         >>> moments(net, [{"x": np.array([[1, 2]], np.float32)}])["w"].tolist()
         [[[1.0, 2.0], [2.0, 4.0]]]
     """
-    known = folded(proto, "moments")
+    known = folded(proto, "moments", least=1)
     nodes = graph(known)
     shapes = {t.name: tuple(t.dims) for t in known.graph.initializer}
     sites = [site for site in nodes.sites if _width(site, shapes[site.weight]) <= WIDEST]

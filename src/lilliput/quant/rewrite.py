@@ -187,10 +187,10 @@ def opset(proto: ModelProto) -> int:
     return next(int(o.version) for o in proto.opset_import if o.domain in ("", "ai.onnx"))
 
 
-def folded(proto: ModelProto, who: str = "dynamic") -> ModelProto:
+def folded(proto: ModelProto, who: str = "dynamic", least: int = 13) -> ModelProto:
     """A copy whose nodes have unique names, with what depends on constants alone computed (unless it would grow)."""
-    if opset(proto) < 13:
-        raise NotSupported(f"{who}: the opset must be at least 13, got {opset(proto)}. Export the network again.")
+    if opset(proto) < least:
+        raise NotSupported(f"{who}: the opset must be at least {least}, got {opset(proto)}. Export the network again.")
     copy = ModelProto()
     copy.CopyFrom(proto)
     arrays = {t.name: t for t in copy.graph.initializer}

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
+import onnx.version_converter
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
@@ -109,16 +110,16 @@ def observe(proto: ModelProto, calibration: Sequence[Mapping[str, Array]]) -> Ob
     """Run a float32 network on calibration inputs and keep what levels are fitted to.
 
     Args:
-        proto: any opset from 13.
+        proto: any opset; one below 13 is raised to it.
         calibration: inputs by name, one run each; larger batches are faster, and take more memory.
 
     Raises:
-        NotSupported: without a convolution or product with stored weights, or for an opset below 13.
+        NotSupported: without a convolution or product with stored weights, or for an opset that cannot be raised.
         ValueError: without calibration inputs.
     """
     if not calibration:
         raise ValueError("static: calibration must have at least one run, got none. Give inputs by name.")
-    known = folded(proto, "static")
+    known = folded(_raised(proto), "static")
     nodes = graph(known)
     if not nodes.sites:
         raise NotSupported("static: the network must have a convolution or product with stored weights, and has none.")
@@ -144,6 +145,16 @@ def observe(proto: ModelProto, calibration: Sequence[Mapping[str, Array]]) -> Ob
     return Observed(known, nodes, {name: kept for name, kept in seen.items() if kept.runs}, dense)
 
 
+def _raised(proto: ModelProto) -> ModelProto:
+    """The network in opset 13, in which steps may differ by output, or in its own where that is newer."""
+    if opset(proto) >= 13:
+        return proto
+    try:
+        return onnx.version_converter.convert_version(proto, 13)
+    except Exception as error:  # a library in C++ that raises what it likes
+        raise NotSupported(f"static: the opset must be at least 13, got {opset(proto)}: {str(error)[:200]}") from error
+
+
 def _floats(proto: ModelProto, names: list[str]) -> list[str]:
     """Those of the values that are float32 for sure, and so may become outputs."""
     inferred = onnx.shape_inference.infer_shapes(proto)
@@ -161,7 +172,7 @@ def static(
     """The network with its convolutions and products in 8-bit integers whose ranges calibration fixed.
 
     Args:
-        proto: float32, any opset from 13.
+        proto: float32, any opset; one below 13 is raised to it.
         calibration: inputs by name, one run each.
         rule: how ranges are fitted: "mse", "minmax" or "percentile" (`lilliput.quant.ranges`).
         only: names of sites (`observe(...).sites`) that are quantized; all of them otherwise.

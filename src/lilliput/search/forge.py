@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
@@ -44,7 +45,7 @@ class _Build:
         """The compiled file as soon as it is there, or None."""
         if self.session is None and not self.reason:
             try:
-                self.future.result(max(0.0, seconds))
+                self.future.result(min(max(0.0, seconds), threading.TIMEOUT_MAX))
                 self.session = EngineSession.opened(self.folder)
             except NotYet:
                 return None

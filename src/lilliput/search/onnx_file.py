@@ -136,7 +136,7 @@ class OnnxFile(Target):
         except arithmetic.REFUSALS as error:
             job.known.skip("second moments", str(error))
         half = (job.clock.now + end) / 2
-        cost = onnx_codes.cost_in("lil", structure.proto)
+        cost = onnx_codes.cost_in(job.question.file, structure.proto)
         known = onnx_codes.options(weights, axes, known_moments, cost, lambda: job.clock.now > half)
         measured = job.remember(
             f"sensitivity-{job.runner.start}",
