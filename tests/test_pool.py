@@ -11,6 +11,7 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -69,6 +70,28 @@ def test_a_worker_keeps_what_a_call_leaves(pool: Pool) -> None:
         return int(desk.kept["count"])
 
     assert max(pool.submit(count).result() for _ in range(6)) >= 3
+
+
+def test_what_is_put_is_found_in_every_worker(pool: Pool) -> None:
+    assert pool.submit(lambda desk: desk.get("table")).result() is None
+    table = np.arange(100_000.0)
+    pool.put("table", table)
+
+    def total(desk: Any) -> tuple[float, str, int]:
+        return float(desk.get("table").sum()), type(desk.get("table")).__name__, desk.thing["offset"]
+
+    assert {pool.submit(total).result() for _ in range(4)} == {(float(table.sum()), "memmap", 100)}
+
+
+def test_what_is_shared_can_be_replaced() -> None:
+    def look(desk: Any) -> tuple[Any, int]:
+        desk.kept["count"] = desk.kept.get("count", 0) + 1
+        return desk.thing, desk.kept["count"]
+
+    with Pool("first", 1) as pool:
+        assert [pool.submit(look).result() for _ in range(2)] == [("first", 1), ("first", 2)]
+        pool.share("second")
+        assert pool.submit(look).result() == ("second", 1)
 
 
 def test_what_a_call_raises_is_raised_again(pool: Pool) -> None:

@@ -68,7 +68,9 @@ def test_coded_and_parametrized_models_come_back() -> None:
 
 
 def test_a_file_of_the_user_goes_by_value(tmp_path: Path) -> None:
-    (tmp_path / "mine_alone.py").write_text("scale = 3\ndef metric(x):\n    return scale * x\n")
+    (tmp_path / "mine_alone.py").write_text(
+        "from functools import cache\n@cache\ndef scale():\n    return 3\ndef metric(x):\n    return scale() * x\n"
+    )
     spec = importlib.util.spec_from_file_location("mine_alone", tmp_path / "mine_alone.py")
     assert spec is not None and spec.loader is not None
     module = sys.modules["mine_alone"] = importlib.util.module_from_spec(spec)

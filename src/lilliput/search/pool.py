@@ -85,7 +85,7 @@ class Pool:
         if workers < 1:
             raise ValueError(f"Pool: workers must be at least 1, got {workers}.")
         self.folder = Path(tempfile.mkdtemp(prefix="lilliput-"))
-        self._shares = 0
+        self._shares, self._shared = 0, ""
         self._closed = False
         self._lock = threading.RLock()
         self._queue: deque[_Call] = deque()
@@ -123,19 +123,30 @@ class Pool:
             return [pid for slot in self._slots for pid in list(slot.executor._processes)]
 
     def share(self, thing: Any) -> None:
-        """Replace what calls that are submitted from now on find at their desk."""
+        """Replace what calls that are submitted from now on find at their desk: `desk.thing`."""
+        shared = f"shared-{self._shares + 1}"
+        self.put(shared, thing)
+        self._shares += 1
+        self._shared = shared
+        with self._lock:
+            for slot in self._slots:  # read while nothing else is asked of them
+                with contextlib.suppress(BrokenProcessPool):
+                    slot.executor.submit(desk.ready, shared)
+
+    def put(self, name: str, thing: Any) -> None:
+        """Lay something where every worker finds it by `desk.get(name)`; it cannot be replaced.
+
+        Args:
+            name: a name for a folder.
+            thing: as for `share`.
+        """
         try:
-            share.dump(thing, self.folder / f"shared-{self._shares + 1}")
+            share.dump(thing, self.folder / name)
         except OSError as error:
             raise StoreError(
                 f"Pool: {self.folder} must have room for the model and the data, got: {error.strerror}. Free some "
                 "space, or name another folder by the environment variable TMPDIR."
             ) from error
-        self._shares += 1
-        with self._lock:
-            for slot in self._slots:  # read while nothing else is asked of them
-                with contextlib.suppress(BrokenProcessPool):
-                    slot.executor.submit(desk.ready, self._shares, slot.number)
 
     def submit(self, function: Callable[..., Any], *args: Any, **named: Any) -> "Future[Any]":
         """Run `function(desk, *args, **named)` in the next worker that is free.
@@ -152,8 +163,8 @@ class Pool:
         Raises:
             TypeError: where function or arguments cannot be pickled.
         """
-        payload = share.dumps((self._shares, function, args, named))
-        call = _Call(Future(), payload, getattr(function, "__name__", "call"), _takes_hint(function))
+        payload = share.dumps((self._shared, function, args, named))
+        call = _Call(Future(), payload, getattr(function, "__name__", "call"), takes_hint(function))
         with self._lock:
             if self._closed:
                 raise RuntimeError("Pool: it must be open to run something, but it is closed.")
@@ -220,7 +231,7 @@ class Pool:
             env=THREADS | NEVER_RECYCLED,
         )
         with _deaf():  # the first submission starts the process
-            slot.executor.submit(desk.ready, self._shares, slot.number)
+            slot.executor.submit(desk.ready, self._shared)
 
     def _fill(self) -> None:
         """Give waiting calls to idle slots."""
@@ -235,10 +246,10 @@ class Pool:
         self._board[slot.number] = 0
         hint = {"smaller": 1} if call.deaths and call.hint else {}
         try:
-            reply = slot.executor.submit(desk.called, slot.number, call.payload, hint)
+            reply = slot.executor.submit(desk.called, call.payload, hint)
         except BrokenProcessPool:  # it was killed while it had nothing to do
             self._start(slot)
-            reply = slot.executor.submit(desk.called, slot.number, call.payload, hint)
+            reply = slot.executor.submit(desk.called, call.payload, hint)
         reply.add_done_callback(partial(self._done, slot, call))
 
     def _done(self, slot: _Slot, call: _Call, reply: "Future[bytes]") -> None:
@@ -255,7 +266,7 @@ class Pool:
                     self._queue.appendleft(call)
             self._fill()
         if error is None:
-            _settle(call.future, reply.result())
+            settle(call.future, reply.result())
         elif call.deaths > 1:
             call.future.set_exception(
                 WorkerDied(
@@ -265,7 +276,8 @@ class Pool:
             )
 
 
-def _settle(future: "Future[Any]", data: bytes) -> None:
+def settle(future: "Future[Any]", data: bytes) -> None:
+    """Give a future what a worker sent back."""
     try:
         result, error = share.loads(data)
     except Exception as failure:
@@ -276,7 +288,8 @@ def _settle(future: "Future[Any]", data: bytes) -> None:
         future.set_result(result)
 
 
-def _takes_hint(function: Callable[..., Any]) -> bool:
+def takes_hint(function: Callable[..., Any]) -> bool:
+    """Whether a function can be asked to be smaller."""
     try:
         parameters = signature(function).parameters.values()
     except (TypeError, ValueError):

@@ -5,6 +5,7 @@ A storage is written once, whatever shares it, so tied parameters stay tied. Onl
 read: a pickle from elsewhere is never loaded.
 """
 
+import functools
 import io
 import pickle
 import site
@@ -38,7 +39,13 @@ def dump(thing: Any, folder: Path) -> None:
         TypeError: where a part of it cannot be pickled.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / THING).write_bytes(_pickled(thing, folder))
+    (folder / f".{THING}").write_bytes(_pickled(thing, folder))
+    (folder / f".{THING}").replace(folder / THING)
+
+
+def whole(folder: Path) -> bool:
+    """Whether `dump` has finished in a folder."""
+    return (folder / THING).is_file()
 
 
 def load(folder: Path) -> Any:
@@ -112,6 +119,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if isinstance(part, nn.Module) and parametrize.is_parametrized(part):
             names = tuple(part.parametrizations)  # type: ignore[arg-type]
             return _parametrized, (type(part).__bases__[0], names), part.__dict__
+        if isinstance(part, functools._lru_cache_wrapper) and part.__module__ in _by_value():
+            return _cached, (part.cache_parameters(), part.__wrapped__)
         return super().reducer_override(part)
 
 
@@ -160,6 +169,11 @@ def _parametrized(kind: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     for name in names:
         parametrize._inject_property(module, name)
     return module
+
+
+def _cached(settings: dict[str, Any], function: Any) -> Any:
+    """A function with an empty cache of its own."""
+    return functools.lru_cache(**settings)(function)
 
 
 def _own_by_value() -> None:
