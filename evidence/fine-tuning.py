@@ -10,8 +10,6 @@ arXiv:2005.07683; D. Blalock, J. J. Gonzalez Ortiz, J. Frankle and J. Guttag, Wh
 pruning?, MLSys 2020, arXiv:2003.03033; the methods as in evidence/jaxpruner.py.
 """
 
-import multiprocessing
-import os
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -97,15 +95,8 @@ def measure(quick: bool) -> dict[str, Any]:
         for sparsity in ((0.0,) if method == "dense" else SPARSITIES)
         for seed in range(1 if quick else SEEDS)
     ]
-    for name in networks:
-        work(name)  # once for all
-    held_out(quick)
     given = [(job, folder, quick) for job in jobs]
-    if quick:
-        results = [one(each) for each in given]
-    else:
-        with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-            results = list(pool.imap(one, given, chunksize=4))
+    results = [one(each) for each in given] if quick else evidence.each(one, given)
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for name, method, sparsity in dict.fromkeys(job[:3] for job in jobs):
         scores = [score for job, score in zip(jobs, results, strict=True) if job[:3] == (name, method, sparsity)]

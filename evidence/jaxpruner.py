@@ -12,8 +12,6 @@ A. Yazdanbakhsh, S. Agrawal, S. Subramanian, X. Wang, S.-C. Kao, X. Zhang, T. Ga
 H.-S. Kim, Y. Dauphin, G. K. Dziugaite, P. S. Castro and U. Evci, JaxPruner, 2023, arXiv:2304.14082, table 1.
 """
 
-import multiprocessing
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -27,7 +25,7 @@ from torch.nn import functional as F
 
 import lilliput
 from lilliput.data import cache_folder, digits, mnist1d, stratified
-from lilliput.evidence import interval
+from lilliput.evidence import each, interval
 from lilliput.nets.mnist1d import CNN, MLP
 from lilliput.nets.resnet import ResNet
 from lilliput.prune.acdc import ACDC
@@ -215,11 +213,7 @@ def measure(quick: bool) -> dict[str, Any]:
     if quick:
         runs = [one(job) for job in given]
     else:
-        torch.set_num_threads(1)  # before the fork: a pool of threads does not survive one
-        for name in ("MLP", "ResNet-20"):
-            work(name)  # once for all
-        with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-            runs = list(pool.imap(one, given, chunksize=4))
+        runs = each(one, given)
     for run in runs:
         most = round((1 - run["sparsity"]) * run["weights"]) + 30  # each tensor rounds to whole weights
         if not quick and run["kept"] > most:

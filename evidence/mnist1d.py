@@ -8,8 +8,6 @@ Sources: S. Greydanus and D. Kobak, Scaling down deep learning with MNIST-1D, IC
 J. Frankle and M. Carbin, The lottery ticket hypothesis, ICLR 2019, arXiv:1803.03635, sections 2 and 4.
 """
 
-import multiprocessing
-import os
 from functools import cache
 from typing import Any
 
@@ -21,7 +19,7 @@ import lilliput
 from lilliput.code.base import codes, copy_model
 from lilliput.code.names import theta
 from lilliput.data import mnist1d
-from lilliput.evidence import interval
+from lilliput.evidence import each, interval
 from lilliput.nets.mnist1d import MLP
 from lilliput.prune.lottery import Lottery
 from lilliput.schedule import Cosine
@@ -84,14 +82,11 @@ def one(job: tuple[int, int, tuple[float, ...]]) -> list[dict[str, Any]]:
 
 def measure(quick: bool) -> dict[str, Any]:
     """Every seed, and how often the ticket wins."""
-    work(quick)
     given = [(0, 5, (0.9,))] if quick else [(seed, 2100, SPARSITIES) for seed in range(6)]
     if quick:
         found = one(given[0])
     else:
-        torch.set_num_threads(1)  # before the fork: a pool of threads does not survive one
-        with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-            found = [row for rows in pool.imap(one, given) for row in rows]
+        found = [row for rows in each(one, given) for row in rows]
     at = {(row["sparsity"], row["kind"], row["seed"]): row["accuracy"] for row in found}
     seeds = sorted({row["seed"] for row in found})
     dense = [at[0.0, "dense", seed] for seed in seeds]

@@ -11,8 +11,6 @@ J. J. Gonzalez Ortiz, J. Frankle and J. Guttag, What is the state of neural netw
 arXiv:2003.03033 (curves of tradeoffs instead of single points).
 """
 
-import multiprocessing
-import os
 import tempfile
 from collections.abc import Callable
 from functools import cache, partial
@@ -26,7 +24,7 @@ from torch import nn
 import lilliput
 from lilliput.cost.measure import latency
 from lilliput.data import cache_folder, digits, mnist1d, sentences
-from lilliput.evidence import front, interval
+from lilliput.evidence import each, front, interval
 from lilliput.export.onnx import trace
 from lilliput.runtimes.engine import EngineSession
 from lilliput.schedule import Cosine
@@ -119,13 +117,7 @@ def measure(quick: bool) -> dict[str, Any]:
         for key, seeds in plans.items()
         for seed in range(seeds)
     ]
-    for network in chosen:
-        work(network)  # before the fork: once for all
-    if quick:
-        results = [one(job) for job in jobs]
-    else:
-        with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-            results = pool.map(one, jobs, chunksize=1)
+    results = [one(job) for job in jobs] if quick else each(one, jobs)
     rows = []
     for network, plans in chosen.items():
         for kind, sparsity in plans:

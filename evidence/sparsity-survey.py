@@ -9,8 +9,6 @@ Source: T. Hoefler, D. Alistarh, T. Ben-Nun, N. Dryden and A. Peste, Sparsity in
 arXiv:2102.00554, sections 2 to 5.
 """
 
-import multiprocessing
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -26,6 +24,7 @@ import lilliput
 from lilliput.cost.measure import latency
 from lilliput.data import cache_folder, digits, mnist1d
 from lilliput.errors import NotSupported
+from lilliput.evidence import each
 from lilliput.export.onnx import trace
 from lilliput.runtimes.engine import EngineSession
 from lilliput.schedule import Cosine, Cubic, Cyclic, Schedule, Steps
@@ -104,13 +103,8 @@ def measure(quick: bool) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp()) if quick else cache_folder() / "evidence" / "sparsity-survey"
     torch.set_num_threads(1)
     fast = speeds(quick)
-    work(quick)  # before the fork: once for all
     given = list(jobs(quick, folder))
-    if quick:
-        results = [one(job) for job in given]
-    else:
-        with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-            results = pool.map(one, given, chunksize=8)
+    results = [one(job) for job in given] if quick else each(one, given)
     rows = []
     for criterion, pattern in dict.fromkeys((run["criterion"], run["pattern"]) for run in results):
         row: dict[str, Any] = {"criterion": criterion, "pattern": pattern}
