@@ -84,6 +84,26 @@ def size_bytes(text: str | float, setting: str = "max-bytes") -> int:
     return value
 
 
+def workers(text: int | str | None) -> int | str | None:
+    """What trains: a number of processes, a Ray cluster ("ray://HOST"), or None for as many as this machine holds.
+
+    Raises:
+        ValueError: For anything else.
+
+    Example:
+        >>> workers("2"), workers("ray://head"), workers(None)
+        (2, 'ray://head', None)
+    """
+    if text is None or (isinstance(text, str) and re.fullmatch(r"ray://\S+", text)):
+        return text
+    if not re.fullmatch(r"\s*[1-9]\d*\s*", str(text)):
+        raise ValueError(
+            f"shrink: workers must be a number of processes, at least 1, or ray://HOST, got {text!r}. Leave it out for "
+            "one process a core."
+        )
+    return int(text)
+
+
 def shown(count: float) -> str:
     """Bytes for people.
 

@@ -1,0 +1,25 @@
+"""Hire: the workers of a search, processes of this machine or tasks of a Ray cluster."""
+
+from torch import nn
+
+from lilliput.search import ask
+from lilliput.search.cores import count_workers
+from lilliput.search.pool import Pool
+
+
+def hire(model: nn.Module, workers: int | str | None = None) -> Pool:
+    """Start the workers of a search; they are ready some seconds later.
+
+    Args:
+        model: the largest network that is trained.
+        workers: a number of processes, "ray://HOST", or None for as many as cores and memory allow.
+
+    Raises:
+        ValueError: for another number or address, and for a cluster that does not answer.
+    """
+    workers = ask.workers(workers)
+    if isinstance(workers, str):
+        from lilliput.search.ray_pool import RayPool  # Ray is an extra
+
+        return RayPool(workers)
+    return Pool(workers=count_workers(model, workers))
