@@ -261,3 +261,44 @@ def test_half_precision_keeps_its_type() -> None:
     x = torch.rand(1, 3, 4, dtype=torch.bfloat16)
     small = student(model, x, width=0.5)
     assert small[1].input_size == 4 and all(p.dtype == torch.bfloat16 for p in small.parameters())
+
+
+class Padded(nn.Conv2d):
+    """A convolution that holds its padding as a module, as mobile networks for other frameworks' weights do."""
+
+    def __init__(self, inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__(inputs, outputs, size, stride, groups=groups, bias=False)
+        self.padding_before = nn.ZeroPad2d(size // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.padding_before(x))
+
+
+class Mobile(nn.Module):
+    """Inverted residuals of such convolutions; the first one has a depthwise convolution that keeps its shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = Padded(3, 8, 3, 2), nn.ModuleList([Turned(8, 12), Turned(12, 12), Turned(12, 12)])
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+class Turned(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.deep, self.norm = Padded(inputs, inputs, 3, groups=inputs), nn.BatchNorm2d(inputs)
+        self.project, self.skips = Padded(inputs, outputs, 1), inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project(self.norm(self.deep(x)).relu())
+        return x + y if self.skips else y
+
+
+def test_a_convolution_that_holds_its_padding_is_no_block() -> None:
+    assert removable(Mobile().eval(), torch.randn(1, 3, 32, 32)) == ["blocks.1", "blocks.2"]

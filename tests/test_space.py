@@ -1,5 +1,8 @@
 """Plans are told apart by all of their settings, and an export that was refused is not tried again."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,10 +10,14 @@ import torch
 from torch import nn
 
 from lilliput import Distill, ExportError, Recipe, Task, Train
-from lilliput.graph.stages import Narrow, RemoveBlocks
+from lilliput.graph.stages import EarlierStride, Narrow, RemoveBlocks
+from lilliput.proposal import Known, Proposals
+from lilliput.runner import Runner
 from lilliput.search import points
 from lilliput.search.points import Clock, Press
-from lilliput.search.space import identity, structure, topology
+from lilliput.search.space import Space, identity, structure, topology
+from lilliput.store import Store
+from lilliput.task import call
 
 TRAINING = Train(steps=1, rules=(Distill(),))
 
@@ -38,3 +45,46 @@ def test_a_refused_export_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(ExportError, match="could not export"):
             press.structure(nn.Linear(2, 2), "plain")
     assert len(tries) == 1
+
+
+def striding() -> tuple[nn.Module, Task]:
+    """The first convolution that may take a stride lies in a block that may go."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, padding=1), nn.ReLU(), block, nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+    x, y = torch.randn(24, 3, 16, 16), torch.arange(24) % 4
+    return net.eval(), Task("striding", train=(x, y), val=(x, y), batch_size=8)
+
+
+def looked_up() -> tuple[nn.Module, Task]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(300, 12), nn.Flatten(), nn.Linear(48, 20), nn.ReLU(), nn.Linear(20, 3)).eval()
+    x, y = torch.randint(0, 300, (24, 4)), torch.arange(24) % 3
+    return net, Task("ids", train=(x, y), val=(x, y), batch_size=8)
+
+
+def test_a_plan_whose_stride_was_removed_takes_another(tmp_path: Path) -> None:
+    """What a method offers on the dense network is asked for anew where an earlier stage took it away."""
+    model, task = striding()
+    space = Space.of(Runner(model, task, Store(tmp_path)), Known())
+    remove, stride = (
+        next(axis for axis in space.axes if axis.name == name) for name in ("RemoveBlocks", "EarlierStride")
+    )
+    assert stride.offered.options[0].layers == ("2.0",) and "2.0" in remove.offered.options[-1].blocks
+    space.axes = replace(remove, offered=Proposals((RemoveBlocks(("2.0",)),))), stride
+    plan = space.plan({"RemoveBlocks": 1, "EarlierStride": 1})
+    assert [stage.layers for stage in plan.stages if isinstance(stage, EarlierStride)] == [("3",)]
+    assert call(space.runner.make(structure(plan)), task.example).shape == (1, 4)
+
+
+@pytest.mark.parametrize("make", [striding, looked_up])
+def test_every_starter_builds_and_is_weighed(make: Callable[[], tuple[nn.Module, Task]], tmp_path: Path) -> None:
+    model, task = make()
+    space = Space.of(Runner(model, task, Store(tmp_path)), Known())
+    for choice in space.starters():
+        made = space.runner.make(structure(space.plan(choice)))
+        assert space.size(choice).values == sum(p.numel() for p in made.parameters())
+    assert space.axes[-1].name == "FromScratch"

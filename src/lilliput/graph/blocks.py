@@ -107,7 +107,7 @@ def _candidates(module: nn.Module, path: str, fits: set[str]) -> list[tuple[str,
     """
     children = {f"{path}.{name}" if path else name: child for name, child in module.named_children()}
     fit = path in fits and any(True for _ in module.parameters())
-    if not children:
+    if not children or isinstance(module, _LAYERS):  # a convolution that holds its padding is one all the same
         return [(path, "layer")] if fit and isinstance(module, _LAYERS) else []
     blocks = [c for full, child in children.items() for c in _candidates(child, full, fits)]
     if type(module) in _LISTS:

@@ -1,5 +1,6 @@
 """Channel groups: find the channels that must be removed together, and remove some of them."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,8 +14,12 @@ from lilliput.graph.follow import dependencies
 from lilliput.graph.group import Group, Part
 from lilliput.graph.narrow import narrow_
 from lilliput.graph.probe import probed
-from lilliput.graph.trace import Call, Skipped, calls, copied, first_line, frozen, run, shapes, tied
+from lilliput.graph.trace import Call, Skipped, calls, copied, first_line, frozen, run, shapes, tied, topology
 from lilliput.graph.trial import awake, labelled, trial
+
+REMEMBERED = 16
+"""Topologies whose groups are kept: a search builds hundreds of students from few."""
+_found: OrderedDict[str, tuple[Group, ...]] = OrderedDict()
 
 
 def groups(model: nn.Module, example: Any) -> tuple[Group, ...]:
@@ -44,6 +49,19 @@ def groups(model: nn.Module, example: Any) -> tuple[Group, ...]:
         Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023, arXiv:2301.12900.
     """
     work = copied(model, "groups")
+    key = topology(work, example)
+    if key in _found:
+        _found.move_to_end(key)
+        return _found[key]
+    listed = _searched(work, model, example)
+    if key:
+        _found[key] = listed
+        while len(_found) > REMEMBERED:
+            _found.popitem(last=False)
+    return listed
+
+
+def _searched(work: nn.Module, model: nn.Module, example: Any) -> tuple[Group, ...]:
     try:
         listed = dependencies(work, example)
     except Exception as error:  # whatever a stranger's forward raises: nothing of this model can be followed

@@ -250,9 +250,9 @@ class Narrow(Stage):
 
     @classmethod
     def proposals(cls, model: nn.Module, task: Task, known: Known) -> Proposals | Refusal:
-        """Offer widths from 7/8 down to a channel or two, each uniform, spread by weight, and uniform in eights.
+        """Offer widths from 7/8 to 1/16, each uniform, spread by weight and uniform in eights; then to one channel.
 
-        Widths are multiples of four where the widest group has at least 64 channels and 1/16 of them stays, else of 1.
+        Where the widest group has at least 64 channels, widths down to 1/16 are multiples of four.
         """
         channels = groups(model, task.example)
         for item in skipped(channels):
@@ -261,16 +261,17 @@ class Narrow(Stage):
         if not sizes:
             return Refusal("no channel can go")
         shares, options = list(WIDTHS), list[Narrow]()
-        while shares[-1] * NARROWER * max(sizes) > 1:
+        typical = sorted(sizes)[len(sizes) // 2]
+        while shares[-1] * NARROWER * typical > 1:
             shares.append(round(shares[-1] * NARROWER, 4))
         for share in shares:
-            wide = max(sizes) >= WIDE and share >= WIDTHS[-1]
-            hows = ((4, False), (4, True), (8, False)) if wide else ((1, False), (1, True))
+            hows = ((4, False), (4, True), (8, False)) if max(sizes) >= WIDE else ((1, False), (1, True))
+            hows = hows if share >= WIDTHS[-1] else ((1, False),)
             options += [cls(share, *how, tables=False) for how in hows]
         distinct: dict[tuple[Any, ...], Narrow] = {}
         for option in options:
             counts = () if option.spread else tuple(sorted(uniform(channels, option.width, option.multiple).items()))
             distinct.setdefault((option.spread, option.width if option.spread else counts), option)
         options = list(distinct.values())
-        middle = min(range(len(options)), key=lambda i: (abs(options[i].width - 0.5), options[i].spread))
-        return Proposals(tuple(options), 1 + middle)
+        half = min(range(len(options)), key=lambda i: (abs(options[i].width - 0.5), options[i].spread))
+        return Proposals(tuple(options), 1 + half)

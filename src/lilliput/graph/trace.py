@@ -13,6 +13,9 @@ from torch.nn.utils import parametrize
 from lilliput.errors import NotSupported, near
 from lilliput.task import call
 
+PLAIN = (bool, int, float, str, tuple, list, dict, type(None))
+INDICES = 4096  # numbers that an integer buffer has at most to be told apart by
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -156,6 +159,38 @@ def calls(model: nn.Module, example: Any) -> dict[str, Call]:
         for handle in handles:
             handle.remove()
     return {name: seen[name] for name in dict.fromkeys(order) if name in seen}
+
+
+def topology(model: nn.Module, example: Any) -> str:
+    """Name all that decides how a model's layers are joined, whatever its weights: types, plain settings, shapes, ties.
+
+    Args:
+        model: A model.
+        example: Inputs, of which the shapes count.
+
+    Returns:
+        A text that differs where any of that differs; empty where it cannot be known (a forward put into one instance).
+
+    Example:
+        >>> a, b, x = nn.Linear(4, 8), nn.Linear(4, 8), torch.rand(1, 4)
+        >>> topology(a, x) == topology(b, x), topology(a, x) == topology(nn.Linear(4, 9), x)
+        (True, False)
+    """
+    first: dict[tuple[int, int], int] = {}
+    said = [f"{tuple(t.shape)} {t.dtype}" for t in tensors(example if isinstance(example, dict) else [example])]
+    for name, module in model.named_modules(remove_duplicate=False):
+        own = vars(module)
+        if "forward" in own:
+            return ""
+        said.append(f"{name} {type(module).__module__}.{type(module).__qualname__} {id(type(module))}")
+        said += [f"{k}={v!r}" for k, v in own.items() if k[0] != "_" and k != "training" and isinstance(v, PLAIN)]
+        held = (*module.named_parameters(recurse=False, remove_duplicate=False), *module.named_buffers(recurse=False))
+        for key, t in held:
+            place = first.setdefault((t.untyped_storage().data_ptr(), t.storage_offset()), len(first))
+            said.append(f"{key} {tuple(t.shape)} {t.dtype} {t.requires_grad} {place if t.numel() else ''}")
+            if not t.is_floating_point() and t.numel() <= INDICES:
+                said.append(str(t.flatten().tolist()))  # an index tells where channels go
+    return "\n".join(said)
 
 
 def tied(model: nn.Module) -> set[str]:

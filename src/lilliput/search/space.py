@@ -1,7 +1,8 @@
 """Space: the plans of a job. A plan is a recipe: the structure's stages, then one training whose length is set later.
 
-Every registered method with a moment is an axis, one integer: 0 leaves it out, k takes its k-th proposal on the model
-as the stages before it left it. Where an earlier stage changed what there is to propose, k is read in proportion.
+Every registered method with a moment is an axis, one integer: 0 leaves it out, k takes its k-th proposal on the dense
+network. Where that cannot be applied to what earlier stages made of it (a layer that they removed), the method is asked
+anew, and k is read in proportion.
 """
 
 import json
@@ -13,10 +14,13 @@ from torch import nn
 
 from lilliput import registry
 from lilliput.distill.logits import Distill
+from lilliput.errors import StoreError
+from lilliput.graph.widths import Size, Sizes
 from lilliput.proposal import Known, Proposals, Refusal, in_order, proposals
 from lilliput.recipe import Recipe
 from lilliput.rule import Rule
 from lilliput.runner import Runner
+from lilliput.search.job import FAILURES
 from lilliput.stage import Stage
 from lilliput.task import Task
 from lilliput.train import Train
@@ -96,12 +100,36 @@ class Space:
     def _picked(self, axis: Axis, number: int, before: Recipe) -> Stage | Rule | None:
         if not number:
             return None
+        option: Stage | Rule = axis.offered.options[number - 1]
+        if not before.stages or self._applies(option, before):
+            return option
         here = self._ask(axis.method, before)
         if isinstance(here, Refusal):
             return None
         share = number / len(axis.offered)
         picked: Stage | Rule = here.options[max(1, round(share * len(here))) - 1]
         return picked
+
+    def _applies(self, option: Stage | Rule, before: Recipe) -> bool:
+        """Whether what a method offers on the dense network can be done to what earlier stages made of it."""
+        if not isinstance(option, Stage):
+            return False
+        try:
+            self.runner.make(before + option)
+        except StoreError:
+            raise
+        except FAILURES:
+            return False
+        return True
+
+    def size(self, choice: Choice) -> Size:
+        """Values and multiply-accumulates for one example of a choice's structure.
+
+        Raises:
+            ValueError: and whatever else a stage raises that cannot be applied.
+        """
+        model, example = self.runner.make(structure(self.plan(choice))), self.runner.task.example
+        return Sizes(model, example, ())({})
 
     def starters(self) -> list[Choice]:
         """Choices that are worth trying on any network: where the search starts.
