@@ -265,8 +265,11 @@ class Narrow(Stage):
         while shares[-1] * NARROWER * typical > 1:
             shares.append(round(shares[-1] * NARROWER, 4))
         for share in shares:
-            hows = ((4, False), (4, True), (8, False)) if max(sizes) >= WIDE else ((1, False), (1, True))
-            hows = hows if share >= WIDTHS[-1] else ((1, False),)
+            hows: tuple[tuple[int, bool], ...] = ((1, False), (1, True))
+            if share < WIDTHS[-1]:
+                hows = ((1, False),)
+            elif max(sizes) >= WIDE:
+                hows = ((4, False), (4, True), (8, False))
             options += [cls(share, *how, tables=False) for how in hows]
         distinct: dict[tuple[Any, ...], Narrow] = {}
         for option in options:
