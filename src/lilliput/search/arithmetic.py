@@ -1,5 +1,8 @@
 """Arithmetic without a training step: products and convolutions in 8-bit integers where measuring says that it pays."""
 
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from onnx import ModelProto
@@ -17,97 +20,143 @@ from lilliput.stage import calibration
 from lilliput.task import length, take
 
 TOLERANCES = (0.002, 0.004, 0.01)
-SHARE = 0.2  # of the budget, for all of it
-PAYS = 0.05  # of a run's time, which integers must save to be a point of their own
+SHARE = 0.2  # of the budget, for finding out what pays
+UNCOUNTED_S = 60.0  # the same where no seconds are counted
+PAYS = 0.05  # of a run's time, which a file must save to be worth a trial beside another
 EXAMPLES = 128
 CHUNK = 4  # examples of a calibration run: the outputs of all operators are in memory at once
 REFUSALS = (ExportError, NotSupported, ValueError, KeyError)
 NO_RECIPE = "# Made from the exported file: there are no stages that could be applied or trained again.\n"
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A file that is faster than the dense one.
+
+    Args:
+        harm: the mean divergence from the dense outputs on calibration examples.
+        time: of a run, as a fraction of the dense network's.
+    """
+
+    proto: ModelProto
+    name: str
+    recipe: dict[str, Any]
+    key: str
+    harm: float
+    time: float
+
+
 def points(job: Job) -> list[Point]:
     """The dense network with operators in 8-bit integers: static where ranges are fixed, dynamic where found anew.
 
+    What harms least is scored first, then what is faster, until one loses more than the floor or the time is over.
     Nothing is done where no time is asked for: what is stored in 8 bits is as small without the arithmetic.
     """
     if not job.question.for_latency:
         job.known.skip("8-bit arithmetic", "it saves time, and time is not asked for")
         return []
     proto = job.dense.structure.fill(job.dense.stored)
-    end = job.clock.now + (60.0 if job.clock.budget_s is None else SHARE * job.clock.budget_s)
-    points = _static(job, proto, end)
+    end = job.clock.now + (UNCOUNTED_S if job.clock.budget_s is None else SHARE * job.clock.budget_s)
+    with job.clock.on("calibrate"):
+        found = worth([*_static(job, proto, end), *_dynamic(job, proto, end)])
+    floor = job.question.points(job.dense.score.value)
+    points: list[Point] = []
+    for candidate in found:
+        if points and (job.lost(points[-1]) > floor or job.clock.remaining(0.8) < job.press.scored_s):
+            job.known.skip(candidate.name, "the one before it loses too much, or there was no time to score it")
+            continue
+        points += _point(job, candidate)
     if job.forge is not None:  # the network itself, compiled, loses nothing
         job.forge.start(job.dense.proto)
-        job.forge.tune((points or [job.dense])[0].proto)
-    return [*points, *_dynamic(job, proto, end)]
+        job.forge.tune((points[-1] if points and job.lost(points[-1]) <= floor else job.dense).proto)
+    return points
 
 
-def _static(job: Job, proto: ModelProto, end: float) -> list[Point]:
+def worth(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those worth a trial, from the least harmful to the fastest: each must be faster by `PAYS` than all before it.
+
+    Example:
+        >>> made = [Candidate(ModelProto(), name, {}, name, *of) for name, of in
+        ...         {"a": (0.1, 0.6), "b": (0.2, 0.58), "c": (0.3, 0.4), "d": (0.0, 0.99)}.items()]
+        >>> [candidate.name for candidate in worth(made)]
+        ['a', 'c']
+    """
+    found: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda candidate: (candidate.harm, candidate.time)):
+        if candidate.time <= (1 - PAYS) * min([1.0, *(other.time for other in found)]):
+            found.append(candidate)
+    return found
+
+
+def _static(job: Job, proto: ModelProto, end: float) -> list[Candidate]:
     """Convolutions and products whose inputs have fixed ranges, by groups of operators."""
     inputs = calibration(job.task, EXAMPLES)
     title = "same structure, static 8-bit arithmetic"
     try:
-        with job.clock.on("calibrate"):
-            session = Session(proto)
-            runs: list[Any] = [session.feed(take(inputs, slice(i, i + CHUNK))) for i in range(0, length(inputs), CHUNK)]
-            seen = observe(proto, runs)
-            begin = job.forge.start if job.forge is not None else None
-            found = integers(seen, job.task, inputs, max(1.0, 0.6 * (end - job.clock.now)), begin)
+        session = Session(proto)
+        runs: list[Any] = [session.feed(take(inputs, slice(i, i + CHUNK))) for i in range(0, length(inputs), CHUNK)]
+        seen = observe(proto, runs)
+        begin = job.forge.start if job.forge is not None else None
+        found = integers(seen, job.task, inputs, max(1.0, 0.6 * (end - job.clock.now)), begin)
     except REFUSALS as error:
-        job.failed(title, error)
+        job.known.skip("static 8-bit arithmetic", str(error)[:200])
         return []
-    points: list[Point] = []
     if not found.choices or found.choices[0].time > 1 - PAYS:
         best = 1 - found.choices[0].time if found.choices else 0.0
-        job.known.skip("static 8-bit arithmetic", f"it saves {best:.0%} of a run's time, too little to lose a digit")
-        return points
-    for choice in found.choices:
-        if choice.time > 1 - PAYS or (points and (job.clock.now > end or job.lost(points[-1]) <= 0)):
-            break
-        name = f"{title} in {len(choice.names)} of {len(seen.sites)} operators"
-        recipe = [{"stage": "static int8", "range": found.rule, "operators": list(choice.names)}]
-        key = f"{job.runner.start}-static-{len(choice.names)}"
-        points += _point(job, found.write(choice), name, recipe, key)
-    return points
+        job.known.skip("static 8-bit arithmetic", f"it saves {max(0.0, best):.0%} of a run's time")
+        return []
+    return [
+        Candidate(
+            found.write(choice),
+            f"{title} in {len(choice.names)} of {len(seen.sites)} operators",
+            {"stage": "static int8", "range": found.rule, "operators": list(choice.names)},
+            f"{job.runner.start}-static-{len(choice.names)}",
+            choice.harm,
+            choice.time,
+        )
+        for choice in found.choices
+    ]
 
 
-def _dynamic(job: Job, proto: ModelProto, end: float) -> list[Point]:
+def _dynamic(job: Job, proto: ModelProto, end: float) -> list[Candidate]:
     """Matrix products whose inputs get their levels anew in every run: fast where they are large (transformers)."""
     inputs = calibration(job.task, 48)
     session = Session(proto)
     runs: list[Any] = [session.feed(take(inputs, slice(i, i + 1))) for i in range(length(inputs))]
-    points: list[Point] = []
+    found: list[Candidate] = []
     try:
-        with job.clock.on("measure"):
-            gain = gain_ms(proto, runs[:1])
-            whole = latency({"dense": session}, job.task.example, seconds=0.3)["dense"].median_ms
+        gain = gain_ms(proto, runs[:1])
+        whole = latency({"dense": session}, job.task.example, seconds=0.3, clock=time.thread_time)["dense"].median_ms
+        if gain < PAYS * whole:
+            job.known.skip("dynamic 8-bit arithmetic", f"its products would save {max(0.0, gain / whole):.0%} of a run")
+            return found
+        before = session.predict(inputs, 1)
+        for tolerance in TOLERANCES:
+            if found and job.clock.now > end:
+                break
+            small = dynamic(proto, runs, tolerance=tolerance)
+            made = Session(small)
+            harm = float(job.task.divergence(made.predict(inputs, 1), before).mean().clamp_min(0))
+            pair = {"dense": session, "small": made}
+            times = latency(pair, job.task.example, seconds=1.0, clock=time.thread_time, settled=0.02)
+            name = f"same structure, 8-bit arithmetic within {tolerance:g}"
+            recipe = {"stage": "dynamic int8", "tolerance": tolerance}
+            key = f"{job.runner.start}-dynamic-{tolerance}"
+            found.append(Candidate(small, name, recipe, key, harm, 1 / times["small"].ratio))
     except REFUSALS as error:
-        job.known.skip("dynamic 8-bit arithmetic", str(error))
-        return points
-    if gain < PAYS * whole:
-        job.known.skip("dynamic 8-bit arithmetic", f"its products would save {max(0.0, gain / whole):.0%} of a run")
-        return points
-    for tolerance in TOLERANCES:
-        if points and job.clock.now > end:
-            break
-        name = f"same structure, 8-bit arithmetic within {tolerance:g}"
-        try:
-            with job.clock.on("calibrate"):
-                small = dynamic(proto, runs, tolerance=tolerance)
-        except REFUSALS as error:
-            job.failed(name, error)
-            continue
-        if all(small != point.proto for point in points):
-            recipe = [{"stage": "dynamic int8", "tolerance": tolerance}]
-            points += _point(job, small, name, recipe, f"{job.runner.start}-dynamic-{tolerance}")
-    return points
+        job.known.skip("dynamic 8-bit arithmetic", str(error)[:200])
+    return found
 
 
-def _point(job: Job, proto: ModelProto, name: str, recipe: list[dict[str, Any]], key: str) -> list[Point]:
+def _point(job: Job, candidate: Candidate) -> list[Point]:
     """The point of a written file, or none where it is refused."""
+    proto = candidate.proto
     try:
         with job.clock.on("measure"):
-            return [job.press.finished(proto, Structure(proto), {}, None, name, recipe, key, None)]
+            made = job.press.finished(
+                proto, Structure(proto), {}, None, candidate.name, [candidate.recipe], candidate.key, None
+            )
+            return [made]
     except REFUSALS as error:
-        job.failed(name, error)
+        job.failed(candidate.name, error)
         return []

@@ -86,7 +86,9 @@ def rewarded(structure: Structure, stored: dict[str, Stored], example: Any) -> t
                     }
                 )
             )
-        times = latency({f"{s:g}": session for s, session in opened.items()}, example, seconds=0.3)
+        times = latency(
+            {f"{s:g}": session for s, session in opened.items()}, example, seconds=0.3, clock=time.thread_time
+        )
     except REFUSALS:
         return ()
     rewarding, best = [], times["0"].median_ms

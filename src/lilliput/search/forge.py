@@ -24,7 +24,10 @@ from lilliput.runtimes.engine import EngineSession
 from lilliput.search.pool import Pool
 
 REFUSALS = (NotSupported, ExportError, OSError, ValueError, RuntimeError, CancelledError)
-VALUE_BYTES = 300  # of memory that compiling takes for each value of a network
+VALUE_BYTES = 300  # of memory that compiling takes for each value of a large network
+VALUE_S = 5e-6  # of time
+PATIENCE = 0.1  # of a search's budget, that one compilation may take by its values
+UNCOUNTED_S = 60.0  # the same where nothing counts seconds
 
 
 def build(desk: Any, data: bytes, folder: str, tune: bool) -> float:
@@ -59,6 +62,7 @@ class Forge:
 
     Args:
         submit: runs `function(desk, *arguments)` in another process (`Pool.submit`).
+        patience_s: a network that would take longer by its number of values is refused.
 
     Example:
         >>> from lilliput.search.pool import Pool
@@ -68,8 +72,8 @@ class Forge:
         ...     sessions = forge.sessions(proto, seconds=60)
     """
 
-    def __init__(self, submit: Callable[..., "Future[float]"]) -> None:
-        self._submit = submit
+    def __init__(self, submit: Callable[..., "Future[float]"], patience_s: float = UNCOUNTED_S) -> None:
+        self._submit, self._patience_s = submit, patience_s
         self._folder = Path(tempfile.mkdtemp(prefix="lilliput-engine-"))
         self._quick: dict[str, _Build] = {}
         self._tuned: dict[str, _Build] = {}
@@ -113,22 +117,33 @@ class Forge:
         if key in known:
             return
         folder = self._folder / f"{len(self._quick)}-{len(self._tuned)}"
-        values = stored_values(proto)
-        if values * VALUE_BYTES > 0.5 * psutil.virtual_memory().available:
-            reason = f"compiling {values:,} values takes more memory than there is"
+        if reason := self._too_large(stored_values(proto)):
             known[key] = _Build(Future(), folder, reason=reason)
         else:
             known[key] = _Build(self._submit(build, proto.SerializeToString(), str(folder), tune), folder)
 
+    def _too_large(self, values: int) -> str:
+        """Why a network of so many values is not compiled, or an empty text."""
+        if values * VALUE_BYTES > 0.5 * psutil.virtual_memory().available:
+            return f"compiling {values:,} values takes more memory than there is"
+        if values * VALUE_S > self._patience_s:
+            return f"compiling {values:,} values would take more than {self._patience_s:.0f} s"
+        return ""
+
 
 @contextlib.contextmanager
-def forging(wanted: bool) -> Iterator[Forge | None]:
-    """A forge with a process of its own, where one is wanted."""
+def forging(wanted: bool, budget_s: float | None = None) -> Iterator[Forge | None]:
+    """A forge with a process of its own, where one is wanted.
+
+    Args:
+        wanted: whether it is.
+        budget_s: of the whole search, None where no seconds are counted.
+    """
     if not wanted:
         yield None
         return
     with Pool(workers=1) as pool:
-        forge = Forge(pool.submit)
+        forge = Forge(pool.submit, UNCOUNTED_S if budget_s is None else PATIENCE * budget_s)
         try:
             yield forge
         finally:

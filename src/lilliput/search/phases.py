@@ -36,7 +36,7 @@ def search(job: Job, fresh: bool) -> Result:
     """
     with (
         job.show,
-        forging(job.question.for_latency and job.question.runtime != "ort") as job.forge,
+        forging(job.question.for_latency and job.question.runtime != "ort", job.clock.budget_s) as job.forge,
         ThreadPoolExecutor(job.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
         try:

@@ -157,6 +157,7 @@ class Press:
     def __init__(self, task: Task, clock: Clock, compared: int | None = None) -> None:
         self.task, self.clock, self.compared = task, clock, compared
         self.dense: Point | None = None
+        self.scored_s = 0.0  # how long the latest score on val took
         self._structures: dict[tuple[str, tuple[str, ...]], Any] = {}
         self._refused: dict[tuple[str, tuple[str, ...]], str] = {}
         self._own: set[str] = set()
@@ -227,7 +228,7 @@ class Press:
             return float(count(proto, self.task.example).macs)
         with self.clock.on("measure"):
             session = onnx_export.Session(proto)
-            return latency({"it": session}, self.task.example, seconds=0.1)["it"].median_ms
+            return latency({"it": session}, self.task.example, seconds=0.1, clock=time.thread_time)["it"].median_ms
 
     def finished(
         self,
@@ -246,7 +247,9 @@ class Press:
         # Arithmetic that depends on the whole input is judged as it will be used.
         whole = any(node.op_type == "DynamicQuantizeLinear" for node in proto.graph.node)
         runner = one_by_one(session) if whole else session
+        began = time.monotonic()
         score, outputs = judged(self.task, runner)
+        self.scored_s = time.monotonic() - began
         if plain is None:
             assert self.dense is not None
             agreement = worst(
