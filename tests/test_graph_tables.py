@@ -17,6 +17,7 @@ from lilliput.graph.drop_tables import DropTables
 from lilliput.graph.fold_rows import FoldRows
 from lilliput.graph.lookup import FirstRows, Nothing, SomeRows
 from lilliput.graph.narrow_tables import NarrowTables
+from lilliput.graph.stages import Narrow
 from lilliput.graph.use import use
 from lilliput.proposal import Known, Proposals, Refusal, proposals
 from lilliput.recipe import Recipe
@@ -428,3 +429,40 @@ def test_rows_columns_and_tables_go_one_after_the_other(tmp_path: Path) -> None:
     lilliput.save(small, task.example, tmp_path, recipe=Recipe(recipe))
     inputs = task.calibration(20)
     assert torch.equal(predict(lilliput.restore(tmp_path, model, task), inputs), predict(small, inputs))
+
+
+def test_columns_that_may_not_be_mixed_go_by_what_the_outputs_miss() -> None:
+    model, task = made(Products)
+    with torch.no_grad():  # the fifth column is large, and met by zeros in every product
+        model.below[2].weight[4], model.below[2].bias[4] = 0, 0
+        for table in model.tables:
+            table.weight[:, 4] = 0
+        model.tables[0].weight[:, 4] = 50
+    small = NarrowTables((("tables.0", 7),))(model, task, None)
+    inputs = task.calibration(30)
+    assert small.tables[0].embedding_dim == 7
+    assert torch.allclose(predict(small, inputs), predict(model, inputs), atol=1e-4)
+
+
+def test_a_transformer_is_no_table() -> None:
+    torch.manual_seed(0)
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.out = nn.Embedding(300, 12), nn.Linear(12, 3)
+            self.up, self.down = nn.ModuleList(), nn.ModuleList()
+            for _ in range(2):
+                self.up.append(nn.Linear(12, 20))
+                self.down.append(nn.Linear(20, 12))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.words(ids)
+            for up, down in zip(self.up, self.down, strict=True):
+                x = x + down(up(x).relu())
+            return self.out(x.mean(1))
+
+    ids = torch.randint(0, 300, (24, 4))
+    task = Task("ids", train=(ids, ids[:, 0] % 3), val=(ids, ids[:, 0] % 3))
+    assert proposals(NarrowTables, Residual(), task, Known()) == Refusal("no lookup table may lose columns")
+    assert Narrow(0.5, tables=False)(Residual(), task, None).words.embedding_dim == 8

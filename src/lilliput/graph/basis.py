@@ -50,18 +50,17 @@ def freedom(model: nn.Module, example: Any, group: Group) -> Freedom:
     return "none"
 
 
-def basis(model: nn.Module, group: Group, free: Freedom, moment: Tensor) -> Basis:
+def mixtures(model: nn.Module, group: Group, free: Freedom, moment: Tensor) -> Basis:
     """Find the mixtures of channels that carry most of what the readers see.
 
     With C the second moment of what is made and G = sum W^T W over the readers' columns W, an invertible M makes both
     diagonal and alike: M^T C M = M^-1 G M^-T = S, so that dropping mixture i loses S_i^2. With C = L L^T and
-    L^T G L = U S^2 U^T it is M = L^-T U S^(1/2). A rotation takes the eigenvectors of C; channels that may not be mixed
-    are ordered by C_cc G_cc.
+    L^T G L = U S^2 U^T it is M = L^-T U S^(1/2). A rotation takes the eigenvectors of C.
 
     Args:
         model: The model.
         group: A group of its channels.
-        free: What `freedom` says of it.
+        free: "any" or "rotation", as `freedom` says of it.
         moment: float64 (channels, channels), C.
 
     Returns:
@@ -71,12 +70,7 @@ def basis(model: nn.Module, group: Group, free: Freedom, moment: Tensor) -> Basi
         Moore, Principal component analysis in linear systems, IEEE Transactions on Automatic Control 1981 (balancing);
         Eckart and Young, The approximation of one matrix by another of lower rank, Psychometrika 1936.
     """
-    eye = torch.eye(group.size, dtype=torch.float64)
-    gram = _gram(model, group)
-    if free == "none":
-        score = moment.diagonal() * (gram.diagonal() if bool(gram.any()) else moment.diagonal())
-        order = score.argsort(descending=True, stable=True)
-        return Basis(eye[:, order], eye[:, order], score[order])
+    eye, gram = torch.eye(group.size, dtype=torch.float64), _gram(model, group)
     if free == "rotation":
         values, vectors = torch.linalg.eigh(moment)
         order = values.argsort(descending=True)
@@ -90,6 +84,13 @@ def basis(model: nn.Module, group: Group, free: Freedom, moment: Tensor) -> Basi
     vectors = vectors[:, order]
     made = torch.linalg.solve_triangular(lower.T, vectors, upper=True) * balanced**0.5
     return Basis(made, lower @ vectors / balanced**0.5, balanced**2)
+
+
+def unmixed(scores: Tensor) -> Basis:
+    """The channels themselves, those with the highest scores first."""
+    order = scores.argsort(descending=True, stable=True)
+    eye = torch.eye(len(scores), dtype=torch.float64)[:, order]
+    return Basis(eye, eye, scores[order].double())
 
 
 def mix_(model: nn.Module, group: Group, made: Tensor, read: Tensor) -> None:
@@ -129,18 +130,11 @@ def _gram(model: nn.Module, group: Group) -> Tensor:
         if part.side == "in":
             layer = model.get_submodule(part.layer)
             for name, dim in _tensors(layer, "in"):
-                for index in _sets(part.index, part.channel, group.size) or _apart(part.index, part.channel):
+                for index in _sets(part.index, part.channel, group.size):
                     columns = cast(Tensor, getattr(layer, name)).detach().double().cpu().movedim(dim, -1)
-                    rows = torch.zeros(group.size, columns[..., 0].numel(), dtype=torch.float64)
-                    chosen = torch.arange(group.size) if len(index) == group.size else torch.tensor(part.channel)
-                    rows[chosen] = columns[..., index].flatten(0, -2).T
-                    total += rows @ rows.T
+                    rows = columns[..., index].flatten(0, -2)
+                    total += rows.T @ rows
     return total
-
-
-def _apart(index: tuple[int, ...], channel: tuple[int, ...]) -> list[Tensor]:
-    """All positions at once, where they read each channel at most once."""
-    return [torch.tensor(index)] if len(set(channel)) == len(channel) else []
 
 
 def _mixable(model: nn.Module, group: Group) -> bool:

@@ -2,23 +2,25 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lilliput.code.base import copy_model
 from lilliput.graph import slicing
-from lilliput.graph.basis import Basis, basis, freedom, mix_, moment
+from lilliput.graph.basis import Basis, freedom, mix_, mixtures, moment, unmixed
 from lilliput.graph.channels import groups
 from lilliput.graph.group import Group
 from lilliput.graph.narrow import narrow_
 from lilliput.graph.use import placed, use
+from lilliput.graph.widths import taylor
 from lilliput.proposal import Known, Proposals, Refusal
 from lilliput.stage import Reference, Stage, calibration
-from lilliput.task import Task, predict
+from lilliput.task import Task, call, leaves, length, predict, take
 
 MEASURED = 256  # examples on which a group's columns are missed
+PROBED = 16  # examples of them at a time, where columns are weighed one by one
 SHARE = 2 / 3  # of the numbers in tables that stay, from one option to the next
 
 
@@ -27,7 +29,8 @@ class NarrowTables(Stage):
     """Narrow lookup tables, each alone where a layer reads it, together where a dot product does.
 
     Where what reads a table is linear, its columns are mixed so that the first carry most of what the training data
-    sends through them; in dot products they are rotated; elsewhere the strongest columns stay (`lilliput.graph.basis`).
+    sends through them; in dot products they are rotated (`lilliput.graph.basis`); elsewhere those columns stay whose
+    absence would change the outputs most, to first order.
 
     Args:
         widths: (path of a table, how many columns of it, and of those that go with it, stay).
@@ -107,17 +110,32 @@ def _ever_narrower(tails: dict[str, list[float]], prices: dict[str, int]) -> Ite
 
 
 def _groups(model: nn.Module, task: Task) -> list[Group]:
-    """The groups with a lookup table among their makers whose channels may go."""
-    return [group for group in groups(model, task.example) if group.removable and holds_table(model, group)]
+    """The groups of lookup tables whose channels may go."""
+    return [group for group in groups(model, task.example) if group.removable and of_tables(model, group)]
 
 
-def holds_table(model: nn.Module, group: Group) -> bool:
-    """Whether a lookup table is among the layers that make a group's channels."""
-    return any(isinstance(model.get_submodule(part.layer), slicing.TABLES) for part in group.parts)
+def of_tables(model: nn.Module, group: Group) -> bool:
+    """Whether at least half of the layers that make a group's channels are lookup tables."""
+    layers = [model.get_submodule(part.layer) for part in group.parts if part.side == "out"]
+    tables = sum(isinstance(layer, slicing.TABLES) for layer in layers)
+    return 0 < tables >= sum(isinstance(layer, slicing.MAPS) for layer in layers)
 
 
 def _basis(model: nn.Module, task: Task, group: Group, counts: dict[str, Tensor]) -> Basis:
-    return basis(model, group, freedom(model, task.example, group), moment(model, group, counts))
+    free = freedom(model, task.example, group)
+    if free != "none":
+        return mixtures(model, group, free, moment(model, group, counts))
+    heard = taylor(model, [group], lambda net: _probes(net, calibration(task, MEASURED)))
+    return unmixed(heard[group.name])
+
+
+def _probes(model: nn.Module, inputs: Any) -> Iterator[Tensor]:
+    """Sums of outputs with random signs: the squared gradient of one is in the mean that of all outputs, squared."""
+    draw = torch.Generator().manual_seed(0)
+    for rows in torch.arange(length(inputs)).split(PROBED):
+        outputs = [leaf for leaf in leaves(call(model, take(inputs, rows))) if leaf.is_floating_point()]
+        signs = [torch.randint(0, 2, leaf.shape, generator=draw).to(leaf) * 2 - 1 for leaf in outputs]
+        yield torch.stack([(leaf * sign).sum() for leaf, sign in zip(outputs, signs, strict=True)]).sum()
 
 
 def _narrowed(model: nn.Module, chosen: Sequence[tuple[Group, Basis, int]]) -> nn.Module:

@@ -10,7 +10,7 @@ from lilliput.graph.blocks import removable, remove_blocks, skipped_blocks
 from lilliput.graph.channels import groups, remove_channels
 from lilliput.graph.fold import fold_batchnorm
 from lilliput.graph.group import Group, skipped
-from lilliput.graph.narrow_tables import holds_table
+from lilliput.graph.narrow_tables import of_tables
 from lilliput.graph.stride import earlier_stride, poolable, set_stride
 from lilliput.graph.students import student
 from lilliput.graph.widths import Scores, kept, magnitude, uniform, widths
@@ -239,7 +239,7 @@ class Narrow(Stage):
         return remove_channels(model, task.example, kept(listed, scores, counts), listed)
 
     def _counts(self, model: nn.Module, task: Task, listed: Sequence[Group], scores: Scores) -> dict[str, int]:
-        chosen = [group for group in listed if self.tables or not holds_table(model, group)]
+        chosen = [group for group in listed if self.tables or not of_tables(model, group)]
         if self.spread:
             target = round(self.width**2, 6)
             return widths(model, task.example, chosen, target, scores, round_to=self.multiple)
@@ -257,7 +257,7 @@ class Narrow(Stage):
         channels = groups(model, task.example)
         for item in skipped(channels):
             known.skip(item.name, item.reason)
-        sizes = [group.size for group in channels if group.removable and not holds_table(model, group)]
+        sizes = [group.size for group in channels if group.removable and not of_tables(model, group)]
         if not sizes:
             return Refusal("no channel can go")
         shares, options = list(WIDTHS), list[Narrow]()
