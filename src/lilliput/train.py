@@ -139,8 +139,8 @@ def fit(
     checkpoint = _usable(load(), until)
     # Momenta are kept as the weights lie, so a training goes on in the layout that it began with.
     last = layout(model, task, stage.batch_size) if checkpoint is None else checkpoint.get("channels_last", False)
-    place(model, last)
     states = [to(rule.begin(model, task, reference, stage.steps), reference.device) for rule in stage.rules]
+    place(model, last)
     optimizer = _optimizer(stage, [*model.parameters(), *extras(states)])
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     step, steps, course = 0, stage.steps, Course(stage.steps, seconds)
