@@ -47,6 +47,73 @@ def test_any_kind_of_data(data) -> None:
     assert task.examples == 20 and not task.has("test") and task.example.shape == (1, 2)
 
 
+UNLABELLED = [
+    ("cosine", "cosine"),
+    ("mse", "mse"),
+    ("cross_entropy", "accuracy"),
+    ("cross_entropy", "f1"),
+    ("cross_entropy", "perplexity"),
+    ("bce", "accuracy"),
+    (nn.CrossEntropyLoss(), "accuracy"),
+    ("mse", lambda outputs, targets: -(outputs - targets).square().mean(1)),
+    ("mse", "r2"),
+]
+
+
+@pytest.mark.parametrize(("loss", "metric"), UNLABELLED)
+def test_without_labels_the_dense_network_is_what_a_score_compares_with(loss, metric) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(60, 6)
+    dense, random = nn.Linear(6, 4), nn.Linear(6, 4)
+    task = Task("bare", x, x, x, loss=loss, metric=metric)
+    with pytest.raises(ValueError, match=r"Say which network is to be preserved: task.against\(dense\)"):
+        task.score(dense)
+    bound = task.against(dense)
+    for split in ("val", "test"):
+        best, worse = bound.score(dense, split), bound.score(random, split)
+        assert task.loss_of(best.value, worse.value) > 0.2, "a random network never scores as the dense one does"
+    batch = Batch(x, bound.imitated(dense(x)).detach())
+    assert bound.loss(dense(x), batch) < bound.loss(random(x), batch)
+    before = bound.score(random).value
+    with torch.no_grad():
+        dense.weight.zero_()  # the targets are those of the network as it was given
+    assert bound.score(random).value == before and bound.score(dense).value != best.value
+    assert task.against(random).fingerprint != bound.fingerprint
+
+
+def test_each_split_without_labels_is_judged_by_the_dense_network() -> None:
+    dense = nn.Linear(2, 2)
+    task = Task("val", (X, Y), X, (X, Y), loss="cross_entropy", metric="accuracy").against(dense)
+    assert task.score(dense).value == 1 and task.score(dense, "test").value == (dense(X).argmax(1) == Y).float().mean()
+    whole = Task("all", (X, Y), (X, Y))
+    assert whole.against(dense) is whole
+
+
+def test_a_training_without_labels_imitates_the_dense_network() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(256, 3) @ torch.randn(3, 6)  # correlated, so that what is left can stand in for what was pruned
+    dense = nn.Linear(6, 4)
+    task = Task("bare", x, x, loss="mse", metric="mse", batch_size=32)
+    stages = [lilliput.Prune(0.5), lilliput.Train(200, lr=0.01)]
+    bound = task.against(dense)
+    pruned, trained = (lilliput.run(dense, task, stages[:count]) for count in (1, 2))
+    assert bound.score(trained).value < 0.8 * bound.score(pruned).value
+
+
+def test_a_search_without_labels_reports_what_is_really_lost(tmp_path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(96, 8)
+    dense = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 6)).eval()
+    task = Task("bare", x[:64], x[64:], loss="cosine", metric="cosine")
+    result = lilliput.shrink(dense, task, floor=0.5, trials=1, out=tmp_path / "out")
+    assert result.summary["dense"]["val"] == pytest.approx(1, abs=1e-5)
+    assert result.chosen is not None and result.chosen["val"] < 1 - 1e-6
+    with torch.no_grad():
+        said = torch.from_numpy(Session(result.folder / "model.onnx").outputs(x[64:]))
+        kept = nn.functional.cosine_similarity(said, dense(x[64:])).mean()
+    assert result.chosen["val"] == pytest.approx(float(kept), abs=1e-5)
+
+
 def test_dictionary_tuple_and_unlabelled_inputs() -> None:
     class Named(nn.Module):
         def forward(self, a, b):

@@ -71,6 +71,7 @@ class Runner:
         layout: Layout = channels_first,
     ) -> None:
         self.layout = layout
+        task = task.against(model if reference is None else reference.model)
         self.model, self.task, self.store, self.seed = model, task, store, seed
         self.start = start_key(model, task, seed)
         self.reference = reference or self._reference(torch.device(device))

@@ -97,6 +97,7 @@ def shrink(
             f"shrink: the model must be one that copy.deepcopy copies, but that raised {error}. Build it "
             "anew instead of taking it from a graph with gradients."
         ) from error
+    task = task.against(model)
     check(model, task)
     folder = Path(out) if out is not None else Path(f"lilliput-{task.name}")
     if (folder / "records").exists() and any((folder / "records").iterdir()) and not resume:

@@ -40,7 +40,8 @@ class Train(Stage):
         steps: optimizer steps of the whole training.
         lr: the learning rate, a number or a schedule of the step.
         rules: what happens while it trains: gradual pruning, distillation.
-        supervised: the weight of the task's own loss; 0 leaves the rules' losses alone.
+        supervised: the weight of the task's own loss (against the dense network's outputs where the task has no
+            labels); 0 leaves the rules' losses alone.
         batch_size: examples in a batch; None: the task's own.
         optimizer: "adamw" or "sgd" (momentum 0.9, Nesterov).
         weight_decay: of tensors with two and more dimensions.
@@ -224,6 +225,8 @@ def _loss(
     output: Any,
     reference: Reference,
 ) -> Tensor:
+    if stage.supervised and not task.labelled and batch.targets is None:
+        batch = replace(batch, targets=task.imitated(reference.outputs(batch)))
     loss = task.loss(output, batch) * stage.supervised if stage.supervised else nothing(output)
     for rule, state in zip(stage.rules, states, strict=True):
         added = rule.loss(state, model, *place, batch, output, reference)

@@ -1,5 +1,6 @@
 """Every loss, metric and task that is registered: what the search relies on."""
 
+import copy
 import functools
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from lilliput.onnx.session import Session
 from lilliput.onnx.trace import trace
 from lilliput.registry import entries
-from lilliput.task import Arrays, Episodes, Generation, Score, Task, call, leaves, length, mapped, predict, take
+from lilliput.task import Arrays, Batch, Episodes, Generation, Score, Task, call, leaves, length, mapped, predict, take
 
 LOSSES = [entry for entry in entries("loss") if entry.package == "lilliput"]
 METRICS = [entry for entry in entries("metric") if entry.package == "lilliput"]
@@ -262,7 +263,9 @@ def made(kind: str, seed: int = 0, **settings) -> tuple[nn.Module, Task]:
         net, data = nn.Linear(3, 2), (x, labels)
         return net, Task("arrays", data, data, data, **settings)
     if kind == "unlabelled":
-        return nn.Linear(3, 2), Task("bare", x, x, loss="cosine", metric="cosine", unlabelled=x + 1, **settings)
+        net = nn.Linear(3, 2)
+        task = Task("bare", x, x, loss="cosine", metric="cosine", unlabelled=x + 1, **settings)
+        return net, task.against(net)
     if kind == "tokens":
         tags = words % 3
         tags[:, 3] = -100
@@ -349,6 +352,21 @@ def test_the_dense_model_scores_as_itself(kind: str) -> None:
     apart = task.divergence(outputs, outputs)
     assert apart.shape == (length(probe.inputs),) and apart.abs().max() < 1e-5
     assert torch.isfinite(task.loss(outputs, probe))
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_another_network_never_scores_as_the_dense_one_does(kind: str) -> None:
+    net, task = CACHED(kind)
+    bound = task.against(net)
+    assert bound.against(copy.deepcopy(net)) is bound, "what it is judged by never changes"
+    other = copy.deepcopy(net)
+    for parameter in other.parameters():
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(3))
+    targets = mapped(Tensor.detach, bound.imitated(call(net, task.example)))
+    assert length(targets) == 1
+    if not task.labelled:
+        assert bound.score(other).value != bound.score(net).value
+        assert bound.loss(call(other, task.example), Batch(task.example, targets)) > 0
 
 
 @pytest.mark.parametrize("kind", TASKS)

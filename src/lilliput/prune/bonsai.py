@@ -127,6 +127,7 @@ class Clip(Stage):
     def __call__(self, model: nn.Module, task: Task | None, reference: Reference | None) -> nn.Module:
         if task is None:
             raise ValueError("Clip: a task must be given to score by, got None.")
+        task = task.against(model if reference is None else reference.model)
         model = copy_model(model)
         pattern = patterns.parse("elements")
         weights, _ = prunable(model, self.where, pattern, "Clip")

@@ -37,6 +37,7 @@ def apply(
     """
     clock, where = Clock(None), place(device)
     model = copy_model(model).cpu().eval()
+    task = task.against(model)
     dense = check(model, task, COMPARED)
     fresh = not folder.exists()
     try:

@@ -28,7 +28,9 @@ def plan(model: nn.Module, task: Task, **asked: Any) -> dict[str, Any]:
         ValueError: For what a search would refuse too.
     """
     device = place(asked["device"])
-    check(copy_model(model).cpu().eval(), task)
+    model = copy_model(model).cpu().eval()
+    task = task.against(model)
+    check(model, task)
     content = target(model).plan(model, task)
     trials = asked["trials"]
     if trials is None:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -28,6 +29,10 @@ class Arrays(Task, default=True):
     A split is `(inputs, targets)` of arrays or tensors, `inputs` alone, a Dataset, or a loader of any length. Inputs,
     targets and outputs may each be a tensor or tensors in tuples and dictionaries, examples along the first axis: a
     tuple of inputs is given to the model in order, a dictionary by name. Everything is read into memory once.
+
+    Without targets the dense network's outputs are the targets: of a metric that reads labels its predictions, of a
+    loss on logits their softmax, otherwise the outputs as they are. `shrink` and `run` say which network that is;
+    where a task is scored by hand, `task.against(dense)` does.
 
     Args:
         name: what the task is called in files and reports.
@@ -79,6 +84,8 @@ class Arrays(Task, default=True):
         self.name, self.augment, self.batch_size = name, augment, batch_size
         self.draws = draws if augment is not None else 1
         self._augmented: dict[int, Any] = {}
+        self._dense: Model | None = None
+        self._said: dict[str, Any] = {}
         self._splits = {"train": read(name, "train", train), "val": read(name, "val", val)}
         if test is not None:
             self._splits["test"] = read(name, "test", test)
@@ -113,6 +120,52 @@ class Arrays(Task, default=True):
         other.draws = max(1, min(self.draws, draws))
         other.__dict__.pop("fingerprint", None)
         return other
+
+    def against(self, dense: Model) -> "Arrays":
+        if self._dense is not None or all(targets is not None for _, targets in self._splits.values()):
+            return self
+        other = copy.copy(self)
+        # What is trained or pruned later must not move the targets.
+        other._dense, other._said = copy.deepcopy(dense) if isinstance(dense, nn.Module) else dense, {}
+        other.__dict__.pop("fingerprint", None)
+        return other
+
+    def imitated(self, outputs: Any) -> Any:
+        kind = of_loss(self._loss)
+        meaning = replace(self.meaning, kind=kind)
+
+        def one(leaf: Tensor) -> Tensor:
+            axis = meaning.class_axis(leaf)
+            if kind == "logits" and axis is None:
+                raise ValueError(
+                    f"Task {self.name}: class_axis must be given where there are no labels to find it by, got outputs "
+                    f"of shape {tuple(leaf.shape)}."
+                )
+            if kind == "logits" and axis is not None:
+                return leaf if self.meaning.kind == "probabilities" else leaf.softmax(axis)
+            return torch.sigmoid(leaf) if kind == "bits" else leaf
+
+        return mapped(one, outputs)
+
+    def _targets(self, split: str) -> Any:
+        """What the metric compares with: the labels of a split, or what the dense network says of its inputs.
+
+        Raises:
+            ValueError: where there are no labels and no dense network is known.
+        """
+        inputs, targets = self.split(split)
+        if targets is not None:
+            return targets
+        if self._dense is None:
+            raise ValueError(
+                f"Task {self.name}: a score must have targets to compare with, but {split} has none. Say which network "
+                "is to be preserved: task.against(dense).score(model)."
+            )
+        if split not in self._said:
+            outputs = mapped(_plain, predict(self._dense, inputs))
+            reads = getattr(self._metric, "targets", "")
+            self._said[split] = mapped(self.meaning.predictions, outputs) if reads == "labels" else outputs
+        return self._said[split]
 
     def split(self, split: str) -> tuple[Any, Any]:
         """(inputs, targets or None) of a split.
@@ -213,9 +266,7 @@ class Arrays(Task, default=True):
             outputs: what a network returned for the inputs of the split.
             split: its name.
         """
-        targets = self.split(split)[1]
-        outputs = mapped(_plain, outputs)
-        return self._measured(outputs, outputs if targets is None else targets, split)
+        return self._measured(mapped(_plain, outputs), self._targets(split), split)
 
     def _measured(self, outputs: Any, targets: Any, split: str, kept: bool = True) -> Score:
         """The metric of outputs; kept: whether they are what a network gives on the probe of the split."""
@@ -249,7 +300,7 @@ class Arrays(Task, default=True):
                 _digest(digest, tensor)
         for tensor in leaves(self._unlabelled):
             _digest(digest, tensor)
-        for part in (self._loss, self._metric, self.augment):
+        for part in (self._loss, self._metric, self.augment, *([] if self._dense is None else [self._dense])):
             _digest_function(digest, part)
         digest.update(f"{self.draws} {self.batch_size} {self.higher_is_better} {self.meaning}".encode())
         return digest.hexdigest()

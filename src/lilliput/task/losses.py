@@ -50,14 +50,17 @@ def cross_entropy(output: Tensor, target: Tensor, *, meaning: Meaning) -> Tensor
         >>> cross_entropy(torch.zeros(2, 2, 3), labels, meaning=Meaning("logits", labels=(2,)))
         tensor(1.0986)
     """
-    axis = meaning.class_axis(output)
-    output = output if axis in (None, 1) else output.movedim(axis, 1)
+    axis, soft = meaning.class_axis(output), target.is_floating_point()
+    if axis not in (None, 1):
+        output, target = output.movedim(axis, 1), target.movedim(axis, 1) if soft else target
     ignore = -100 if meaning.ignore is None else meaning.ignore
-    if meaning.kind == "probabilities":
+    if meaning.kind == "probabilities" and soft:
+        loss = -(target * output.clamp_min(1e-12).log()).sum(1).mean()
+    elif meaning.kind == "probabilities":
         loss = F.nll_loss(output.clamp_min(1e-12).log(), target, ignore_index=ignore)
     else:
         loss = F.cross_entropy(output, target, ignore_index=ignore)
-    if meaning.ignore is not None and not bool((target != ignore).any()):
+    if meaning.ignore is not None and not soft and not bool((target != ignore).any()):
         return output.sum() * 0  # the mean over no label is no number
     return loss
 

@@ -23,11 +23,18 @@ def lower_is_better(metric: F_) -> F_:
     return metric
 
 
+def reads_labels(metric: F_) -> F_:
+    """Say that a metric compares with labels: without any, the dense network's predictions stand in for them."""
+    metric.targets = "labels"  # type: ignore[attr-defined]
+    return metric
+
+
 def _per_example(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1) if values.ndim > 1 else values
 
 
 @register("metric")
+@reads_labels
 def accuracy(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
     """Compute the share of right labels of each example; padding does not count, nor an example that is nothing else.
 
@@ -155,6 +162,7 @@ def cosine(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 @register("metric")
+@reads_labels
 def f1(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
     """Compute the macro-averaged F1 over the classes present in the labels, padding left out, over all examples.
 
@@ -180,6 +188,7 @@ def f1(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
 
 
 @register("metric")
+@reads_labels
 def auc(outputs: Tensor, targets: Tensor) -> Tensor:
     """Compute the area under the ROC curve of a binary score, by ranks (ties shared); one number over all examples.
 
@@ -207,6 +216,7 @@ def auc(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @register("metric")
 @lower_is_better
+@reads_labels
 def perplexity(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
     """Compute the perplexity over all examples: exp of the mean cross entropy over labels that are not padding.
 
@@ -229,6 +239,7 @@ def perplexity(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
 
 
 @register("metric", name="exact match")
+@reads_labels
 def exact_match(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
     """Tell whether a whole decoded sequence is right up to its end: 1 or 0 for each example.
 
@@ -250,6 +261,7 @@ def exact_match(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor
 
 @register("metric", name="edit distance")
 @lower_is_better
+@reads_labels
 def edit_distance(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
     """Count insertions, deletions and replacements from a decoded sequence to the right one, by the latter's length.
 

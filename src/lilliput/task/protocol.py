@@ -99,7 +99,7 @@ class Task:
         higher_is_better: which way the metric runs.
         batch_size: examples in a training batch.
         draws: augmentations of each example; 0 where batches have no index, so that nothing can be kept for them.
-        labelled: whether `loss` compares with labels; otherwise training only imitates the dense network.
+        labelled: whether `loss` compares with labels; otherwise it compares with the dense network's outputs.
         meaning: what the numbers of the outputs stand for.
         loss_name: what the loss is called, "" for one that has no name.
 
@@ -183,7 +183,8 @@ class Task:
 
         Raises:
             KeyError: where the task has no split of that name.
-            ValueError: where the metric is not a finite number.
+            ValueError: where the metric is not a finite number, or compares with a dense network that is not known yet
+                (`against`).
         """
         raise NotImplementedError
 
@@ -244,6 +245,18 @@ class Task:
             value.
         """
         return self.meaning.class_axis(outputs)
+
+    def against(self, dense: Model) -> "Task":
+        """The same task, judged by what a dense network says wherever there are no labels; itself where there are.
+
+        Args:
+            dense: the network that is to be preserved. A copy is kept, so that training it later moves no target.
+        """
+        return self
+
+    def imitated(self, outputs: Any) -> Any:
+        """What `loss` compares with where there are no labels, made of the dense network's outputs for a batch."""
+        return outputs
 
     def loss_of(self, dense: float, score: float) -> float:
         """What was lost, in points of the metric: positive is worse, whichever way the metric runs."""
