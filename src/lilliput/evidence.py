@@ -53,7 +53,7 @@ def interval(values: Sequence[float], digits: int = 4) -> list[float]:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return [round(mean, digits)] * 2
-    from scipy.stats import t  # type: ignore[import-untyped]
+    from scipy.stats import t
 
     half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
     return [round(mean - half, digits), round(mean + half, digits)]

@@ -2,7 +2,7 @@
 
 The search proposes structures (what every registered method offers), trains them against the dense network's outputs
 for short, lets the promising ones train on, stores the best in fewer bits with training through the rounding, scores
-every artifact in the runtime it is for, and chooses with the optimism of having chosen taken off.
+every artifact in the runtime it is for, and chooses the smallest that can be promised to keep the floor.
 """
 
 import os
@@ -40,6 +40,7 @@ def shrink(
     max_peak: int | str | None = None,
     file: str = "lil",
     runtime: str | None = None,
+    sure: float | str = 0.9,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
@@ -62,6 +63,7 @@ def shrink(
         max_peak: the best score that needs at most as many bytes of memory, instead of a floor.
         file: what is deployed: "lil" (model.lil) or "onnx" (model.onnx). Sizes are this file's.
         runtime: where it runs: "ort" (ONNX Runtime) or "engine"; the better of both without one.
+        sure: how probable it must be that the floor is kept on new data: 0.9 or "90%", from 50% to 99%.
         seed: of the search and of every training.
         out: the folder for model.onnx, model.lil, model.safetensors, recipe.toml, report.html, summary.json, records/.
         resume: continue the search in `out`.
@@ -83,7 +85,7 @@ def shrink(
         >>> result.chosen["packed_bytes"]  # doctest: +SKIP
         9120
     """
-    asked = question(objective, floor, max_bytes, max_latency_ms, max_peak, file, runtime)
+    asked = question(objective, floor, max_bytes, max_latency_ms, max_peak, file, runtime, sure)
     if trials is not None and trials < 1:
         raise ValueError(f"shrink: trials must be at least 1, got {trials}.")
     budget_s = None if trials is not None or budget is None else ask.seconds(budget)

@@ -37,6 +37,7 @@ def shrink(
     runtime: Annotated[
         str | None, typer.Option(help="where it runs: ort or engine; the better of both when left out")
     ] = None,
+    sure: Annotated[str, typer.Option(help="how probable it must be that the floor is kept on new data")] = "90%",
     max_bytes: Annotated[str | None, typer.Option(help="the best score whose file fits, such as 2MB")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="the best score that is as fast as this")] = None,
     max_peak: Annotated[str | None, typer.Option(help="the best score that runs in this memory, such as 256KB")] = None,
@@ -65,6 +66,7 @@ def shrink(
         objective=objective,
         file=file,
         runtime=runtime,
+        sure=sure,
         max_bytes=max_bytes,
         max_latency_ms=max_latency_ms,
         max_peak=max_peak,
@@ -91,7 +93,7 @@ def _shrink(
         from lilliput.search import ask
         from lilliput.search.question import question
 
-        asked = ("floor", "objective", "max_bytes", "max_latency_ms", "max_peak", "file", "runtime")
+        asked = ("floor", "objective", "max_bytes", "max_latency_ms", "max_peak", "file", "runtime", "sure")
         question(**{name: settings[name] for name in asked if name in settings})  # before anything heavy is imported
         if settings.get("budget") is not None:
             ask.seconds(settings["budget"])

@@ -150,6 +150,22 @@ def shares(shares: Mapping[str, float]) -> list[dict[str, Any]]:
     return out
 
 
+def _promise(summary: Summary, quality: Quality) -> str:
+    """What the floor was checked on."""
+    if not known(summary.get("sure")):  # before format 2 had a bound
+        draws = formats.count(summary.get("draws") or 1000)
+        return (
+            f"The whole choice was repeated on {draws} bootstrap draws of the validation split, and each winner was "
+            "scored on the examples its draw left out; the floor is checked on that loss."
+        )
+    sure, bound = f"{100 * summary['sure']:g}%", summary.get("drop_bound")
+    most = f": {quality.points(bound)} here" if known(bound) else ""
+    return (
+        f"The floor is checked on what a point loses at most with a probability of {sure}{most}. That comes from the "
+        "validation examples on which it and the dense model differ, and from the points that it was chosen among."
+    )
+
+
 def measured(summary: Summary, point: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """How the numbers came about, as pairs of a term and a sentence; what is unknown is left out."""
     machine, dense, out = summary.get("machine") or {}, summary["dense"], []
@@ -189,16 +205,9 @@ def measured(summary: Summary, point: Mapping[str, Any] | None) -> list[tuple[st
         )
     )
     if known(summary.get("drop_corrected")):
-        draws = formats.count(summary.get("draws") or 1000)
         more = summary.get("examples_for_half_interval")
         tail = f" Half this interval would take about {formats.count(more)} validation examples." if known(more) else ""
-        out.append(
-            (
-                "Choice",
-                f"The whole choice was repeated on {draws} bootstrap draws of the validation split, and each "
-                f"winner was scored on the examples its draw left out; the floor is checked on that loss.{tail}",
-            )
-        )
+        out.append(("Choice", f"{_promise(summary, Quality.of(summary))}{tail}"))
     agreement = (point or {}).get("agreement") or {}
     if agreement:
         out.append(

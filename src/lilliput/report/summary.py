@@ -108,6 +108,8 @@ def verdict(summary: Summary) -> str:
     if point is None:
         return f"No point of {task} could be finished; the files written are the dense model's."
     fits = " and ".join(written(asked, what, most) for what, most in asked.limits)
+    if met and not asked.limits and point.get("name") == "dense" and not known(point.get("engine_ms")):
+        return _unpromised(summary, quality, asked)
     if met:
         drop, where = summary.get("drop_test"), "on data it was not tuned on"
         bounds, score = summary.get("drop_test_interval"), point.get("test")
@@ -127,6 +129,18 @@ def verdict(summary: Summary) -> str:
     drop, bounds = _corrected(summary, point)
     nearest = f"; the nearest ({name}) {quality.lost(drop, bounds)}" if drop is not None else ""
     return f"Nothing that was tried keeps {task} within {quality.points(floor(summary))} of the dense model{nearest}."
+
+
+def _unpromised(summary: Summary, quality: Quality, asked: Question) -> str:
+    """The sentence where the dense network is all that can be promised, with the next best and what it would take."""
+    task, allowed = str(summary["task"]), quality.points(floor(summary))
+    said = f"Nothing cheaper than the dense {task} could be promised to lose at most {allowed}: its files are written."
+    for point in (summary.get("near") or ())[:1]:
+        price = compared(ratio(asked.before(summary["dense"]), asked.price(point)), "less", "more", "as much")
+        said += f" With a floor of {quality.points(point['drop_bound'])} it would be {point['name']}, {price}"
+        more = point.get("examples_to_promise")
+        said += f"; about {more:,} validation examples might show that it keeps this one." if known(more) else "."
+    return said
 
 
 def _beside_floor(drop: float | None, floor: float | None, quality: Quality) -> str:

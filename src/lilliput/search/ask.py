@@ -55,6 +55,28 @@ def floor(text: str | float) -> Floor:
     return Floor(amount, bool(match and match[2] == "r"))
 
 
+def sure(text: str | float) -> float:
+    """A probability from "90%", "90" or 0.9.
+
+    Raises:
+        ValueError: Below one half or above 0.99.
+
+    Example:
+        >>> sure("90%"), sure(0.8)
+        (0.9, 0.8)
+    """
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%|)\s*", str(text))
+    value = float(match[1]) if match else 0.0
+    if match and (match[2] or value > 1):
+        value /= 100
+    if not 0.5 <= value <= 0.99:
+        raise ValueError(
+            f"shrink: sure must be at least 50% and at most 99%, got {text}. It is how probable it must be that the "
+            "floor is kept on new data; write 90%."
+        )
+    return value
+
+
 def seconds(text: str | float) -> float:
     """Seconds from "90", "90s", "5m" or "1.5h".
 

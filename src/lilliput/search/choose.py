@@ -1,8 +1,9 @@
-"""Choosing: which point of a search to hand over, corrected for the optimism of having chosen among many.
+"""Choosing: which point of a search to hand over, so that it keeps the floor on examples that nobody has seen.
 
 A search over many points on few examples certifies losers: the smallest point that seems to meet the floor is, more
-often than not, one that was lucky on these examples. So the whole choice is repeated on bootstrap draws of the
-validation examples, and each winner is scored on the examples that its draw left out.
+often than not, one that was lucky on these examples. So each point has a margin of its own: how much more than it was
+seen to lose it may lose in truth, from the examples on which it and the dense network differ, and how much of what was
+seen is the luck of the chosen, from the points that it was compared with (margin.py).
 """
 
 from collections.abc import Sequence
@@ -11,9 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lilliput.search.margin import Draws, Floats, Mask, Pairs, deviations, luck
 from lilliput.task import Score, Task
 
-Floats = NDArray[np.float64]
+SURE = 0.9
+"""How sure a search is to keep the floor where nobody says."""
+DRAWS = 200
+"""How often a metric that is no mean is measured again."""
 
 
 @dataclass(frozen=True)
@@ -21,22 +26,35 @@ class Choice:
     """Hold what was chosen and how sure it is. All drops are in points of the metric, positive is worse.
 
     Args:
-        winner: The index of the chosen point, or None where nothing meets the question.
-        drops: The drop of each point.
-        corrected: The corrected drop of each point.
-        interval: The central 95% of each point's corrected drop over the draws, (points, 2).
-        optimism: How much better a winner looks on the examples that it was chosen on.
-        eligible: Which points meet the floor.
-        draws: How often the choice was repeated.
+        winner: The index of the chosen point, or None where nothing but the dense network meets the question.
+        drops: The drop of each point on the examples that chose.
+        corrected: The drop of each point without the luck of having been chosen: what is to be expected.
+        interval: The central 95% of each point's corrected drop, (points, 2).
+        bound: What each point loses at most with the probability `sure`: the smallest floor that it can be promised
+            for; infinite where nothing is known.
+        sure: The probability.
+        eligible: Which points can be promised and fit.
+        near: The points that cannot be promised and are cheaper than the winner, those that would be with the smallest
+            floor first, each cheaper than the one before: what more may be lost buys.
+        safest: The point that fits and needs the smallest floor; None where there is none.
+        draws: How often the metric was measured again, 0 where it is a mean.
     """
 
     winner: int | None
     drops: Floats
     corrected: Floats
     interval: Floats
-    optimism: float
-    eligible: NDArray[np.bool_]
+    bound: Floats
+    sure: float
+    eligible: Mask
+    near: tuple[int, ...] = ()
+    safest: int | None = None
     draws: int = 0
+
+    @property
+    def optimism(self) -> float:
+        """The most that the drop of any point owes to the luck of having been chosen."""
+        return float(np.max(self.corrected - self.drops, initial=0.0))
 
 
 def choose(
@@ -46,106 +64,140 @@ def choose(
     price: Sequence[float],
     *,
     floor: float | None,
+    sure: float = SURE,
     fits: Sequence[bool] | None = None,
     divergence: Sequence[float] | None = None,
-    draws: int = 1000,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> Choice:
-    """Choose the cheapest point whose corrected drop meets the floor; without a floor, the best point that fits.
+    """Choose the cheapest point that keeps the floor with the probability `sure`; without a floor, the best that fits.
 
-    With D_p the drop of point p over all examples, w(b) the winner on bootstrap draw b, and D_p(b), D_p(-b) the drop on
-    the draw and on what it left out: optimism = mean over b of max(0, D_w(b)(-b) - D_w(b)(b)); corrected_p = D_p +
-    optimism; p is eligible when corrected_p <= floor.
+    With D the drop that was seen, its bound is
+
+        bound(D, sure) + max(0, luck - z (e - e'))
+
+    where the first term judges the point alone, luck is what its rivals tell of its luck, and e' of its standard error
+    e is left by what they tell; z standard errors hold with the probability `sure`. The rivals may make a point look
+    worse, never better. A point with the outcomes of the dense network on every example had no luck, and the dense
+    network itself loses nothing.
 
     Args:
         task: Gives the direction of the metric.
         dense: The score of the dense network.
-        scores: The score of each point.
+        scores: The score of each point: of all that were compared on these examples, also those that cannot win.
         price: What is to be small (bytes, milliseconds), for each point.
         floor: How much may be lost, in points of the metric; None for no floor.
+        sure: How probable it must be that no more is lost, in [0.5, 1).
         fits: Which points may win at all.
         divergence: The mean divergence from the dense outputs, which ranks points of equal price, and all points where
             there is no floor.
-        draws: How many bootstrap draws there are.
-        seed: The seed of the draws.
+        draws: How often a metric that is no mean is measured again.
+        seed: The seed of these draws.
 
     Returns:
         The choice.
-
-    Source:
-        Efron and Tibshirani, An introduction to the bootstrap, 1993, chapter 17 (optimism, the .632 family).
     """
     count = len(scores)
     if not count:
         none = np.zeros(0)
-        return Choice(None, none, none, np.zeros((0, 2)), 0.0, np.zeros(0, bool))
+        return Choice(None, none, none, np.zeros((0, 2)), none, sure, np.zeros(0, bool))
     able = np.ones(count, bool) if fits is None else np.asarray(fits, bool)
     cheap = np.asarray(price, float)
     tie = np.zeros(count) if divergence is None else np.asarray(divergence, float)
-    drops = np.array([task.loss_of(dense.value, score.value) for score in scores])
-    inside, outside = _resampled(task, dense, scores, draws, seed)
-
-    def pick(row: Floats, limit: float | None) -> int | None:
-        allowed = able if limit is None else able & (row <= limit + 1e-12)
-        if not allowed.any():
-            return None
-        candidates = np.flatnonzero(allowed)
-        order = (
-            np.lexsort((tie[candidates], cheap[candidates]))
-            if limit is not None
-            else np.lexsort((cheap[candidates], row[candidates], tie[candidates]))
-        )
-        return int(candidates[order[0]])
-
-    gaps = []
-    for row, left_out in zip(inside, outside, strict=True):
-        winner = pick(row, floor)
-        if winner is not None and np.isfinite(left_out[winner]):
-            gaps.append(left_out[winner] - row[winner])
-    optimism = max(0.0, float(np.mean(gaps))) if gaps else 0.0
-    corrected = drops + optimism
-    interval = np.quantile(inside, [0.025, 0.975], axis=0).T + optimism
-    eligible = able if floor is None else able & (corrected <= floor + 1e-12)
-    return Choice(pick(corrected, floor), drops, corrected, interval, optimism, eligible, len(inside))
+    itself = np.array([score is dense for score in scores])
+    seen = evidence(task, dense, scores, draws, seed)
+    moved, wider = _selection(seen, cheap, itself, sure)
+    corrected, bound = seen.drops + moved, np.where(itself, 0.0, seen.bound(sure) + wider)
+    interval = np.stack([np.where(itself, 0.0, seen.bound(edge) + moved) for edge in (0.025, 0.975)], 1)
+    eligible = able if floor is None else able & (bound <= floor + 1e-12)
+    candidates = np.flatnonzero(eligible)
+    order = (tie, cheap) if floor is not None else (cheap, corrected, tie)
+    best = candidates[np.lexsort([key[candidates] for key in order])] if len(candidates) else candidates
+    winner = int(best[0]) if len(best) else None
+    near = () if floor is None else _near(bound, cheap, able & ~eligible, np.inf if winner is None else cheap[winner])
+    safest = int(np.argmin(np.where(able, bound, np.inf))) if able.any() else None
+    repeated = draws if isinstance(seen, Draws) else 0
+    return Choice(winner, seen.drops, corrected, interval, bound, sure, eligible, near, safest, repeated)
 
 
-def _resampled(task: Task, dense: Score, scores: Sequence[Score], draws: int, seed: int) -> tuple[Floats, Floats]:
-    """Drops of every point on `draws` bootstrap draws and on the examples that each left out, (draws, points)."""
-    generator = np.random.default_rng(seed)
+def evidence(task: Task, dense: Score, scores: Sequence[Score], draws: int = DRAWS, seed: int = 0) -> Pairs | Draws:
+    """What is known of the drop of each point: the outcomes side by side, or the metric on draws of the examples."""
+    sign = 1 if task.higher_is_better else -1
     if dense.outcomes is not None and all(score.outcomes is not None for score in scores):
-        gap = np.stack([_losses(task, dense, score) for score in scores], 1)  # (n, points), positive is worse
-        n = len(gap)
-        inside, outside = np.empty((draws, len(scores))), np.empty((draws, len(scores)))
-        for b in range(draws):
-            counts = np.bincount(generator.integers(0, n, n), minlength=n).astype(float)
-            out = (counts == 0).astype(float)
-            inside[b] = counts @ gap / n
-            outside[b] = out @ gap / max(1.0, out.sum())
-        return inside, outside
-    n, draws = dense.units, min(draws, 200)
-    inside, outside = np.empty((draws, len(scores))), np.empty((draws, len(scores)))
-    for b in range(draws):
-        index = generator.integers(0, n, n)
-        unseen = np.setdiff1d(np.arange(n), index)
-        for rows, target in ((index, inside), (unseen, outside)):
-            base = dense.resampled(rows) if len(rows) else np.nan
-            target[b] = [task.loss_of(base, score.resampled(rows) if len(rows) else np.nan) for score in scores]
-    defined = np.isfinite(inside).all(1)  # a metric may have no value on a draw: AUC without a positive example
-    if not defined.any():
-        return np.array([[task.loss_of(dense.value, score.value) for score in scores]]), outside[:1] * np.nan
-    return inside[defined], outside[defined]
+        own = dense.outcomes
+        outcomes = np.stack([own if score.outcomes is None else score.outcomes for score in scores], 1)
+        return Pairs.of(sign * (own[:, None] - outcomes), float(np.ptp(own)) or 1.0)
+    generator, drawn = np.random.default_rng(seed), np.empty((draws, len(scores)))
+    for row in drawn:
+        index = generator.integers(0, dense.units, dense.units)
+        base = _again(dense, index)
+        row[:] = [sign * (base - _again(score, index)) for score in scores] if np.isfinite(base) else np.nan
+    drops = np.array([task.loss_of(dense.value, score.value) for score in scores])
+    return Draws.of(drops, drawn, dense.units, max(1.0, abs(dense.value)))
 
 
-def _losses(task: Task, dense: Score, score: Score) -> Floats:
-    assert dense.outcomes is not None and score.outcomes is not None
-    difference: Floats = dense.outcomes - score.outcomes
-    return difference if task.higher_is_better else -difference
+def interval(task: Task, dense: Score, score: Score, seed: int = 0) -> tuple[float, float] | None:
+    """The central 95% of what one point that nobody chose on these examples loses, or None where nothing is known."""
+    if score is dense:
+        return 0.0, 0.0
+    seen = evidence(task, dense, [score], seed=seed)
+    return (float(seen.bound(0.025)[0]), float(seen.bound(0.975)[0])) if seen.known[0] else None
 
 
-def examples_for(task: Task, dense: Score, score: Score, interval: Floats) -> int | None:
+def examples_for(dense: Score, interval: Floats) -> int | None:
     """How many validation examples would halve the interval's width, which shrinks with the root of their number."""
     width = float(interval[1] - interval[0])
-    return None if width <= 0 else 4 * dense.units
+    return 4 * dense.units if 0 < width < np.inf else None
+
+
+def examples_to_promise(choice: Choice, point: int, floor: float, examples: int) -> int | None:
+    """How many validation examples would let a point be promised if it went on losing what it is expected to lose.
+
+    Args:
+        point: Its index.
+        floor: How much may be lost.
+        examples: How many there were.
+
+    Returns:
+        The number, or None where it is expected to lose more than the floor.
+    """
+    expected, bound = float(choice.corrected[point]), float(choice.bound[point])
+    if expected >= floor or not np.isfinite(bound):
+        return None
+    return int(np.ceil(examples * ((bound - expected) / (floor - expected)) ** 2))
+
+
+def _selection(seen: Pairs | Draws, price: Floats, itself: Mask, sure: float) -> tuple[Floats, Floats]:
+    """What is added to each point's drop, and to its bound, for the luck of having been chosen among the others."""
+    moved, wider = np.zeros(len(price)), np.zeros(len(price))
+    among = np.flatnonzero(seen.known & ~itself)
+    if len(among):
+        noise = seen.noise[np.ix_(among, among)]
+        lucky, left = luck(seen.drops[among], noise, price[among])
+        saved = deviations(sure) * (np.sqrt(np.diag(noise)) - left)
+        judged = ~seen.same[among]
+        moved[among] = np.where(judged, np.maximum(0, lucky), 0)
+        wider[among] = np.where(judged, np.maximum(0, lucky - saved), 0)
+    return moved, wider
+
+
+def _near(bound: Floats, price: Floats, among: Mask, most: float) -> tuple[int, ...]:
+    """The points below a price that no other beats on (bound, price), by bound."""
+    places = np.flatnonzero(among & np.isfinite(bound))
+    chosen = list[int]()
+    for place in places[np.lexsort((price[places], bound[places]))]:
+        if price[place] < most:
+            chosen.append(int(place))
+            most = price[place]
+    return tuple(chosen)
+
+
+def _again(score: Score, index: NDArray[np.int64]) -> float:
+    """The metric on some examples, NaN where it has no value there, whatever a metric of the user's own may raise."""
+    try:
+        return score.resampled(index)
+    except Exception:
+        return float("nan")
 
 
 def unbeaten(costs: Sequence[Sequence[float]]) -> list[int]:

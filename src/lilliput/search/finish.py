@@ -5,14 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from lilliput.cost.measure import latency, machine
 from lilliput.export.guard import flags
 from lilliput.onnx.session import Session
 from lilliput.search import engine
-from lilliput.search.choose import Choice, choose, front
+from lilliput.search.choose import Choice, choose, front, interval
 from lilliput.search.files import write_folder
 from lilliput.search.job import Job
 from lilliput.search.points import Point
@@ -69,8 +68,9 @@ def conclude(job: Job) -> Result:
     best = _front(job)
     compiled = _measure(job, best)
     job.show.advance()
-    # Compiled, the dense network may be faster than it was, and loses nothing.
-    rivals = best if dense.engine is not None else best[1:] or best
+    # Under a floor the dense network is a rival too: it loses nothing, whatever cannot be promised of the others, and
+    # compiled it may be faster than it was.
+    rivals = best if job.question.floor is not None or dense.engine is not None else best[1:] or best
     choice = _choose(job, rivals)
     winner = None if choice.winner is None else rivals[choice.winner]
     job.show.advance()
@@ -126,30 +126,26 @@ def _measure(job: Job, best: list[Point]) -> dict[int, Any]:
 
 def _choose(job: Job, rivals: list[Point]) -> Choice:
     question, dense = job.question, job.dense
+    others = [point for point in job.points if not any(point is rival for rival in [dense, *rivals])]
+    compared = [*rivals, *others]  # what was not measured cannot win, but it was compared on the same examples
     return choose(
         job.task,
         dense.score,
-        [point.score for point in rivals],
-        [point.price(question) for point in rivals],
+        [point.score for point in compared],
+        [point.price(question) for point in compared],
         floor=None if question.floor is None else question.floor.points(dense.score.value),
-        fits=[question.fits(point.costs) for point in rivals],
-        divergence=[point.divergence for point in rivals],
+        sure=question.sure,
+        fits=[question.fits(point.costs) for point in rivals] + [False] * len(others),
+        divergence=[point.divergence for point in compared],
         seed=job.seed,
     )
 
 
 def _test(job: Job, winner: Point) -> dict[str, Any]:
-    """The test split, read once, after the choice: both scores, the drop and its bootstrap interval."""
+    """The test split, read once, after the choice: both scores, and the interval of the drop where one is known."""
     task = job.task
-    dense, chosen = (task.score(Session(point.proto), "test") for point in (job.dense, winner))
+    dense = task.score(Session(job.dense.proto), "test")
+    chosen = dense if winner is job.dense else task.score(Session(winner.proto), "test")
+    between = interval(task, dense, chosen, job.seed)
     scores: dict[str, Any] = {"dense": dense.value, "chosen": chosen.value}
-    if dense.outcomes is None or chosen.outcomes is None:
-        some = np.random.default_rng(job.seed).integers(0, dense.units, (200, dense.units))
-        lost = np.array([task.loss_of(dense.resampled(draw), chosen.resampled(draw)) for draw in some])
-        if np.isfinite(lost).any():  # a metric may have no value on a draw
-            scores["interval"] = [rounded(x) for x in np.nanquantile(lost, [0.025, 0.975])]
-    else:
-        gap = (dense.outcomes - chosen.outcomes) * (1 if task.higher_is_better else -1)
-        draws = np.random.default_rng(job.seed).integers(0, len(gap), (1000, len(gap)))
-        scores["interval"] = [rounded(x) for x in np.quantile(gap[draws].mean(1), [0.025, 0.975])]
-    return scores
+    return scores if between is None else scores | {"interval": [rounded(x) for x in between]}

@@ -31,6 +31,7 @@ class Question:
         max_peak_bytes: the most bytes of memory.
         file: what is deployed, "lil" or "onnx".
         runtime: what it runs in, "ort" or "engine"; None for the better of both.
+        sure: how probable it must be that no more is lost on new data.
 
     Raises:
         ValueError: for a name that is none of these, or a limit that is not positive.
@@ -48,6 +49,7 @@ class Question:
     max_peak_bytes: int | None = None
     file: str = "lil"
     runtime: str | None = None
+    sure: float = 0.9
 
     def __post_init__(self) -> None:
         for setting, given, allowed in (
@@ -188,6 +190,7 @@ def question(
     max_peak: int | str | None = None,
     file: str = "lil",
     runtime: str | None = None,
+    sure: float | str = 0.9,
 ) -> Question:
     """A question as a person asks it; a limit turns it round, so that the floor no longer counts.
 
@@ -198,4 +201,4 @@ def question(
     allowed = ask.floor(floor)
     most = None if max_bytes is None else ask.size_bytes(max_bytes)
     peak = None if max_peak is None else ask.size_bytes(max_peak, "max-peak")
-    return Question(objective, None if turned else allowed, most, max_latency_ms, peak, file, runtime)
+    return Question(objective, None if turned else allowed, most, max_latency_ms, peak, file, runtime, ask.sure(sure))

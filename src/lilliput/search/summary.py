@@ -9,7 +9,7 @@ import numpy as np
 
 from lilliput.cost.measure import machine, profile
 from lilliput.record import commit, versions
-from lilliput.search.choose import Choice, examples_for, front
+from lilliput.search.choose import Choice, examples_for, examples_to_promise, front
 from lilliput.search.job import Job
 from lilliput.search.points import Point
 from lilliput.task import Task
@@ -34,8 +34,11 @@ class Summary:
         front: what no other measured point beats on (score, bytes of the asked file, and what else is asked).
         nearest: the point that came nearest, where none was chosen.
         drop_val: what the chosen (or nearest) point loses on val, uncorrected.
-        drop_corrected: the same, corrected for the optimism of having chosen.
+        drop_corrected: the same without the luck of having been chosen: what is to be expected of it.
         drop_corrected_interval: the central 95% of `drop_corrected`.
+        drop_bound: what it loses at most with the probability `sure`; the floor is checked on it.
+        near: points that cannot be promised but are cheaper, each with the floor that it could be promised for
+            (`drop_bound`) and how many validation examples might show that it keeps this one.
         drop_test: what it loses on test, which was read once, after the choice.
         drop_test_interval: the central 95% of `drop_test`.
         left_alone: name and reason of what no technique could change.
@@ -69,6 +72,9 @@ class Summary:
     drop_val: float | None
     drop_corrected: float | None
     drop_corrected_interval: list[float] | None
+    drop_bound: float | None
+    sure: float
+    near: list[Plain]
     optimism: float
     drop_test: float | None
     drop_test_interval: list[float] | None
@@ -104,6 +110,7 @@ def summarize(
         load: the machine's load before the measurement.
     """
     task, dense, clock, question = job.task, job.dense, job.clock, job.question
+    floor = None if question.floor is None else question.floor.points(dense.score.value)
 
     def row(point: Point) -> Plain:
         fields = point.row()
@@ -112,13 +119,14 @@ def summarize(
             fields |= {
                 "drop_val": rounded(choice.drops[i]),
                 "drop_corrected": rounded(choice.corrected[i]),
-                "drop_corrected_interval": [rounded(x) for x in choice.interval[i]],
+                "drop_corrected_interval": _bounds(choice, i),
+                "drop_bound": _finite(choice.bound[i]),
                 "eligible": bool(choice.eligible[i]),
             }
         return fields
 
     costs = [(job.lost(p), *question.asked(p.costs)) for p in best]
-    nearest = winner or (rivals[int(np.argmin(choice.corrected))] if len(choice.corrected) else dense)
+    nearest = winner or (dense if choice.safest is None else rivals[choice.safest])
     i = rivals.index(nearest) if nearest in rivals else None
     here = machine()
     chosen = None if winner is None else row(winner) | {"layers": layers(winner, task.example)}
@@ -130,7 +138,7 @@ def summarize(
         metric=task.metric_name,
         higher_is_better=task.higher_is_better,
         seed=job.seed,
-        floor=None if question.floor is None else question.floor.points(dense.score.value),
+        floor=floor,
         objective=question.objective,
         max_bytes=question.max_bytes,
         max_latency_ms=question.max_latency_ms,
@@ -150,16 +158,20 @@ def summarize(
         nearest=None if winner is not None else row(nearest),
         drop_val=None if i is None else rounded(choice.drops[i]),
         drop_corrected=None if i is None else rounded(choice.corrected[i]),
-        drop_corrected_interval=None if i is None else [rounded(x) for x in choice.interval[i]],
+        drop_corrected_interval=None if i is None else _bounds(choice, i),
+        drop_bound=None if i is None else _finite(choice.bound[i]),
+        sure=choice.sure,
+        near=[
+            row(rivals[k]) | {"examples_to_promise": examples_to_promise(choice, k, floor or 0.0, dense.score.units)}
+            for k in choice.near
+        ],
         optimism=rounded(choice.optimism),
         drop_test=rounded(task.loss_of(tests["dense"], tests["chosen"])) if tests else None,
         drop_test_interval=tests.get("interval"),
         examples=_examples(task),
         draws=choice.draws,
         augmentations=task.draws,
-        examples_for_half_interval=None
-        if i is None
-        else examples_for(task, dense.score, nearest.score, choice.interval[i]),
+        examples_for_half_interval=None if i is None else examples_for(dense.score, choice.interval[i]),
         left_alone=[{"name": name, "reason": reason} for name, reason in job.known.skipped],
         sensitivity=job.known.harm,
         points=job.attempts,
@@ -191,6 +203,16 @@ def layers(point: Point, example: Any) -> list[Plain]:
 def rounded(value: Any) -> float:
     """A number as a summary holds it."""
     return round(float(value), 6)
+
+
+def _finite(value: Any) -> float | None:
+    """A number as a summary holds it, None where nothing is known."""
+    return rounded(value) if np.isfinite(value) else None
+
+
+def _bounds(choice: Choice, point: int) -> list[float] | None:
+    low, high = (_finite(edge) for edge in choice.interval[point])
+    return None if low is None or high is None else [low, high]
 
 
 def _examples(task: Task) -> dict[str, int]:
