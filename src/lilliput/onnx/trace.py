@@ -14,6 +14,7 @@ from torch import nn
 
 from lilliput.errors import ExportError
 from lilliput.onnx.clean import clean, renamed
+from lilliput.onnx.packed import padded
 from lilliput.onnx.session import Inputs, arrays, quiet
 from lilliput.onnx.structure import Structure
 from lilliput.stored.operators import CONSTANT
@@ -50,7 +51,7 @@ def trace(model: nn.Module, example: Inputs) -> Structure:
     # A dictionary in the last place would be taken for the named ones.
     last: Any = ({},) if not named and isinstance(two[-1], dict) else ()
     try:
-        with quiet(), torch.no_grad(), _looked_up(model), _flat(model) as outputs:
+        with quiet(), torch.no_grad(), _looked_up(model), padded(model), _flat(model) as outputs:
             model.eval()
             program = torch.onnx.export(
                 model,
@@ -66,7 +67,10 @@ def trace(model: nn.Module, example: Inputs) -> Structure:
             held = _optimise(program.model)
             proto: ModelProto = onnx_ir.to_proto(program.model)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0][:300]
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # torch wraps what was raised in advice about its exporter
+            cause = cause.__cause__
+        reason = f"{type(cause).__name__}: {cause}".strip().split("\n")[0][:300]
         raise ExportError(f"trace: torch could not export {type(model).__name__}: {reason}") from error
     finally:
         for module, mode in modes:
