@@ -59,7 +59,7 @@ def _forward(layer: nn.RNNBase, input: Any, hx: Any = None) -> Any:
     cells = isinstance(layer, nn.LSTM)
     given = () if hx is None else hx if cells else (hx,)
     given = tuple(state if order is None else state.index_select(1, order) for state in given)
-    lasts = []
+    lasts: list[Tensor] = []
     for level in range(layer.num_layers):
         sides = []
         for direction in range(2 if layer.bidirectional else 1):
@@ -99,7 +99,7 @@ def _run(
     turned = torch.where(turned < 0, place, turned)[..., None]  # what is behind the end stays there
     if name.endswith("_reverse"):
         steps = steps.gather(1, turned.expand(-1, -1, steps.shape[2]))
-    run = getattr(torch._VF, kind)  # type: ignore[attr-defined]
+    run = getattr(torch._VF, kind)
     out: Tensor = run(steps, state, weights, layer.bias, 1, 0.0, False, False, True)[0]
     last = out.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, out.shape[2]))[:, 0]
     return (out.gather(1, turned.expand(-1, -1, out.shape[2])) if name.endswith("_reverse") else out), last
