@@ -6,7 +6,7 @@ from pathlib import Path
 from lilliput import evidence
 from lilliput.prune._masking import Masking
 from lilliput.prune.prune import Prune
-from lilliput.search.refine import SPARSE, Tail
+from lilliput.search.levels import SPARSE
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -21,7 +21,6 @@ def test_the_search_makes_zeros_by_methods_on_the_measured_front() -> None:
     assert len(points) == len(script.METHODS) - 1
     assert set(SPARSE) <= set(best), f"on the front are {best}"
     assert list(SPARSE) == sorted(SPARSE, key=lambda name: -points[name][0]), "the most accurate comes first"
-    assert Tail().method == next(iter(SPARSE))
 
 
 def test_what_the_search_uses_is_what_was_measured() -> None:

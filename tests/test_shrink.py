@@ -2,7 +2,6 @@
 
 import json
 import re
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from lilliput import Recipe, Task
 from lilliput.cli import app
 from lilliput.export.onnx import Session
 from lilliput.runner import run
-from lilliput.search import finish, points
+from lilliput.search import finish
 
 pytestmark = pytest.mark.slow  # whole searches
 
@@ -90,8 +89,8 @@ def test_the_same_seed_finds_the_same_whatever_the_workers(toy: tuple[nn.Module,
     )
     assert (tmp_path / "1" / "model.lil").read_bytes() == (tmp_path / "3" / "model.lil").read_bytes()
     names = [
-        sorted(
-            (row["name"], row.get("val"), row.get("packed_bytes"))
+        tuple(
+            (row["kind"], row["name"], row.get("drop"), row.get("steps"), row.get("packed_bytes"))
             for row in found.summary["points"]
             if row["status"] == "done"
         )
@@ -221,11 +220,10 @@ def test_a_budget_is_kept(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
     assert result.met and result.summary["wall_s"] <= 21 and result.summary["budget_s"] == 20
 
 
-def test_a_budget_too_small_to_train_says_so(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
+def test_a_budget_too_small_to_train_ends_with_the_best_there_is(toy: tuple[nn.Module, Task], tmp_path: Path) -> None:
     result = lilliput.shrink(*toy, floor="20%", budget="0.1s", out=tmp_path / "out")
-    reasons = {item["name"]: item["reason"] for item in result.summary["left_alone"]}
-    assert "too few to train a student" in reasons["training"] and result.met
-    assert result.chosen is not None and result.chosen["packed_bytes"] < result.summary["dense"]["packed_bytes"] / 2
+    assert result.met and result.chosen is not None
+    assert result.chosen["packed_bytes"] < result.summary["dense"]["packed_bytes"] / 2
 
 
 def test_public_names_are_functions_whatever_was_imported_before() -> None:
@@ -237,28 +235,16 @@ def test_public_names_are_functions_whatever_was_imported_before() -> None:
 
 
 def test_nothing_of_a_file_is_executed(tmp_path: Path) -> None:
-    """Weights are safetensors, or read with weights_only; no source of ours unpickles anything else."""
+    """Weights are safetensors, or read with weights_only; no source of ours unpickles anything else.
+
+    search/share.py hands objects to this program's own processes, in a private folder or a pipe.
+    """
     for path in (Path(lilliput.__file__).parent).rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        assert not re.search(r"\bpickle\.|import pickle|allow_pickle=True|\bmarshal\b|\bdill\b", text), path
+        assert path.name == "share.py" or not re.search(
+            r"\bpickle\.|import pickle|allow_pickle=True|\bmarshal\b|\bdill\b", text
+        ), path
         for call in re.findall(r"torch\.load\([^)]*\)", text):
             assert "weights_only=True" in call, (path, call)
         for call in re.findall(r"np\.load\([^)]*\)", text):
             assert "allow_pickle=False" in call, (path, call)
-
-
-def test_structures_are_exported_while_nothing_trains(
-    toy: tuple[nn.Module, Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """torch's exporter and its optimizers share state: trainings run in other threads than exports, and not beside."""
-    threads = []
-    trace = points.onnx_export.trace
-
-    def watched(*arguments: Any, **settings: Any) -> Any:
-        threads.append(threading.current_thread().name)
-        return trace(*arguments, **settings)
-
-    monkeypatch.setattr(points.onnx_export, "trace", watched)
-    found = lilliput.shrink(*toy, floor="20%", trials=2, out=tmp_path / "out", workers=2)
-    done = [row for row in found.summary["points"] if row["kind"] == "point" and row["status"] == "done"]
-    assert len(done) > len(threads) and set(threads) == {"MainThread"}

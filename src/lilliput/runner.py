@@ -18,6 +18,8 @@ from lilliput.store import Store
 from lilliput.task import Task
 from lilliput.train import Layout, Train, channels_first, fit
 
+BUILT = 8  # structures that a runner keeps
+
 
 def run(
     model: nn.Module,
@@ -77,6 +79,7 @@ class Runner:
         self.reference = reference or self._reference(torch.device(device))
         self.trained_s = 0.0
         self.steps = 0
+        self._built: dict[str, nn.Module] = {}
 
     def _reference(self, device: torch.device) -> Reference:
         def load(draw: int) -> dict[str, Tensor] | None:
@@ -105,16 +108,32 @@ class Runner:
             stop: asked after every step of a training with its number; a training that it ends is not kept.
             seconds: the most time that a training may take; it then has as many steps as fit, at most those asked for.
         """
-        model, key = copy_model(self.model).eval(), self.start
+        keys = [self.start]
         for stage in recipe.stages:
-            before, key = key, next_key(key, stage)
+            keys.append(next_key(keys[-1], stage))
+        first = max((i for i, key in enumerate(keys) if key in self._built), default=0)
+        model = copy_model(self._built[keys[first]] if first else self.model).eval()
+        for i, stage in enumerate(recipe.stages[first:], first):
             if isinstance(stage, Train):
-                model = self._train(model, stage, before, key, stop, seconds)
+                if i + 1 < len(recipe.stages) and self._goes_on(recipe.stages[i + 1], keys[i + 2]):
+                    continue  # its result is only where the next training began, which is done
+                model = self._train(model, stage, keys[i], keys[i + 1], stop, seconds)
                 continue
             if stage.structural and codes(model):
                 model = realize(model)
             model = stage(model, self.task, self.reference)
+            if stage.structural:
+                self._keep(keys[i + 1], model)
         return model
+
+    def _goes_on(self, stage: Stage, key: str) -> bool:
+        return isinstance(stage, Train) and self.store.record(key) is not None
+
+    def _keep(self, key: str, model: nn.Module) -> None:
+        """Keep a structure: to build one again takes longer than a hundred steps of training it."""
+        self._built[key] = copy_model(model)
+        while len(self._built) > BUILT:
+            del self._built[next(iter(self._built))]
 
     def _train(
         self, model: nn.Module, stage: Train, before: str, key: str, stop: Callable[[int], bool], seconds: float | None

@@ -5,7 +5,6 @@ for short, lets the promising ones train on, stores the best in fewer bits with 
 every artifact in the runtime it is for, and chooses the smallest that can be promised to keep the floor.
 """
 
-import os
 from pathlib import Path
 
 import torch
@@ -16,9 +15,9 @@ from lilliput.proposal import Known
 from lilliput.runner import Runner
 from lilliput.search import ask
 from lilliput.search.check import check, place
+from lilliput.search.cores import count_workers
 from lilliput.search.finish import Result
 from lilliput.search.job import Job
-from lilliput.search.pace import is_stochastic
 from lilliput.search.phases import cheaper, search, target
 from lilliput.search.points import Clock, Press
 from lilliput.search.progress import Silent
@@ -107,7 +106,7 @@ def shrink(
             f"shrink: {folder} must be empty or new, but holds an earlier search. Continue it with "
             "--resume, or choose another --out."
         )
-    count = workers or (1 if is_stochastic(model) else max(1, min(4, os.cpu_count() or 1)))
+    count = count_workers(model, workers)
     threads, random, fresh = torch.get_num_threads(), torch.get_rng_state(), not folder.exists()
     torch.set_num_threads(1)
     try:

@@ -1,7 +1,6 @@
 """--dry-run: print what a search would try, how long it takes, and what stays unchanged with the reasons."""
 
 import time
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,11 +10,13 @@ from rich.table import Table
 from torch import nn
 
 from lilliput.code.base import copy_model
+from lilliput.distill.logits import Distill
 from lilliput.search import ask
+from lilliput.search.candidates import first_steps
 from lilliput.search.check import check, place
-from lilliput.search.explore import RUNGS
-from lilliput.search.pace import batch_size_for, settings
+from lilliput.search.climb import WORK
 from lilliput.search.phases import target
+from lilliput.search.work import batch_size_for
 from lilliput.stage import Reference
 from lilliput.task import Task
 from lilliput.train import Train, fit
@@ -38,19 +39,18 @@ def plan(model: nn.Module, task: Task, **asked: Any) -> dict[str, Any]:
     elif not any(p.requires_grad for p in model.parameters()):
         took = "some seconds: nothing is trained"
     else:
-        steps = max(160, min(30 * max(1, task.examples // batch_size_for(task)), 4000))
-        short = trials * RUNGS[0] + max(1, trials // 3) * (1 + 2 * 0.2)
-        seconds = _step(model, task, device) * steps * short
+        steps = WORK * first_steps(task) * trials
+        seconds = _step(model, task, device) * steps
         took = (
-            f"about {seconds:.0f} s of training on one core, {trials} structures, at most {steps} steps each; "
-            "exports and measurements come on top"
+            f"at most {seconds:.0f} s of training on one core, {steps:.0f} steps in all; exports and measurements come "
+            "on top"
         )
     return {"task": repr(task), "time": took, **content}
 
 
 def _step(model: nn.Module, task: Task, device: torch.device) -> float:
     """Seconds of one training step of the dense network."""
-    stage = replace(Train(steps=1), **settings(1000, batch_size_for(task), 1e-4, 0))
+    stage = Train(steps=1000, lr=1e-4, rules=(Distill(),), batch_size=batch_size_for(task))
     seconds: list[float] = []
 
     def stop(step: int) -> bool:

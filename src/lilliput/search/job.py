@@ -3,7 +3,7 @@
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from lilliput.proposal import Known
 from lilliput.runner import Runner
 from lilliput.search.forge import Forge
 from lilliput.search.points import Clock, Point, Press, kept
+from lilliput.search.pool import Pool
 from lilliput.search.progress import Silent
 from lilliput.search.question import Question
 from lilliput.store import Store
@@ -30,6 +31,10 @@ class Target(ABC):
     """A kind of network that can be shrunk: a torch network (network.py) or an ONNX file (onnx_file.py)."""
 
     @abstractmethod
+    def begin(self, job: "Job", pool: Pool) -> None:
+        """Give the workers what they can do while the dense network is measured."""
+
+    @abstractmethod
     def dense(self, job: "Job") -> Point:
         """The network as given, exported, scored and weighed."""
 
@@ -42,7 +47,7 @@ class Target(ABC):
         """Points that need no training."""
 
     @abstractmethod
-    def trained(self, job: "Job", pool: ThreadPoolExecutor) -> None:
+    def trained(self, job: "Job", pool: Pool) -> None:
         """Add the points that are trained, where training is possible and the budget allows it."""
 
     @abstractmethod

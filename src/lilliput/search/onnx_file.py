@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from lilliput.search.job import Job, Target
 from lilliput.search.onnx_codes import MEASURED, Options, channels
 from lilliput.search.onnx_target import OnnxModel
 from lilliput.search.points import Point
+from lilliput.search.pool import Pool
 from lilliput.stage import calibration
 from lilliput.stored.base import Stored
 from lilliput.stored.bits import Array
@@ -42,6 +42,9 @@ class OnnxFile(Target):
     def __init__(self, model: OnnxModel) -> None:
         self.model = model
 
+    def begin(self, job: Job, pool: Pool) -> None:
+        return None
+
     def dense(self, job: Job) -> Point:
         structure = self.model.structure
         stored: dict[str, Stored] = {name: Plain(array) for name, array in structure.weights.items()}
@@ -60,7 +63,7 @@ class OnnxFile(Target):
         points = [*self._half(job), *self._eight(job, weights, axes), *arithmetic.points(job)]
         return [*points, *self._mixed(job, weights, axes, points)]
 
-    def trained(self, job: Job, pool: ThreadPoolExecutor) -> None:
+    def trained(self, job: Job, pool: Pool) -> None:
         return None
 
     def tensors(self, job: Job, point: Point) -> dict[str, torch.Tensor]:

@@ -1,9 +1,7 @@
 """The phases of a search, each a function of the job: look, make points without and with training, conclude."""
 
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
-import torch
 from torch import nn
 
 from lilliput.errors import ExportError, NotSupported
@@ -15,8 +13,11 @@ from lilliput.search.network import Network
 from lilliput.search.onnx_file import OnnxFile
 from lilliput.search.onnx_target import OnnxModel
 from lilliput.search.points import Clock
+from lilliput.search.pool import Pool
 from lilliput.store import Store
 from lilliput.task import Task, length, predict, take
+
+TAUGHT = 0.1  # of the budget, for the dense network's outputs
 
 
 def target(model: nn.Module) -> Target:
@@ -37,9 +38,10 @@ def search(job: Job, fresh: bool) -> Result:
     with (
         job.show,
         forging(job.question.for_latency and job.question.runtime != "ort", job.clock.budget_s) as job.forge,
-        ThreadPoolExecutor(job.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        Pool(workers=job.workers) as pool,
     ):
         try:
+            job.target.begin(job, pool)
             job.show.phase("measuring the dense network", 1)
             _say_what_is_old(job)
             try:
@@ -60,13 +62,12 @@ def search(job: Job, fresh: bool) -> Result:
             job.target.trained(job, pool)
             return conclude(job)
         except BaseException:
-            job.stopped = True  # the other trainings end at their next step, their last checkpoints kept
-            pool.shutdown(wait=False, cancel_futures=True)
+            job.stopped = True
             raise
 
 
 def cheaper(task: Task, model: nn.Module, clock: Clock, store: Store, workers: int) -> Task:
-    """The task with as many augmentations as the dense network can be run on within a tenth of the budget."""
+    """The task with as many augmentations as the dense network can be run on within a part of the budget."""
     if task.draws < 2:
         return task
     if clock.budget_s is None:
@@ -79,7 +80,7 @@ def cheaper(task: Task, model: nn.Module, clock: Clock, store: Store, workers: i
         first = clock.now
         predict(model, few)
         each = (clock.now - first) / min(64, length(inputs))
-        within = int(0.1 * clock.budget_s * workers / (each * task.examples + 1e-9))
+        within = int(TAUGHT * clock.budget_s * workers / (each * task.examples + 1e-9))
         kept = {"kind": "draws", "draws": max(1, min(task.draws, within))}
         store.put("draws", kept)
     return task.with_draws(kept["draws"])

@@ -6,10 +6,12 @@ anew, and k is read in proportion.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+from optuna.distributions import IntDistribution
 from torch import nn
 
 from lilliput import registry
@@ -164,17 +166,37 @@ class Space:
         choices += [base | {axis.name: axis.offered.first or 1, "labels": 0} for axis in self.rules]
         return list({tuple(sorted(choice.items())): choice for choice in choices}.values())
 
+    def spread(self, count: int = 8) -> list[Choice]:
+        """Choices from mild to strong: every starter, and the last axis from end to end with all others as they begin.
+
+        Args:
+            count: how many numbers of the last axis are taken.
+        """
+        joint = [axis for axis in self.axes if not getattr(axis.method, "replaces", False)]
+        used = [axis for axis in joint if axis.offered.first]
+        choices = self.starters()
+        if used:
+            base, final, last = {axis.name: axis.offered.first for axis in joint}, used[-1], len(self.labels) - 1
+            most = len(final.offered)
+            for k in range(count):
+                number = max(1, round((k + 1) * most / count))
+                choices.append(base | {final.name: number, "labels": last if k % 2 else 0})
+                choices.append({final.name: number, "labels": last if k % 2 else 0})
+        return list({tuple(sorted(choice.items())): choice for choice in choices}.values())
+
+    def distributions(self) -> dict[str, Any]:
+        """What a sampler draws from: one integer a method."""
+        axes = {axis.name: IntDistribution(0, len(axis.offered)) for axis in (*self.axes, *self.rules)}
+        return axes | ({"labels": IntDistribution(0, len(self.labels) - 1)} if len(self.labels) > 1 else {})
+
     def params(self, choice: Choice) -> dict[str, Any]:
         """The sampler's parameters of a choice: the inverse of `ask`."""
         numbers: dict[str, Any] = {axis.name: choice.get(axis.name, 0) for axis in (*self.axes, *self.rules)}
         return numbers | ({"labels": choice.get("labels", 0)} if len(self.labels) > 1 else {})
 
     def ask(self, trial: Any) -> Choice:
-        """The choice that a trial of the sampler stands for: one integer a method."""
-        choice = {axis.name: trial.suggest_int(axis.name, 0, len(axis.offered)) for axis in (*self.axes, *self.rules)}
-        if len(self.labels) > 1:
-            choice["labels"] = trial.suggest_int("labels", 0, len(self.labels) - 1)
-        return choice
+        """The choice that a trial of the sampler stands for, asked for with `distributions`."""
+        return {axis: int(number) for axis, number in trial.params.items()}
 
 
 def structure(plan: Recipe) -> Recipe:
@@ -198,8 +220,9 @@ def identity(recipe: Recipe) -> str:
 
 
 def name(plan: Recipe) -> str:
-    """A plan in a few words, for people."""
-    parts = [stage.label() for stage in structure(plan).stages]
+    """A plan in a few words, for people: what was done to the structure, in order, trainings between left out."""
+    labels = [stage.label() for stage in structure(plan).stages if not isinstance(stage, Train)]
+    parts = [label if count == 1 else f"{count} times {label}" for label, count in Counter(labels).items()]
     parts += [type(rule).__name__ for rule in training(plan).rules if not isinstance(rule, Distill)]
     parts += ["mostly from labels"] if training(plan).supervised > 1 else []
     return ", ".join(parts) or "same structure"

@@ -1,0 +1,170 @@
+"""Arms: the networks of a search, each a structure with the trainings that it has had, and what may be done next."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from lilliput.recipe import Recipe
+from lilliput.search.levels import Level
+from lilliput.search.outlook import Law, Option, Outlook
+
+DOUBLINGS = (0, 1, 2, 3, 4)
+"""How many further trainings, each as long as all before it, are looked ahead."""
+TAIL = 0.3
+"""The training of a coded copy, as a part of that of its structure."""
+
+
+@dataclass(eq=False)
+class Arm:
+    """A structure and what was made of it so far.
+
+    Args:
+        name: what a person calls it.
+        plan: the structure's stages, among them trainings that it inherits from, and a training that is to begin.
+        axes: the choice that it stands for, by method.
+        weights: the price of its weights at four bits, or of a run of it, in prices of the dense network.
+        besides: the price of what its file holds besides.
+        first: seconds, or steps, of its first training.
+        level: how its weights are stored; None while they are plain.
+        recipe: all stages that were done.
+        spent: seconds, or steps, that its training took in all.
+        steps: of its training in all.
+        rounds: how often it was trained.
+        bound: what it may lose, in floors; None before its first training.
+        expected: the bound that it is expected to have after it, and the spread of its logarithm; None: as others had.
+        busy: whether it is being trained.
+        tried: the levels that its weights were stored at, after the latest round.
+        closed: why nothing more is done with it, or an empty text.
+    """
+
+    name: str
+    plan: Recipe
+    axes: dict[str, int]
+    weights: float
+    besides: float
+    first: float
+    level: Level | None = None
+    recipe: Recipe = field(default_factory=Recipe)
+    spent: float = 0.0
+    steps: int = 0
+    rounds: int = 0
+    bound: float | None = None
+    expected: tuple[float, float] | None = None
+    busy: bool = False
+    tried: set[Level] = field(default_factory=set)
+    closed: str = ""
+
+    @property
+    def price(self) -> float:
+        """What it costs, as it is stored or at four bits."""
+        return self.weights + self.besides
+
+
+@dataclass(frozen=True)
+class Action:
+    """What to do with an arm: `begin` it, train it `longer`, or `code` a copy of it at a level."""
+
+    arm: Arm
+    kind: str
+    level: Level | None = None
+
+    @property
+    def amount(self) -> float:
+        """Seconds, or steps, of its training."""
+        if self.level is not None:
+            return max(TAIL * self.arm.spent, TAIL * self.arm.first) if self.level.trained else 0.0
+        return self.arm.first if self.kind == "begin" else self.arm.spent
+
+
+@dataclass
+class Prospect:
+    """Everything that may be done next, and what it may bring.
+
+    Args:
+        levels: how trained structures are stored.
+        overhead: seconds that each training takes besides.
+        outlook: how bounds move with price and training.
+        child: what a structural step adds to the log bound of the arm that it inherits from.
+        laws: what each level adds to the log bound.
+        offsets: by how much the log bounds of structures with a choice differ from the rest, by (axis, number).
+    """
+
+    levels: tuple[Level, ...]
+    overhead: float = 0.5
+    outlook: Outlook = field(default_factory=Outlook)
+    child: Law = field(default_factory=lambda: Law(0.6, 0.5))
+    laws: dict[Level, Law] = field(default_factory=dict)
+    offsets: dict[tuple[str, int], Law] = field(default_factory=dict)
+
+    def options(self, arms: list[Arm]) -> list[Option]:
+        """Every action on every arm that is free, each with what it may lead to."""
+        return [option for arm in arms if not arm.busy and not arm.closed for option in self._of(arm)]
+
+    def law(self, level: Level) -> Law:
+        """What storing weights at a level adds to the log bound."""
+        return self.laws.setdefault(level, level.law())
+
+    def _of(self, arm: Arm) -> Iterator[Option]:
+        if arm.bound is None:
+            begin, (bound, spread) = Action(arm, "begin"), arm.expected or self.outlook.fresh(arm.price)
+            for later, *rest in self._ahead(arm, bound * math.exp(self._offset(arm)), arm.first, spread):
+                yield Option(begin, arm.first + later, *rest)
+            return
+        longer = Action(arm, "longer")
+        if arm.level is not None:
+            for k in DOUBLINGS[1:3]:
+                yield Option(longer, arm.spent * (2**k - 1), arm.price, *self.outlook.trained(arm.bound, k))
+            return
+        for level in self.levels:
+            if level not in arm.tried:
+                yield Option(Action(arm, "code", level), *self._coded(arm, level, arm.bound, arm.spent, 0.1))
+        for later, *rest in self._ahead(arm, arm.bound, arm.spent, 0.1):
+            if later > arm.spent:
+                yield Option(longer, later, *rest)
+
+    def _ahead(
+        self, arm: Arm, bound: float, spent: float, spread: float
+    ) -> Iterator[tuple[float, float, float, float]]:
+        """(seconds, price, bound, spread) of what an arm's weights may be stored as after further trainings."""
+        for k in DOUBLINGS:
+            later, wide = self.outlook.trained(bound, k)
+            for level in self.levels:
+                tail, *rest = self._coded(arm, level, later, spent * 2**k, math.hypot(wide, spread))
+                yield (spent * (2**k - 1) + tail, *rest)
+
+    def _coded(
+        self, arm: Arm, level: Level, bound: float, spent: float, spread: float
+    ) -> tuple[float, float, float, float]:
+        law, took = self.law(level), self.overhead + (TAIL * max(spent, arm.first) if level.trained else 0.0)
+        return (
+            took,
+            arm.weights * level.factor + arm.besides,
+            bound * math.exp(law.mean),
+            math.hypot(spread, law.spread),
+        )
+
+    def _offset(self, arm: Arm) -> float:
+        return sum(self.offsets[item].mean for item in arm.axes.items() if item in self.offsets)
+
+    def learn(self, action: Action, before: float | None, bound: float, doublings: float = 1.0) -> None:
+        """Take in what an action made of the bound.
+
+        Args:
+            action: what was done.
+            before: the bound before it; None where there was none.
+            bound: the bound after it.
+            doublings: how often a training that went on has doubled all before it.
+        """
+        arm = action.arm
+        if before is None:
+            if arm.expected is not None:
+                self.child.learn(math.log(bound / arm.expected[0]) + self.child.mean)
+                return
+            surprise = math.log(bound / self.outlook.fresh(arm.price)[0]) - self._offset(arm)
+            for item in arm.axes.items():
+                self.offsets.setdefault(item, Law(0.0, 0.4, weight=3.0)).learn(surprise / len(arm.axes))
+            self.outlook.began.append((math.log(arm.price), math.log(bound)))
+        elif action.level is not None:
+            self.law(action.level).learn(math.log(bound / before))
+        elif doublings > 0.2:
+            self.outlook.longer.learn(math.log(before / bound) / doublings)

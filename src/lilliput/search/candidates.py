@@ -1,0 +1,190 @@
+"""Candidates: structures that may be trained: what methods offer on the dense network, and smaller children of arms."""
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import optuna
+
+from lilliput.code.base import realize
+from lilliput.errors import StoreError
+from lilliput.graph.fold import fold_batchnorm
+from lilliput.proposal import Refusal, proposals
+from lilliput.recipe import Recipe
+from lilliput.search.arms import Arm
+from lilliput.search.job import FAILURES, Job
+from lilliput.search.outlook import Law
+from lilliput.search.pool import Pool
+from lilliput.search.question import Question
+from lilliput.search.space import Axis, Choice, Space, identity, name, structure, topology, training
+from lilliput.search.work import BACKWARD, Size, batch_size_for, size, size_of
+from lilliput.task import Task
+
+FIRST_EPOCHS = 4  # of a structure's first training
+FEWEST, MOST = 80, 400  # steps of it, where the time allows
+PART = 1 / 16  # of a worker's time, the most that it may take
+STEP = 0.6  # the parameters of a child, as a part of those of the arm that it inherits from
+SCALES = 12  # bytes of a coded tensor besides its integers
+WORTH_CHILDREN = 3.0  # floors: an arm that may lose more is trained first
+WAITING = 6  # structures that wait to begin; with fewer, the sampler is asked for two at a time
+
+
+@dataclass
+class Candidates:
+    """Makes the arms of a job.
+
+    Args:
+        job: the search.
+        space: what its methods offer.
+        seconds: of one worker, in all; None where steps are counted.
+    """
+
+    job: Job
+    space: Space
+    seconds: float | None
+    _known: set[Any] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        sampler = optuna.samplers.TPESampler(seed=self.job.seed, n_startup_trials=6)
+        self._study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+
+    def roots(self, pool: Pool) -> list[Arm]:
+        """What is worth trying on any network, from mild to strong, each built in a worker to see how large it is."""
+        plans = [(choice, plan) for choice in self.space.spread() if (plan := self._plan(choice)) is not None]
+        sizes = [pool.submit(size, structure(plan)) for _, plan in plans]
+        arms = []
+        for (choice, plan), future in zip(plans, sizes, strict=True):
+            try:
+                arms.append(self._arm(choice, plan, future.result()))
+            except StoreError:
+                raise
+            except FAILURES as error:
+                self.job.failed(name(plan), error)
+        return [arm for arm in arms if arm is not None]
+
+    def sampled(self, arm: Arm, waiting: int) -> list[Arm]:
+        """Tell the sampler how an arm began, and ask it for one or two more.
+
+        Args:
+            arm: one that was begun.
+            waiting: how many wait to begin.
+        """
+        drawn = self.space.distributions()
+        told = optuna.trial.create_trial(
+            params=self.space.params(arm.axes), distributions=drawn, values=[arm.bound, arm.price]
+        )
+        self._study.add_trial(told)
+        arms = []
+        for _ in range(2 if waiting < WAITING else 1):
+            choice = self.space.ask(self._study.ask(drawn))
+            plan = self._plan(choice)
+            try:
+                arms.append(
+                    None if plan is None else self._arm(choice, plan, size_of(self.job.runner, structure(plan)))
+                )
+            except StoreError:
+                raise
+            except FAILURES as error:
+                self.job.failed("a structure of the sampler", error)
+        return [arm for arm in arms if arm is not None]
+
+    def children(self, arm: Arm, law: Law) -> list[Arm]:
+        """Smaller structures that inherit what an arm has learned, one a method, where it may well be promised.
+
+        Args:
+            arm: a plain arm that was trained.
+            law: what a structural step is expected to add to the log bound.
+        """
+        if arm.bound is None or arm.bound > WORTH_CHILDREN or (key := self.job.runner.key(arm.recipe)) in self._known:
+            return []
+        self._known.add(key)
+        children = []
+        for axis in self.space.axes:
+            if not getattr(axis.method, "replaces", False):
+                try:
+                    children.append(self._child(arm, axis, law))
+                except StoreError:
+                    raise
+                except FAILURES as error:
+                    self.job.failed(f"{arm.name}, then {axis.name}", error)
+        return [child for child in children if child is not None]
+
+    def _child(self, arm: Arm, axis: Axis, law: Law) -> Arm | None:
+        """The arm's network after the option of a method that leaves the wanted part of it."""
+        job = self.job
+        model = job.runner.make(arm.recipe)
+        offered = proposals(axis.method, model, job.task, job.known)
+        if isinstance(offered, Refusal):
+            return None
+        before, (low, high) = size_of(job.runner, arm.recipe), (0, len(offered) - 1)
+        while low <= high:  # options go from mild to strong
+            middle = (low + high) // 2
+            plan = Recipe((*arm.recipe.stages, offered.options[middle], training(arm.plan)))
+            after = size_of(job.runner, structure(plan))
+            share = after.values / before.values
+            if STEP**1.5 <= share <= STEP**0.5:
+                child = Arm(name(plan), plan, arm.axes, *self._price(plan, after), self._first(after))
+                child.expected = arm.bound * math.exp(law.mean), law.spread  # type: ignore[operator]
+                return child
+            low, high = (middle + 1, high) if share > STEP else (low, middle - 1)
+        return None
+
+    def _plan(self, choice: Choice) -> Recipe | None:
+        """The plan of a choice; what cannot be built is the refusal of that choice, never of the search."""
+        try:
+            return self.space.plan(choice)
+        except StoreError:
+            raise
+        except FAILURES as error:
+            shown = ", ".join(f"{axis} {number}" for axis, number in choice.items() if number)
+            self.job.failed(shown or "same structure", error)
+            return None
+
+    def _arm(self, choice: Choice, plan: Recipe, found: Size) -> Arm | None:
+        """An arm that may begin, or None where another has as many values in the same graph, trained alike."""
+        alike = (found.values, topology(plan), training(plan))
+        if alike in self._known:
+            return None
+        self._known.add(alike)
+        return Arm(name(plan), plan, dict(choice), *self._price(plan, found), self._first(found))
+
+    @cached_property
+    def unit(self) -> float:
+        """What the dense network costs: bytes of the asked file, or what a run takes."""
+        job, what = self.job, priced(self.job.question)
+        if what == "size":
+            return job.question.cost(what, job.dense.costs)
+        whole = fold_batchnorm(job.model, job.task.example)
+        return max(1e-9, job.press.price(job.dense.structure, whole, what))
+
+    def _price(self, plan: Recipe, found: Size) -> tuple[float, float]:
+        """What a structure costs, in prices of the dense network: its weights at four bits, or a run of it; and what
+        its file holds besides weights, which is about as much as in the dense network's."""
+        job, what = self.job, priced(self.job.question)
+        if what == "size":
+            besides = max(0.0, self.unit - 4 * job.dense.values) + SCALES * found.tensors
+            return found.values / 2 / self.unit, besides / self.unit
+        plain = fold_batchnorm(realize(job.runner.make(structure(plan))), job.task.example)
+        graph = job.press.structure(plain, topology(plan), identity(structure(plan)))
+        return max(1e-6, job.press.price(graph, plain, what) / self.unit), 0.0
+
+    def _first(self, found: Size) -> float:
+        """Seconds, or steps, of a structure's first training: some epochs, as far as the time allows."""
+        size = batch_size_for(self.job.task)
+        steps = first_steps(self.job.task)
+        if self.seconds is None:
+            return steps
+        step_s = BACKWARD * found.forward_s * size
+        return max(1.0, FEWEST * step_s, min(steps * step_s, PART * self.seconds))
+
+
+def priced(question: Question) -> str:
+    """What structures are compared by: the limit that must hold, or the objective."""
+    return question.limits[0][0] if question.limits else question.objective
+
+
+def first_steps(task: Task) -> float:
+    """Steps of a structure's first training: some epochs."""
+    return float(max(FEWEST, min(FIRST_EPOCHS * max(1, task.examples // batch_size_for(task)), MOST)))

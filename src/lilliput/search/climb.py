@@ -1,0 +1,303 @@
+"""Climb down: train structures and coded copies of them, always what is worth most a second, until the time is up.
+
+Each structure is trained in rounds that end well, every round as long as all before it, and a copy of it is stored at a
+level whenever that is worth more than training on. What a training brings changes what the next is expected to bring
+(outlook.py): on a slow machine fewer and larger structures are tried, with more time smaller ones.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+from lilliput.distill.logits import Distill
+from lilliput.errors import StoreError
+from lilliput.recipe import Recipe
+from lilliput.schedule import Cosine
+from lilliput.search import share
+from lilliput.search.arms import Action, Arm, Prospect
+from lilliput.search.candidates import Candidates, priced
+from lilliput.search.job import FAILURES, Job
+from lilliput.search.levels import SPARSE, levels
+from lilliput.search.outlook import LEAST, Worth, better, cheaper, choose
+from lilliput.search.points import Point
+from lilliput.search.pool import Pool, WorkerDied
+from lilliput.search.space import Space, identity, structure, training
+from lilliput.search.work import Asked, Made, batch_size_for, bound, lesson, teach, train
+from lilliput.task import joined, leaves
+from lilliput.task.nested import output_names
+from lilliput.train import Train
+
+WORK = 3.0  # trainings as long as a first one, for each structure that is asked for where steps are counted
+GENERATION = 4  # trainings that are decided together where steps are counted, whatever the number of workers
+PART = 512  # training examples whose dense outputs a worker computes in one call
+ENDS = 0.93  # of the budget: what comes after the trainings takes the rest
+NEAR = 2.0  # times what is allowed: what may lose, or costs, more is not exported
+RATES = {True: 1e-2, False: 2e-3}  # of a first training, by whether the structure is another than the dense one
+LOWER = 0.7  # the rate of a round, against that of the round before
+FINE = 0.25  # the rate of a coded copy, against that of its structure
+
+
+Lesson = Callable[[], None]
+"""Wait for the dense network's outputs under an augmentation, and keep them."""
+
+
+def lessons(job: Job, pool: Pool) -> list[Lesson]:
+    """Have the dense network's outputs on every (example, augmentation) computed side by side; workers map them."""
+    waiting: list[Lesson] = []
+    for draw in range(job.task.draws):
+        key = f"outputs-{job.runner.start}-{draw}"
+        if (known := job.store.tensors(key)) is not None:
+            share.dump(known, pool.folder / lesson(key))
+            continue
+        parts = list(pairwise([*range(0, job.task.examples, PART), job.task.examples]))
+        futures = [pool.submit(teach, draw, first, last) for first, last in parts]
+        waiting.append(partial(_keep, job, pool, key, draw, futures))
+    return waiting
+
+
+def _keep(job: Job, pool: Pool, key: str, draw: int, futures: "list[Future[Any]]") -> None:
+    whole = joined([future.result() for future in futures])
+    outputs = dict(zip(output_names(whole), leaves(whole), strict=True))
+    share.dump(outputs, pool.folder / lesson(key))
+    job.store.put(key, {"kind": "outputs", "draw": draw}, outputs)
+
+
+def climb(job: Job, space: Space, pool: Pool, waiting: list[Lesson]) -> None:
+    """Add trained points to a job until its time is up, or nothing is worth more training.
+
+    Args:
+        job: the search.
+        space: what its methods offer.
+        pool: the workers.
+        waiting: what they were asked for before (`lessons`).
+    """
+    with job.clock.on("train"):
+        here = _Climb.of(job, space, pool)
+        for keep in waiting:
+            keep()
+        job.show.phase("training what is worth most", 100)
+        here.run()
+
+
+@dataclass
+class _Climb:
+    job: Job
+    pool: Pool
+    candidates: Candidates
+    prospect: Prospect
+    total: float
+    arms: list[Arm]
+    used: float = 0.0
+    running: "dict[Future[Made], Action]" = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, job: Job, space: Space, pool: Pool) -> "_Climb":
+        counted = job.clock.budget_s is None
+        candidates = Candidates(job, space, None if counted else job.clock.remaining(ENDS))
+        arms = candidates.roots(pool)
+        first = max((arm.first for arm in arms), default=1.0)
+        total = WORK * first * (job.trials or 1) if counted else job.clock.remaining(ENDS)
+        cheapest = min(arms, key=lambda arm: arm.price, default=None)
+        prospect = Prospect(levels(job, cheapest.plan if cheapest else None), 0.0 if counted else 0.5)
+        return cls(job, pool, candidates, prospect, total, arms)
+
+    @property
+    def counted(self) -> bool:
+        """Whether steps are counted, so that no clock has a say."""
+        return self.job.clock.budget_s is None
+
+    @property
+    def left(self) -> float:
+        """Seconds of one worker, or steps, until the trainings end."""
+        return self.total - self.used if self.counted else self.job.clock.remaining(ENDS)
+
+    @property
+    def floor(self) -> float:
+        """The floor in points of the metric."""
+        return max(self.job.question.points(self.job.dense.score.value), 1e-9)
+
+    def run(self) -> None:
+        """Train until nothing is worth more, or the time is up."""
+        while self._launch() or self.running:
+            if self.counted:
+                done, _ = wait(self.running)
+            else:
+                until = max(0.1, self.job.clock.remaining(ENDS + 0.03))
+                done, _ = wait(self.running, timeout=until, return_when=FIRST_COMPLETED)
+                if not done:
+                    break
+            for future in [future for future in self.running if future in done]:
+                self._take(self.running.pop(future), future)
+        for future, action in self.running.items():
+            self.pool.end(future)
+            self.job.failed(action.arm.name, TimeoutError("the budget ended while it trained"))
+
+    def _launch(self) -> bool:
+        """Give free workers what is worth most; whether anything was begun."""
+        room = (0 if self.running else GENERATION) if self.counted else self.pool.workers - len(self.running)
+        for place in range(room):
+            option = choose(self.prospect.options(self.arms), self._worth(), self.left)
+            if option is None:
+                return place > 0
+            option.what.arm.busy = True
+            self.running[self._submit(option.what)] = option.what
+        return room > 0
+
+    def _worth(self) -> Worth:
+        """What makes one option better than another, by what is asked."""
+        question, job = self.job.question, self.job
+        bounds = [(point, bound(job.task, job.dense.score, point.score, SURE) / self.floor) for point in job.points]
+        if question.floor is not None:
+            return cheaper(min((self._relative(point) for point, least in bounds if least <= 1), default=1.0))
+        fitting = [max(LEAST, least) for point, least in bounds if question.fits(point.costs)]
+        return better(min(fitting, default=100.0), self.most)
+
+    @property
+    def most(self) -> float:
+        """The highest price, where one must hold."""
+        limits = self.job.question.limits
+        return limits[0][1] / self.candidates.unit if limits else math.inf
+
+    def _relative(self, point: Point) -> float:
+        """What a point costs, in prices of the dense network; at most 1 where it was not measured yet."""
+        price = self.job.question.cost(priced(self.job.question), point.costs) / self.candidates.unit
+        return price if math.isfinite(price) else 1.0
+
+    def _submit(self, action: Action) -> "Future[Made]":
+        """Ask a worker for a training, or take what an earlier run of the search has of it."""
+        job, arm = self.job, action.arm
+        self.used += action.amount
+        before = structure(arm.plan) if action.kind == "begin" else arm.recipe
+        asked = Asked(
+            before,
+            _results(job, before),
+            _training(job, action) if action.amount else None,
+            replace(job.dense.score, outputs=None),
+            action.level.bits if action.level else None,
+            None if self.counted else action.amount,
+        )
+        known = job.store.record(_memo(job, action, before))
+        if known is None:
+            return self.pool.submit(train, asked)
+        future: Future[Made] = Future()
+        recipe = Recipe.parse(known["recipe"])
+        future.set_result(Made(recipe, None, known["steps"], known["seconds"], known["drop"], known["bound"]))
+        return future
+
+    def _take(self, action: Action, future: "Future[Made]") -> None:
+        """Take in what a worker made, or that it made nothing."""
+        job, arm = self.job, action.arm
+        arm.busy = False
+        try:
+            made = future.result()
+        except StoreError:
+            raise
+        except (WorkerDied, InterruptedError, *FAILURES) as error:
+            if action.level is None:
+                arm.closed = f"{type(error).__name__}: {error}"
+            else:
+                arm.tried.add(action.level)
+            job.failed(arm.name if action.level is None else f"{arm.name}, {action.level.name()}", error)
+            return
+        if made.result is not None:
+            job.store.put(job.runner.key(made.recipe), *made.result)
+            job.runner.steps += made.steps
+            job.runner.trained_s += made.seconds
+        before = structure(arm.plan) if action.kind == "begin" else arm.recipe
+        facts = {"steps": made.steps, "seconds": round(made.seconds, 3), "drop": made.drop, "bound": made.bound}
+        memo = {"kind": "made", "recipe": made.recipe.data(), **facts}
+        job.store.put(_memo(job, action, before), memo)
+        self._learn(action, made)
+
+    def _learn(self, action: Action, made: Made) -> None:
+        """What a training tells: of its arm, of those that are like it, and of what may be tried next."""
+        job, arm = self.job, action.arm
+        after = max(made.bound / self.floor, LEAST)
+        doublings = math.log2(1 + made.steps / arm.steps) if arm.steps else 1.0
+        self.prospect.learn(action, arm.bound, after, doublings)
+        if action.level is not None:
+            arm.tried.add(action.level)
+            title = f"{arm.name}, {action.level.name()}"
+            arm = Arm(title, arm.plan, arm.axes, arm.weights * action.level.factor, arm.besides, 0.0, action.level)
+            arm.closed = "" if action.level.trained else "it is stored without training"
+            self.arms.append(arm)
+        arm.recipe, arm.bound, arm.steps, arm.rounds = made.recipe, after, arm.steps + made.steps, arm.rounds + 1
+        arm.spent += action.amount if self.counted else made.seconds
+        row: dict[str, Any] = {
+            "kind": "round" if action.level is None else "tail",
+            "name": arm.name,
+            "at_s": round(job.clock.now, 2),
+        }
+        row |= {"axes": [axis for axis, number in arm.axes.items() if number], "seconds": round(made.seconds, 2)}
+        row |= {"steps": made.steps, "drop": round(made.drop, 6), "bound": round(made.bound, 6), "price": arm.price}
+        job.attempt({"status": "done", **row})
+        job.show.advance(arm.name)
+        if arm.level is not None:
+            if after <= NEAR if job.question.floor is not None else arm.price <= NEAR * self.most:
+                self._press(arm)
+            return
+        arm.tried = set()
+        if action.kind == "begin" and arm.expected is None:
+            waiting = sum(other.bound is None and not other.closed for other in self.arms)
+            self.arms += self.candidates.sampled(arm, waiting)
+        self.arms += self.candidates.children(arm, self.prospect.child)
+
+    def _press(self, arm: Arm) -> None:
+        """Make a coded arm an artifact, and add it as a point."""
+        job, recipe = self.job, arm.recipe
+        stages = tuple(stage for stage in recipe.stages if getattr(stage, "moment", "") == "structure")
+        same = Recipe(tuple(stage for stage in stages if not stage.same_graph))
+        try:
+            model, key = job.runner.make(recipe), job.runner.key(recipe)
+            job.add(job.press.point(model, identity(same), arm.name, recipe.data(), key, identity(Recipe(stages))))
+            if (price := self._relative(job.points[-1])) < 1:
+                arm.weights = price - arm.besides
+        except StoreError:
+            raise
+        except FAILURES as error:
+            arm.closed = f"{type(error).__name__}: {error}"
+            job.failed(arm.name, error)
+
+
+SURE = 0.9
+
+
+def _training(job: Job, action: Action) -> Train:
+    """The training of an action, on one cosine that starts lower with every round."""
+    arm, plan = action.arm, training(action.arm.plan)
+    rate = RATES[any(stage.structural for stage in structure(arm.plan).stages)] * LOWER**arm.rounds
+    rules, coded = plan.rules, action.level is not None or arm.level is not None
+    if action.level is not None and action.level.sparsity:
+        rules = (SPARSE["Taylor"](action.level.sparsity), Distill())
+    return Train(
+        steps=max(1, int(action.amount)),
+        lr=Cosine(rate * FINE if coded else rate),
+        rules=rules,
+        supervised=plan.supervised,
+        batch_size=batch_size_for(job.task),
+        weight_decay=0.0 if coded else 0.01,
+        seed=job.seed + arm.rounds,
+    )
+
+
+def _results(job: Job, recipe: Recipe) -> dict[int, Any]:
+    """What the store holds of a recipe's trainings, but for those that another training goes on with."""
+    known: dict[int, Any] = {}
+    stages = recipe.stages
+    for place, stage in enumerate(stages):
+        if isinstance(stage, Train) and not any(isinstance(after, Train) for after in stages[place + 1 : place + 2]):
+            key = job.runner.key(Recipe(stages[: place + 1]))
+            known[place] = job.store.record(key), job.store.tensors(key)
+    return known
+
+
+def _memo(job: Job, action: Action, before: Recipe) -> str:
+    """The key under which the store holds what an action made; a clock may have set how long it trained."""
+    taught = identity(Recipe((replace(training(action.arm.plan), steps=1),)))
+    text = f"{job.runner.key(before)} {action.kind} {action.level} {taught} {job.clock.budget_s is None}"
+    return f"made-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"

@@ -1,0 +1,149 @@
+"""Outlook: what the next training is worth, learned from what the trainings before it brought.
+
+Every network that was judged has a bound: the most that it may lose, at the confidence that was asked for, in floors.
+It is promised when its bound is at most 1. Three laws say how bounds move; each is a mean and a spread of logarithms
+that begins at a weak prior and is learned while the search runs:
+
+    a structure after a first training     log bound = base + slope log price
+    twice the training                     log bound falls by `longer`
+    a coded copy, or a smaller child       log bound rises by a law of its own
+
+An option is worth the probability that it is promised, times the logarithm of how much cheaper it would be than the
+best so far, per second. Bounds are counted in floors and prices in prices of the dense network, so nothing here knows
+the task.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import Any
+
+NORMAL = NormalDist()
+FADES = 0.9
+"""What each further doubling of a training brings, against the one before it: a structure can do only so much."""
+ABOUT = 1.1
+"""How far predicted prices are off."""
+LEAST = 0.02
+"""The smallest bound that is told from zero, in floors."""
+
+
+@dataclass
+class Law:
+    """A change of a logarithm: its mean and spread, learned from a prior that counts for some observations.
+
+    Args:
+        mean: the prior's mean.
+        spread: the prior's standard deviation of one observation.
+        weight: how many observations the prior counts for.
+
+    Example:
+        >>> law = Law(0.0, 0.5, weight=1.0)
+        >>> law.learn(1.0)
+        >>> law.mean
+        0.5
+    """
+
+    mean: float
+    spread: float
+    weight: float = 2.0
+    _seen: list[float] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        self._prior = self.mean, self.spread
+
+    def learn(self, change: float) -> None:
+        """Take in an observation; one further off than three spreads counts as three, since bounds are noisy."""
+        mean, spread = self._prior
+        self._seen.append(min(max(change, mean - 3 * spread), mean + 3 * spread))
+        total = self.weight + len(self._seen)
+        self.mean = (self.weight * mean + sum(self._seen)) / total
+        squares = self.weight * (spread**2 + mean**2) + sum(change**2 for change in self._seen)
+        self.spread = math.sqrt(max(squares / total - self.mean**2, (spread / 3) ** 2))
+
+
+@dataclass(frozen=True)
+class Option:
+    """Something that may be trained next, and what is expected of it.
+
+    Args:
+        what: what the caller knows it by.
+        seconds: of one worker, until it can be handed over.
+        price: what it would cost then, in prices of the dense network.
+        bound: its expected bound then, in floors.
+        spread: the standard deviation of the logarithm of that bound.
+    """
+
+    what: Any
+    seconds: float
+    price: float
+    bound: float
+    spread: float
+
+    def promised(self) -> float:
+        """The probability that its bound is at most the floor."""
+        return NORMAL.cdf(-math.log(max(self.bound, LEAST)) / self.spread)
+
+
+Worth = Callable[[Option], float]
+
+
+def cheaper(best: float) -> Worth:
+    """The worth of an option where a floor must hold.
+
+    Args:
+        best: the price of the cheapest promised point so far.
+    """
+    return lambda option: option.promised() * max(0.0, math.log(best / option.price))
+
+
+def better(best: float, most: float) -> Worth:
+    """The worth of an option where a price must hold.
+
+    Args:
+        best: the bound of the best point so far.
+        most: the highest price.
+    """
+    return lambda option: max(0.0, math.log(best / option.bound)) if option.price <= ABOUT * most else 0.0
+
+
+def choose(options: Iterable[Option], worth: Worth, seconds: float) -> Option | None:
+    """The option that is worth most a second among those that fit into the time; None where none is worth anything."""
+    fitting = [option for option in options if option.seconds <= seconds]
+    chosen = max(fitting, key=lambda option: worth(option) / max(option.seconds, 1e-3), default=None)
+    return chosen if chosen is not None and worth(chosen) > 0 else None
+
+
+@dataclass
+class Outlook:
+    """The laws of one search.
+
+    Args:
+        longer: what twice the training takes off the log bound.
+        began: (log price, log bound) of structures after a first training.
+    """
+
+    longer: Law = field(default_factory=lambda: Law(0.5, 0.35))
+    began: list[tuple[float, float]] = field(default_factory=list)
+
+    def trained(self, bound: float, doublings: float) -> tuple[float, float]:
+        """The expected bound after so many doublings of the training, and the spread of its logarithm."""
+        taken = self.longer.mean * (1 - FADES**doublings) / (1 - FADES)
+        return bound * math.exp(-taken), 0.1 + self.longer.spread * math.sqrt(doublings)
+
+    def fresh(self, price: float) -> tuple[float, float]:
+        """The expected bound of a structure after a first training, and the spread of its logarithm.
+
+        A regression on the structures that were begun. Its prior: half the price, 1.4 times the bound.
+        """
+        slope, base, wide, weight = -0.5, 0.0, 0.8, 2.0
+        if not self.began:
+            return math.exp(base + slope * math.log(price)), 1.2
+        xs, ys = zip(*self.began, strict=True)
+        x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+        squares = sum((each - x) ** 2 for each in xs)
+        products = sum((one - x) * (other - y) for one, other in self.began)
+        slope = min(-0.05, (weight * slope + products) / (weight + squares))
+        rest = sum((other - y - slope * (one - x)) ** 2 for one, other in self.began)
+        spread = math.sqrt((weight * wide**2 + rest) / (weight + len(xs)))
+        return math.exp(y + slope * (math.log(price) - x)), spread
