@@ -17,7 +17,7 @@ from lilliput.search.job import FAILURES, Job
 from lilliput.search.outlook import Law
 from lilliput.search.pool import Pool
 from lilliput.search.question import Question
-from lilliput.search.space import Axis, Choice, Space, identity, name, structure, topology, training
+from lilliput.search.space import Axis, Choice, Space, changes, identity, name, structure, topology, training
 from lilliput.search.work import BACKWARD, Size, batch_size_for, size, size_of
 from lilliput.task import Task
 
@@ -167,7 +167,7 @@ class Candidates:
             besides = max(0.0, self.unit - 4 * job.dense.values) + SCALES * found.tensors
             return found.values / 2 / self.unit, besides / self.unit
         plain = fold_batchnorm(realize(job.runner.make(structure(plan))), job.task.example)
-        graph = job.press.structure(plain, topology(plan), identity(structure(plan)))
+        graph = job.press.structure(plain, topology(plan), identity(Recipe(changes(plan))))
         return max(1e-6, job.press.price(graph, plain, what) / self.unit), 0.0
 
     def _first(self, found: Size) -> float:

@@ -26,7 +26,7 @@ from lilliput.search.levels import SPARSE, levels
 from lilliput.search.outlook import LEAST, Worth, better, cheaper, choose
 from lilliput.search.points import Point
 from lilliput.search.pool import Pool, WorkerDied
-from lilliput.search.space import Space, identity, structure, training
+from lilliput.search.space import Space, changes, identity, structure, topology, training
 from lilliput.search.work import Asked, Made, batch_size_for, bound, lesson, teach, train
 from lilliput.task import joined, leaves
 from lilliput.task.nested import output_names
@@ -249,12 +249,10 @@ class _Climb:
 
     def _press(self, arm: Arm) -> None:
         """Make a coded arm an artifact, and add it as a point."""
-        job, recipe = self.job, arm.recipe
-        stages = tuple(stage for stage in recipe.stages if getattr(stage, "moment", "") == "structure")
-        same = Recipe(tuple(stage for stage in stages if not stage.same_graph))
+        job, recipe, own = self.job, arm.recipe, identity(Recipe(changes(arm.plan)))
         try:
             model, key = job.runner.make(recipe), job.runner.key(recipe)
-            job.add(job.press.point(model, identity(same), arm.name, recipe.data(), key, identity(Recipe(stages))))
+            job.add(job.press.point(model, topology(arm.plan), arm.name, recipe.data(), key, own))
             if (price := self._relative(job.points[-1])) < 1:
                 arm.weights = price - arm.besides
         except StoreError:

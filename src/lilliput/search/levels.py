@@ -12,7 +12,7 @@ from lilliput.rule import Rule
 from lilliput.search import engine
 from lilliput.search.job import FAILURES, Job
 from lilliput.search.outlook import Law
-from lilliput.search.space import identity, structure, topology
+from lilliput.search.space import changes, identity, structure, topology
 
 SPARSE: dict[str, Callable[[float], Rule]] = {
     "Taylor": lambda sparsity: Prune(sparsity, "taylor", allocation="normalized")
@@ -74,7 +74,7 @@ def levels(job: Job, plan: Recipe | None) -> tuple[Level, ...]:
         return (whole,)
     try:
         plain = fold_batchnorm(realize(job.runner.make(structure(plan))).cpu(), job.task.example)
-        graph = job.press.structure(plain, topology(plan), identity(structure(plan)))
+        graph = job.press.structure(plain, topology(plan), identity(Recipe(changes(plan))))
         with job.clock.on("measure"):
             rewarded = engine.rewarded(graph, pack(plain), job.task.example)
     except StoreError:

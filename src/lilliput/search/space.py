@@ -210,8 +210,13 @@ def training(plan: Recipe) -> Train:
 
 
 def topology(plan: Recipe) -> str:
-    """A name for the plan's graph: plans that differ only in shapes share one export."""
-    return identity(Recipe(tuple(stage for stage in structure(plan).stages if not stage.same_graph)))
+    """A name for the plan's graph: plans that differ only in shapes, or in how they are trained, share one export."""
+    return identity(Recipe(tuple(stage for stage in changes(plan) if not stage.same_graph)))
+
+
+def changes(plan: Recipe) -> tuple[Stage, ...]:
+    """A plan's structural stages in order, those of the arms that it inherits from too, without their trainings."""
+    return tuple(stage for stage in structure(plan).stages if not isinstance(stage, Train))
 
 
 def identity(recipe: Recipe) -> str:
@@ -221,7 +226,7 @@ def identity(recipe: Recipe) -> str:
 
 def name(plan: Recipe) -> str:
     """A plan in a few words, for people: what was done to the structure, in order, trainings between left out."""
-    labels = [stage.label() for stage in structure(plan).stages if not isinstance(stage, Train)]
+    labels = [stage.label() for stage in changes(plan)]
     parts = [label if count == 1 else f"{count} times {label}" for label, count in Counter(labels).items()]
     parts += [type(rule).__name__ for rule in training(plan).rules if not isinstance(rule, Distill)]
     parts += ["mostly from labels"] if training(plan).supervised > 1 else []
