@@ -25,7 +25,6 @@ FIRST_EPOCHS = 4  # of a structure's first training
 FEWEST, MOST = 80, 400  # steps of it, where the time allows
 PART = 1 / 16  # of a worker's time, the most that it may take
 STEP = 0.6  # the parameters of a child, as a part of those of the arm that it inherits from
-SCALES = 12  # bytes of a coded tensor besides its integers
 WORTH_CHILDREN = 3.0  # floors: an arm that may lose more is trained first
 WAITING = 6  # structures that wait to begin; with fewer, the sampler is asked for two at a time
 
@@ -161,14 +160,20 @@ class Candidates:
 
     def _price(self, plan: Recipe, found: Size) -> tuple[float, float]:
         """What a structure costs, in prices of the dense network: its weights at four bits, or a run of it; and what
-        its file holds besides weights, which is about as much as in the dense network's."""
+        its file holds besides weights."""
         job, what = self.job, priced(self.job.question)
         if what == "size":
-            besides = max(0.0, self.unit - 4 * job.dense.values) + SCALES * found.tensors
-            return found.values / 2 / self.unit, besides / self.unit
+            return found.values / 2 / self.unit, self._besides / self.unit
         plain = fold_batchnorm(realize(job.runner.make(structure(plan))), job.task.example)
         graph = job.press.structure(plain, topology(plan), identity(Recipe(changes(plan))))
         return max(1e-6, job.press.price(graph, plain, what) / self.unit), 0.0
+
+    @cached_property
+    def _besides(self) -> float:
+        """Bytes of a file besides its weights, as of the dense network's, plain and in eight bits a weight."""
+        key = self.job.question.file_key
+        plain, *coded = (float(point.costs[key]) for point in self.job.points[:2])
+        return max(0.0, plain - 4 * self.job.dense.values, *(size - self.job.dense.values for size in coded))
 
     def _first(self, found: Size) -> float:
         """Seconds, or steps, of a structure's first training: some epochs, as far as the time allows."""

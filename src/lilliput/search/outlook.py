@@ -22,7 +22,7 @@ from typing import Any
 NORMAL = NormalDist()
 FADES = 0.9
 """What each further doubling of a training brings, against the one before it: a structure can do only so much."""
-ABOUT = 1.1
+ABOUT = 1.02
 """How far predicted prices are off."""
 LEAST = 0.02
 """The smallest bound that is told from zero, in floors."""
