@@ -15,7 +15,6 @@ from lilliput.proposal import Known
 from lilliput.runner import Runner
 from lilliput.search import ask
 from lilliput.search.check import check, place
-from lilliput.search.cores import count_workers
 from lilliput.search.finish import Result
 from lilliput.search.job import Job
 from lilliput.search.phases import cheaper, search, target
@@ -43,7 +42,7 @@ def shrink(
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
-    workers: int | None = None,
+    workers: int | str | None = None,
     show: Silent | None = None,
     command: str | None = None,
     device: str = "cpu",
@@ -66,7 +65,7 @@ def shrink(
         seed: of the search and of every training.
         out: the folder for model.onnx, model.lil, model.safetensors, recipe.toml, report.html, summary.json, records/.
         resume: continue the search in `out`.
-        workers: how many trainings run side by side.
+        workers: how many processes train, or "ray://HOST" for a Ray cluster; as many as cores and memory allow.
         show: what a person sees of the search (lilliput.search.progress).
         command: the call that the summary names.
         device: where to train, such as "cuda"; artifacts are scored and measured on the processor.
@@ -106,12 +105,12 @@ def shrink(
             f"shrink: {folder} must be empty or new, but holds an earlier search. Continue it with "
             "--resume, or choose another --out."
         )
-    count = count_workers(model, workers)
+    hands = ask.workers(workers)
     threads, random, fresh = torch.get_num_threads(), torch.get_rng_state(), not folder.exists()
     torch.set_num_threads(1)
     try:
         clock, store = Clock(budget_s), Store(folder / "records")
-        task = cheaper(task, model, clock, store, count)
+        task = cheaper(task, model, clock, store, hands)
         runner = Runner(model, task, store, seed, device=where)
         known = Known(objective, budget_s)
         job = Job(
@@ -126,7 +125,7 @@ def shrink(
             store=store,
             runner=runner,
             press=Press(task, clock),
-            workers=count,
+            workers=hands,
             show=show or Silent(),
             command=command or "",
             known=known,

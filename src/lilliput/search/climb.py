@@ -151,7 +151,9 @@ class _Climb:
     def _worth(self) -> Worth:
         """What makes one option better than another, by what is asked."""
         question, job = self.job.question, self.job
-        bounds = [(point, bound(job.task, job.dense.score, point.score, SURE) / self.floor) for point in job.points]
+        bounds = [
+            (point, bound(job.task, job.dense.score, point.score, question.sure) / self.floor) for point in job.points
+        ]
         if question.floor is not None:
             return cheaper(min((self._relative(point) for point, least in bounds if least <= 1), default=1.0))
         fitting = [max(LEAST, least) for point, least in bounds if question.fits(point.costs)]
@@ -180,6 +182,7 @@ class _Climb:
             replace(job.dense.score, outputs=None),
             action.level.bits if action.level else None,
             None if self.counted else action.amount,
+            job.question.sure,
         )
         known = job.store.record(_memo(job, action, before))
         if known is None:
@@ -260,9 +263,6 @@ class _Climb:
         except FAILURES as error:
             arm.closed = f"{type(error).__name__}: {error}"
             job.failed(arm.name, error)
-
-
-SURE = 0.9
 
 
 def _training(job: Job, action: Action) -> Train:

@@ -72,7 +72,7 @@ class Job:
         task: as the search uses it, perhaps with fewer augmentations than the user's.
         runner: makes recipes' models, with the store behind it.
         press: turns models into points.
-        workers: how many trainings run side by side.
+        workers: how many processes train, or ray://HOST; None for as many as cores and memory allow.
         points: the artifacts that were made, the dense one first.
         attempts: every structure and point that was tried, done or failed, as plain data.
         known: what proposals may ask.
@@ -90,7 +90,7 @@ class Job:
     store: Store
     runner: Runner
     press: Press
-    workers: int
+    workers: int | str | None
     show: Silent
     command: str
     known: Known

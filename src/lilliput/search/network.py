@@ -30,7 +30,8 @@ class Network(Target):
 
     def begin(self, job: Job, pool: Pool) -> None:
         if not _frozen(job):
-            pool.share(Shared(job.model, job.task, job.seed, str(job.runner.reference.device)))
+            device, timed = str(job.runner.reference.device), job.clock.budget_s is not None
+            pool.share(Shared(job.model, job.task, job.seed, device, timed))
             for _ in range(pool.workers):
                 pool.submit(warm)
             self.lessons = lessons(job, pool)

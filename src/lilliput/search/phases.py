@@ -6,14 +6,15 @@ from torch import nn
 
 from lilliput.errors import ExportError, NotSupported
 from lilliput.search import ask
+from lilliput.search.cores import count_workers
 from lilliput.search.finish import Result, conclude
 from lilliput.search.forge import forging
+from lilliput.search.hire import hire
 from lilliput.search.job import Job, Target
 from lilliput.search.network import Network
 from lilliput.search.onnx_file import OnnxFile
 from lilliput.search.onnx_target import OnnxModel
 from lilliput.search.points import Clock
-from lilliput.search.pool import Pool
 from lilliput.store import Store
 from lilliput.task import Task, length, predict, take
 
@@ -38,7 +39,7 @@ def search(job: Job, fresh: bool) -> Result:
     with (
         job.show,
         forging(job.question.for_latency and job.question.runtime != "ort", job.clock.budget_s) as job.forge,
-        Pool(workers=job.workers) as pool,
+        hire(job.model, job.workers) as pool,
     ):
         try:
             job.target.begin(job, pool)
@@ -66,12 +67,13 @@ def search(job: Job, fresh: bool) -> Result:
             raise
 
 
-def cheaper(task: Task, model: nn.Module, clock: Clock, store: Store, workers: int) -> Task:
+def cheaper(task: Task, model: nn.Module, clock: Clock, store: Store, workers: int | str | None) -> Task:
     """The task with as many augmentations as the dense network can be run on within a part of the budget."""
     if task.draws < 2:
         return task
     if clock.budget_s is None:
         return task.with_draws(min(task.draws, 4))
+    workers = workers if isinstance(workers, int) else count_workers(model)
     kept = store.record("draws")
     if not kept:
         inputs = task.probe("train").inputs

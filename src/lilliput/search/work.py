@@ -3,32 +3,34 @@
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lilliput.code.base import realize
 from lilliput.graph.fold import fold_batchnorm
 from lilliput.graph.stages import FoldBatchNorm
+from lilliput.layout import channels_last
 from lilliput.recipe import Recipe
-from lilliput.reference import CHUNK
 from lilliput.runner import Runner
 from lilliput.search import codes, share
+from lilliput.search.choose import evidence
 from lilliput.search.desk import Desk
 from lilliput.search.job import finite
 from lilliput.search.points import judged, parameters
+from lilliput.search.teacher import outputs
 from lilliput.store import Store
-from lilliput.task import Score, Task, call, joined, length, take
+from lilliput.task import Score, Task, call, length, take
 from lilliput.train import Train
 
 Kept = tuple[dict[str, Any], dict[str, Tensor] | None]
 MOST = 4000  # steps of a training that has a time limit
 FEW = 16  # examples that a forward pass is timed on
 BACKWARD = 3.5  # seconds of a training step, in forward passes of its batch
+DRAWS = 60  # of the examples, where a metric that is no mean is bounded
 OFFERS = 0.15  # of a coded copy's time, for measuring what codes cost on each tensor
 
 
@@ -41,12 +43,14 @@ class Shared:
         task: as the search uses it.
         seed: of the search.
         device: where to train.
+        timed: whether a clock has a say.
     """
 
     model: nn.Module
     task: Task
     seed: int
     device: str
+    timed: bool = True
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,8 @@ class Memory(Store):
 
     def tensors(self, key: str) -> dict[str, Tensor] | None:
         if key.startswith("outputs-") and (folder := self.folder / lesson(key)).is_dir():
-            outputs: dict[str, Tensor] = share.load(folder)
-            return outputs
+            known: dict[str, Tensor] = share.load(folder)
+            return known
         return self.held[key][1] if key in self.held else None
 
     def put(self, key: str, record: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
@@ -174,10 +178,7 @@ def teach(desk: Desk, draw: int, first: int, last: int) -> Any:
     """
     runner = _runner(desk, Recipe(), {})
     runner.task.prepare(draw)  # every worker needs these inputs when it trains
-    batch = runner.task.batch(torch.arange(first, last), draw)
-    parts = [take(batch.inputs, slice(i, i + CHUNK)) for i in range(0, last - first, CHUNK)]
-    with torch.no_grad():
-        return joined([call(runner.reference.model, part) for part in parts])
+    return outputs(desk, runner.reference.model, runner.task.batch(torch.arange(first, last), draw).inputs)
 
 
 def train(desk: Desk, asked: Asked) -> Made:
@@ -214,8 +215,8 @@ def train(desk: Desk, asked: Asked) -> Made:
         recipe += replace(most, steps=steps)
     else:
         model, kept, steps = runner.make(recipe), None, 0
-    score, outputs = judged(runner.task, model)
-    finite(outputs)
+    score, given = judged(runner.task, model)
+    finite(given)
     return Made(
         recipe,
         kept,
@@ -227,23 +228,20 @@ def train(desk: Desk, asked: Asked) -> Made:
 
 
 def bound(task: Task, dense: Score, score: Score, sure: float) -> float:
-    """What a network may lose on examples that nobody has seen, in points of the metric.
+    """What a network that was not chosen loses at most on examples that nobody has seen, in points of the metric.
 
     Args:
         task: says which way the metric runs.
         dense: the dense network's score.
         score: the network's score on the same examples.
         sure: the confidence.
+
+    Returns:
+        The bound; what it was seen to lose where nothing more is known.
     """
     drop = task.loss_of(dense.value, score.value)
-    if dense.outcomes is None or score.outcomes is None:
-        draws = np.random.default_rng(0).integers(0, dense.units, (60, dense.units))
-        gaps = np.array([task.loss_of(dense.resampled(draw), score.resampled(draw)) for draw in draws])
-        error = float(np.nanstd(gaps)) if np.isfinite(gaps).any() else 0.0
-    else:
-        gap = dense.outcomes - score.outcomes
-        error = float(np.std(gap)) / math.sqrt(len(gap))
-    return drop + NormalDist().inv_cdf(sure) * error
+    least = float(evidence(task, dense, [score], DRAWS).bound(sure)[0])
+    return least if math.isfinite(least) else drop
 
 
 def batch_size_for(task: Task) -> int:
@@ -256,9 +254,19 @@ def _runner(desk: Desk, recipe: Recipe, results: dict[int, Kept]) -> Runner:
     if "runner" not in desk.kept:
         shared: Shared = desk.thing
         store = Memory(desk.folder)
-        desk.kept["runner"] = Runner(shared.model, shared.task, store, shared.seed, device=shared.device)
+        layout = partial(_layout, desk.kept, shared.timed)
+        desk.kept["runner"] = Runner(shared.model, shared.task, store, shared.seed, device=shared.device, layout=layout)
     runner: Runner = desk.kept["runner"]
     # Keys are the worker's own: they hash sources, which a function that came as bytes may not have.
     held = {runner.key(Recipe(recipe.stages[: place + 1])): result for place, result in results.items()}
     runner.store.held = held  # type: ignore[attr-defined]
     return runner
+
+
+def _layout(kept: dict[Any, Any], timed: bool, model: nn.Module, task: Task, batch_size: int | None) -> bool:
+    """Whether channels are last while a structure trains, found once for as many parameters."""
+    key = "channels last", parameters(model)
+    if key not in kept:
+        kept[key] = channels_last(model, task, batch_size, timed)
+    found: bool = kept[key]
+    return found
