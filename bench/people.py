@@ -32,12 +32,12 @@ def table(rows: int, width: int) -> nn.Embedding:
 
 
 class Delay(nn.Module):
-    """Six tables and a perceptron: categories (n, 6) and numbers (n, 6) -> minutes (n, 1)."""
+    """Six tables and a perceptron: categories (n, 6) and numbers (n, 5) -> minutes (n, 1)."""
 
     def __init__(
         self,
         rows: Sequence[int],
-        numbers: int = 6,
+        numbers: int = 5,
         widths: Sequence[int] = (16,) * 6,
         hidden: Sequence[int] = (128, 64),
     ) -> None:

@@ -91,21 +91,23 @@ def _minute(values: list[str]) -> NDArray[np.float64]:
 
 
 def delays() -> dict[str, Split]:
-    """327,346 flights from New York: (six categories, six numbers known at departure) -> delay at arrival, minutes."""
+    """327,346 flights from New York: (six categories, five numbers of the timetable) -> delay at arrival, minutes.
+
+    The day is one of the categories: training knows other flights of the days that val and test are from.
+    """
     columns = _flights()
     late = _number(columns["arr_delay"])
     some = ~np.isnan(late)
-    day = [f"{m}-{d}" for m, d in zip(columns["month"], columns["day"], strict=True)]
-    masks = {split: mask[some] for split, mask in parts(day).items()}
-    known = masks["train"]
     taken = {key: [v for v, s in zip(values, some, strict=True) if s] for key, values in columns.items()}
-    categories = [codes(taken[key], known) for key in ("carrier", "origin", "dest", "tailnum", "month", "hour")]
+    order = np.random.default_rng(0).permutation(int(some.sum()))
+    cuts = (slice(30_000), slice(30_000, 60_000), slice(60_000, None))
+    masks = {split: np.isin(np.arange(len(order)), order[cut]) for split, cut in zip(SPLITS, cuts, strict=True)}
+    known = masks["train"]
+    taken["date"] = [f"{int(m):02}-{int(d):02}" for m, d in zip(taken["month"], taken["day"], strict=True)]
+    categories = [codes(taken[key], known) for key in ("carrier", "origin", "dest", "tailnum", "hour", "date")]
     angle = 2 * np.pi * _minute(taken["sched_dep_time"]) / DAY
-    date = np.array([f"2013-{int(m):02}-{int(d):02}" for m, d in zip(taken["month"], taken["day"], strict=True)],
-                    "datetime64[D]")  # fmt: skip
-    weekday = 2 * np.pi * (date.astype(np.int64) % 7) / 7
-    numbers = np.stack([_number(taken["dep_delay"]), _number(taken["distance"]), np.sin(angle), np.cos(angle),
-                        np.sin(weekday), np.cos(weekday)], 1)  # fmt: skip
+    weekday = 2 * np.pi * (np.array([f"2013-{date}" for date in taken["date"]], "datetime64[D]").astype(int) % 7) / 7
+    numbers = np.stack([_number(taken["distance"]), np.sin(angle), np.cos(angle), np.sin(weekday), np.cos(weekday)], 1)
     inputs = (np.stack(categories, 1), standard(numbers, known))
     return divided(masks, inputs, late[some].astype(np.float32)[:, None])
 

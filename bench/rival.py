@@ -41,6 +41,7 @@ from lilliput.record import commit, versions
 from lilliput.task import call, predict, take
 
 LENGTHS = (1.0, 0.25, 0.06)  # of a training, in slots: some data is learnt by heart in a long one
+WIDTH = 4  # an argument with smaller values is no width that goes down with the others (spans of filters, layers)
 RARE = 64  # rows that a table needs before some of them are looked at
 LARGEST = 512  # of them kept, at most, where half of a table is not
 
@@ -104,7 +105,8 @@ def untrained(work: Work, plan: Plan) -> Plan:
 
 def ladder(work: Work, plan: Plan, places: list[tuple[str, int | None]]) -> None:
     """All sizes smaller together, until two in a row miss; the first rung says what to train from, and how long."""
-    missed = 0
+    missed, settings = 0, dict(plan.settings)
+    places = [(name, place) for name, place in places if _least(settings[name]) >= WIDTH]
     for rung, factor in enumerate((0.5, 0.25, 0.125, 0.0625, 0.03, 0.015)):
         smaller = shrunk(plan, places, factor)
         if work.left < 0.4 * work.seconds or missed == 2 or any(smaller == item[2] for item in work.found):
@@ -151,6 +153,10 @@ def moves(work: Work, plan: Plan, places: list[tuple[str, int | None]]) -> Itera
             if rows >= 8 or not fewer_rows:
                 yield replace(plan, kept=tuple(sorted({**kept, name: fewer_rows}.items())))
     yield shrunk(plan, [p for p in places if (p[1] or 0) < _length(settings[p[0]])], 0.7)
+
+
+def _least(value: Any) -> int:
+    return min(value) if isinstance(value, tuple) else int(value)
 
 
 def _length(value: Any) -> int:

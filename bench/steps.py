@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from lilliput.search.pool import Pool
 from torch import nn
 from torch.nn import functional as F
 
 import lilliput
 from lilliput.nets.mnist1d import MLP
 from lilliput.nets.resnet import ResNet
+from lilliput.search.pool import Pool
 from lilliput.train import fit
 
 SECONDS = 8.0

@@ -13,7 +13,7 @@ from typing import Any
 
 from lilliput.report import formats
 from lilliput.report import summary as summaries
-from lilliput.report.tables import front, markdown
+from lilliput.report.tables import front, markdown, reached
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "results" / "demo.json"
@@ -142,6 +142,19 @@ def engine() -> dict[str, str]:
     return {"speed": speed(record), "pruned": pruned(record, accuracy)}
 
 
+def anytime(path: Path = ROOT / "results" / "anytime.json") -> dict[str, str]:
+    """The part on what a search reaches in which time, from its record; empty before there is one."""
+    if not path.exists():
+        return {"anytime": ""}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    run = next(run for row in record["rows"].values() for run in row["runs"].values())
+    where = f"{run['machine']['cores']} cores of {run['machine']['cpu']}"
+    return {
+        "anytime": f"{record['what']}, on {where}, times smaller or faster than dense:\n\n{reached(record)}\n\n"
+        f"Medians over seeds of `{record['command']}`. The record is [results/anytime.json](results/anytime.json)."
+    }
+
+
 def fill(text: str, parts: dict[str, str]) -> str:
     """`text` with each part between its markers replaced; raises ValueError for a part without markers."""
     for name, part in parts.items():
@@ -165,7 +178,7 @@ def main() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(summary, path, key="packed_bytes", dark=dark)
     readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text(encoding="utf-8"), parts(summary) | engine()), encoding="utf-8")
+    readme.write_text(fill(readme.read_text(encoding="utf-8"), parts(summary) | engine() | anytime()), encoding="utf-8")
 
 
 if __name__ == "__main__":

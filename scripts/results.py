@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lilliput.report.tables import markdown, results
+from lilliput.report.tables import markdown, reached, results, rivals
 
 ROOT = Path(__file__).resolve().parents[1]
 Record = Mapping[str, Any]
-KINDS = ("jobs", "evidence", "comparisons")
+KINDS = ("jobs", "anytime", "evidence", "comparisons")
 
 
 def read(folder: Path) -> dict[str, dict[str, Record]]:
@@ -22,6 +22,7 @@ def read(folder: Path) -> dict[str, dict[str, Record]]:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record.get("size") != "quick":
             kind = "jobs" if "front" in record else "evidence" if "system" in record else "comparisons"
+            kind = "anytime" if path.name == "anytime.json" else kind
             records[kind][path.relative_to(folder).as_posix()] = record
     return records
 
@@ -39,6 +40,17 @@ def render(folder: Path) -> str:
         blocks += ["## Jobs", results(records["jobs"].values())]
         blocks.append("\n".join(f"- [{path}](results/{path}): `{job.get('command')}`{stamp(job)}"
                                 for path, job in records["jobs"].items()))  # fmt: skip
+    if beside := rivals(records["jobs"].values()):
+        blocks += [
+            "## Beside an engineer by hand",
+            "The rival is the fixed recipe of bench/rival.py (smaller networks of the family, tables cut, ordinary "
+            "quantizers) with the same floor and as many processor seconds. Speed is in ONNX Runtime, times dense, all "
+            "three in one interleaved run; the loss is on a split that neither has seen, in units of the metric, with "
+            "its standard error.",
+            beside,
+        ]
+    for path, record in records["anytime"].items():
+        blocks += [f"## {record['what']}", reached(record), f"`{record['command']}`, [{path}](results/{path})"]
     for path, record in records["evidence"].items():
         blocks += [
             f"## Evidence: {record['system']}",

@@ -147,7 +147,7 @@ def test_readme_says_what_its_record_says() -> None:
         pytest.skip("the demo has no record yet")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = script("readme")
-    parts = readme.parts(json.loads(record.read_text(encoding="utf-8"))) | readme.engine()
+    parts = readme.parts(json.loads(record.read_text(encoding="utf-8"))) | readme.engine() | readme.anytime()
     assert readme.fill(text, parts) == text, "run `make readme`"
 
 
@@ -164,10 +164,17 @@ def test_results_are_made_of_records(tmp_path: Path) -> None:
     (tmp_path / "s.quick.json").write_text(json.dumps({**evidence, "size": "quick", "claim": "no claim"}))
     bench = {"what": "steps", "command": "python b.py", "results": {"net": {"mask": {"ms": 2.0}, "dense": {"ms": 1.0}}}}
     (tmp_path / "b.json").write_text(json.dumps(bench))
+    run = {"value": 9.5, "machine": {"cpu": "a processor", "cores": 2, "load": 0.1}, "load_after": 1.9}
+    row = {"must": 12, "median": 9.5, "reached": False, "in_time": True, "runs": {"0": run}}
+    anytime = {"what": "What a search reaches", "command": "python c.py", "rows": {"digits-20s": row}}
+    (tmp_path / "anytime.json").write_text(json.dumps(anytime))
     text = script("results").render(tmp_path)
     assert "no claim" not in text
     assert "Claim: it shrinks. Baseline: dense." in text and "| a | 0.5000 | 1 to 2 |" in text
     assert "a processor; cores 2; load 0.1 to 0.2" in text
+    assert "| digits-20s | 12 | 9.5 (missed) | 9.5 | yes | 0.1→1.9 |" in text
+    assert script("readme").anytime(tmp_path / "none.json") == {"anytime": ""}
+    assert "digits-20s" in script("readme").anytime(tmp_path / "anytime.json")["anytime"]
     assert "| net | mask | 2.000 |" in text and "`python b.py`" in text
 
 

@@ -157,6 +157,66 @@ def results(summaries: Iterable[Summary]) -> str:
     )
 
 
+def rivals(summaries: Iterable[Summary]) -> str:
+    """What lilliput made beside what an engineer's fixed recipe made in as many processor seconds (bench/rival.py).
+
+    Args:
+        summaries: of jobs; those without a rival's record are left out.
+
+    Returns:
+        A table, one row a job; "" where no job has a rival.
+    """
+    rows = [summary for summary in summaries if "ours" in (summary.get("rival") or {})]
+    if not rows:
+        return ""
+    return markdown(
+        rows,
+        {
+            "job": "task",
+            "asked": lambda s: (
+                "speed" if s["objective"] == "latency" else "model.onnx" if s.get("file") == "onnx" else "model.lil"
+            ),
+            "floor": lambda s: Quality.of(s).points(floor(s)),
+            "model.onnx B": "rival.ours.bytes",
+            "rival's B": "rival.bytes",
+            "of the rival's": "rival.ours.bytes_over_rival",
+            "speed": lambda s: formats.times(s["rival"]["ours"]["speedup"]),
+            "rival's speed": lambda s: formats.times(s["rival"]["speedup"]),
+            "loss on test": lambda s: _held(s.get("held_out")),
+            "rival's loss on test": lambda s: _held(s["rival"].get("held_out")),
+            "rival": "rival.how",
+        },
+    )
+
+
+def _held(lost: Mapping[str, Any] | None) -> str:
+    if not lost:
+        return ""
+    kept = "" if lost["held"] else ", floor not held"
+    return f"{lost['drop']:.4g} ± {lost['standard_error']:.2g}{kept}"
+
+
+def reached(record: Mapping[str, Any]) -> str:
+    """What a search reaches in which time against what it must reach, of the record that bench/anytime.py writes.
+
+    Args:
+        record: with "rows" by name, each with what it must reach, its median and its runs.
+    """
+    return markdown(
+        [{"name": name, **row} for name, row in record["rows"].items()],
+        {
+            "search": "name",
+            "must reach": "must",
+            "median": lambda row: row["median"] if row["reached"] else f"{row['median']} (missed)",
+            "runs": lambda row: ", ".join(str(run["value"]) for run in row["runs"].values()),
+            "in time": lambda row: "yes" if row["in_time"] else "no",
+            "load": lambda row: " ".join(
+                f"{run['machine']['load']}→{run['load_after']}" for run in row["runs"].values()
+            ),
+        },
+    )
+
+
 def _of(summary: Summary) -> Mapping[str, Any]:
     return shown(summary) or {}
 
