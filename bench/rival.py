@@ -97,7 +97,7 @@ def untrained(work: Work, plan: Plan) -> Plan:
             trial = copy.deepcopy(model)
             fold(trial, name, order, kept, work.use[name])
             if work.drop(rounded(trial)) <= work.floor / 2:
-                model, plan = trial, replace(plan, kept=(*plan.kept, (name, kept)))
+                model, plan = trial, replace(plan, kept=tuple(sorted((*plan.kept, (name, kept)))))
                 break
     work.keep(plan, model, "rare rows folded, not trained")
     return plan
@@ -188,7 +188,7 @@ def descend(work: Work, places: list[tuple[str, int | None]]) -> None:
 def longer(work: Work) -> None:
     """The nearest misses that would be cheaper go on for three slots, int8 weights in the loop."""
     tried: set[Plan] = set()
-    while work.left > 0.1 * work.seconds:
+    while work.left > 0.15 * work.seconds:
         best = work.best[0]
         near = [item for item in work.found if item[0] < best and item[2] not in tried and item[1] <= 3 * work.floor]
         if not near:
@@ -199,7 +199,7 @@ def longer(work: Work) -> None:
         changed = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Embedding)]
         for module in changed:
             parametrize.register_parametrization(module, "weight", Int8())
-        work.train(model, min(3 * work.length * work.slot, work.left - 0.05 * work.seconds), work.distilled)
+        work.train(model, min(3 * work.length * work.slot, work.left - 0.1 * work.seconds), work.distilled)
         for module in changed:
             parametrize.remove_parametrizations(module, "weight")
         work.keep(plan, model, "trained on with int8 weights")
