@@ -487,3 +487,21 @@ def test_a_walk_that_goes_round_without_end_is_stopped() -> None:
     said = reasons(Last(), {"input_ids": torch.arange(7)[None]})
     assert said["net.layers.0.self_attn.q_proj"] == "they go round without end"
     assert said["net.layers.0.mlp.gate_proj"] == ""
+
+
+def test_a_walk_whose_positions_grow_every_time_round_is_stopped() -> None:
+    """Products of vectors of one column: each time through the flattening there are a few times as many positions."""
+
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tables, self.out = nn.ModuleList(nn.Embedding(9, 1) for _ in range(4)), nn.Linear(7, 1)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            rows = torch.stack([table(ids[:, i]) for i, table in enumerate(self.tables)], 1)
+            products = torch.bmm(rows, rows.transpose(1, 2)).flatten(1)[:, [1, 2, 3, 6, 7, 11]]
+            y: Tensor = self.out(torch.cat([rows[:, 0], products], 1))
+            return y
+
+    said = reasons(Products(), torch.zeros(2, 4, dtype=torch.long))
+    assert said["tables.0"] == "they go round without end"

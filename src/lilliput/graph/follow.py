@@ -1,7 +1,7 @@
 """Follow a network with Torch-Pruning's dependency graph: which channels its operations join."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -45,7 +45,7 @@ def dependencies(model: nn.Module, example: Any) -> list[Group]:
             work, example, forward_fn=forward, customized_pruners=tables, verbose=False
         )
         names = {module: standing.get(name, name) for name, module in work.named_modules()}
-        visits = _Visits()
+        visits = _Visits(work)
         for node in graph.module2node.values():
             node.dependencies = _Watched(node.dependencies, visits)
         for group in graph.get_all_groups(root_module_types=roots):
@@ -63,7 +63,8 @@ class _Visits:
 
     most = 100
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self.positions = 16 * max((size for p in model.parameters() for size in p.shape), default=1)
         self.of: dict[int, int] = {}
         self.endless = False
 
@@ -78,7 +79,28 @@ class _Watched(list[Any]):
     def __iter__(self) -> Iterator[Any]:
         count = self.visits.of[id(self)] = self.visits.of.get(id(self), 0) + 1
         self.visits.endless |= count > self.visits.most
-        return iter(()) if self.visits.endless else super().__iter__()
+        for way in () if self.visits.endless else super().__iter__():
+            way.index_mapping = [_Bounded.of(mapping, self.visits) for mapping in way.index_mapping]
+            yield way
+
+
+class _Bounded:
+    """What turns positions before an operation into those behind it. On a cycle through a flattening their number grows
+    by a factor every time round: a walk with many more of them than the widest layer has is endless too.
+    """
+
+    def __init__(self, mapping: Callable[[Any], Any], visits: _Visits) -> None:
+        self.mapping, self.visits = mapping, visits
+
+    @classmethod
+    def of(cls, mapping: Any, visits: _Visits) -> Any:
+        return mapping if mapping is None or isinstance(mapping, cls) else cls(mapping, visits)
+
+    def __call__(self, positions: Any) -> Any:
+        if self.visits.endless or len(positions) > self.visits.positions:
+            self.visits.endless = True
+            return []
+        return self.mapping(positions)
 
 
 def _plain(group: Any, graph: Any, names: dict[nn.Module, str], order: dict[str, int], ends: set[Any]) -> Group:
