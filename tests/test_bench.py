@@ -70,12 +70,14 @@ def test_a_drop_has_the_error_of_paired_examples() -> None:
 
 
 def test_folded_rows_are_one_and_leave_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
     model = Words().eval()
     order = torch.arange(400).flip(0)
     rival_family.fold(model, "table", order, 40)
     ids = torch.tensor([[3] * 8, [5] * 8, [399] * 8, [398] * 8])
     outputs = model(ids)
-    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[2], outputs[3])
+    torch.testing.assert_close(outputs[0], outputs[1])
+    assert (outputs[2] - outputs[3]).abs().max() > 1e-3
     proto = rival_files.exported(model, ids)
     small = rival_files.int8_weights(proto)
     assert small.ByteSize() < 400 * 16
