@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import lilliput
-from lilliput import Task
+from lilliput import Quantize, Task
+from lilliput.code.base import realize
 from lilliput.engine.compile import compile
 from lilliput.graph import groups, remove_channels
 from lilliput.graph.basis import freedom
@@ -286,6 +287,16 @@ def test_tables_of_one_size_share_the_rows_out_by_what_matters() -> None:
     assert offered.options[-1](model, task, None)(*task.example).shape == (1, 2)
 
 
+def test_fewer_rows_of_eight_bits(tmp_path: Path) -> None:
+    model, task = made(Sentence)
+    stage = FoldRows((("words", 1000),))
+    small = lilliput.run(model, task, (stage, Quantize(8)))
+    files = sizes(small, task, tmp_path)
+    assert all(size < 1001 * (16 + 2) + 20_000 / 8 + 8 * 16 * 3 + 2000 for size in files.values()), files
+    ids = torch.randint(0, 20_000, (64, 12))
+    assert torch.allclose(lilliput.load(tmp_path)(ids), realize(small)(ids), atol=1e-5)
+
+
 def test_what_cannot_be_folded_says_so() -> None:
     model, task = made(Beside)
     with pytest.raises(KeyError, match=r"'net\.0' must be a lookup table of its own, got tables\.0"):
@@ -298,8 +309,9 @@ def test_what_cannot_be_folded_says_so() -> None:
 
 
 def test_a_table_that_is_asked_for_more_than_rows_still_answers() -> None:
-    table = FirstRows(nn.Embedding(3, 8))
+    table = FirstRows(nn.Embedding(3, 8), nn.Embedding(50, 8, padding_idx=7))
     assert table.embedding_dim == 8 and table.weight.shape == (3, 8)
+    assert (table.num_embeddings, table.padding_idx) == (50, 7)  # a network hashes ids and masks padding with these
     with pytest.raises(AttributeError):
         _ = table.nothing
 

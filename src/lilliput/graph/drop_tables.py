@@ -98,7 +98,7 @@ def _replaced(model: nn.Module, counts: Mapping[str, Tensor], paths: Iterable[st
         table = cast(Any, model.get_submodule(path))
         read = counts.get(path, torch.ones(table.num_embeddings)).to(table.weight)
         mean = (read[:, None] * table.weight.detach()).sum(0, keepdim=True) / read.sum().clamp_min(1)
-        replace_(model, table, FirstRows(shortened(table, mean)))
+        replace_(model, table, FirstRows(shortened(table, mean), table))
     return model
 
 

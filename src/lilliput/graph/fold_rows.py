@@ -135,4 +135,4 @@ def _folded(table: Table, stays: Tensor, read: Tensor, first: bool) -> nn.Module
     short = shortened(table, torch.cat([kept, unknown] if first else [unknown, kept]))
     if table.padding_idx is not None:
         short.padding_idx = int(stays[: table.padding_idx].sum()) + (not first)
-    return FirstRows(short) if first else SomeRows(short, stays)
+    return FirstRows(short, table) if first else SomeRows(short, table, stays)

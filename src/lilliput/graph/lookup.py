@@ -7,6 +7,11 @@ import torch
 from torch import Tensor, nn
 
 Table = nn.Embedding | nn.EmbeddingBag
+ANSWERED = frozenset({"weight", *nn.Embedding.__constants__, *nn.EmbeddingBag.__constants__}) - {
+    "num_embeddings",
+    "padding_idx",
+}
+"""What a network may ask a table for beside rows, and the shorter table answers."""
 
 
 def shortened(table: Table, rows: Tensor) -> Table:
@@ -18,9 +23,19 @@ def shortened(table: Table, rows: Tensor) -> Table:
 
 
 class Fewer(nn.Module):
-    """A lookup table behind the ids of a longer one; whatever is asked of it beside a lookup, the table answers."""
+    """A lookup table behind the ids of a longer one. What a network asks the longer one for, it answers: the number of
+    ids and the id of padding are those of before, weights and width those of the shorter table.
+
+    Args:
+        table: the shorter table.
+        like: the longer one.
+    """
 
     table: Table
+
+    def __init__(self, table: Table, like: Table) -> None:
+        super().__init__()
+        self.table, self.num_embeddings, self.padding_idx = table, like.num_embeddings, like.padding_idx
 
     def forward(self, input: Tensor, *args: Any, **settings: Any) -> Tensor:
         return cast(Tensor, self.table(self.row(input), *args, **settings))
@@ -30,12 +45,10 @@ class Fewer(nn.Module):
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "table":
-                raise
-            return getattr(self.table, name)
+        return getattr(self.table, name) if name in ANSWERED else super().__getattr__(name)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}"
 
 
 class FirstRows(Fewer):
@@ -43,15 +56,12 @@ class FirstRows(Fewer):
 
     Args:
         table: the shorter table, its last row the unknown one.
+        like: the longer one.
 
     Example:
-        >>> FirstRows(nn.Embedding(3, 8)).row(torch.tensor([0, 1, 2, 99])).tolist()
+        >>> FirstRows(nn.Embedding(3, 8), nn.Embedding(100, 8)).row(torch.tensor([0, 1, 2, 99])).tolist()
         [0, 1, 2, 2]
     """
-
-    def __init__(self, table: Table) -> None:
-        super().__init__()
-        self.table = table
 
     def row(self, ids: Tensor) -> Tensor:
         return ids.clamp_max(self.table.num_embeddings - 1)
@@ -65,19 +75,20 @@ class SomeRows(Fewer):
 
     Args:
         table: the shorter table, its row 0 the unknown one.
+        like: the longer one.
         stays: bool (rows of the longer table,).
 
     Example:
-        >>> SomeRows(nn.Embedding(3, 8), torch.tensor([False, True, False, True])).row(torch.arange(4)).tolist()
+        >>> stays = torch.tensor([False, True, False, True])
+        >>> SomeRows(nn.Embedding(3, 8), nn.Embedding(4, 8), stays).row(torch.arange(4)).tolist()
         [0, 1, 0, 2]
     """
 
     bits: Tensor
     index: Tensor
 
-    def __init__(self, table: Table, stays: Tensor) -> None:
-        super().__init__()
-        self.table, self.rows = table, len(stays)
+    def __init__(self, table: Table, like: Table, stays: Tensor) -> None:
+        super().__init__(table, like)
         padded = torch.zeros(-(-len(stays) // 8) * 8, dtype=torch.uint8)
         padded[: len(stays)] = stays
         self.register_buffer("bits", (padded.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1).to(torch.uint8))
@@ -87,15 +98,12 @@ class SomeRows(Fewer):
     def counted(self) -> Tensor:
         """The row of the shorter table for each id, from the bits."""
         powers = 2 ** torch.arange(8, device=self.bits.device)
-        stays = (self.bits.long().unsqueeze(1) // powers % 2).flatten()[: self.rows]
+        stays = (self.bits.long().unsqueeze(1) // powers % 2).flatten()[: self.num_embeddings]
         return stays.cumsum(0) * stays
 
     def row(self, ids: Tensor) -> Tensor:
         index = self.counted() if torch.compiler.is_exporting() else self.index  # a file shall hold the bits
         return index[ids]
-
-    def extra_repr(self) -> str:
-        return f"{self.rows}"
 
 
 def _count_again_(module: nn.Module, _: Any) -> None:
