@@ -1,0 +1,124 @@
+"""What a search expects of its next training: laws that are learned, and a choice that follows from them."""
+
+import heapq
+import math
+import random
+
+import pytest
+
+from lilliput import Distill, Recipe, Train
+from lilliput.search.arms import Action, Arm, Prospect
+from lilliput.search.levels import STORED, Level
+from lilliput.search.outlook import Law, Option, Outlook, better, cheaper, choose
+
+PLAN = Recipe((Train(1, rules=(Distill(),)),))
+
+
+def test_a_law_comes_to_what_is_seen_and_an_outlier_counts_for_little() -> None:
+    law = Law(0.5, 0.35)
+    for _ in range(50):
+        law.learn(0.1)
+    assert law.mean == pytest.approx(0.1, abs=0.03) and law.spread < 0.2
+    other = Law(0.5, 0.35)
+    other.learn(100.0)
+    assert other.mean <= 0.5 + 3 * 0.35
+
+
+def test_a_smaller_promised_network_is_worth_more_the_sooner_and_the_surer_it_is() -> None:
+    worth = cheaper(0.1)
+    sure, unsure = Option("a", 10, 0.05, 0.3, 0.3), Option("b", 10, 0.05, 3.0, 0.3)
+    assert sure.promised() > 0.99 and unsure.promised() < 0.01 and worth(sure) > worth(unsure)
+    soon, late = Option("a", 5, 0.05, 0.5, 0.3), Option("b", 50, 0.05, 0.5, 0.3)
+    assert choose([late, soon], worth, 100) is soon
+    assert choose([late], worth, 20) is None  # it does not fit
+    assert choose([Option("c", 1, 0.2, 0.1, 0.3)], worth, 100) is None  # it is no smaller than what there is
+
+
+def test_where_a_price_must_hold_the_best_that_fits_is_worth_most() -> None:
+    worth = better(2.0, most=0.1)
+    assert worth(Option("fits", 1, 0.09, 1.0, 0.3)) > 0 == worth(Option("too large", 1, 0.2, 0.1, 0.3))
+
+
+def test_the_regression_of_first_bounds_follows_what_was_begun() -> None:
+    outlook = Outlook()
+    for price in (0.1, 0.05, 0.02, 0.01):
+        outlook.began.append((math.log(price), math.log(0.2 / price)))
+    assert outlook.fresh(0.03)[0] == pytest.approx(0.2 / 0.03, rel=0.35)
+    assert outlook.fresh(0.005)[0] > outlook.fresh(0.05)[0]
+
+
+def test_what_is_trained_longer_is_expected_to_lose_less_and_each_doubling_brings_less() -> None:
+    outlook = Outlook()
+    bounds = [outlook.trained(4.0, k)[0] for k in range(5)]
+    ratios = [a / b for a, b in zip(bounds, bounds[1:], strict=False)]
+    assert bounds == sorted(bounds, reverse=True) and ratios == sorted(ratios, reverse=True)
+
+
+def test_a_coded_copy_is_not_made_twice_of_the_same_weights() -> None:
+    prospect = Prospect(STORED["lil"])
+    arm = Arm("a", PLAN, {}, 0.05, 0.0, 1.0)
+    arm.bound, arm.spent = 0.8, 4.0
+    levels = {option.what.level for option in prospect.options([arm]) if option.what.kind == "code"}
+    assert levels == set(STORED["lil"])
+    arm.tried = set(STORED["lil"][:2])
+    left = {option.what.level for option in prospect.options([arm]) if option.what.kind == "code"}
+    assert left == set(STORED["lil"][2:])
+    arm.busy = True
+    assert not prospect.options([arm])
+
+
+class World:
+    """Networks whose bound falls with training and rises as they get smaller, seen through noise."""
+
+    def __init__(self, seed: int, speed: float = 50.0) -> None:
+        self.noise, self.speed = random.Random(seed), speed
+
+    def bound(self, weights: float, steps: float, level: Level | None) -> float:
+        lost = 0.25 + 0.0035 / weights + 12 * (0.02 / weights) ** 0.3 * (max(steps, 1) / 100) ** -0.9
+        if level is not None:
+            lost *= {8: 1.0, 4: 1.05, 3: 1.3, 2.5: 1.9}[level.bits]
+        return lost * math.exp(self.noise.gauss(0, 0.15))
+
+    def steps(self, weights: float, seconds: float) -> float:
+        return self.speed * seconds / (0.4 + 20 * weights)
+
+
+def searched(seconds: float, seed: int, speed: float = 50.0, workers: int = 2) -> float:
+    """The price that the scheduler reaches in a simulated world, in prices of the dense network."""
+    world, prospect = World(seed, speed), Prospect(STORED["lil"])
+    arms = [Arm(str(k), PLAN, {"k": k}, 0.2 * 0.6**k, 0.0, max(1.0, seconds / 16)) for k in range(12)]
+    steps: dict[Arm, float] = {}
+    reached, now, running, count = 0.25, 0.0, list[tuple[float, int, Action]](), 0
+    while True:
+        while len(running) < workers:
+            option = choose(prospect.options(arms), cheaper(reached), seconds - now)
+            if option is None:
+                break
+            option.what.arm.busy, count = True, count + 1
+            heapq.heappush(running, (now + option.what.amount + 0.5, count, option.what))
+        if not running:
+            return reached
+        now, _, action = heapq.heappop(running)
+        arm, before = action.arm, action.arm.bound
+        arm.busy, done = False, world.steps(arm.weights, action.amount)
+        if action.level is not None:
+            arm.tried.add(action.level)
+            coded = Arm(f"{arm.name} coded", PLAN, arm.axes, arm.weights * action.level.factor, 0.0, 0.0, action.level)
+            coded.closed = "" if action.level.trained else "untrained"
+            steps[coded], arms = steps[arm], [*arms, coded]
+            source, arm = arm, coded
+        else:
+            source, arm.tried = arm, set()
+        steps[arm] = steps.get(arm, 0.0) + done
+        after = world.bound(source.weights if action.level else arm.weights, steps[arm], arm.level)
+        prospect.learn(action, before, after)
+        arm.bound, arm.spent = after, arm.spent + action.amount
+        if arm.level is not None and after <= 1:
+            reached = min(reached, arm.price)
+
+
+def test_more_time_finds_smaller_networks_and_a_slow_machine_finds_some() -> None:
+    reached = {seconds: sorted(searched(seconds, seed) for seed in range(5))[2] for seconds in (80, 160, 640)}
+    assert reached[640] < reached[160] < reached[80] < 0.25
+    slow = sorted(searched(640, seed, speed=12.5) for seed in range(5))[2]
+    assert slow < 1.5 * reached[160]  # a quarter of the speed is as good as a quarter of the time: no cliff
