@@ -245,6 +245,18 @@ def test_a_long_training_goes_on_from_its_checkpoint(
     assert not list((tmp_path / "b").glob("*.ckpt"))  # of no use once the training is finished
 
 
+def test_only_the_last_of_trainings_in_a_row_is_needed_to_go_on(tmp_path: Path) -> None:
+    model, task = make()
+    recipe = Recipe(tuple(Train(6, batch_size=16, seed=seed) for seed in range(3)))
+    first = Runner(model, task, Store(tmp_path / "a"))
+    expected, key = first.make(recipe).state_dict(), first.key(recipe)
+    store = Store(tmp_path / "b")
+    store.put(key, first.store.record(key) or {}, first.store.tensors(key))
+    steps: list[int] = []
+    found = Runner(model, task, store).make(recipe, lambda step: bool(steps.append(step))).state_dict()
+    assert not steps and all(torch.equal(expected[name], value) for name, value in found.items())
+
+
 def test_a_damaged_checkpoint_starts_the_training_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, task = stochastic()
     recipe = Recipe((Train(20, batch_size=16),))

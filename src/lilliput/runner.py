@@ -1,5 +1,6 @@
 """run: apply a recipe to a copy of a model. What was trained before is read from the store, not trained again."""
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -115,8 +116,8 @@ class Runner:
         model = copy_model(self._built[keys[first]] if first else self.model).eval()
         for i, stage in enumerate(recipe.stages[first:], first):
             if isinstance(stage, Train):
-                if i + 1 < len(recipe.stages) and self._goes_on(recipe.stages[i + 1], keys[i + 2]):
-                    continue  # its result is only where the next training began, which is done
+                if self._goes_on(recipe.stages[i + 1 :], keys[i + 2 :]):
+                    continue  # its result is only where a later training began, which is done
                 model = self._train(model, stage, keys[i], keys[i + 1], stop, seconds)
                 continue
             if stage.structural and codes(model):
@@ -126,8 +127,10 @@ class Runner:
                 self._keep(keys[i + 1], model)
         return model
 
-    def _goes_on(self, stage: Stage, key: str) -> bool:
-        return isinstance(stage, Train) and self.store.record(key) is not None
+    def _goes_on(self, after: tuple[Stage, ...], keys: list[str]) -> bool:
+        """Whether one of the trainings that follow at once is in the store."""
+        trainings = itertools.takewhile(lambda pair: isinstance(pair[0], Train), zip(after, keys, strict=True))
+        return any(self.store.record(key) is not None for _, key in trainings)
 
     def _keep(self, key: str, model: nn.Module) -> None:
         """Keep a structure: to build one again takes longer than a hundred steps of training it."""

@@ -135,7 +135,7 @@ class _Climb:
                 self._take(self.running.pop(future), future)
         for future, action in self.running.items():
             self.pool.end(future)
-            self.job.failed(action.arm.name, TimeoutError("the budget ended while it trained"))
+            self.job.failed(_title(action), TimeoutError("the budget ended while it trained"))
 
     def _launch(self) -> bool:
         """Give free workers what is worth most; whether anything was begun."""
@@ -205,7 +205,7 @@ class _Climb:
                 arm.closed = f"{type(error).__name__}: {error}"
             else:
                 arm.tried.add(action.level)
-            job.failed(arm.name if action.level is None else f"{arm.name}, {action.level.name()}", error)
+            job.failed(_title(action), error)
             return
         if made.result is not None:
             job.store.put(job.runner.key(made.recipe), *made.result)
@@ -225,8 +225,9 @@ class _Climb:
         self.prospect.learn(action, arm.bound, after, doublings)
         if action.level is not None:
             arm.tried.add(action.level)
-            title = f"{arm.name}, {action.level.name()}"
-            arm = Arm(title, arm.plan, arm.axes, arm.weights * action.level.factor, arm.besides, 0.0, action.level)
+            arm = Arm(
+                _title(action), arm.plan, arm.axes, arm.weights * action.level.factor, arm.besides, 0.0, action.level
+            )
             arm.closed = "" if action.level.trained else "it is stored without training"
             self.arms.append(arm)
         arm.recipe, arm.bound, arm.steps, arm.rounds = made.recipe, after, arm.steps + made.steps, arm.rounds + 1
@@ -263,6 +264,11 @@ class _Climb:
         except FAILURES as error:
             arm.closed = f"{type(error).__name__}: {error}"
             job.failed(arm.name, error)
+
+
+def _title(action: Action) -> str:
+    """What an action makes, for people."""
+    return action.arm.name if action.level is None else f"{action.arm.name}, {action.level.name()}"
 
 
 def _training(job: Job, action: Action) -> Train:
