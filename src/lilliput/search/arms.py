@@ -31,7 +31,8 @@ class Arm:
         steps: of its training in all.
         rounds: how often it was trained.
         bound: what it may lose, in floors; None before its first training.
-        expected: the bound that it is expected to have after it, and the spread of its logarithm; None: as others had.
+        inherited: the bound of the arm whose weights it goes on with; None where it begins with the dense network's.
+        sibling: whether it is that arm's structure, trained in another way.
         busy: whether it is being trained.
         tried: the levels that its weights were stored at, after the latest round.
         closed: why nothing more is done with it, or an empty text.
@@ -49,7 +50,8 @@ class Arm:
     steps: int = 0
     rounds: int = 0
     bound: float | None = None
-    expected: tuple[float, float] | None = None
+    inherited: float | None = None
+    sibling: bool = False
     busy: bool = False
     tried: set[Level] = field(default_factory=set)
     closed: str = ""
@@ -58,6 +60,11 @@ class Arm:
     def price(self) -> float:
         """What it costs, as it is stored or at four bits."""
         return self.weights + self.besides
+
+    @property
+    def way(self) -> tuple[bool, int]:
+        """How it is trained: through a rounding or not, mostly by the dense network or mostly by the labels."""
+        return self.level is not None, self.axes.get("labels", 0)
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ class Prospect:
         overhead: seconds that each training takes besides.
         outlook: how bounds move with price and training.
         child: what a structural step adds to the log bound of the arm that it inherits from.
+        sibling: what training on in another way adds to it.
         laws: what each level adds to the log bound.
         offsets: by how much the log bounds of structures with a choice differ from the rest, by (axis, number).
     """
@@ -93,6 +101,7 @@ class Prospect:
     overhead: float = 0.5
     outlook: Outlook = field(default_factory=Outlook)
     child: Law = field(default_factory=lambda: Law(0.6, 0.5))
+    sibling: Law = field(default_factory=lambda: Law(0.0, 0.3))
     laws: dict[Level, Law] = field(default_factory=dict)
     offsets: dict[tuple[str, int], Law] = field(default_factory=dict)
 
@@ -106,14 +115,14 @@ class Prospect:
 
     def _of(self, arm: Arm) -> Iterator[Option]:
         if arm.bound is None:
-            begin, (bound, spread) = Action(arm, "begin"), arm.expected or self.outlook.fresh(arm.price)
-            for later, *rest in self._ahead(arm, bound * math.exp(self._offset(arm)), arm.first, spread):
+            begin, (bound, spread) = Action(arm, "begin"), self._begun(arm)
+            for later, *rest in self._ahead(arm, bound, arm.first, spread):
                 yield Option(begin, arm.first + later, *rest)
             return
         longer = Action(arm, "longer")
         if arm.level is not None:
             for k in DOUBLINGS[1:3]:
-                yield Option(longer, arm.spent * (2**k - 1), arm.price, *self.outlook.trained(arm.bound, k))
+                yield Option(longer, arm.spent * (2**k - 1), arm.price, *self.outlook.trained(arm.bound, k, arm.way))
             return
         for level in self.levels:
             if level not in arm.tried:
@@ -127,7 +136,7 @@ class Prospect:
     ) -> Iterator[tuple[float, float, float, float]]:
         """(seconds, price, bound, spread) of what an arm's weights may be stored as after further trainings."""
         for k in DOUBLINGS:
-            later, wide = self.outlook.trained(bound, k)
+            later, wide = self.outlook.trained(bound, k, arm.way)
             for level in self.levels:
                 tail, *rest = self._coded(arm, level, later, spent * 2**k, math.hypot(wide, spread))
                 yield (spent * (2**k - 1) + tail, *rest)
@@ -143,6 +152,17 @@ class Prospect:
             math.hypot(spread, law.spread),
         )
 
+    def _begun(self, arm: Arm) -> tuple[float, float]:
+        """The expected bound of an arm after its first training, and the spread of its logarithm."""
+        if arm.inherited is not None:
+            law = self._heirs(arm)
+            return arm.inherited * math.exp(law.mean), law.spread
+        bound, spread = self.outlook.fresh(arm.price)
+        return bound * math.exp(self._offset(arm)), spread
+
+    def _heirs(self, arm: Arm) -> Law:
+        return self.sibling if arm.sibling else self.child
+
     def _offset(self, arm: Arm) -> float:
         return sum(self.offsets[item].mean for item in arm.axes.items() if item in self.offsets)
 
@@ -157,8 +177,8 @@ class Prospect:
         """
         arm = action.arm
         if before is None:
-            if arm.expected is not None:
-                self.child.learn(math.log(bound / arm.expected[0]) + self.child.mean)
+            if arm.inherited is not None:
+                self._heirs(arm).learn(math.log(bound / arm.inherited))
                 return
             surprise = math.log(bound / self.outlook.fresh(arm.price)[0]) - self._offset(arm)
             for item in arm.axes.items():
@@ -167,4 +187,4 @@ class Prospect:
         elif action.level is not None:
             self.law(action.level).learn(math.log(bound / before))
         elif doublings > 0.2:
-            self.outlook.longer.learn(math.log(before / bound) / doublings)
+            self.outlook.doubled(arm.way).learn(math.log(before / bound) / doublings)

@@ -1,7 +1,7 @@
 """Candidates: structures that may be trained: what methods offer on the dense network, and smaller children of arms."""
 
-import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,6 @@ from lilliput.proposal import Refusal, proposals
 from lilliput.recipe import Recipe
 from lilliput.search.arms import Arm
 from lilliput.search.job import FAILURES, Job
-from lilliput.search.outlook import Law
 from lilliput.search.pool import Pool
 from lilliput.search.question import Question
 from lilliput.search.space import Axis, Choice, Space, changes, identity, name, structure, topology, training
@@ -89,28 +88,39 @@ class Candidates:
                 self.job.failed("a structure of the sampler", error)
         return [arm for arm in arms if arm is not None]
 
-    def children(self, arm: Arm, law: Law) -> list[Arm]:
+    def children(self, arm: Arm) -> list[Arm]:
         """Smaller structures that inherit what an arm has learned, one a method, where it may well be promised.
 
         Args:
             arm: a plain arm that was trained.
-            law: what a structural step is expected to add to the log bound.
         """
         if arm.bound is None or arm.bound > WORTH_CHILDREN or (key := self.job.runner.key(arm.recipe)) in self._known:
             return []
         self._known.add(key)
-        children = []
+        children: list[Arm | None] = [*self._sibling(arm)]
         for axis in self.space.axes:
             if not getattr(axis.method, "replaces", False):
                 try:
-                    children.append(self._child(arm, axis, law))
+                    children.append(self._child(arm, axis))
                 except StoreError:
                     raise
                 except FAILURES as error:
                     self.job.failed(f"{arm.name}, then {axis.name}", error)
         return [child for child in children if child is not None]
 
-    def _child(self, arm: Arm, axis: Axis, law: Law) -> Arm | None:
+    def _sibling(self, arm: Arm) -> Iterator[Arm]:
+        """The same network trained on in the other way: what learns fast is often not what ends best."""
+        before, way = training(arm.plan), arm.axes.get("labels", 0)
+        if arm.rounds < 2 or len(self.space.labels) < 2 or (structure(arm.plan), "sibling") in self._known:
+            return
+        self._known.add((structure(arm.plan), "sibling"))
+        other = (way + 1) % len(self.space.labels)
+        plan = Recipe((*arm.recipe.stages, replace(before, supervised=self.space.labels[other])))
+        sibling = Arm(name(plan), plan, {**arm.axes, "labels": other}, arm.weights, arm.besides, arm.spent)
+        sibling.inherited, sibling.sibling, sibling.rounds = arm.bound, True, arm.rounds
+        yield sibling
+
+    def _child(self, arm: Arm, axis: Axis) -> Arm | None:
         """The arm's network after the option of a method that leaves the wanted part of it."""
         job = self.job
         model = job.runner.make(arm.recipe)
@@ -125,7 +135,7 @@ class Candidates:
             share = after.values / before.values
             if STEP**1.5 <= share <= STEP**0.5:
                 child = Arm(name(plan), plan, arm.axes, *self._price(plan, after), self._first(after))
-                child.expected = arm.bound * math.exp(law.mean), law.spread  # type: ignore[operator]
+                child.inherited = arm.bound
                 return child
             low, high = (middle + 1, high) if share > STEP else (low, middle - 1)
         return None

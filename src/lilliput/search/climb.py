@@ -35,7 +35,7 @@ from lilliput.train import Train
 WORK = 3.0  # trainings as long as a first one, for each structure that is asked for where steps are counted
 GENERATION = 4  # trainings that are decided together where steps are counted, whatever the number of workers
 PART = 512  # training examples whose dense outputs a worker computes in one call
-ENDS = 0.93  # of the budget: what comes after the trainings takes the rest
+ENDS = 0.95  # of the budget: what comes after the trainings takes the rest
 NEAR = 2.0  # times what is allowed: what may lose, or costs, more is not exported
 RATES = {True: 1e-2, False: 2e-3}  # of a first training, by whether the structure is another than the dense one
 LOWER = 0.7  # the rate of a round, against that of the round before
@@ -246,10 +246,10 @@ class _Climb:
                 self._press(arm)
             return
         arm.tried = set()
-        if action.kind == "begin" and arm.expected is None:
+        if action.kind == "begin" and arm.inherited is None:
             waiting = sum(other.bound is None and not other.closed for other in self.arms)
             self.arms += self.candidates.sampled(arm, waiting)
-        self.arms += self.candidates.children(arm, self.prospect.child)
+        self.arms += self.candidates.children(arm)
 
     def _press(self, arm: Arm) -> None:
         """Make a coded arm an artifact, and add it as a point."""

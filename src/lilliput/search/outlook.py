@@ -14,7 +14,7 @@ the task.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
@@ -123,17 +123,22 @@ class Outlook:
     """The laws of one search.
 
     Args:
-        longer: what twice the training takes off the log bound.
+        longer: what twice the training takes off the log bound, for each way of training.
         began: (log price, log bound) of structures after a first training.
     """
 
-    longer: Law = field(default_factory=lambda: Law(0.5, 0.35))
+    longer: dict[Hashable, Law] = field(default_factory=dict)
     began: list[tuple[float, float]] = field(default_factory=list)
 
-    def trained(self, bound: float, doublings: float) -> tuple[float, float]:
+    def doubled(self, way: Hashable) -> Law:
+        """What twice the training takes off the log bound, for a way of training."""
+        return self.longer.setdefault(way, Law(0.5, 0.35))
+
+    def trained(self, bound: float, doublings: float, way: Hashable = None) -> tuple[float, float]:
         """The expected bound after so many doublings of the training, and the spread of its logarithm."""
-        taken = self.longer.mean * (1 - FADES**doublings) / (1 - FADES)
-        return bound * math.exp(-taken), 0.1 + self.longer.spread * math.sqrt(doublings)
+        law = self.doubled(way)
+        taken = law.mean * (1 - FADES**doublings) / (1 - FADES)
+        return bound * math.exp(-taken), 0.1 + law.spread * math.sqrt(doublings)
 
     def fresh(self, price: float) -> tuple[float, float]:
         """The expected bound of a structure after a first training, and the spread of its logarithm.
