@@ -1,6 +1,7 @@
 """What a search expects of its next training: laws that are learned, and a choice that follows from them."""
 
 import heapq
+import itertools
 import math
 import random
 
@@ -50,7 +51,7 @@ def test_the_regression_of_first_bounds_follows_what_was_begun() -> None:
 def test_what_is_trained_longer_is_expected_to_lose_less_and_each_doubling_brings_less() -> None:
     outlook = Outlook()
     bounds = [outlook.trained(4.0, k)[0] for k in range(5)]
-    ratios = [a / b for a, b in zip(bounds, bounds[1:], strict=False)]
+    ratios = [a / b for a, b in itertools.pairwise(bounds)]
     assert bounds == sorted(bounds, reverse=True) and ratios == sorted(ratios, reverse=True)
 
 
