@@ -18,6 +18,7 @@ from lilliput.distill.logits import Distill
 from lilliput.errors import StoreError
 from lilliput.recipe import Recipe
 from lilliput.schedule import Cosine
+from lilliput.search import choose as choice
 from lilliput.search import share
 from lilliput.search.arms import Action, Arm, Prospect
 from lilliput.search.candidates import Candidates, priced
@@ -27,7 +28,7 @@ from lilliput.search.outlook import LEAST, Worth, better, cheaper, choose
 from lilliput.search.points import Point
 from lilliput.search.pool import Pool, WorkerDied
 from lilliput.search.space import Space, changes, identity, structure, topology, training
-from lilliput.search.work import Asked, Made, batch_size_for, bound, lesson, teach, train
+from lilliput.search.work import Asked, Made, batch_size_for, lesson, teach, train
 from lilliput.task import joined, leaves
 from lilliput.task.nested import output_names
 from lilliput.train import Train
@@ -151,12 +152,13 @@ class _Climb:
     def _worth(self) -> Worth:
         """What makes one option better than another, by what is asked."""
         question, job = self.job.question, self.job
-        bounds = [
-            (point, bound(job.task, job.dense.score, point.score, question.sure) / self.floor) for point in job.points
-        ]
+        prices = [self._relative(point) for point in job.points]
+        scores = [point.score for point in job.points]
+        found = choice.choose(job.task, job.dense.score, scores, prices, floor=None, sure=question.sure)
+        bounds = list(zip(job.points, found.bound / self.floor, strict=True))
         if question.floor is not None:
             return cheaper(min((self._relative(point) for point, least in bounds if least <= 1), default=1.0))
-        fitting = [max(LEAST, least) for point, least in bounds if question.fits(point.costs)]
+        fitting = [max(LEAST, float(least)) for point, least in bounds if question.fits(point.costs)]
         return better(min(fitting, default=100.0), self.most)
 
     @property

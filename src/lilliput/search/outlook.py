@@ -23,9 +23,9 @@ NORMAL = NormalDist()
 FADES = 0.9
 """What each further doubling of a training brings, against the one before it: a structure can do only so much."""
 HASTE = 0.6
-"""How much the time that an option takes counts against it: its worth is divided by seconds to this power. At 1 a search
-snatches at what comes soon, at 0 it waits for the best of all; between them simulated searches (tests/test_outlook.py)
-end with the smallest networks."""
+"""How much the time that an option takes counts against it: its worth is divided by seconds to this power. At 1 a
+search snatches at what comes soon, at 0 it waits for the best of all; between them simulated searches
+(tests/test_outlook.py) end with the smallest networks."""
 ABOUT = 1.02
 """How far predicted prices are off."""
 LEAST = 0.02
