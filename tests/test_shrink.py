@@ -15,6 +15,7 @@ import lilliput
 from lilliput import Recipe, Task
 from lilliput.cli import app
 from lilliput.export.onnx import Session
+from lilliput.report.summary import verdict
 from lilliput.runner import run
 from lilliput.search import finish
 
@@ -248,3 +249,34 @@ def test_nothing_of_a_file_is_executed(tmp_path: Path) -> None:
             assert "weights_only=True" in call, (path, call)
         for call in re.findall(r"np\.load\([^)]*\)", text):
             assert "allow_pickle=False" in call, (path, call)
+
+
+def test_with_twenty_examples_the_dense_network_is_what_can_be_promised(
+    toy: tuple[nn.Module, Task], tmp_path: Path
+) -> None:
+    model, task = toy
+    x, y = task.split("val")
+    few = Task("few", task.split("train"), (x[:20], y[:20]), task.split("test"))
+    result = lilliput.shrink(model, few, floor="1%", trials=1, out=tmp_path / "out")
+    summary = result.summary
+    assert result.met and result.chosen is not None and result.chosen["name"] == "dense"
+    assert summary["drop_bound"] == 0 and summary["drop_test"] == 0 and summary["sure"] == 0.9
+    assert (result.folder / "model.lil").stat().st_size == summary["dense"]["packed_bytes"]
+    bounds = [point["drop_bound"] for point in summary["near"]]
+    assert bounds and bounds == sorted(bounds) and bounds[0] > 0.01
+    assert "could be promised" in verdict(summary) and "With a floor of" in verdict(summary)
+    halves = lilliput.shrink(model, few, floor="1%", sure="50%", trials=1, out=tmp_path / "half")
+    assert halves.chosen is not None and halves.chosen["packed_bytes"] < summary["dense"]["packed_bytes"] / 2
+
+
+def test_a_metric_without_a_value_on_some_draws_does_not_end_a_search(
+    toy: tuple[nn.Module, Task], tmp_path: Path
+) -> None:
+    """Two positive examples: AUC has no value on one draw in seven."""
+    x, _ = toy[1].split("train")
+    y = torch.zeros(len(x))
+    y[:2] = 1
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1)).eval()
+    rare = Task("rare", (x, y[:, None]), (x[:40], y[:40, None]), loss="bce", metric="auc")
+    result = lilliput.shrink(net, rare, floor="40%", trials=1, out=tmp_path / "out")
+    assert result.met and (result.folder / "report.html").exists()

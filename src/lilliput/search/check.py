@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.search.onnx_target import OnnxModel
-from lilliput.task import Batch, Task, leaves, length, outline, predict, take
+from lilliput.task import Batch, Score, Task, leaves, length, outline, predict, take
 
 
 def check(model: nn.Module, task: Task, most: int | None = None) -> Any:
@@ -29,7 +29,7 @@ def check(model: nn.Module, task: Task, most: int | None = None) -> Any:
     _outputs(model, task, task.example)
     if most is None:
         try:
-            score = task.score(model, "val")
+            score = _measurable(task.score(model, "val"), task)
         except Exception as error:
             failure = error
     outputs = score.outputs if score is not None else None
@@ -57,6 +57,16 @@ def check(model: nn.Module, task: Task, most: int | None = None) -> Any:
     if not math.isfinite(loss):
         raise ValueError(f"shrink: the loss of the model must be finite, got {loss} on val. Check the task's loss.")
     return outputs
+
+
+def _measurable(score: Score, task: Task) -> Score:
+    """The score, of which it must be possible to say how sure it is."""
+    if score.outcomes is None and score.again is None:
+        raise ValueError(
+            f"shrink: a score must tell how sure it is, but that of {task.name} holds neither outcomes nor again. Give "
+            "the outcome of each example to Score, or a function that measures some examples again."
+        )
+    return score
 
 
 def _outputs(model: nn.Module, task: Task, inputs: Any) -> Any:

@@ -123,10 +123,9 @@ def choose(
 def evidence(task: Task, dense: Score, scores: Sequence[Score], draws: int = DRAWS, seed: int = 0) -> Pairs | Draws:
     """What is known of the drop of each point: the outcomes side by side, or the metric on draws of the examples."""
     sign = 1 if task.higher_is_better else -1
-    if dense.outcomes is not None and all(score.outcomes is not None for score in scores):
-        own = dense.outcomes
-        outcomes = np.stack([own if score.outcomes is None else score.outcomes for score in scores], 1)
-        return Pairs.of(sign * (own[:, None] - outcomes), float(np.ptp(own)) or 1.0)
+    own, outcomes = dense.outcomes, [score.outcomes for score in scores if score.outcomes is not None]
+    if own is not None and len(outcomes) == len(scores) and {len(each) for each in outcomes} == {len(own)}:
+        return Pairs.of(sign * (own[:, None] - np.stack(outcomes, 1)), float(np.ptp(own)) or 1.0)
     generator, drawn = np.random.default_rng(seed), np.empty((draws, len(scores)))
     for row in drawn:
         index = generator.integers(0, dense.units, dense.units)
