@@ -21,6 +21,8 @@ from lilliput.task import length, take
 
 TOLERANCES = (0.002, 0.004, 0.01)
 SHARE = 0.2  # of the budget, for finding out what pays
+SHARE_EACH = 0.04  # of the budget, for a trained point
+TRAINED = 3  # points that are tried in integers
 UNCOUNTED_S = 60.0  # the same where no seconds are counted
 PAYS = 0.05  # of a run's time, which a file must save to be worth a trial beside another
 EXAMPLES = 128
@@ -40,25 +42,32 @@ class Candidate:
 
     proto: ModelProto
     name: str
-    recipe: dict[str, Any]
+    recipe: list[dict[str, Any]]
     key: str
     harm: float
     time: float
 
 
-def points(job: Job) -> list[Point]:
-    """The dense network with operators in 8-bit integers: static where ranges are fixed, dynamic where found anew.
+def points(job: Job, of: Point | None = None, seconds: float | None = None) -> list[Point]:
+    """A point with operators in 8-bit integers: static where ranges are fixed, dynamic where found anew.
 
     What harms least is scored first, then what is faster, until one loses more than the floor or the time is over.
     Nothing is done where no time is asked for: what is stored in 8 bits is as small without the arithmetic.
+
+    Args:
+        job: the search; points are returned, not added.
+        of: the dense point where none is given.
+        seconds: for finding out what pays; a share of the budget otherwise.
     """
     if not job.question.for_latency:
         job.known.skip("8-bit arithmetic", "it saves time, and time is not asked for")
         return []
-    proto = job.dense.structure.fill(job.dense.stored)
-    end = job.clock.now + (UNCOUNTED_S if job.clock.budget_s is None else SHARE * job.clock.budget_s)
+    base = job.dense if of is None else of
+    if seconds is None:
+        seconds = UNCOUNTED_S if job.clock.budget_s is None else SHARE * job.clock.budget_s
+    end = job.clock.now + seconds
     with job.clock.on("calibrate"):
-        found = worth([*_static(job, proto, end), *_dynamic(job, proto, end)])
+        found = worth([*_static(job, base, end), *_dynamic(job, base, end)])
     floor = job.question.points(job.dense.score.value)
     points: list[Point] = []
     for candidate in found:
@@ -67,16 +76,31 @@ def points(job: Job) -> list[Point]:
             continue
         points += _point(job, candidate)
     if job.forge is not None:  # the network itself, compiled, loses nothing
-        job.forge.start(job.dense.proto)
-        job.forge.tune((points[-1] if points and job.lost(points[-1]) <= floor else job.dense).proto)
+        job.forge.start(base.proto)
+        job.forge.tune((points[-1] if points and job.lost(points[-1]) <= floor else base).proto)
     return points
+
+
+def trained(job: Job) -> list[Point]:
+    """The trained points that compute least of those within the floor, in integers, as many as there is time for."""
+    floor = job.question.points(job.dense.score.value)
+    fit = [point for point in job.points if point.model is not None and job.lost(point) <= floor]
+    fit = sorted(
+        (point for point in fit if point.macs < job.dense.macs), key=lambda point: (point.macs, job.lost(point))
+    )
+    made: list[Point] = []
+    for point in fit[:TRAINED]:
+        seconds = min(SHARE_EACH * (job.clock.budget_s or UNCOUNTED_S), job.clock.remaining(0.95))
+        if seconds > job.press.scored_s:
+            made += points(job, point, seconds)
+    return made
 
 
 def worth(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those worth a trial, from the least harmful to the fastest: each must be faster by `PAYS` than all before it.
 
     Example:
-        >>> made = [Candidate(ModelProto(), name, {}, name, *of) for name, of in
+        >>> made = [Candidate(ModelProto(), name, [], name, *of) for name, of in
         ...         {"a": (0.1, 0.6), "b": (0.2, 0.58), "c": (0.3, 0.4), "d": (0.0, 0.99)}.items()]
         >>> [candidate.name for candidate in worth(made)]
         ['a', 'c']
@@ -88,10 +112,10 @@ def worth(candidates: Sequence[Candidate]) -> list[Candidate]:
     return found
 
 
-def _static(job: Job, proto: ModelProto, end: float) -> list[Candidate]:
+def _static(job: Job, base: Point, end: float) -> list[Candidate]:
     """Convolutions and products whose inputs have fixed ranges, by groups of operators."""
-    inputs = calibration(job.task, EXAMPLES)
-    title = "same structure, static 8-bit arithmetic"
+    inputs, proto = calibration(job.task, EXAMPLES), base.structure.fill(base.stored)
+    title = f"{_named(job, base)}, static 8-bit arithmetic"
     try:
         session = Session(proto)
         runs: list[Any] = [session.feed(take(inputs, slice(i, i + CHUNK))) for i in range(0, length(inputs), CHUNK)]
@@ -109,8 +133,8 @@ def _static(job: Job, proto: ModelProto, end: float) -> list[Candidate]:
         Candidate(
             found.write(choice),
             f"{title} in {len(choice.names)} of {len(seen.sites)} operators",
-            {"stage": "static int8", "range": found.rule, "operators": list(choice.names)},
-            f"{job.runner.start}-static-{len(choice.names)}",
+            [*base.recipe, {"stage": "static int8", "range": found.rule, "operators": list(choice.names)}],
+            f"{base.key}-static-{len(choice.names)}",
             choice.harm,
             choice.time,
         )
@@ -118,9 +142,9 @@ def _static(job: Job, proto: ModelProto, end: float) -> list[Candidate]:
     ]
 
 
-def _dynamic(job: Job, proto: ModelProto, end: float) -> list[Candidate]:
+def _dynamic(job: Job, base: Point, end: float) -> list[Candidate]:
     """Matrix products whose inputs get their levels anew in every run: fast where they are large (transformers)."""
-    inputs = calibration(job.task, 48)
+    inputs, proto = calibration(job.task, 48), base.structure.fill(base.stored)
     session = Session(proto)
     runs: list[Any] = [session.feed(take(inputs, slice(i, i + 1))) for i in range(length(inputs))]
     found: list[Candidate] = []
@@ -139,13 +163,17 @@ def _dynamic(job: Job, proto: ModelProto, end: float) -> list[Candidate]:
             harm = float(job.task.divergence(made.predict(inputs, 1), before).mean().clamp_min(0))
             pair = {"dense": session, "small": made}
             times = latency(pair, job.task.example, seconds=1.0, clock=time.thread_time, settled=0.02)
-            name = f"same structure, 8-bit arithmetic within {tolerance:g}"
-            recipe = {"stage": "dynamic int8", "tolerance": tolerance}
-            key = f"{job.runner.start}-dynamic-{tolerance}"
+            name = f"{_named(job, base)}, 8-bit arithmetic within {tolerance:g}"
+            recipe = [*base.recipe, {"stage": "dynamic int8", "tolerance": tolerance}]
+            key = f"{base.key}-dynamic-{tolerance}"
             found.append(Candidate(small, name, recipe, key, harm, 1 / times["small"].ratio))
     except REFUSALS as error:
         job.known.skip("dynamic 8-bit arithmetic", str(error)[:200])
     return found
+
+
+def _named(job: Job, base: Point) -> str:
+    return "same structure" if base is job.dense else base.name
 
 
 def _point(job: Job, candidate: Candidate) -> list[Point]:
@@ -154,7 +182,7 @@ def _point(job: Job, candidate: Candidate) -> list[Point]:
     try:
         with job.clock.on("measure"):
             made = job.press.finished(
-                proto, Structure(proto), {}, None, candidate.name, [candidate.recipe], candidate.key, None
+                proto, Structure(proto), {}, None, candidate.name, candidate.recipe, candidate.key, None
             )
             return [made]
     except REFUSALS as error:

@@ -5,7 +5,7 @@ import shutil
 from torch import nn
 
 from lilliput.errors import ExportError, NotSupported
-from lilliput.search import ask
+from lilliput.search import arithmetic, ask
 from lilliput.search.cores import count_workers
 from lilliput.search.finish import Result, conclude
 from lilliput.search.forge import forging
@@ -61,6 +61,8 @@ def search(job: Job, fresh: bool) -> Result:
             for point in job.target.untrained(job):
                 job.add(point)
             job.target.trained(job, pool)
+            for point in arithmetic.trained(job) if job.question.for_latency else []:
+                job.add(point)
             return conclude(job)
         except BaseException:
             job.stopped = True
