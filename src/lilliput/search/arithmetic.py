@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from onnx import ModelProto
@@ -25,13 +25,14 @@ SHARE_EACH = 0.04  # of the budget, for a trained point
 TRAINED = 3  # points that are tried in integers
 UNCOUNTED_S = 60.0  # the same where no seconds are counted
 PAYS = 0.05  # of a run's time, which a file must save to be worth a trial beside another
+HOPED = 0.7  # of the time in ONNX Runtime, for what is not compiled yet
 EXAMPLES = 128
 CHUNK = 4  # examples of a calibration run: the outputs of all operators are in memory at once
 REFUSALS = (ExportError, NotSupported, ValueError, KeyError)
 NO_RECIPE = "# Made from the exported file: there are no stages that could be applied or trained again.\n"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """A file that is faster than the dense one.
 
@@ -67,7 +68,15 @@ def points(job: Job, of: Point | None = None, seconds: float | None = None) -> l
         seconds = UNCOUNTED_S if job.clock.budget_s is None else SHARE * job.clock.budget_s
     end = job.clock.now + seconds
     with job.clock.on("calibrate"):
-        found = worth([*_static(job, base, end), *_dynamic(job, base, end)])
+        tried = [*_static(job, base, end), *_dynamic(job, base, end)]
+        for proto in (base.proto, *(candidate.proto for candidate in tried)):
+            if job.forge is not None:
+                job.forge.start(proto)
+        tried = [replace(c, time=_fastest(job, base, c.proto, c.time, end)) for c in tried]
+        found = worth(tried, _fastest(job, base, base.proto, 1.0, job.clock.now))
+        for candidate in tried:
+            if candidate not in found:
+                job.known.skip(candidate.name, f"it harms more than others, and takes {candidate.time:.0%} of the time")
     floor = job.question.points(job.dense.score.value)
     points: list[Point] = []
     for candidate in found:
@@ -75,8 +84,7 @@ def points(job: Job, of: Point | None = None, seconds: float | None = None) -> l
             job.known.skip(candidate.name, "the one before it loses too much, or there was no time to score it")
             continue
         points += _point(job, candidate)
-    if job.forge is not None:  # the network itself, compiled, loses nothing
-        job.forge.start(base.proto)
+    if job.forge is not None:
         job.forge.tune((points[-1] if points and job.lost(points[-1]) <= floor else base).proto)
     return points
 
@@ -96,8 +104,12 @@ def trained(job: Job) -> list[Point]:
     return made
 
 
-def worth(candidates: Sequence[Candidate]) -> list[Candidate]:
+def worth(candidates: Sequence[Candidate], most: float = 1.0) -> list[Candidate]:
     """Those worth a trial, from the least harmful to the fastest: each must be faster by `PAYS` than all before it.
+
+    Args:
+        candidates: what there is.
+        most: the time that the first must be faster than.
 
     Example:
         >>> made = [Candidate(ModelProto(), name, [], name, *of) for name, of in
@@ -107,7 +119,7 @@ def worth(candidates: Sequence[Candidate]) -> list[Candidate]:
     """
     found: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda candidate: (candidate.harm, candidate.time)):
-        if candidate.time <= (1 - PAYS) * min([1.0, *(other.time for other in found)]):
+        if candidate.time <= (1 - PAYS) * min([most, *(other.time for other in found)]):
             found.append(candidate)
     return found
 
@@ -125,10 +137,6 @@ def _static(job: Job, base: Point, end: float) -> list[Candidate]:
     except REFUSALS as error:
         job.known.skip("static 8-bit arithmetic", str(error)[:200])
         return []
-    if not found.choices or found.choices[0].time > 1 - PAYS:
-        best = 1 - found.choices[0].time if found.choices else 0.0
-        job.known.skip("static 8-bit arithmetic", f"it saves {max(0.0, best):.0%} of a run's time")
-        return []
     return [
         Candidate(
             found.write(choice),
@@ -138,7 +146,7 @@ def _static(job: Job, base: Point, end: float) -> list[Candidate]:
             choice.harm,
             choice.time,
         )
-        for choice in found.choices
+        for choice in dict.fromkeys([found.whole, *(c for c in found.choices if len(c.names) < len(seen.sites))])
     ]
 
 
@@ -170,6 +178,26 @@ def _dynamic(job: Job, base: Point, end: float) -> list[Candidate]:
     except REFUSALS as error:
         job.known.skip("dynamic 8-bit arithmetic", str(error)[:200])
     return found
+
+
+def _fastest(job: Job, base: Point, proto: ModelProto, here: float, end: float) -> float:
+    """The time of a run in the faster runtime that may be used, as a fraction of the base's in ONNX Runtime.
+
+    What is not compiled yet is taken to be faster than ONNX Runtime, so that it gets its trial.
+
+    Args:
+        here: the time in ONNX Runtime.
+        end: until when to wait for the compiler.
+    """
+    if job.forge is None:
+        return here
+    made = job.forge.sessions(proto, end - job.clock.now)
+    if not made:
+        return here if job.forge.reason(proto) or proto == base.proto else HOPED * min(1.0, here)
+    pair: dict[str, Any] = {"ort": Session(base.proto), "engine": made[0]}
+    times = latency(pair, job.task.example, seconds=0.5, clock=time.thread_time, settled=0.02)
+    there = 1 / times["engine"].ratio
+    return there if job.question.runtime == "engine" else min(here, there)
 
 
 def _named(job: Job, base: Point) -> str:

@@ -54,11 +54,13 @@ class Integers:
     Args:
         seen: the network and what calibration saw of it.
         rule: how ranges are fitted.
-        choices: from the fastest to the least harmful.
+        whole: all operators.
+        choices: those of the operators that gain in ONNX Runtime, from the fastest to the least harmful.
     """
 
     seen: Observed
     rule: str
+    whole: Choice
     choices: list[Choice]
 
     def write(self, choice: Choice) -> ModelProto:
@@ -98,8 +100,8 @@ def integers(
         begin(written(seen, everything, rule))
     told = _split(Group(everything, by_rule[rule]), lambda names: harm(names, rule), deadline - 0.4 * seconds, each)
     example = task.example
-    groups = _gains(seen, rule, told, example, max(0.5, deadline - time.monotonic()))
-    return Integers(seen, rule, _choices(groups))
+    spent, groups = _gains(seen, rule, told, example, max(0.5, deadline - time.monotonic()))
+    return Integers(seen, rule, Choice(everything, by_rule[rule], spent), _choices(groups))
 
 
 def _split(whole: Group, harm: Callable[[Names], float], until: float, each: float) -> list[Group]:
@@ -116,8 +118,13 @@ def _split(whole: Group, harm: Callable[[Names], float], until: float, each: flo
     return groups
 
 
-def _gains(seen: Observed, rule: str, groups: Sequence[Group], example: Any, seconds: float) -> list[Group]:
-    """The groups with what each gains where all others are in integers too; those that gain nothing are left out."""
+def _gains(
+    seen: Observed, rule: str, groups: Sequence[Group], example: Any, seconds: float
+) -> tuple[float, list[Group]]:
+    """The time of all in integers, and the groups with what each gains where all others are in integers too.
+
+    Those that gain nothing are left out.
+    """
     everything = [name for group in groups for name in group.names]
     sessions = {"dense": Session(seen.proto), "all": Session(written(seen, everything, rule))}
     if len(groups) > 1:
@@ -127,14 +134,14 @@ def _gains(seen: Observed, rule: str, groups: Sequence[Group], example: Any, sec
     times = latency(sessions, example, seconds=seconds, clock=time.thread_time, settled=0.01)
     spent = {name: 1 / measured.ratio for name, measured in times.items()}
     if len(groups) == 1:
-        return [Group(g.names, g.harm, 1 - spent["all"]) for g in groups if spent["all"] < 1]
+        return spent["all"], [Group(g.names, g.harm, 1 - spent["all"]) for g in groups if spent["all"] < 1]
     found = []
     for i, group in enumerate(groups):
         low, high = times[str(i)].interval or (0.0, 0.0)
         gain = spent[str(i)] - spent["all"]
         if gain > (1 / low - 1 / high) / 2:
             found.append(Group(group.names, group.harm, gain))
-    return found
+    return spent["all"], found
 
 
 def _choices(groups: Sequence[Group]) -> list[Choice]:
