@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lilliput.errors import ExportError, NotSupported
 from lilliput.proposal import Known
 from lilliput.runner import Runner
+from lilliput.search.choose import evidence
 from lilliput.search.forge import Forge
 from lilliput.search.points import Clock, Point, Press, kept
 from lilliput.search.pool import Pool
@@ -113,6 +114,11 @@ class Job:
     def lost(self, point: Point) -> float:
         """What a point loses on val against the dense network, in points of the metric."""
         return self.task.loss_of(self.dense.score.value, point.score.value)
+
+    def bound(self, point: Point) -> float:
+        """What a point loses at most with the probability that is asked for, judged alone."""
+        seen = evidence(self.task, self.dense.score, [point.score], seed=self.seed)
+        return float(seen.bound(self.question.sure)[0])
 
     def add(self, point: Point) -> None:
         """Keep a point and its outcomes."""

@@ -61,7 +61,7 @@ class OnnxFile(Target):
             job.known.skip("weights", "the file holds no float32 tensor of two and more axes")
             return [*self._half(job), *arithmetic.points(job)]
         points = [*self._half(job), *self._eight(job, weights, axes), *arithmetic.points(job)]
-        return [*points, *self._mixed(job, weights, axes, points)]
+        return [*points, *self._mixed(job, weights, axes)]
 
     def trained(self, job: Job, pool: Pool) -> None:
         return None
@@ -95,13 +95,11 @@ class OnnxFile(Target):
     def _eight(self, job: Job, weights: Mapping[str, Array], axes: Mapping[str, int]) -> list[Point]:
         return self._point(job, "8 bits", {name: onnx_codes.grid(weights[name], axes[name], 8) for name in weights})
 
-    def _mixed(
-        self, job: Job, weights: Mapping[str, Array], axes: Mapping[str, int], before: list[Point]
-    ) -> list[Point]:
-        """Totals of bits between the fewest and the most, halved towards the fewest that lose no more than the floor.
+    def _mixed(self, job: Job, weights: Mapping[str, Array], axes: Mapping[str, int]) -> list[Point]:
+        """Totals of bits between the fewest and the most, halved towards the fewest that can be promised.
 
-        Each tensor gets the code that the allocation gives it. Where even the most bits lose more than the floor, the
-        trials end there.
+        Each tensor gets the code that the allocation gives it. Where even the most bits cannot be promised, the trials
+        end there.
         """
         end = job.clock.now + (UNLIMITED_S if job.clock.budget_s is None else LOOKING * job.clock.budget_s)
         with job.clock.on("calibrate"):
@@ -119,7 +117,7 @@ class OnnxFile(Target):
             made = self._point(job, name, {key: known[key][label].stored for key, label in labels.items()})
             tried.add(name)
             points += made
-            if made and job.lost(made[0]) <= floor:
+            if made and job.bound(made[0]) <= floor:
                 high = middle
             else:
                 low = middle
