@@ -21,7 +21,8 @@ from lilliput.stored.grid import Grid
 from lilliput.stored.operators import Operators
 from lilliput.stored.plain import Plain
 
-BITS = (12, 8, 6, 5, 4, 3, 2)
+BITS = (12, 10, 9, 8, 7, 6, 5, 4, 3, 2)
+REPAIRED = 8  # bits up to which errors are made up for; beyond, there are next to none
 MANY = 4096  # rows, whose steps would weigh as much as their integers
 FITTED = 1024  # values of a row from which its step is fitted
 MEASURED = 4  # bits: enough of an error to be seen in the outputs of few examples, little enough to be its square
@@ -69,7 +70,7 @@ def options(
         ways = {"float16": Plain(weight.astype(np.float16))} if np.abs(weight).max() < 65504 else {}
         stored: dict[str, Stored] = {**ways}
         for bits in BITS:
-            stored[f"{bits} bits"] = grid(weight, axis, bits, moment if bits <= 6 else None)
+            stored[f"{bits} bits"] = grid(weight, axis, bits, moment if bits <= REPAIRED else None)
         found[name] = {
             label: Option(value, cost(value), _error(value.decode() - weight, axis, moment))
             for label, value in stored.items()
