@@ -1,7 +1,7 @@
 """Arithmetic without a training step: products and convolutions in 8-bit integers where measuring says that it pays."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from lilliput.task import length, take
 
 TOLERANCES = (0.002, 0.004, 0.01)
 SHARE = 0.2  # of the budget, for finding out what pays
-SHARE_EACH = 0.04  # of the budget, for a trained point
+SHARE_EACH = 0.03  # of the budget, for a trained point
 TRAINED = 3  # points that are tried in integers
 UNCOUNTED_S = 60.0  # the same where no seconds are counted
 PAYS = 0.05  # of a run's time, which a file must save to be worth a trial beside another
@@ -49,20 +49,20 @@ class Candidate:
     time: float
 
 
-def points(job: Job, of: Point | None = None, seconds: float | None = None) -> list[Point]:
+def points(job: Job, of: Point | None = None, seconds: float | None = None) -> Iterator[Point]:
     """A point with operators in 8-bit integers: static where ranges are fixed, dynamic where found anew.
 
     What harms least is scored first, then what is faster, until one loses more than the floor or the time is over.
     Nothing is done where no time is asked for: what is stored in 8 bits is as small without the arithmetic.
 
     Args:
-        job: the search; points are returned, not added.
+        job: the search; points are given as they are made, not added.
         of: the dense point where none is given.
         seconds: for finding out what pays; a share of the budget otherwise.
     """
     if not job.question.for_latency:
         job.known.skip("8-bit arithmetic", "it saves time, and time is not asked for")
-        return []
+        return
     base = job.dense if of is None else of
     if seconds is None:
         seconds = UNCOUNTED_S if job.clock.budget_s is None else SHARE * job.clock.budget_s
@@ -78,30 +78,35 @@ def points(job: Job, of: Point | None = None, seconds: float | None = None) -> l
             if candidate not in found:
                 job.known.skip(candidate.name, f"it harms more than others, and takes {candidate.time:.0%} of the time")
     floor = job.question.points(job.dense.score.value)
-    points: list[Point] = []
+    made: list[Point] = []
     for candidate in found:
-        if points and (job.lost(points[-1]) > floor or job.clock.remaining(0.8) < job.press.scored_s):
+        if made and (job.lost(made[-1]) > floor or job.clock.remaining(0.8) < job.press.scored_s):
             job.known.skip(candidate.name, "the one before it loses too much, or there was no time to score it")
             continue
-        points += _point(job, candidate)
+        scored = _point(job, candidate)
+        made += scored
+        yield from scored
     if job.forge is not None:
-        job.forge.tune((points[-1] if points and job.lost(points[-1]) <= floor else base).proto)
-    return points
+        job.forge.tune((made[-1] if made and job.lost(made[-1]) <= floor else base).proto)
 
 
-def trained(job: Job) -> list[Point]:
+def reserved_s(job: Job) -> float:
+    """The seconds that `trained` and the compiler need at the end of a search."""
+    if not job.question.for_latency or job.clock.budget_s is None:
+        return 0.0
+    compiling = 0.0 if job.forge is None else 2 * job.forge.expected_s()
+    return min(0.2 * job.clock.budget_s, TRAINED * SHARE_EACH * job.clock.budget_s + compiling)
+
+
+def trained(job: Job) -> Iterator[Point]:
     """The trained points that compute least of those within the floor, in integers, as many as there is time for."""
     floor = job.question.points(job.dense.score.value)
     fit = [point for point in job.points if point.model is not None and job.lost(point) <= floor]
-    fit = sorted(
-        (point for point in fit if point.macs < job.dense.macs), key=lambda point: (point.macs, job.lost(point))
-    )
-    made: list[Point] = []
-    for point in fit[:TRAINED]:
+    small = [point for point in fit if point.macs < job.dense.macs]
+    for point in sorted(small, key=lambda point: (point.macs, job.lost(point)))[:TRAINED]:
         seconds = min(SHARE_EACH * (job.clock.budget_s or UNCOUNTED_S), job.clock.remaining(0.95))
         if seconds > job.press.scored_s:
-            made += points(job, point, seconds)
-    return made
+            yield from points(job, point, seconds)
 
 
 def worth(candidates: Sequence[Candidate], most: float = 1.0) -> list[Candidate]:

@@ -20,12 +20,17 @@ from lilliput.stored.base import Stored
 from lilliput.stored.plain import Plain
 from lilliput.task import leaves
 
-RESERVED = 0.05  # of a search's budget, for compiling its survivors
 MOST_VALUES = 3_000_000  # of a network that is compiled while the search waits; a larger one takes minutes
+INTEGERS = 0.5  # of the time of a multiply-add, against float32
 REWARD = 1.15  # how much faster zeros must make a structure to be worth a training
 SPARSITIES = (0.8, 0.9)
 ROUND = ("QuantizeLinear", "DynamicQuantizeLinear")  # where a runtime's last bit may become a whole level
 REFUSALS = (NotSupported, ExportError, OSError, ValueError)
+
+
+def work(point: Point) -> float:
+    """Multiply-adds of a point, those of 8-bit integers as half: what is likely to be fast before it is measured."""
+    return point.macs * (INTEGERS if any(node.op_type in ROUND for node in point.proto.graph.node) else 1.0)
 
 
 def sessions(job: Job, points: list[Point], seconds: float) -> dict[int, EngineSession]:
@@ -39,7 +44,7 @@ def sessions(job: Job, points: list[Point], seconds: float) -> dict[int, EngineS
     deadline = time.monotonic() + seconds
     floor = job.question.points(job.dense.score.value)
     loses = [job.lost(point) > floor for point in points]
-    order = sorted(range(len(points)), key=lambda i: (loses[i], points[i].macs))
+    order = sorted(range(len(points)), key=lambda i: (loses[i], work(points[i])))
     for i in order:
         job.forge.start(points[i].proto)
     for i in order:

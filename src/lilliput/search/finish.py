@@ -103,7 +103,7 @@ def _front(job: Job) -> list[Point]:
 def _axes(job: Job, point: Point) -> tuple[float, ...]:
     """What a point must be beaten on: its loss, the asked file, and what a run costs where a run is asked for."""
     run = job.question.priced_by_runtime
-    return (job.lost(point), float(point.costs[job.question.file_key]), *((float(point.macs),) if run else ()))
+    return (job.lost(point), float(point.costs[job.question.file_key]), *((engine.work(point),) if run else ()))
 
 
 def _measure(job: Job, best: list[Point]) -> dict[int, Any]:

@@ -2,7 +2,7 @@
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,8 +44,8 @@ class Target(ABC):
         """Find what can be varied, and how much each technique hurts each tensor alone."""
 
     @abstractmethod
-    def untrained(self, job: "Job") -> list[Point]:
-        """Points that need no training."""
+    def untrained(self, job: "Job") -> Iterator[Point]:
+        """Points that need no training, each as soon as it is made."""
 
     @abstractmethod
     def trained(self, job: "Job", pool: Pool) -> None:

@@ -1,6 +1,7 @@
 """Network: a torch module as the target: structures, trainings and codes are proposed for it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,10 +51,13 @@ class Network(Target):
             )["table"]
         job.show.advance(f"{len(job.known.harm)} tensors")
 
-    def untrained(self, job: Job) -> list[Point]:
-        points = [*_eight_bits(job), *arithmetic.points(job)]
-        safe = any(job.lost(point) <= 0 for point in points)
-        return points if safe else [*points, *_half(job)]
+    def untrained(self, job: Job) -> Iterator[Point]:
+        safe = False
+        for point in chain(_eight_bits(job), arithmetic.points(job)):
+            safe = safe or job.lost(point) <= 0
+            yield point
+        if not safe:
+            yield from _half(job)
 
     def trained(self, job: Job, pool: Pool) -> None:
         if reason := _frozen(job):

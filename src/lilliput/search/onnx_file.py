@@ -1,7 +1,7 @@
 """OnnxFile: a network that is only an ONNX file as the target: its stored weights in fewer bits."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from lilliput.stored.plain import Plain
 from lilliput.task import Task, call, length, take
 
 NEAR = 1.04  # two totals of bits between which nothing is worth a trial
+MOST = 16  # totals that are tried
 UNLIMITED_S = 60.0  # of looking, where no budget says how long
 LOOKING = 0.35  # of the budget, for errors made up for and harms measured
 TRYING = 0.85  # of the budget, until which totals are tried
@@ -54,14 +55,17 @@ class OnnxFile(Target):
     def look(self, job: Job) -> None:
         job.known.skip("training", "an ONNX file has no parameters that could be trained or removed")
 
-    def untrained(self, job: Job) -> list[Point]:
+    def untrained(self, job: Job) -> Iterator[Point]:
         axes = channels(self.model.structure.proto)
         weights = {name: array for name, array in self.model.structure.weights.items() if name in axes}
+        yield from self._half(job)
         if not weights:
             job.known.skip("weights", "the file holds no float32 tensor of two and more axes")
-            return [*self._half(job), *arithmetic.points(job)]
-        points = [*self._half(job), *self._eight(job, weights, axes), *arithmetic.points(job)]
-        return [*points, *self._mixed(job, weights, axes)]
+        else:
+            yield from self._eight(job, weights, axes)
+        yield from arithmetic.points(job)
+        if weights:
+            yield from self._mixed(job, weights, axes)
 
     def trained(self, job: Job, pool: Pool) -> None:
         return None
@@ -95,7 +99,7 @@ class OnnxFile(Target):
     def _eight(self, job: Job, weights: Mapping[str, Array], axes: Mapping[str, int]) -> list[Point]:
         return self._point(job, "8 bits", {name: onnx_codes.grid(weights[name], axes[name], 8) for name in weights})
 
-    def _mixed(self, job: Job, weights: Mapping[str, Array], axes: Mapping[str, int]) -> list[Point]:
+    def _mixed(self, job: Job, weights: Mapping[str, Array], axes: Mapping[str, int]) -> Iterator[Point]:
         """Totals of bits between the fewest and the most, halved towards the fewest that can be promised.
 
         Each tensor gets the code that the allocation gives it. Where even the most bits cannot be promised, the trials
@@ -107,21 +111,19 @@ class OnnxFile(Target):
         job.known.harm = {name: {k: v for k, v in row.items() if k.endswith("bits")} for name, row in harm.items()}
         floor = job.question.points(job.dense.score.value)
         low, high = onnx_codes.limits(known)
-        points: list[Point] = []
-        tried: set[str] = set()
-        while high > low * NEAR and job.clock.remaining(TRYING) > 0 and len(tried) < 16:
+        for _ in range(MOST):
+            if high <= low * NEAR or job.clock.remaining(TRYING) < 0:
+                break
             middle = round(math.sqrt(low * high))
             labels = onnx_codes.allocated(known, harm, middle)
             mean = middle / sum(array.size for array in weights.values())
             name = f"{mean:.2f} bits on average"
             made = self._point(job, name, {key: known[key][label].stored for key, label in labels.items()})
-            tried.add(name)
-            points += made
+            yield from made
             if made and job.bound(made[0]) <= floor:
                 high = middle
             else:
                 low = middle
-        return points
 
     def _known(
         self, job: Job, weights: Mapping[str, Array], axes: Mapping[str, int], end: float

@@ -60,8 +60,10 @@ def search(job: Job, fresh: bool) -> Result:
             job.target.look(job)
             for point in job.target.untrained(job):
                 job.add(point)
+            job.clock.reserved_s = arithmetic.reserved_s(job)
             job.target.trained(job, pool)
-            for point in arithmetic.trained(job) if job.question.for_latency else []:
+            job.clock.reserved_s = 0.0
+            for point in arithmetic.trained(job) if job.question.for_latency else ():
                 job.add(point)
             return conclude(job)
         except BaseException:
