@@ -24,6 +24,9 @@ from lilliput.search.question import question
 from lilliput.store import Store
 from lilliput.task import Task
 
+COMPARED = 256
+"""Examples on which an artifact is compared with the model that it came from; it is scored on all of val."""
+
 
 def shrink(
     model: nn.Module,
@@ -124,7 +127,7 @@ def shrink(
             folder=folder,
             store=store,
             runner=runner,
-            press=Press(task, clock),
+            press=Press(task, clock, compared=COMPARED),
             workers=hands,
             show=show or Silent(),
             command=command or "",
