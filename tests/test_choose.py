@@ -270,3 +270,24 @@ def test_the_chosen_point_keeps_the_floor_as_often_as_was_asked(kind: str) -> No
         assert count / trials <= 1 - sure + 0.08, (sure, count, trials)
     assert plain / trials > 0.58 or kind == "around"
     assert taken / trials > 0.9 or kind == "all worse", "half sure is no reason to refuse what is there"
+
+
+def test_a_metric_that_is_no_mean_is_measured_once_for_all_choices() -> None:
+    asked = {"dense": 0, "point": 0}
+
+    def measured(who: str, value: float) -> Score:
+        outcomes = np.random.default_rng(len(who)).random(80) < value
+
+        def again(index: np.ndarray) -> float:
+            asked[who] += 1
+            return float(outcomes[index].mean())
+
+        return Score(float(outcomes.mean()), None, None, again, 80)
+
+    dense, point = measured("dense", 0.9), measured("point", 0.85)
+    first, second = (choose(task(), dense, [point], [1.0], floor=floor, draws=50) for floor in (0.1, 0.2))
+    assert asked == {"dense": 50, "point": 50} and first.bound == second.bound
+    outcomes = [[score.again(np.array([i])) for i in range(80)] for score in (dense, point)]  # type: ignore[misc]
+    exact = Score(dense.value, np.array(outcomes[0]), None), Score(point.value, np.array(outcomes[1]), None)
+    known = choose(task(), exact[0], [exact[1]], [1.0], floor=0.1)
+    assert first.bound[0] == pytest.approx(known.bound[0], abs=0.02), "as where the outcomes are known"

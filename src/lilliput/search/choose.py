@@ -7,10 +7,12 @@ seen is the luck of the chosen, from the points that it was compared with (margi
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lilliput.search.margin import Draws, Floats, Mask, Pairs, deviations, luck
 from lilliput.task import Score, Task
@@ -126,11 +128,8 @@ def evidence(task: Task, dense: Score, scores: Sequence[Score], draws: int = DRA
     own, outcomes = dense.outcomes, [score.outcomes for score in scores if score.outcomes is not None]
     if own is not None and len(outcomes) == len(scores) and {len(each) for each in outcomes} == {len(own)}:
         return Pairs.of(sign * (own[:, None] - np.stack(outcomes, 1)), float(np.ptp(own)) or 1.0)
-    generator, drawn = np.random.default_rng(seed), np.empty((draws, len(scores)))
-    for row in drawn:
-        index = generator.integers(0, dense.units, dense.units)
-        base = _again(dense, index)
-        row[:] = [sign * (base - _again(score, index)) for score in scores] if np.isfinite(base) else np.nan
+    base, *others = (_drawn(score, dense.units, draws, seed) for score in (dense, *scores))
+    drawn = sign * (base[:, None] - np.stack(others, 1))
     drops = np.array([task.loss_of(dense.value, score.value) for score in scores])
     return Draws.of(drops, drawn, dense.units, max(1.0, abs(dense.value)))
 
@@ -191,12 +190,26 @@ def _near(bound: Floats, price: Floats, among: Mask, most: float) -> tuple[int, 
     return tuple(chosen)
 
 
-def _again(score: Score, index: NDArray[np.int64]) -> float:
-    """The metric on some examples, NaN where it has no value there, whatever a metric of the user's own may raise."""
-    try:
-        return score.resampled(index)
-    except Exception:
-        return float("nan")
+_DRAWN: WeakKeyDictionary[Any, tuple[tuple[int, int, int], Floats]] = WeakKeyDictionary()
+"""What was measured before, by the function that measures: a search chooses again after every new point."""
+
+
+def _drawn(score: Score, units: int, draws: int, seed: int) -> Floats:
+    """A metric on bootstrap draws of the examples, the same for every score: NaN where it has no value.
+
+    A metric of the user's own may raise whatever it likes there: a draw without a positive example ends no search.
+    """
+    key, known = (units, draws, seed), _DRAWN.get(score.again) if score.again is not None else None
+    if known is not None and known[0] == key:
+        return known[1]
+    generator, values = np.random.default_rng(seed), np.full(draws, np.nan)
+    for draw in range(draws):
+        with suppress(Exception):
+            values[draw] = score.resampled(generator.integers(0, units, units))
+    values[~np.isfinite(values)] = np.nan
+    if score.again is not None:
+        _DRAWN[score.again] = key, values
+    return values
 
 
 def unbeaten(costs: Sequence[Sequence[float]]) -> list[int]:
