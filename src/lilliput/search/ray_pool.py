@@ -9,7 +9,9 @@ import os
 import platform
 import shutil
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
@@ -25,7 +27,7 @@ from lilliput.search.pool import Pool, Progress, WorkerDied, settle, takes_hint
 
 RETRIES = 3
 """How often Ray runs a task again whose worker or node died; from the second time on it is asked to be smaller."""
-BEAT_S = 0.5
+BEAT_S, AGAIN_S = 0.5, 3.0
 TRIES = 2  # to connect
 LOCAL, AUTO = "ray://local", "ray://auto"
 
@@ -123,20 +125,21 @@ class RayDesk(Desk):
         return share.loads(ray.get(self.things[name]))
 
 
-_own: list[RayDesk] = []
-_folders: list[tempfile.TemporaryDirectory[str]] = []
+_own: dict[str, tuple[RayDesk, tempfile.TemporaryDirectory[str]]] = {}
+"""This process's desk, by the pool that it works for."""
 
 
-def called(things: dict[str, Any], board: Any, call: int, hint: bool, payload: bytes) -> bytes:
+def called(pool: str, things: dict[str, Any], board: Any, call: int, hint: bool, payload: bytes) -> bytes:
     """Run a call in a task of Ray."""
     import ray
 
-    if not _own:
+    if pool not in _own:
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
-        _folders.append(tempfile.TemporaryDirectory(prefix="lilliput-"))
-        _own.append(RayDesk(Path(_folders[0].name), 0))
-    desk = _own[0]
+        folder = tempfile.TemporaryDirectory(prefix="lilliput-")
+        _own.clear()
+        _own[pool] = RayDesk(Path(folder.name), 0), folder
+    desk = _own[pool][0]
     before, desk._stop = 0, False
     with contextlib.suppress(ray.exceptions.RayError):
         before, desk._stop = ray.get(board.begin.remote(call, platform.node(), os.getpid()))
@@ -166,14 +169,17 @@ class RayPool(Pool):
         self._ray, self._ours = ray, not ray.is_initialized()
         if self._ours:
             _connect(ray, address)
-        beside = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=True
-        )
+        # On the head: where that dies, the cluster does.
+        heads = [node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]]
+        beside = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(heads[0], soft=True) if heads else None
         self._board_actor = ray.remote(Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=beside).remote()
         self._task = ray.remote(called).options(num_cpus=1, max_retries=RETRIES)
         self.folder = Path(tempfile.mkdtemp(prefix="lilliput-"))
         self._things: dict[str, Any] = {}
         self._calls: dict[Future[Any], tuple[int, Any]] = {}
+        self._over: deque[int] = deque()
+        self._ends: list[Future[Any]] = []
+        self._repeats: threading.Thread | None = None
         self._shares, self._shared, self._count, self._closed = 0, "", 0, False
 
     @property
@@ -201,10 +207,14 @@ class RayPool(Pool):
         payload = share.dumps((self._shared, function, args, named))
         if self._closed:
             raise RuntimeError("Pool: it must be open to run something, but it is closed.")
+        while self._over:
+            self._board_actor.forget.remote(self._over.popleft())
         self._count += 1
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
-        reference = self._task.remote(dict(self._things), self._board_actor, self._count, takes_hint(function), payload)
+        reference = self._task.remote(
+            self.folder.name, dict(self._things), self._board_actor, self._count, takes_hint(function), payload
+        )
         self._calls[future] = self._count, reference
         name = getattr(function, "__name__", "call")
         reference.future().add_done_callback(partial(self._finished, future, name))
@@ -217,7 +227,20 @@ class RayPool(Pool):
 
     def end(self, future: "Future[Any]") -> None:
         if future in self._calls:
+            self._ends.append(future)
             self._board_actor.stop.remote(self._calls[future][0])
+            if self._repeats is None:
+                self._repeats = threading.Thread(target=self._repeat, daemon=True)
+                self._repeats.start()
+
+    def _repeat(self) -> None:
+        """Say it again while calls are left that should end: a board that was restarted has forgotten it."""
+        while not self._closed:
+            time.sleep(AGAIN_S)
+            self._ends = [future for future in self._ends if future in self._calls]
+            for number, _ in [self._calls.get(future, (0, None)) for future in self._ends]:
+                with contextlib.suppress(Exception):  # between its end and its next beginning it cannot be asked
+                    self._board_actor.stop.remote(number)
 
     def close(self) -> None:
         if self._closed:
@@ -234,11 +257,11 @@ class RayPool(Pool):
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _finished(self, future: "Future[Any]", name: str, reply: "Future[bytes]") -> None:
-        """Called in a thread of Ray."""
+        """Called in the thread that brings Ray's answers: to ask Ray something here would wait for ever."""
         number, _ = self._calls.pop(future, (0, None))
         if self._closed or future.done():
             return
-        self._board_actor.forget.remote(number)
+        self._over.append(number)
         error = reply.exception()
         if error is None:
             settle(future, reply.result())
@@ -246,7 +269,7 @@ class RayPool(Pool):
             future.set_exception(
                 WorkerDied(
                     f"Pool: a worker must live to give its result, but those that ran {name} died {RETRIES + 1} times: "
-                    f"{str(error).splitlines()[0]}"
+                    f"{str(error).strip().splitlines()[-1]}"
                 )
             )
 
