@@ -43,6 +43,9 @@ def shrink(
     max_peak: Annotated[str | None, typer.Option(help="the best score that runs in this memory, such as 256KB")] = None,
     budget: Annotated[str, typer.Option(help="wall time of the whole command, such as 90s or 5m")] = "5m",
     trials: Annotated[int | None, typer.Option(help="structures to try instead of a budget; repeatable")] = None,
+    workers: Annotated[
+        str | None, typer.Option(help="processes that train, or ray://HOST; one a core when left out")
+    ] = None,
     device: Annotated[str, typer.Option(help="where to train")] = "cpu",
     shape: Annotated[list[str] | None, typer.Option(help="name=8x128: fix an input's free sizes (ONNX)")] = None,
     calib: Annotated[Path | None, typer.Option(help="data.npz with the inputs by name (ONNX)")] = None,
@@ -72,6 +75,7 @@ def shrink(
         max_peak=max_peak,
         budget=None if trials is not None else budget,
         trials=trials,
+        workers=workers,
         device=device,
         seed=seed,
         out=out,
@@ -97,6 +101,7 @@ def _shrink(
         question(**{name: settings[name] for name in asked if name in settings})  # before anything heavy is imported
         if settings.get("budget") is not None:
             ask.seconds(settings["budget"])
+        settings["workers"] = ask.workers(settings.get("workers"))
         if target.endswith(".onnx"):
             from lilliput.search.onnx_target import load_target
 

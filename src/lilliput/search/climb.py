@@ -19,7 +19,6 @@ from lilliput.errors import StoreError
 from lilliput.recipe import Recipe
 from lilliput.schedule import Cosine
 from lilliput.search import choose as choice
-from lilliput.search import share
 from lilliput.search.arms import Action, Arm, Prospect
 from lilliput.search.candidates import Candidates, priced
 from lilliput.search.job import FAILURES, Job
@@ -53,7 +52,7 @@ def lessons(job: Job, pool: Pool) -> list[Lesson]:
     for draw in range(job.task.draws):
         key = f"outputs-{job.runner.start}-{draw}"
         if (known := job.store.tensors(key)) is not None:
-            share.dump(known, pool.folder / lesson(key))
+            pool.put(lesson(key), known)
             continue
         parts = list(pairwise([*range(0, job.task.examples, PART), job.task.examples]))
         futures = [pool.submit(teach, draw, first, last) for first, last in parts]
@@ -64,7 +63,7 @@ def lessons(job: Job, pool: Pool) -> list[Lesson]:
 def _keep(job: Job, pool: Pool, key: str, draw: int, futures: "list[Future[Any]]") -> None:
     whole = joined([future.result() for future in futures])
     outputs = dict(zip(output_names(whole), leaves(whole), strict=True))
-    share.dump(outputs, pool.folder / lesson(key))
+    pool.put(lesson(key), outputs)
     job.store.put(key, {"kind": "outputs", "draw": draw}, outputs)
 
 

@@ -12,7 +12,7 @@ from lilliput.proposal import Known
 from lilliput.quant.half import Half
 from lilliput.quant.quantize import Quantize
 from lilliput.recipe import Recipe, plain
-from lilliput.search import arithmetic, codes, sensitivity
+from lilliput.search import arithmetic, codes, sensitivity, teacher
 from lilliput.search.climb import Lesson, climb, lessons
 from lilliput.search.job import Job, Target
 from lilliput.search.points import Point, parameters
@@ -28,17 +28,24 @@ class Network(Target):
 
     def __init__(self) -> None:
         self.lessons: list[Lesson] = []
+        self.pool: Pool | None = None
 
     def begin(self, job: Job, pool: Pool) -> None:
+        self.pool = pool
         if not _frozen(job):
             device, timed = str(job.runner.reference.device), job.clock.budget_s is not None
-            pool.share(Shared(job.model, job.task, job.seed, device, timed))
+            records = str(job.store.folder.resolve()) if pool.local else None
+            pool.share(Shared(job.model, job.task, job.seed, device, timed, records))
             for _ in range(pool.workers):
                 pool.submit(warm)
             self.lessons = lessons(job, pool)
 
     def dense(self, job: Job) -> Point:
-        return job.press.point(job.model, "dense", "dense", [], job.runner.start)
+        point = job.press.point(job.model, "dense", "dense", [], job.runner.start)
+        if self.pool is not None and self.lessons and job.clock.budget_s is not None:
+            # Without a clock nothing may depend on who had the file when.
+            self.pool.put(teacher.FILE, point.proto.SerializeToString())
+        return point
 
     def look(self, job: Job) -> None:
         job.show.phase("what each technique costs on each layer", 2)

@@ -81,6 +81,8 @@ class Pool:
         23
     """
 
+    local = True  # whether all workers are on this machine
+
     def __init__(self, shared: Any = None, workers: int = 1) -> None:
         if workers < 1:
             raise ValueError(f"Pool: workers must be at least 1, got {workers}.")

@@ -159,6 +159,8 @@ class RayPool(Pool):
         ValueError: where Ray is not installed, or no cluster answers.
     """
 
+    local = False
+
     def __init__(self, address: str) -> None:
         try:
             import ray

@@ -4,7 +4,6 @@ import math
 import time
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from lilliput.graph.stages import FoldBatchNorm
 from lilliput.layout import channels_last
 from lilliput.recipe import Recipe
 from lilliput.runner import Runner
-from lilliput.search import codes, share
+from lilliput.search import codes
 from lilliput.search.choose import evidence
 from lilliput.search.desk import Desk
 from lilliput.search.job import finite
@@ -44,6 +43,7 @@ class Shared:
         seed: of the search.
         device: where to train.
         timed: whether a clock has a say.
+        records: the folder of the search's store, where all workers are on its machine.
     """
 
     model: nn.Module
@@ -51,6 +51,7 @@ class Shared:
     seed: int
     device: str
     timed: bool = True
+    records: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,13 @@ class Memory(Store):
     """A store in main memory: what a worker was given, and what it hands back.
 
     Args:
-        folder: where the dense network's outputs lie that all workers read.
+        desk: where the dense network's outputs lie that all workers read.
+        records: the search's folder, for the checkpoints of long trainings, where this machine has it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, desk: Desk, records: str | None) -> None:
+        self.desk = desk
+        self.disk = None if records is None else Store(records)
         self.held: dict[str, Kept] = {}
         self.damaged: list[str] = []
 
@@ -122,8 +125,8 @@ class Memory(Store):
         return self.held[key][0] if key in self.held else None
 
     def tensors(self, key: str) -> dict[str, Tensor] | None:
-        if key.startswith("outputs-") and (folder := self.folder / lesson(key)).is_dir():
-            known: dict[str, Tensor] = share.load(folder)
+        if key.startswith("outputs-"):
+            known: dict[str, Tensor] | None = self.desk.get(lesson(key))
             return known
         return self.held[key][1] if key in self.held else None
 
@@ -132,17 +135,19 @@ class Memory(Store):
         self.held[key] = record, own
 
     def checkpoint(self, key: str) -> dict[str, Any] | None:
-        return None
+        return None if self.disk is None else self.disk.checkpoint(key)
 
     def keep_checkpoint(self, key: str, checkpoint: dict[str, Any]) -> None:
-        return None
+        if self.disk is not None:
+            self.disk.keep_checkpoint(key, checkpoint)
 
     def drop_checkpoint(self, key: str) -> None:
-        return None
+        if self.disk is not None:
+            self.disk.drop_checkpoint(key)
 
 
 def lesson(key: str) -> str:
-    """The folder of the dense network's outputs under an augmentation, by its key in a store."""
+    """Under what name workers find the dense network's outputs under an augmentation, by their key in a store."""
     return f"outputs-{key.rpartition('-')[2]}"
 
 
@@ -181,8 +186,13 @@ def teach(desk: Desk, draw: int, first: int, last: int) -> Any:
     return outputs(desk, runner.reference.model, runner.task.batch(torch.arange(first, last), draw).inputs)
 
 
-def train(desk: Desk, asked: Asked) -> Made:
+def train(desk: Desk, asked: Asked, smaller: int = 0) -> Made:
     """Do a training on top of what was done before.
+
+    Args:
+        desk: the worker's.
+        asked: the training.
+        smaller: how often its batch is halved, where it has killed a worker.
 
     Raises:
         Diverged: where the loss or the outputs are no numbers.
@@ -200,6 +210,8 @@ def train(desk: Desk, asked: Asked) -> Made:
     if training is not None:
         limit = None if asked.seconds is None else max(0.1, asked.seconds - (time.monotonic() - began))
         most = training if asked.seconds is None else replace(training, steps=MOST)
+        if smaller:
+            most = replace(most, batch_size=max(1, (most.batch_size or runner.task.batch_size) >> smaller))
         steps = 0
 
         def halt(step: int) -> bool:
@@ -253,7 +265,7 @@ def _runner(desk: Desk, recipe: Recipe, results: dict[int, Kept]) -> Runner:
     """The worker's runner, knowing the results that it is given."""
     if "runner" not in desk.kept:
         shared: Shared = desk.thing
-        store = Memory(desk.folder)
+        store = Memory(desk, shared.records)
         layout = partial(_layout, desk.kept, shared.timed)
         desk.kept["runner"] = Runner(shared.model, shared.task, store, shared.seed, device=shared.device, layout=layout)
     runner: Runner = desk.kept["runner"]
