@@ -72,6 +72,7 @@ class Known:
         budget_s: the wall time of the whole search in seconds, None where it is counted in trials.
         harm: tensor -> technique -> mean divergence from the dense outputs when that tensor alone is stored that way.
         skipped: (name, reason) of what is left alone; a method adds what it cannot change.
+        bare: method -> number of the option, from 1, which together lose little without training; 0 for none.
 
     Example:
         >>> known = Known()
@@ -84,6 +85,7 @@ class Known:
     budget_s: float | None = None
     harm: dict[str, dict[str, float]] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    bare: dict[str, int] = field(default_factory=dict)
 
     def skip(self, name: str, reason: str) -> None:
         """Record once that `name` is left alone, and why."""

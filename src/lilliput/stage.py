@@ -35,12 +35,13 @@ class Stage(ABC):
     version: ClassVar[int] = 1
     structural: ClassVar[bool] = False
     # What a search needs to know of a stage that proposes itself (lilliput.proposal): when it is applied, behind which
-    # methods, whether it gives another network altogether, whether it takes what all others leave, and whether
-    # operators stay as they are while shapes change.
+    # methods, whether it gives another network altogether, whether it takes what all others leave, whether it may pay
+    # without training, and whether operators stay as they are while shapes change.
     moment: ClassVar[str] = ""
     follows: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
     last: ClassVar[bool] = False
+    untrained: ClassVar[bool] = False
     same_graph: ClassVar[bool] = False
 
     @abstractmethod

@@ -50,6 +50,7 @@ class DropTables(Stage):
     tables: tuple[str, ...]
 
     structural: ClassVar[bool] = True
+    untrained: ClassVar[bool] = True
     moment: ClassVar[str] = "structure"
 
     def __call__(self, model: nn.Module, task: Task, reference: Reference | None) -> nn.Module:

@@ -49,6 +49,7 @@ class FoldRows(Stage):
     first: tuple[str, ...] = ()
 
     structural: ClassVar[bool] = True
+    untrained: ClassVar[bool] = True
     moment: ClassVar[str] = "structure"
 
     def __call__(self, model: nn.Module, task: Task, reference: Reference | None) -> nn.Module:

@@ -56,6 +56,7 @@ class NarrowTables(Stage):
 
     structural: ClassVar[bool] = True
     same_graph: ClassVar[bool] = True
+    untrained: ClassVar[bool] = True
     moment: ClassVar[str] = "structure"
     follows: ClassVar[tuple[str, ...]] = ("DropTables", "FoldRows", "RemoveBlocks", "EarlierStride")
 

@@ -12,7 +12,7 @@ from lilliput.proposal import Known
 from lilliput.quant.half import Half
 from lilliput.quant.quantize import Quantize
 from lilliput.recipe import Recipe, plain
-from lilliput.search import arithmetic, codes, sensitivity, teacher
+from lilliput.search import arithmetic, bare, codes, sensitivity, teacher
 from lilliput.search.climb import Lesson, climb, lessons
 from lilliput.search.job import Job, Target
 from lilliput.search.points import Point, parameters
@@ -60,7 +60,7 @@ class Network(Target):
 
     def untrained(self, job: Job) -> Iterator[Point]:
         safe = False
-        for point in chain(_eight_bits(job), arithmetic.points(job)):
+        for point in chain(_eight_bits(job), bare.points(job), arithmetic.points(job)):
             safe = safe or job.lost(point) <= 0
             yield point
         if not safe:

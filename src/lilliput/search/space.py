@@ -142,7 +142,7 @@ class Space:
         """
         joint = [axis for axis in self.axes if not getattr(axis.method, "replaces", False)]
         whole = [axis for axis in self.axes if getattr(axis.method, "replaces", False)]
-        base = {axis.name: axis.offered.first for axis in joint}
+        base = self._base(joint)
         used = [axis for axis in joint if axis.offered.first]
         last = len(self.labels) - 1
         choices = [base | {"labels": 0}]
@@ -166,6 +166,10 @@ class Space:
         choices += [base | {axis.name: axis.offered.first or 1, "labels": 0} for axis in self.rules]
         return list({tuple(sorted(choice.items())): choice for choice in choices}.values())
 
+    def _base(self, joint: Sequence[Axis]) -> Choice:
+        """What loses little without training, and every other method where it likes to begin."""
+        return {axis.name: self.known.bare.get(axis.name, axis.offered.first) for axis in joint}
+
     def spread(self, count: int = 8) -> list[Choice]:
         """Choices from mild to strong: every starter, and the last axis from end to end with all others as they begin.
 
@@ -176,7 +180,7 @@ class Space:
         used = [axis for axis in joint if axis.offered.first]
         choices = self.starters()
         if used:
-            base, final, last = {axis.name: axis.offered.first for axis in joint}, used[-1], len(self.labels) - 1
+            base, final, last = self._base(joint), used[-1], len(self.labels) - 1
             most = len(final.offered)
             for k in range(count):
                 number = max(1, round((k + 1) * most / count))
