@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -77,21 +78,60 @@ cluster.shutdown()
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="Ray's test cluster")
-@pytest.mark.parametrize("how", ["auto", "client"])
-def test_two_nodes_and_one_killed(how: str) -> None:
-    pytest.importorskip("ray")
-    port = str(20000 + os.getpid() % 10000)
+SEARCH = """
+import os, threading, time
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+os.environ["RAY_ADDRESS"] = cluster.address
+second = cluster.add_node(num_cpus=1)
+import torch
+from torch import nn
+import lilliput
+
+torch.manual_seed(0)
+x = torch.randn(240, 8)
+model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+y = model(x).argmax(1)
+task = lilliput.Task("toy", (x[:128], y[:128]), (x[128:192], y[128:192]), (x[192:], y[192:]))
+results = [
+    lilliput.shrink(model, task, floor="20%", trials=2, out=out, workers=workers)
+    for out, workers in (("one", 1), ("cluster", "ray://auto"))
+]
+print("SAID", *(result.chosen["packed_bytes"] for result in results))
+cluster.shutdown()
+"""
+
+
+def run(program: str, *arguments: str, folder: Path) -> str:
+    """What a program says behind SAID."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, how, port],
+        [sys.executable, "-c", program, *arguments],
         text=True,
         capture_output=True,
         timeout=420,
+        cwd=folder,
         env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "120"},
     )
     assert "SAID" in done.stdout, done.stdout + done.stderr
-    said = json.loads(done.stdout.partition("SAID")[2].splitlines()[0])
+    return done.stdout.partition("SAID")[2].splitlines()[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Ray's test cluster")
+def test_a_search_by_trials_finds_the_same_on_a_cluster(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    alone, together = run(SEARCH, folder=tmp_path).split()
+    assert alone == together
+    assert (tmp_path / "one" / "model.lil").read_bytes() == (tmp_path / "cluster" / "model.lil").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Ray's test cluster")
+@pytest.mark.parametrize("how", ["auto", "client"])
+def test_two_nodes_and_one_killed(how: str, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    said = json.loads(run(PROGRAM, how, str(20000 + os.getpid() % 10000), folder=tmp_path))
     assert "died 4 times" in said.pop("died")
     assert said == {
         "workers": 2,
