@@ -182,6 +182,8 @@ def test_workers_are_as_many_as_cores_and_memory_allow(monkeypatch: pytest.Monke
         monkeypatch.setattr(cores, "available_bytes", lambda free=free: free)
         assert cores.count_workers(net) == expected
     assert cores.count_workers(net, 20) == 20
+    monkeypatch.setattr(cores, "available_bytes", lambda: 100e9)
+    assert cores.count_workers(net, device="cuda") == 2
     with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
         cores.count_workers(net, 0)
 

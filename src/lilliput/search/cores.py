@@ -22,12 +22,13 @@ CGROUPS = (
 )
 
 
-def count_workers(model: nn.Module, asked: int | None = None) -> int:
+def count_workers(model: nn.Module, asked: int | None = None, device: str = "cpu") -> int:
     """How many processes train side by side: as asked, or as many as cores and memory allow.
 
     Args:
         model: the largest network that is trained.
         asked: the number that a person wants.
+        device: where they train; a graphics card is shared by two.
 
     Returns:
         At least 1. Cores are those that this process may use (affinity, quotas of a container).
@@ -44,7 +45,8 @@ def count_workers(model: nn.Module, asked: int | None = None) -> int:
             raise ValueError(f"shrink: workers must be at least 1, got {asked}.")
         return asked
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return max(1, min(int(cpu_count()), int(USED * available_bytes() / (PROCESS_BYTES + COPIES * size))))
+    cores = int(cpu_count()) if device == "cpu" else min(2, int(cpu_count()))
+    return max(1, min(cores, int(USED * available_bytes() / (PROCESS_BYTES + COPIES * size))))
 
 
 def available_bytes() -> float:

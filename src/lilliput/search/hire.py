@@ -7,12 +7,13 @@ from lilliput.search.cores import count_workers
 from lilliput.search.pool import Pool
 
 
-def hire(model: nn.Module, workers: int | str | None = None) -> Pool:
+def hire(model: nn.Module, workers: int | str | None = None, device: str = "cpu") -> Pool:
     """Start the workers of a search; they are ready some seconds later.
 
     Args:
         model: the largest network that is trained.
         workers: a number of processes, "ray://HOST", or None for as many as cores and memory allow.
+        device: where they train.
 
     Raises:
         ValueError: for another number or address, and for a cluster that does not answer.
@@ -22,4 +23,4 @@ def hire(model: nn.Module, workers: int | str | None = None) -> Pool:
         from lilliput.search.ray_pool import RayPool  # Ray is an extra
 
         return RayPool(workers)
-    return Pool(workers=count_workers(model, workers))
+    return Pool(workers=count_workers(model, workers, device))

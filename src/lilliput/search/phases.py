@@ -39,7 +39,7 @@ def search(job: Job, fresh: bool) -> Result:
     with (
         job.show,
         forging(job.question.for_latency and job.question.runtime != "ort", job.clock.budget_s) as job.forge,
-        hire(job.model, job.workers) as pool,
+        hire(job.model, job.workers, job.runner.reference.device.type) as pool,
     ):
         try:
             job.target.begin(job, pool)

@@ -12,7 +12,7 @@ from lilliput.graph.fold import fold_batchnorm
 from lilliput.layout import place
 from lilliput.onnx.session import Session
 from lilliput.search.desk import Desk
-from lilliput.task import call, joined, leaves, length, take
+from lilliput.task import call, joined, leaves, length, on, take
 
 FILE = "dense.onnx"
 """Under what the parent puts the bytes of the dense network's file."""
@@ -20,14 +20,15 @@ CLOSE = 1e-3
 """How far outputs may be apart, against the largest of them, to be taken for the same."""
 CHUNK = 16  # examples at a time: their activations fit into the caches of one core
 COMPARED = 4
+CPU = torch.device("cpu")
 
 
 def outputs(desk: Desk, model: nn.Module, inputs: Any) -> Any:
     """The dense network's outputs for some inputs.
 
     By ONNX Runtime where the parent has put the file there, else by torch with its batch norms folded and channels
-    last; by the network itself where neither computes what it does. Each way always cuts the inputs at the same places,
-    so that results do not depend on which worker computes them.
+    last; by the network itself where neither computes what it does, and on a device other than the processor. Each way
+    always cuts the inputs at the same places, so that results do not depend on which worker computes them.
 
     Args:
         desk: where the file may be, and where the way is kept.
@@ -44,6 +45,9 @@ def outputs(desk: Desk, model: nn.Module, inputs: Any) -> Any:
 
 
 def _way(model: nn.Module, file: bytes | None, few: Any) -> Callable[[Any], Any]:
+    device = next((p.device for p in model.parameters()), CPU)
+    if device != CPU:
+        return lambda inputs: on(call(model.eval(), on(inputs, device)), CPU)
     ways: list[Callable[[], Callable[[Any], Any]]] = [] if file is None else [lambda: Session(file).predict]
     ways += [lambda: _by_torch(place(fold_batchnorm(model, take(few, slice(0, 1))), True))]
     with torch.no_grad():
