@@ -299,6 +299,7 @@ def rival(
 def main() -> None:
     """Read the command line and write the record and the files."""
     from lilliput.cli.target import resolve
+
     from lilliput.search import ask
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])

@@ -40,7 +40,7 @@ def make():
 """
 
 
-TIMED = ("flags", "price", "at_s", "seconds")
+TIMED = ("flags", "price", "at_s", "seconds", "modelled")
 
 
 def make() -> tuple[nn.Module, Task]:
@@ -119,7 +119,7 @@ def test_killed_at_any_moment_and_resumed_it_equals_the_search_that_was_left_alo
         "--resume",
     ]
     records, finished = tmp_path / "out" / "records", dict[str, int]()
-    for enough in (3, 7, 11):
+    for enough in (6, 11, 17):
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
         while process.poll() is None and len(list(records.glob("*.json"))) < enough:
             time.sleep(0.002)

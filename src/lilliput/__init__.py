@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _CORE = {
     # the main job
     "shrink": "lilliput.shrinking",
+    "finish": "lilliput.shrinking",
     "Result": "lilliput.search.finish",
     "save": "lilliput.export.save",
     "load": "lilliput.export.pack",

@@ -80,6 +80,7 @@ from lilliput.schedule import Linear as Linear
 from lilliput.schedule import Once as Once
 from lilliput.schedule import Steps as Steps
 from lilliput.search.finish import Result as Result
+from lilliput.shrinking import finish as finish
 from lilliput.shrinking import shrink as shrink
 from lilliput.stage import Stage as Stage
 from lilliput.store import Store as Store

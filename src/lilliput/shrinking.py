@@ -5,27 +5,38 @@ for short, lets the promising ones train on, stores the best in fewer bits with 
 every artifact in the runtime it is for, and chooses the smallest that can be promised to keep the floor.
 """
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from lilliput.code.base import copy_model
+from lilliput.errors import ExportError, NotSupported
+from lilliput.onnx import exporter
 from lilliput.proposal import Known
 from lilliput.runner import Runner
 from lilliput.search import ask
 from lilliput.search.check import check, place
+from lilliput.search.ending import Ending, Stopped
 from lilliput.search.finish import Result
 from lilliput.search.job import Job
+from lilliput.search.lock import held
+from lilliput.search.origin import found_again
 from lilliput.search.phases import cheaper, search, target
 from lilliput.search.points import Clock, Press
-from lilliput.search.progress import Silent
-from lilliput.search.question import question
+from lilliput.search.progress import Silent, quiet_or_lines
+from lilliput.search.question import Question, question
 from lilliput.store import Store
 from lilliput.task import Task
 
 COMPARED = 256
 """Examples on which an artifact is compared with the model that it came from; it is scored on all of val."""
+ORIGIN = "origin"
+"""The record that says what was asked of what, for `finish`."""
 
 
 def shrink(
@@ -49,6 +60,8 @@ def shrink(
     show: Silent | None = None,
     command: str | None = None,
     device: str = "cpu",
+    began: float | None = None,
+    origin: dict[str, Any] | None = None,
 ) -> Result:
     """Make a network as small, or as fast, as a floor on its quality on data that it was not tuned on allows.
 
@@ -57,7 +70,8 @@ def shrink(
         task: what must be preserved.
         floor: what may be lost: points of the metric ("1%" or 0.01), or a fraction of the dense score ("0.5r").
         objective: "size" (bytes of the file), "latency" (one thread, batch 1), "macs" or "memory" (peak of one run).
-        budget: wall time of the whole search in seconds, or such as "90s" or "5m".
+        budget: wall time of the whole search in seconds, or such as "90s" or "5m". Ctrl-C and SIGTERM end it early:
+            then too what was found is chosen from, tested and written (a second Ctrl-C ends at once).
         trials: try that many structures instead; the result then depends on nothing but the seed.
         max_bytes: the best score whose file has at most as many bytes, instead of a floor.
         max_latency_ms: the best score that takes at most as many milliseconds, instead of a floor.
@@ -72,12 +86,15 @@ def shrink(
         show: what a person sees of the search (lilliput.search.progress).
         command: the call that the summary names.
         device: where to train, such as "cuda"; artifacts are scored and measured on the processor.
+        began: when the budget began, by time.monotonic(); now without one.
+        origin: how `finish` finds model and task again: `target` as on the command line, and `cwd`.
 
     Returns:
         The result; `result.met` says whether the floor was met (the nearest points are in `result.front`).
 
     Raises:
         ValueError: for settings out of range, before anything is written.
+        StoreError: where another search works in the folder, or it cannot be written; what was there is still whole.
 
     Example:
         >>> import lilliput
@@ -92,52 +109,148 @@ def shrink(
     budget_s = None if trials is not None or budget is None else ask.seconds(budget)
     if budget_s is None and trials is None:
         raise ValueError("shrink: a budget or a number of trials must be given, got neither. Write budget='5m'.")
-    where = place(device)
-    try:
-        model = copy_model(model).cpu().eval()
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"shrink: the model must be one that copy.deepcopy copies, but that raised {error}. Build it "
-            "anew instead of taking it from a graph with gradients."
-        ) from error
+    clock, where = Clock(budget_s, began), place(device)
+    exporter.begin()
+    model = _own(model)
     task = task.against(model)
-    check(model, task)
+    outputs = check(model, task)
     folder = Path(out) if out is not None else Path(f"lilliput-{task.name}")
     if (folder / "records").exists() and any((folder / "records").iterdir()) and not resume:
         raise ValueError(
             f"shrink: {folder} must be empty or new, but holds an earlier search. Continue it with "
             "--resume, or choose another --out."
         )
-    hands = ask.workers(workers)
-    threads, random, fresh = torch.get_num_threads(), torch.get_rng_state(), not folder.exists()
+    fresh = not folder.exists()
+    with held(folder), _alone():
+        store = Store(folder / "records")
+        given = {"trials": trials, "seed": seed, "workers": workers, "device": device, "budget_s": budget_s}
+        store.put(ORIGIN, {"kind": "origin", "question": asked.data(), **given, "command": command, **(origin or {})})
+        job = _job(model, task, asked, clock, store, folder, trials, seed, workers, where, show, command)
+        job.press.expected = outputs
+        return _run(job, fresh)
+
+
+def finish(
+    folder: str | Path, model: nn.Module | None = None, task: Task | None = None, show: Silent | None = None
+) -> Result:
+    """Choose among the points that a search has left in a folder, read test once, and write files and report.
+
+    Nothing is trained or exported: it takes the seconds that scoring two files on the test split takes. It is for
+    searches that were killed, and does what the end of the budget does.
+
+    Args:
+        folder: what `shrink` was given as `out`.
+        model: the network that was shrunk; without it and the task they are made again as the command line made them.
+        task: its task.
+        show: what a person sees (lilliput.search.progress).
+
+    Returns:
+        The result. Its `model` is None: the network is in the files.
+
+    Raises:
+        ValueError: where the folder holds no search, or network and task cannot be found again.
+        StoreError: where another process works in the folder, or it cannot be written.
+
+    Example:
+        >>> import lilliput
+        >>> result = lilliput.finish("lilliput-digits")  # doctest: +SKIP
+        >>> result.chosen["packed_bytes"]  # doctest: +SKIP
+        9120
+    """
+    folder = Path(folder)
+    if not (folder / "records").is_dir():
+        raise ValueError(f"finish: {folder} must be a folder that `lilliput shrink` wrote, got none. Check its name.")
+    with held(folder), _alone():
+        store = Store(folder / "records")
+        given = store.record(ORIGIN)
+        if given is None:
+            raise ValueError(f"finish: {folder} must say what was asked, and does not. Continue it with --resume.")
+        if model is None or task is None:
+            model, task = found_again(given)
+        model = _own(model)
+        task = task.against(model)
+        asked, clock = Question.read(given["question"]), Clock(given["budget_s"])
+        settings = (given["trials"], int(given["seed"]), given["workers"], place(given["device"]))
+        job = _job(model, task, asked, clock, store, folder, *settings, show, given["command"])
+        clock.budget_s = None  # it takes what it takes
+        return _run(job, fresh=False, finish_only=True)
+
+
+def _own(model: nn.Module) -> nn.Module:
+    """A copy of a model, on the processor, in eval mode."""
+    try:
+        return copy_model(model).cpu().eval()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"shrink: the model must be one that copy.deepcopy copies, but that raised {error}. Build it "
+            "anew instead of taking it from a graph with gradients."
+        ) from error
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One thread for torch inside, and the caller's random state back at the end."""
+    threads, random = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
     try:
-        clock, store = Clock(budget_s), Store(folder / "records")
-        task = cheaper(task, model, clock, store, hands)
-        runner = Runner(model, task, store, seed, device=where)
-        known = Known(objective, budget_s)
-        job = Job(
-            target=target(model),
-            model=model,
-            task=task,
-            question=asked,
-            clock=clock,
-            trials=trials,
-            seed=seed,
-            folder=folder,
-            store=store,
-            runner=runner,
-            press=Press(task, clock, compared=COMPARED),
-            workers=hands,
-            show=show or Silent(),
-            command=command or "",
-            known=known,
-        )
-        result = search(job, fresh)
+        yield
     finally:
         torch.set_num_threads(threads)
         torch.set_rng_state(random)
-    from lilliput.report.page import write as write_report  # its plots cost half a second to import
 
-    write_report(folder)
+
+def _job(
+    model: nn.Module,
+    task: Task,
+    asked: Question,
+    clock: Clock,
+    store: Store,
+    folder: Path,
+    trials: int | None,
+    seed: int,
+    workers: int | str | None,
+    device: torch.device,
+    show: Silent | None,
+    command: str | None,
+) -> Job:
+    hands = ask.workers(workers)
+    task = cheaper(task, model, clock, store, hands)
+    return Job(
+        target=target(model),
+        model=model,
+        task=task,
+        question=asked,
+        clock=clock,
+        trials=trials,
+        seed=seed,
+        folder=folder,
+        store=store,
+        runner=Runner(model, task, store, seed, device=device),
+        press=Press(task, clock, compared=COMPARED),
+        workers=hands,
+        show=show or quiet_or_lines(),
+        command=command or "",
+        known=Known(asked.objective, clock.budget_s),
+        report=lambda: _report(folder),
+    )
+
+
+def _run(job: Job, fresh: bool, finish_only: bool = False) -> Result:
+    """Run a search to its end; a new folder that came to nothing is removed."""
+    with Ending() as ending:
+        try:
+            result = search(job, ending, finish_only)
+        except (ExportError, NotSupported, Stopped) as error:
+            if fresh:
+                shutil.rmtree(job.folder, ignore_errors=True)
+            if isinstance(error, Stopped):
+                raise KeyboardInterrupt(error.reason) from error
+            raise
+        job.report()
     return result
+
+
+def _report(folder: Path) -> None:
+    from lilliput.report.page import write  # its plots cost half a second to import
+
+    write(folder)

@@ -2,7 +2,7 @@
 
 from lilliput.cli import jobs, runtimes  # each adds its commands, in this order
 from lilliput.cli.app import app, fail
-from lilliput.cli.target import resolve
+from lilliput.search.origin import resolve
 
 __all__ = ["app", "fail", "jobs", "main", "resolve", "runtimes"]
 

@@ -1,5 +1,6 @@
 """The typer application of the command line: consoles, and error messages on exit."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -7,6 +8,9 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+BEGAN = time.monotonic()
+"""When the command was given, but for Python's own start: what a budget counts from."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,7 +37,11 @@ def speaking() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        fail("stopped. What is finished is kept: go on with --resume.", 130)
+        fail(
+            "stopped. The folder holds the best so far, if there was any: go on with --resume, or choose and test what "
+            "there is with lilliput finish.",
+            130,
+        )
     except (ValueError, NotSupported, ImportError, OSError, ExportError, StoreError) as error:
         fail(error)
     except (TypeError, KeyError) as error:

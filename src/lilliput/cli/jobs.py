@@ -1,6 +1,7 @@
 """Commands that shrink networks, apply recipes and say what there is. Nothing heavy is imported before one runs."""
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -10,11 +11,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from lilliput.cli.app import app, console, fail, speaking
-from lilliput.cli.target import resolve
+from lilliput.cli.app import BEGAN, app, console, fail, speaking
+from lilliput.search.origin import resolve
 
 if TYPE_CHECKING:
-    from torch import nn
+    from lilliput.search.finish import Result
 
 Target = Annotated[
     str,
@@ -102,17 +103,9 @@ def _shrink(
         if settings.get("budget") is not None:
             ask.seconds(settings["budget"])
         settings["workers"] = ask.workers(settings.get("workers"))
-        if target.endswith(".onnx"):
-            from lilliput.search.onnx_target import load_target
+        from lilliput.search.origin import opened
 
-            model: nn.Module
-            model, task = load_target(Path(target), calib, shape or [])
-        elif shape or calib:
-            raise ValueError(
-                f"shrink: --shape and --calib must come with a model.onnx, got {target}. A task brings its own arrays."
-            )
-        else:
-            model, task = resolve(target)
+        model, task = opened(target, shape or (), calib)
         if dry_run:
             from lilliput.search.dry import plan
             from lilliput.search.dry import show as describe
@@ -123,20 +116,28 @@ def _shrink(
             else:
                 describe(planned, console)
             return
-        from lilliput.search.progress import Live, Silent
+        from lilliput.search.progress import shown_on
         from lilliput.shrinking import shrink as search
 
-        live = Live(console) if console.is_terminal and not as_json else Silent()
         command = command or shlex.join(["lilliput", *sys.argv[1:]])
-        result = search(model, task, show=live, command=command, **settings)
+        origin = {"target": target, "cwd": os.getcwd(), "shape": shape, "calib": None if calib is None else str(calib)}
+        show = shown_on(console, as_json, BEGAN)
+        result = search(model, task, show=show, command=command, began=BEGAN, origin=origin, **settings)
+    _say(result, as_json)
+
+
+def _say(result: "Result", as_json: bool) -> None:
+    """Print what a search found, and leave with status 3 where that is not what was asked."""
     if as_json:
         print(json.dumps(result.summary, indent=1))
     else:
+        from lilliput.report.account import told
         from lilliput.report.summary import verdict
         from lilliput.report.tables import front
 
         console.print(front(result.summary, console.width))
-        console.print(verdict(result.summary), highlight=False, markup=False)
+        for line in (verdict(result.summary), *told(result.summary)):
+            console.print(line, highlight=False, markup=False)
         page = result.folder.resolve() / "report.html"
         console.print(f"report: {page}", highlight=False, soft_wrap=True, markup=False)
     if not result.met:
@@ -145,6 +146,23 @@ def _shrink(
             f"network's files in {result.folder}. Allow more with --floor, or more time with --budget.",
             3,
         )
+
+
+@app.command()
+def finish(
+    folder: Annotated[Path, typer.Argument(help="a folder that shrink wrote")],
+    as_json: Annotated[bool, typer.Option("--json", help="print summary.json and nothing else")] = False,
+) -> None:
+    """Choose, test and report what a search has left that was killed; nothing is trained.
+
+    Example: lilliput finish lilliput-digits
+    """
+    with speaking():
+        from lilliput.search.progress import shown_on
+        from lilliput.shrinking import finish as conclude
+
+        result = conclude(folder, show=shown_on(console, as_json, BEGAN))
+    _say(result, as_json)
 
 
 @app.command()

@@ -204,6 +204,7 @@ def load(path: str | Path) -> Network:
         torch.Size([3, 2])
     """
     path = Path(path)
+    files.recover(path)
     return read(path / "model.lil" if path.is_dir() else path)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lilliput.code.base import codes, copy_model, realize
 from lilliput.errors import StoreError
 from lilliput.export.state import read_state, rebuilt
+from lilliput.files import recover
 from lilliput.onnx.load import load_onnx
 from lilliput.onnx.session import Session
 from lilliput.recipe import Recipe
@@ -49,6 +50,7 @@ def restore(folder: str | Path, model: nn.Module, task: Task | None = None) -> n
         True
     """
     folder = Path(folder)
+    recover(folder)
     tensors, described = read_state(folder / "model.safetensors")
     result = realize(model) if codes(model) else copy_model(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -14,6 +14,7 @@ from torch import nn
 
 from lilliput.errors import ExportError
 from lilliput.onnx.clean import clean, renamed
+from lilliput.onnx.exporter import remembered
 from lilliput.onnx.packed import padded
 from lilliput.onnx.session import Inputs, arrays, quiet
 from lilliput.onnx.structure import Structure
@@ -51,7 +52,7 @@ def trace(model: nn.Module, example: Inputs) -> Structure:
     # A dictionary in the last place would be taken for the named ones.
     last: Any = ({},) if not named and isinstance(two[-1], dict) else ()
     try:
-        with quiet(), torch.no_grad(), _looked_up(model), padded(model), _flat(model) as outputs:
+        with quiet(), remembered(), torch.no_grad(), _looked_up(model), padded(model), _flat(model) as outputs:
             model.eval()
             program = torch.onnx.export(
                 model,

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from lilliput.files import recover
 from lilliput.files import write as write_file
-from lilliput.report import formats, sections
+from lilliput.report import account, formats, sections
 from lilliput.report import summary as summaries
 from lilliput.report.formats import Quality, Summary, known
 from lilliput.report.plan import every_point
@@ -80,7 +81,12 @@ def page(source: str | Path | Summary) -> str:
         shares=sections.shares(summary.get("shares") or {}),
         points=sections.table(summary, quality),
         in_engine=any(known(point.get("engine_ms")) for point in every_point(summary)),
-        failed=sections.failed(summary),
+        told=account.told(summary),
+        history=account.history(summary),
+        brought=account.axes(summary),
+        misses=summary.get("misses") or [],
+        refused=account.refused(summary),
+        failed=account.reasons(summary),
         files=[(name, files[name], _FILES.get(name, "")) for name in sorted(files, key=_order)],
     )
 
@@ -100,6 +106,7 @@ def write(folder: str | Path) -> Path:
 
 
 def _read(folder: Path) -> tuple[Summary, dict[str, int]]:
+    recover(folder)
     path = folder / "summary.json"
     if not path.is_file():
         raise FileNotFoundError(

@@ -32,7 +32,9 @@ def plan(summary: Summary) -> Plan | None:
     """The plan of the front's plot; None where the dense model's score or every cost is unknown."""
     quality = Quality.of(summary)
     points = [point for point in every_point(summary) if known(point.get("val"))]
-    costs = {key: [x for point in points if (x := cost(point, key))] for key in VIEWS}
+    asked = summaries.question(summary).keys[0]
+    views = {key: VIEWS[key] for key in sorted(VIEWS, key=lambda key: key != asked)}
+    costs = {key: [x for point in points if (x := cost(point, key))] for key in views}
     axes = {
         key: {
             "title": VIEWS[key],

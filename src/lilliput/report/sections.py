@@ -17,13 +17,16 @@ def figures(summary: Summary, point: Mapping[str, Any] | None, quality: Quality)
     """The four numbers under the verdict: what it is now, how much better, what it was."""
     if point is None:
         return []
-    dense, out = summary["dense"], []
-    for key, label, text, better, worse, same in (
+    dense, out, asked = summary["dense"], [], summaries.question(summary)
+    rows = (
         ("onnx_bytes", "model.onnx", formats.size, "smaller", "larger", "as large"),
-        ("packed_bytes", "model.lil, packed", formats.size, "smaller", "larger", "as large"),
+        ("packed_bytes", "model.lil", formats.size, "smaller", "larger", "as large"),
         ("latency_ms", "latency, one input", formats.milliseconds, "faster", "slower", "as fast"),
         ("engine_ms", "in lilliput's engine", formats.milliseconds, "faster", "slower", "as fast"),
-    ):
+        ("peak_bytes", "memory of a run", formats.size, "less", "more", "as much"),
+        ("engine_peak_bytes", "memory in the engine", formats.size, "less", "more", "as much"),
+    )
+    for key, label, text, better, worse, same in sorted(rows, key=lambda row: row[0] not in asked.keys):
         # The file as given, in the runtime that it ran in.
         before = cost(dense, {"packed_bytes": "onnx_bytes", "engine_ms": "latency_ms"}.get(key, key))
         after = cost(point, key)
@@ -225,11 +228,6 @@ def measured(summary: Summary, point: Mapping[str, Any] | None) -> list[tuple[st
     out.append(("Seed", "" if seed is None else str(seed)))
     out.append(("Commit", str(commit or "")))
     return [(term, text) for term, text in out if text]
-
-
-def failed(summary: Summary) -> list[tuple[str, str]]:
-    failed = [point for point in summary.get("points") or () if point.get("status") == "failed"]
-    return [(str(point.get("name") or "unnamed"), str(point.get("reason") or "")) for point in failed]
 
 
 def table(summary: Summary, quality: Quality) -> list[dict[str, Any]]:

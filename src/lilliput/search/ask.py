@@ -1,5 +1,6 @@
 """Parse command-line values strictly: floors, times, sizes."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -14,6 +15,29 @@ class Floor:
     def points(self, dense: float) -> float:
         """The floor in points of the metric."""
         return self.amount * abs(dense) if self.relative else self.amount
+
+    def option(self, points: float, dense: float) -> tuple[float, str]:
+        """A larger floor that allows a loss: in points, and as it is typed, in the unit of this one.
+
+        Args:
+            points: what is lost, in points of the metric.
+            dense: the dense network's score.
+
+        Returns:
+            The floor, rounded up to two digits, and its text; an empty text where no floor may be that large.
+
+        Example:
+            >>> Floor(0.01).option(0.0104, 0.99), Floor(0.01, relative=True).option(0.006, 0.5)[1]
+            ((0.011, '1.1%'), '1.2r')
+        """
+        share = points / abs(dense) if self.relative and dense else points
+        if not 0 < share < 1:
+            return points, ""
+        digits = 1 - math.floor(math.log10(share))
+        amount = round(math.ceil(share * 10**digits - 1e-9) / 10**digits, 12)
+        if amount >= 1:
+            return points, ""
+        return Floor(amount, self.relative).points(dense), f"{100 * amount:g}" + ("r" if self.relative else "%")
 
     def explained(self, metric: str, dense: float) -> str:
         """Say what the floor allows for a metric that is better when it is smaller, which is in units of its own.

@@ -257,8 +257,9 @@ class _Climb:
         job, recipe, own = self.job, arm.recipe, identity(Recipe(changes(arm.plan)))
         try:
             model, key = job.runner.make(recipe), job.runner.key(recipe)
-            job.add(job.press.point(model, topology(arm.plan), arm.name, recipe.data(), key, own))
-            if (price := self._relative(job.points[-1])) < 1:
+            point = job.press.point(model, topology(arm.plan), arm.name, recipe.data(), key, own)
+            job.add(point, axes=[axis for axis, number in arm.axes.items() if number])
+            if (price := self._relative(point)) < 1:
                 arm.weights = price - arm.besides
         except StoreError:
             raise

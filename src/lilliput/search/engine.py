@@ -1,7 +1,6 @@
 """Use the engine in a search for speed: measure survivors in it, and propose zeros where they make it faster."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,9 +41,7 @@ def sessions(job: Job, points: list[Point], seconds: float) -> dict[int, EngineS
     if job.forge is None:
         return opened
     deadline = time.monotonic() + seconds
-    floor = job.question.points(job.dense.score.value)
-    loses = [job.lost(point) > floor for point in points]
-    order = sorted(range(len(points)), key=lambda i: (loses[i], work(points[i])))
+    order = sorted(range(len(points)), key=lambda i: (job.lack(points[i]) > 0, work(points[i])))
     for i in order:
         job.forge.start(points[i].proto)
     for i in order:
@@ -125,12 +122,8 @@ def weigh(job: Job, points: list[Point], compiled: dict[int, EngineSession]) -> 
             job.known.skip("the memory of a run", f"{point.name}: {str(error)[:200]}")
 
 
-def keep(job: Job, point: Point, session: EngineSession, folder: Path) -> dict[str, Any]:
-    """Write the compiled point beside the other files, and score it on val; what the summary says of it."""
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(session.engine.folder, folder)
+def described(job: Job, point: Point, session: EngineSession) -> dict[str, Any]:
+    """What the summary says of a compiled point: its score on val, and what it needs."""
     score, outputs = judged(job.task, session)
     apart = [(a - b).abs().max() for a, b in zip(leaves(outputs), leaves(point.outputs), strict=True)]
     manifest = session.engine.manifest

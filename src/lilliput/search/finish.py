@@ -10,8 +10,8 @@ from torch import nn
 from lilliput.cost.measure import latency, machine
 from lilliput.export.guard import flags
 from lilliput.onnx.session import Session
-from lilliput.search import engine
-from lilliput.search.choose import Choice, choose, front, interval
+from lilliput.search import deliver, engine, shelf
+from lilliput.search.choose import Choice, interval
 from lilliput.search.files import write_folder
 from lilliput.search.job import Job
 from lilliput.search.points import Point
@@ -20,6 +20,8 @@ from lilliput.search.summary import Summary, rounded, summarize
 MEASURED = 14
 SECONDS_EACH = 0.5
 SETTLED = 0.02  # the width of a ratio's interval, as a fraction of it, at which measuring ends
+RUNS = 20  # of a network at least, in a measurement
+SESSION_S = 0.1  # to open one
 
 
 @dataclass(frozen=True)
@@ -61,60 +63,82 @@ class Result:
 
 
 def conclude(job: Job) -> Result:
-    """Measure, choose, read test, write the folder."""
+    """Measure, choose, read test, write the folder. It takes no longer than `reserve` says, whatever was found."""
     task, dense = job.task, job.dense
-    job.show.phase("measuring the survivors side by side", 3)
+    shelf.recall(job)
+    job.show.phase("measuring the best side by side", 3)
     load_before = machine()["load"]
-    best = _front(job)
+    best = [dense, *shelf.contenders(job, MEASURED)]
+    if not job.question.for_latency:  # nothing that is measured enters the choice
+        winner, choice, rivals = _chosen(job, deliver.able(job))
+        best = _affordable(job, best, winner)
     compiled = _measure(job, best)
     job.show.advance()
-    # Under a floor the dense network is a rival too: it loses nothing, whatever cannot be promised of the others, and
-    # compiled it may be faster than it was.
-    rivals = best if job.question.floor is not None or dense.engine is not None else best[1:] or best
-    choice = _choose(job, rivals)
-    winner = None if choice.winner is None else rivals[choice.winner]
+    if job.question.for_latency:
+        # Compiled, the dense network may be faster than it was.
+        able = job.question.floor is not None or dense.engine is not None
+        winner, choice, rivals = _chosen(job, best if able else best[1:] or best)
     job.show.advance()
     with job.clock.on("measure"):
         tests = _test(job, winner) if winner is not None and task.has("test") else {}
+    if winner is not None and winner is not dense and (job.handed is None or winner is not job.handed):
+        deliver.note(job, winner)
     summary = summarize(job, best, rivals, choice, winner, tests, load_before)
-    handed = best.index(winner or dense)
-    if handed in compiled:
-        kept = {"engine": engine.keep(job, best[handed], compiled[handed], job.folder / "engine")}
+    point, folder = winner or dense, None
+    place = next(i for i, other in enumerate(best) if other is point)
+    if place in compiled:
+        kept = {"engine": engine.described(job, point, compiled[place])}
         first, chosen = summary.dense, summary.chosen
         summary = replace(summary, dense=first | kept) if chosen is None else replace(summary, chosen=chosen | kept)
-    summary = write_folder(job, winner, summary)
+        folder = Path(compiled[place].engine.folder)
+    summary = write_folder(job, point, summary, folder)
     job.show.advance()
-    return Result(winner is not None, job.folder, summary, None if winner is None else winner.model)
+    return Result(winner is not None, job.folder, summary, None if winner is None else shelf.model_of(job, winner))
 
 
-def _front(job: Job) -> list[Point]:
-    """The dense point, then at most MEASURED others: fronts of the loss and what may be asked, peeled in turn."""
-    unique: dict[tuple[int, int, float], Point] = {}
-    for point in job.points[1:]:
-        unique.setdefault((point.packed_bytes, point.onnx_bytes, point.divergence), point)
-    rest, chosen = list(unique.values()), list[Point]()
-    while rest and len(chosen) < MEASURED:
-        layer = [rest[i] for i in front([_axes(job, p) for p in rest])]
-        chosen += sorted(layer, key=job.lost)
-        rest = [point for point in rest if point not in layer]
-    return [job.dense, *chosen[:MEASURED]]
+def reserve(job: Job) -> float:
+    """Seconds that the end of a search takes, from what its parts took when they were last done.
+
+    Test is scored twice, as val was once; the choice, the folder and the report are as before or a little larger; the
+    measurement has a slot. A third is added, since the machine may get busier.
+    """
+    task, took = job.task, job.took
+    tests = 2 * took.get("score", 0.0) * task.size("test") / max(1, task.size("val")) if task.has("test") else 0.0
+    parts = tests + took.get("choose", 0.0) + 2 * took.get("write", 0.0) + took.get("report", 0.0) + _slot(job)
+    if job.forge is not None:  # the compiled network is scored on val; perhaps one is compiled yet
+        parts += took.get("score", 0.0) + job.forge.expected_s()
+    return 4 / 3 * parts
 
 
-def _axes(job: Job, point: Point) -> tuple[float, ...]:
-    """What a point must be beaten on: its loss, the asked file, and what a run costs where a run is asked for."""
-    run = job.question.priced_by_runtime
-    return (job.lost(point), float(point.costs[job.question.file_key]), *((engine.work(point),) if run else ()))
+def _slot(job: Job) -> float:
+    """Seconds for the last measurement: 3% of the budget, from half a second to twelve."""
+    budget = job.clock.budget_s
+    return 12.0 if budget is None else max(0.5, min(12.0, 0.03 * budget))
+
+
+def _chosen(job: Job, rivals: list[Point]) -> tuple[Point | None, Choice, list[Point]]:
+    """The point to hand over, or None, with the choice that it comes from."""
+    choice = deliver.decide(job, rivals)
+    return None if choice.winner is None else rivals[choice.winner], choice, rivals
+
+
+def _affordable(job: Job, best: list[Point], winner: Point | None) -> list[Point]:
+    """The dense network, the winner, and as many others as the slot has time to run often enough."""
+    others = [point for point in best[1:] if point is not winner and shelf.at_hand(point)]
+    each = RUNS * job.took.get("score", 0.0) / max(1, job.task.size("val"))
+    room = len(others) if job.clock.budget_s is None else int(_slot(job) / max(each + SESSION_S, 1e-6))
+    first = [job.dense] if winner is None or winner is job.dense else [job.dense, winner]
+    return first + others[: max(0, room - len(first))]
 
 
 def _measure(job: Job, best: list[Point]) -> dict[int, Any]:
     """Time the points in one interleaved run; returns the compiled ones, by place, where the engine has a say."""
     with job.clock.on("measure"):
         sessions: dict[str, Any] = {str(i): Session(point.proto) for i, point in enumerate(best)}
-        job.clock.reserved_s = 0.0
         asked = job.question.for_latency and job.question.runtime != "ort"
-        compiled = engine.sessions(job, best, job.clock.remaining(0.9)) if asked else {}
+        compiled = engine.sessions(job, best, job.clock.left() - reserve(job)) if asked else {}
         sessions |= {f"engine {i}": session for i, session in compiled.items()}
-        seconds = max(2 * SECONDS_EACH, min(12.0, SECONDS_EACH * len(sessions), job.clock.remaining(0.97)))
+        seconds = min(_slot(job), max(2 * SECONDS_EACH, SECONDS_EACH * len(sessions)))
         times = latency(sessions, job.task.example, seconds=seconds, clock=time.thread_time, settled=SETTLED)
         if job.question.for_memory:
             engine.weigh(job, best, compiled)
@@ -122,23 +146,6 @@ def _measure(job: Job, best: list[Point]) -> dict[int, Any]:
         point.latency, point.engine = times[str(i)], times.get(f"engine {i}")
         point.flags += flags(point.proto, job.dense.proto, point.latency, job.dense.latency or times["0"])
     return compiled
-
-
-def _choose(job: Job, rivals: list[Point]) -> Choice:
-    question, dense = job.question, job.dense
-    others = [point for point in job.points if not any(point is rival for rival in [dense, *rivals])]
-    compared = [*rivals, *others]  # what was not measured cannot win, but it was compared on the same examples
-    return choose(
-        job.task,
-        dense.score,
-        [point.score for point in compared],
-        [point.price(question) for point in compared],
-        floor=None if question.floor is None else question.floor.points(dense.score.value),
-        sure=question.sure,
-        fits=[question.fits(point.costs) for point in rivals] + [False] * len(others),
-        divergence=[point.divergence for point in compared],
-        seed=job.seed,
-    )
 
 
 def _test(job: Job, winner: Point) -> dict[str, Any]:

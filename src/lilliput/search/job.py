@@ -1,5 +1,6 @@
 """Job: one search as data: what is asked, what is known so far, and where it is kept. The phases take it."""
 
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from lilliput.proposal import Known
 from lilliput.runner import Runner
 from lilliput.search.choose import evidence
 from lilliput.search.forge import Forge
-from lilliput.search.points import Clock, Point, Press, kept
+from lilliput.search.points import Clock, Point, Press
 from lilliput.search.pool import Pool
 from lilliput.search.progress import Silent
 from lilliput.search.question import Question
@@ -44,8 +45,12 @@ class Target(ABC):
         """Find what can be varied, and how much each technique hurts each tensor alone."""
 
     @abstractmethod
+    def first(self, job: "Job") -> list[Point]:
+        """Points that are made in seconds, before anything is looked at: the same network in 8 bits."""
+
+    @abstractmethod
     def untrained(self, job: "Job") -> Iterator[Point]:
-        """Points that need no training, each as soon as it is made."""
+        """Points that need no training, one by one: each is added before the next is made."""
 
     @abstractmethod
     def trained(self, job: "Job", pool: Pool) -> None:
@@ -78,6 +83,15 @@ class Job:
         attempts: every structure and point that was tried, done or failed, as plain data.
         known: what proposals may ask.
         forge: compiles points beside the search, where time is asked for.
+        history: what was handed over when, as plain data.
+        handed: the point whose files lie in the folder.
+        earlier: points of an earlier run that this one has not met yet, by their keys.
+        took: the seconds that parts of the end took when they were last done: "choose", "write", "score", "report".
+        spent_s: seconds that earlier runs of this search took.
+        ended: why the search ended early, or an empty text.
+        arrived: what happens with each new point: it is kept, and handed over where it is the best so far.
+        report: writes the report of what the folder holds.
+        writing: held by whoever writes the folder.
     """
 
     target: Target
@@ -97,9 +111,18 @@ class Job:
     known: Known
     points: list[Point] = field(default_factory=list)
     attempts: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    handed: Point | None = None
+    earlier: dict[str, Point] = field(default_factory=dict)
+    took: dict[str, float] = field(default_factory=dict)
+    spent_s: float = 0.0
+    ended: str = ""
     stopped: bool = False
+    arrived: Callable[["Job", Point], None] = lambda job, point: None
+    report: Callable[[], None] = lambda: None
     lock: Any = field(default_factory=threading.Lock)
     forge: Forge | None = None
+    writing: Any = field(default_factory=threading.RLock)
 
     @property
     def dense(self) -> Point:
@@ -120,18 +143,40 @@ class Job:
         seen = evidence(self.task, self.dense.score, [point.score], seed=self.seed)
         return float(seen.bound(self.question.sure)[0])
 
-    def add(self, point: Point) -> None:
-        """Keep a point and its outcomes."""
-        row = {"kind": "point", "status": "done", **point.row()}
-        with self.lock:
-            self.points.append(point)
-            self.attempts.append(row)
-        if self.forge is not None and point is self._fewest():
-            self.forge.start(point.proto)
-            self.forge.tune(point.proto)
-        self.store.put(f"point-{point.key}", {"kind": "point", **point.row()}, kept(point.outputs))
+    def lack(self, point: Point) -> float:
+        """How far a point is from what is asked; 0 where it meets it."""
+        return self.question.lack(point.costs, self.lost(point), self.dense.score.value)
+
+    def worth(self, point: Point) -> dict[str, Any]:
+        """What a point loses and what it costs by the question, for its row."""
+        return {"drop": round(self.lost(point), 6), "price": finite_or_none(point.price(self.question))}
+
+    def add(self, point: Point, **about: Any) -> None:
+        """Keep a point and its outcomes, and hand it over where it is the best so far; nothing where it is known.
+
+        Args:
+            point: the point.
+            about: how it came about, for its row: `kind` ("untrained", "round", "tail"), `axes` (what it varies) and
+                `seconds` (what it took).
+        """
+        with self.writing:
+            if any(other.key == point.key for other in self.points):
+                return
+            point.about = {"kind": "point", "at_s": round(self.spent_s + self.clock.now, 2), **about}
+            if known := self.earlier.pop(point.key, None):
+                point.about, point.files = known.about, known.files
+                self.handed = point if self.handed is known else self.handed
+            with self.lock:
+                self.points.append(point)
+            if self.forge is not None and point is self._fewest():
+                self.forge.start(point.proto)
+                self.forge.tune(point.proto)
+            self.arrived(self, point)
+            if point is self.dense:
+                return
+            with self.lock:
+                self.attempts.append({"status": "done", **point.about, **point.row(), **self.worth(point)})
         self.show.advance(point.name)
-        self.show.best(self._best())
 
     def attempt(self, row: dict[str, Any]) -> None:
         """Keep what was tried and is no point."""
@@ -141,7 +186,8 @@ class Job:
     def failed(self, name: str, error: BaseException) -> None:
         """Record a point that came to nothing, with the reason; the search goes on."""
         reason = f"{type(error).__name__}: {error}"
-        self.attempt({"kind": "point", "status": "failed", "name": name, "reason": reason})
+        status = "out of time" if isinstance(error, TimeoutError) else "failed"
+        self.attempt({"kind": "point", "status": status, "name": name, "reason": reason})
         self.show.advance(f"failed: {name}")
 
     def halt(self, until: float) -> Callable[[int], bool]:
@@ -167,20 +213,10 @@ class Job:
         floor = self.question.points(self.dense.score.value)
         return min((p for p in self.points if self.lost(p) <= floor), key=lambda p: p.macs)
 
-    def _best(self) -> str:
-        """The best point so far by what is asked: its name, score and price."""
-        question, dense = self.question, self.dense
-        score = dense.score.value
 
-        def rank(point: Point) -> tuple[float, float]:
-            lack = question.lack(point.costs, self.lost(point), score)
-            return lack, self.lost(point) if question.floor is None else point.price(question)
-
-        best = min(self.points, key=rank)
-        price, before = best.price(question), question.before(dense.costs)
-        times = f" ({before / price:.1f} times less)" if 0 < price < before else ""
-        metric = f"{self.task.metric_name} {best.score.value:.4f}"
-        return f"{best.name}: {metric}, {question.measure} {question.written(price)}{times}"
+def finite_or_none(value: float) -> float | None:
+    """A number as JSON can hold it."""
+    return value if math.isfinite(value) else None
 
 
 def finite(outputs: Any) -> Any:

@@ -58,12 +58,12 @@ class Network(Target):
             )["table"]
         job.show.advance(f"{len(job.known.harm)} tensors")
 
+    def first(self, job: Job) -> list[Point]:
+        return _eight_bits(job)
+
     def untrained(self, job: Job) -> Iterator[Point]:
-        safe = False
-        for point in chain(_eight_bits(job), bare.points(job), arithmetic.points(job)):
-            safe = safe or job.lost(point) <= 0
-            yield point
-        if not safe:
+        yield from chain(bare.points(job), arithmetic.points(job))
+        if not any(job.lost(point) <= 0 for point in job.points[1:]):  # what is safe, where 8 bits are not
             yield from _half(job)
 
     def trained(self, job: Job, pool: Pool) -> None:

@@ -55,17 +55,25 @@ class OnnxFile(Target):
     def look(self, job: Job) -> None:
         job.known.skip("training", "an ONNX file has no parameters that could be trained or removed")
 
-    def untrained(self, job: Job) -> Iterator[Point]:
-        axes = channels(self.model.structure.proto)
-        weights = {name: array for name, array in self.model.structure.weights.items() if name in axes}
-        yield from self._half(job)
+    def first(self, job: Job) -> list[Point]:
+        weights, axes = self._weights()
         if not weights:
             job.known.skip("weights", "the file holds no float32 tensor of two and more axes")
-        else:
-            yield from self._eight(job, weights, axes)
+            return self._half(job)
+        return self._eight(job, weights, axes)
+
+    def untrained(self, job: Job) -> Iterator[Point]:
+        weights, axes = self._weights()
+        if weights:
+            yield from self._half(job)
         yield from arithmetic.points(job)
         if weights:
             yield from self._mixed(job, weights, axes)
+
+    def _weights(self) -> tuple[dict[str, Array], dict[str, int]]:
+        """The tensors that may have fewer bits, and the axis of each one's output channels."""
+        axes = channels(self.model.structure.proto)
+        return {name: array for name, array in self.model.structure.weights.items() if name in axes}, axes
 
     def trained(self, job: Job, pool: Pool) -> None:
         return None

@@ -1,24 +1,30 @@
 """The phases of a search, each a function of the job: look, make points without and with training, conclude."""
 
-import shutil
+import contextlib
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from lilliput.errors import ExportError, NotSupported
 from lilliput.search import arithmetic, ask
 from lilliput.search.cores import count_workers
-from lilliput.search.finish import Result, conclude
+from lilliput.search.deliver import arrived
+from lilliput.search.ending import Ending, Stopped
+from lilliput.search.finish import Result, conclude, reserve
 from lilliput.search.forge import forging
 from lilliput.search.hire import hire
 from lilliput.search.job import Job, Target
 from lilliput.search.network import Network
 from lilliput.search.onnx_file import OnnxFile
 from lilliput.search.onnx_target import OnnxModel
-from lilliput.search.points import Clock
+from lilliput.search.points import Clock, Point
+from lilliput.search.pool import Pool
+from lilliput.search.shelf import restore
 from lilliput.store import Store
 from lilliput.task import Task, length, predict, take
 
 TAUGHT = 0.1  # of the budget, for the dense network's outputs
+LEAST_S = 0.5
+"""Seconds that a search has for points beyond the first, however small its budget is."""
 
 
 def target(model: nn.Module) -> Target:
@@ -26,49 +32,99 @@ def target(model: nn.Module) -> Target:
     return OnnxFile(model) if isinstance(model, OnnxModel) else Network()
 
 
-def search(job: Job, fresh: bool) -> Result:
-    """Measure the dense network, look, make points without and with training, conclude.
+def search(job: Job, ending: Ending, finish_only: bool = False) -> Result:
+    """Measure the dense network, make points without and with training, and conclude, whatever ends the search.
 
     Args:
         job: The search as data.
-        fresh: Whether the folder did not exist before; it is then removed where nothing can be made of the model.
+        ending: What may end it early: a signal, or the time that the end of the search needs.
+        finish_only: Choose among the points of an earlier run, and make no others.
 
     Returns:
         The result.
+
+    Raises:
+        ValueError: Where an earlier run is to be finished and has left nothing.
+        Stopped: Where a signal came before there was anything to hand over.
     """
+    job.arrived = arrived
     with (
         job.show,
         forging(job.question.for_latency and job.question.runtime != "ort", job.clock.budget_s) as job.forge,
-        hire(job.model, job.workers, job.runner.reference.device.type) as pool,
+        contextlib.nullcontext()
+        if finish_only
+        else hire(job.model, job.workers, job.runner.reference.device.type) as pool,
     ):
         try:
-            job.target.begin(job, pool)
-            job.show.phase("measuring the dense network", 1)
-            _say_what_is_old(job)
-            try:
-                dense = job.target.dense(job)
-            except (ExportError, NotSupported):
-                if fresh:
-                    shutil.rmtree(job.folder, ignore_errors=True)
+            with ending.search(float("inf")):
+                if pool is not None:
+                    job.target.begin(job, pool)
+                _begin(job, finish_only)
+            if pool is not None:
+                with ending.search(max(LEAST_S, job.clock.remaining())):
+                    _go_on(job, pool)
+        except Stopped as stopped:
+            _stop(job, pool, stopped.reason)
+            if not job.points:
                 raise
-            dense.divergence = 0.0
-            job.press.dense = dense
-            job.points.append(dense)
-            job.show.advance(f"{job.task.metric_name} {dense.score.value:.4f}, {ask.shown(dense.onnx_bytes)}")
-            if job.question.floor is not None and not job.task.higher_is_better:
-                job.show.say(job.question.floor.explained(job.task.metric_name, dense.score.value))
-            job.target.look(job)
-            for point in job.target.untrained(job):
-                job.add(point)
-            job.clock.reserved_s = arithmetic.reserved_s(job)
-            job.target.trained(job, pool)
-            job.clock.reserved_s = 0.0
-            for point in arithmetic.trained(job) if job.question.for_latency else ():
-                job.add(point)
-            return conclude(job)
         except BaseException:
-            job.stopped = True
+            _stop(job, pool, "an error")
             raise
+        return conclude(job)
+
+
+def _begin(job: Job, finish_only: bool) -> None:
+    """The points of an earlier run, else the dense network and the same in 8 bits; both are handed over at once."""
+    job.show.phase("measuring the dense network", 1)
+    _say_what_is_old(job)
+    made = None if finish_only else job.target.dense(job)
+    if made is not None:
+        made.divergence, job.press.dense = 0.0, made
+    if not restore(job, made) and made is None:
+        raise ValueError(
+            f"finish: {job.folder} must hold points of this network and task, got none. Continue the search with "
+            "--resume."
+        )
+    if not job.points and made is not None:
+        job.add(made, kind="dense", score_s=round(job.press.scored_s, 4))
+    dense = job.dense
+    job.took["score"] = float(dense.about["score_s"])
+    job.show.advance(f"{job.task.metric_name} {dense.score.value:.4f}, {ask.shown(dense.onnx_bytes)}")
+    if job.question.floor is not None and not job.task.higher_is_better:
+        job.show.say(job.question.floor.explained(job.task.metric_name, dense.score.value))
+    if finish_only:
+        return
+    _add(job, job.target.first)
+    began = job.clock.now
+    job.report()
+    job.took["report"] = job.clock.now - began
+    job.clock.reserved_s = reserve(job)
+
+
+def _go_on(job: Job, pool: Pool) -> None:
+    job.target.look(job)
+    _add(job, job.target.untrained)
+    job.clock.reserved_s = reserve(job) + arithmetic.reserved_s(job)
+    job.target.trained(job, pool)
+    job.clock.reserved_s = reserve(job)
+    if job.question.for_latency:
+        _add(job, arithmetic.trained)
+
+
+def _add(job: Job, make: Callable[[Job], Iterable[Point]]) -> None:
+    """Add points that need no training as they come, each with the time that it took."""
+    began = job.clock.now
+    for point in make(job):
+        job.add(point, kind="untrained", seconds=round(job.clock.now - began, 2))
+        began = job.clock.now
+
+
+def _stop(job: Job, pool: Pool | None, reason: str) -> None:
+    """End the trainings, so that the end of the search has the machine to itself."""
+    job.ended, job.stopped = reason, True
+    if pool is not None:
+        pool.close()
+    job.show.say(f"ended by {reason}: choosing among {max(0, len(job.points) - 1)} points")
 
 
 def cheaper(task: Task, model: nn.Module, clock: Clock, store: Store, workers: int | str | None) -> Task:

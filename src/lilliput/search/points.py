@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,11 @@ class Clock:
 
     Args:
         budget_s: The budget in seconds; None for none.
+        began: When it began, by time.monotonic(); now without one.
     """
 
-    def __init__(self, budget_s: float | None) -> None:
-        self.budget_s, self.began, self.reserved_s = budget_s, time.monotonic(), 0.0
+    def __init__(self, budget_s: float | None, began: float | None = None) -> None:
+        self.budget_s, self.began, self.reserved_s = budget_s, time.monotonic() if began is None else began, 0.0
         self._spans: list[tuple[float, float, str]] = []
         self._lock = threading.Lock()
 
@@ -48,6 +50,10 @@ class Clock:
     def remaining(self, until: float = 1.0) -> float:
         """Seconds until a fraction of the budget that is not reserved; infinite without one."""
         return float("inf") if self.budget_s is None else (self.budget_s - self.reserved_s) * until - self.now
+
+    def left(self) -> float:
+        """Seconds until the end of the budget, what is reserved included; infinite without one."""
+        return float("inf") if self.budget_s is None else self.budget_s - self.now
 
     @contextmanager
     def on(self, what: str) -> Iterator[None]:
@@ -82,7 +88,9 @@ class Point:
     `score` is on val, of `model.onnx` in ONNX Runtime; `outputs` what it gave on the task's probe of val; `divergence`
     the mean divergence from the dense outputs; `agreement` the agreement with the torch model it came from; `latency`
     and `engine` are filled in by an interleaved measurement, `peak_bytes` by a run of its own in ONNX Runtime,
-    `engine_peak_bytes` by the engine's plan; each where it is asked for.
+    `engine_peak_bytes` by the engine's plan; each where it is asked for. `layers` are facts of its stored tensors,
+    `about` says how it came about (an attempt's row), `files` is the folder of its four files while they are kept; a
+    point that was read from there has no structure, no stored tensors and no model.
     """
 
     name: str
@@ -105,6 +113,9 @@ class Point:
     engine_peak_bytes: int | None = None
     flags: list[str] = field(default_factory=list)
     outputs: Any = None
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+    files: Path | None = None
 
     def row(self) -> dict[str, Any]:
         """The point as plain data for a record."""
@@ -158,6 +169,7 @@ class Press:
         self.task, self.clock, self.compared = task, clock, compared
         self.dense: Point | None = None
         self.scored_s = 0.0  # how long the latest score on val took
+        self.expected: Any = None  # what the first model gives on the probe, where that is known
         self._structures: dict[tuple[str, tuple[str, ...]], Any] = {}
         self._refused: dict[tuple[str, tuple[str, ...]], str] = {}
         self._own: set[str] = set()
@@ -259,7 +271,9 @@ class Press:
                 ]
             )
         else:
-            expected = predict(plain, inputs if self.compared is None else take(inputs, slice(0, self.compared)))
+            expected, self.expected = self.expected, None
+            if expected is None:
+                expected = predict(plain, inputs if self.compared is None else take(inputs, slice(0, self.compared)))
             first = take(outputs, slice(0, length(expected)))
             exact = all(s.plain for s in stored.values())
             agreement = compare(first, expected, exact=exact, who=name, axis=self.task.class_axis)
@@ -284,7 +298,27 @@ class Press:
             agreement,
             model,
             outputs=outputs,
+            layers=facts(stored),
         )
+
+    def judge(self, proto: Any) -> Score:
+        """The score of a file on val."""
+        return self.task.score(onnx_export.Session(proto), "val")
+
+
+def facts(stored: dict[str, Stored]) -> list[dict[str, Any]]:
+    """Each stored tensor of two and more dimensions: what it is, what it keeps, how wide."""
+    return [
+        {
+            "name": name,
+            **tensor.facts(),
+            "shape": list(tensor.shape),
+            "values": tensor.values,
+            "bits": round(tensor.bits, 2),
+        }
+        for name, tensor in stored.items()
+        if len(tensor.shape) > 1
+    ]
 
 
 def one_by_one(session: onnx_export.Session) -> Model:

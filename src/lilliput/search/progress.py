@@ -1,15 +1,20 @@
-"""Show progress while a search runs: its phase, how far it is, and the best point so far."""
+"""Show progress while a search runs: its phase, how far it is, and each better point."""
 
+import sys
+import time
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Column
+
+BAR = 16
 
 
 class Silent:
-    """Shows nothing: for logs, pipes and callers from Python."""
+    """Shows nothing: for --json and callers from Python."""
 
     def __enter__(self) -> Self:
         return self
@@ -26,25 +31,51 @@ class Silent:
         """One unit done."""
 
     def best(self, text: str) -> None:
-        """A better point was found."""
+        """A better point was handed over."""
 
     def say(self, text: str) -> None:
         """A line that stays."""
 
 
-class Live(Silent):
-    """One progress bar a phase and the best point under it, on a terminal."""
+class Lines(Silent):
+    """One line an event, for pipes, logs and notebooks: phases, better points, what is said.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    Args:
+        console: where to print.
+        began: when the search began, by time.monotonic().
+    """
+
+    def __init__(self, console: Console, began: float | None = None) -> None:
+        self.console, self.began = console, time.monotonic() if began is None else began
+
+    def phase(self, text: str, total: int) -> None:
+        self._print(text)
+
+    def best(self, text: str) -> None:
+        self._print(f"best so far: {text}")
+
+    def say(self, text: str) -> None:
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        seconds = time.monotonic() - self.began
+        self.console.print(f"{seconds:6.1f} s  {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+class Live(Lines):
+    """On a terminal: a line for each better point, and below them one line for the phase that is at work."""
+
+    def __init__(self, console: Console, began: float | None = None) -> None:
+        super().__init__(console, began)
         self._bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=28),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TimeElapsedColumn(),
-            TextColumn("[dim]{task.fields[note]}"),
+            TextColumn("{task.description}", table_column=Column(ratio=3, no_wrap=True, overflow="ellipsis")),
+            BarColumn(bar_width=BAR),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
+            TextColumn("[dim]{task.fields[note]}", table_column=Column(ratio=2, no_wrap=True, overflow="ellipsis")),
             console=console,
+            expand=True,
+            transient=True,
         )
         self._task: TaskID | None = None
         self._best = ""
@@ -60,8 +91,7 @@ class Live(Silent):
 
     def phase(self, text: str, total: int) -> None:
         if self._task is not None:
-            done = self._bar.tasks[-1].total or 0
-            self._bar.update(self._task, completed=done, note="")
+            self._bar.remove_task(self._task)
         self._task = self._bar.add_task(escape(text), total=max(1, total), note="")
 
     def advance(self, text: str = "") -> None:
@@ -71,7 +101,21 @@ class Live(Silent):
     def best(self, text: str) -> None:
         if text != self._best:
             self._best = text
-            self._bar.console.print(f"  [green]best so far[/green] {escape(text)}")
+            self._print(text)
 
-    def say(self, text: str) -> None:
-        self._bar.console.print(text)
+    def _print(self, text: str) -> None:
+        seconds = time.monotonic() - self.began
+        line = f"[dim]{seconds:6.1f} s[/dim]  {escape(text)}"
+        self._bar.console.print(line, highlight=False, no_wrap=True, overflow="ellipsis")
+
+
+def shown_on(console: Console, quiet: bool = False, began: float | None = None) -> Silent:
+    """What a command shows: nothing, one living line on a terminal, or a line an event elsewhere."""
+    if quiet:
+        return Silent()
+    return Live(console, began) if console.is_terminal else Lines(console, began)
+
+
+def quiet_or_lines() -> Silent:
+    """What a call from Python shows: lines where a person types or in a notebook, nothing in a program."""
+    return Lines(Console()) if hasattr(sys, "ps1") or "ipykernel" in sys.modules else Silent()

@@ -6,7 +6,7 @@ are plain data under the names that summary.json has for them, so that a point a
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lilliput.errors import near
@@ -68,6 +68,16 @@ class Question:
         ):
             if most is not None and not most > 0:
                 raise ValueError(f"shrink: {setting} must be above 0, got {most}.")
+
+    def data(self) -> dict[str, Any]:
+        """The question as plain data."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> "Question":
+        """The question that `data` gave."""
+        floor = data.get("floor")
+        return cls(**{**data, "floor": None if floor is None else ask.Floor(**floor)})
 
     # what is measured ------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from lilliput.cost.measure import machine, profile
 from lilliput.record import commit, versions
+from lilliput.search.account import by_axis, misses, unfinished
 from lilliput.search.choose import Choice, examples_for, examples_to_promise, front
 from lilliput.search.job import Job
 from lilliput.search.points import Point
@@ -45,6 +46,13 @@ class Summary:
         points: everything that was tried.
         steps_per_s: optimizer steps a second of training.
         shares: the fraction of the wall time that went on training, calibration and measuring.
+        history: what was handed over when: `at_s`, `name`, `val`, `price`, `drop`, and how it came about.
+        axes: what each axis took and brought (lilliput.search.account).
+        misses: the nearest cheaper points that may not be promised, with the floor that would allow each.
+        unfinished: what ran out of time, with the budget that would do; None where nothing did.
+        hashes: the SHA-256 of each file.
+        finished: whether the search has ended, so that test was read.
+        ended: why it ended early, such as "Ctrl-C"; empty where it did not.
     """
 
     task: str
@@ -90,6 +98,13 @@ class Summary:
     wall_s: float
     shares: dict[str, float]
     files: dict[str, int]
+    history: list[Plain]
+    axes: list[Plain]
+    misses: list[Plain]
+    unfinished: Plain | None
+    hashes: dict[str, str]
+    finished: bool
+    ended: str
     format: int = FORMAT
 
     def data(self) -> Plain:
@@ -98,7 +113,14 @@ class Summary:
 
 
 def summarize(
-    job: Job, best: list[Point], rivals: list[Point], choice: Choice, winner: Point | None, tests: Plain, load: Any
+    job: Job,
+    best: list[Point],
+    rivals: list[Point],
+    choice: Choice,
+    winner: Point | None,
+    tests: Plain,
+    load: Any,
+    finished: bool = True,
 ) -> Summary:
     """Summarize a search before its files are written.
 
@@ -108,6 +130,7 @@ def summarize(
         winner: the chosen one, or None.
         tests: what the test split said: `dense`, `chosen`, `interval`.
         load: the machine's load before the measurement.
+        finished: whether the search has ended; while it goes on, layers are not timed.
     """
     task, dense, clock, question = job.task, job.dense, job.clock, job.question
     floor = None if question.floor is None else question.floor.points(dense.score.value)
@@ -129,8 +152,8 @@ def summarize(
     nearest = winner or (dense if choice.safest is None else rivals[choice.safest])
     i = rivals.index(nearest) if nearest in rivals else None
     here = machine()
-    chosen = None if winner is None else row(winner) | {"layers": layers(winner, task.example)}
-    first = row(dense) | {"layers": layers(dense, task.example)}
+    chosen = None if winner is None else row(winner) | {"layers": layers(winner, task.example, finished)}
+    first = row(dense) | {"layers": layers(dense, task.example, finished)}
     if tests and chosen is not None:
         first["test"], chosen["test"] = rounded(tests["dense"]), rounded(tests["chosen"])
     return Summary(
@@ -180,24 +203,30 @@ def summarize(
         wall_s=round(clock.now, 2),
         shares=clock.shares(),
         files={},
+        history=job.history,
+        axes=by_axis(job.attempts, job.history),
+        misses=_misses(job, rivals, choice),
+        unfinished=unfinished(job.attempts, clock.now, clock.budget_s),
+        hashes={},
+        finished=finished,
+        ended=job.ended,
     )
 
 
-def layers(point: Point, example: Any) -> list[Plain]:
-    """Each stored tensor of two and more dimensions: what it is, what it keeps, how wide, its share of the time."""
-    shares = profile(point.structure.fill(point.stored), example)
-    return [
-        {
-            "name": name,
-            **stored.facts(),
-            "shape": list(stored.shape),
-            "values": stored.values,
-            "bits": round(stored.bits, 2),
-            "share_of_time": shares.get(name),
-        }
-        for name, stored in point.stored.items()
-        if len(stored.shape) > 1
-    ]
+def layers(point: Point, example: Any, timed: bool = True) -> list[Plain]:
+    """What is known of each stored tensor of two and more dimensions, with its layer's share of the time."""
+    if not timed:
+        return point.layers
+    proto = point.proto if point.structure is None else point.structure.fill(point.stored)
+    shares = profile(proto, example)
+    return [layer | {"share_of_time": shares.get(layer["name"])} for layer in point.layers]
+
+
+def _misses(job: Job, rivals: list[Point], choice: Choice) -> list[Plain]:
+    """The nearest points that may not be promised, with the keys of their files."""
+    rows = misses(job.question, job.dense.costs, [p.costs for p in rivals], choice, job.dense.score.value)
+    near = [rivals[row.pop("place")] for row in rows]
+    return [{"name": point.name, "key": point.key, **row} for point, row in zip(near, rows, strict=True)]
 
 
 def rounded(value: Any) -> float:
