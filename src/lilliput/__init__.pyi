@@ -68,6 +68,7 @@ from lilliput.prune.woodfisher import WoodFisher as WoodFisher
 from lilliput.quant.activations import QuantizeActivations as QuantizeActivations
 from lilliput.quant.half import Half as Half
 from lilliput.quant.quantize import Quantize as Quantize
+from lilliput.quant.squeeze import Squeeze as Squeeze
 from lilliput.quant.uniform import Uniform as Uniform
 from lilliput.recipe import Recipe as Recipe
 from lilliput.reference import Reference as Reference

@@ -30,6 +30,7 @@ METHODS = {
     "WoodFisher": "lilliput.prune.woodfisher",
     "QuantizeActivations": "lilliput.quant.activations",
     "Quantize": "lilliput.quant.quantize",
+    "Squeeze": "lilliput.quant.squeeze",
     "Train": "lilliput.train",
     "FollowActivity": "lilliput.analyse.activity",
     "Features": "lilliput.distill.features",

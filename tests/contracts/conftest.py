@@ -62,6 +62,10 @@ MADE: dict[str, list[dict[str, Any]]] = {
     "DropTables": [],
     "Encode": [{"code": {"code": "Uniform", "bits": 4}}],
     "PatternLock": [{"least": 0.0}],
+    "Squeeze": [
+        {"allocation": [["3.weight", "tensor", 0.05]]},
+        {"allocation": [["0.weight", "channel", 4], ["7.bias", "tensor", 8]]},
+    ],
 }
 
 

@@ -42,6 +42,9 @@ def shrink(
     max_bytes: Annotated[str | None, typer.Option(help="the best score whose file fits, such as 2MB")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="the best score that is as fast as this")] = None,
     max_peak: Annotated[str | None, typer.Option(help="the best score that runs in this memory, such as 256KB")] = None,
+    train: Annotated[
+        bool, typer.Option("--train/--no-train", help="whether to train, or to store the network in fewer bytes alone")
+    ] = True,
     budget: Annotated[str, typer.Option(help="wall time of the whole command, such as 90s or 5m")] = "5m",
     trials: Annotated[int | None, typer.Option(help="structures to try instead of a budget; repeatable")] = None,
     workers: Annotated[
@@ -71,6 +74,7 @@ def shrink(
         file=file,
         runtime=runtime,
         sure=sure,
+        train=train,
         max_bytes=max_bytes,
         max_latency_ms=max_latency_ms,
         max_peak=max_peak,
@@ -98,7 +102,7 @@ def _shrink(
         from lilliput.search import ask
         from lilliput.search.question import question
 
-        asked = ("floor", "objective", "max_bytes", "max_latency_ms", "max_peak", "file", "runtime", "sure")
+        asked = ("floor", "objective", "max_bytes", "max_latency_ms", "max_peak", "file", "runtime", "sure", "train")
         question(**{name: settings[name] for name in asked if name in settings})  # before anything heavy is imported
         if settings.get("budget") is not None:
             ask.seconds(settings["budget"])

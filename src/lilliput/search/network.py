@@ -12,7 +12,7 @@ from lilliput.proposal import Known
 from lilliput.quant.half import Half
 from lilliput.quant.quantize import Quantize
 from lilliput.recipe import Recipe, plain
-from lilliput.search import arithmetic, bare, codes, sensitivity, teacher
+from lilliput.search import arithmetic, bare, codes, sensitivity, teacher, untrained
 from lilliput.search.climb import Lesson, climb, lessons
 from lilliput.search.job import Job, Target
 from lilliput.search.points import Point, parameters
@@ -32,10 +32,10 @@ class Network(Target):
 
     def begin(self, job: Job, pool: Pool) -> None:
         self.pool = pool
-        if not _frozen(job):
+        if job.question.train and not _frozen(job):
             device, timed = str(job.runner.reference.device), job.clock.budget_s is not None
             records = str(job.store.folder.resolve()) if pool.local else None
-            pool.share(Shared(job.model, job.task, job.seed, device, timed, records))
+            pool.share(Shared(job.model, job.task, job.seed, device, timed, records, job.question.file))
             for _ in range(pool.workers):
                 pool.submit(warm)
             self.lessons = lessons(job, pool)
@@ -62,12 +62,13 @@ class Network(Target):
         return _eight_bits(job)
 
     def untrained(self, job: Job) -> Iterator[Point]:
-        yield from chain(bare.points(job), arithmetic.points(job))
+        training = job.question.train and not _frozen(job)
+        yield from chain(bare.points(job), untrained.points(job, training), arithmetic.points(job))
         if not any(job.lost(point) <= 0 for point in job.points[1:]):  # what is safe, where 8 bits are not
             yield from _half(job)
 
     def trained(self, job: Job, pool: Pool) -> None:
-        if reason := _frozen(job):
+        if reason := _frozen(job) or ("" if job.question.train else "it was not asked for"):
             job.known.skip("training", reason)
             return
         with job.clock.on("calibrate"):

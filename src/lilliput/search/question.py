@@ -32,6 +32,7 @@ class Question:
         file: what is deployed, "lil" or "onnx".
         runtime: what it runs in, "ort" or "engine"; None for the better of both.
         sure: how probable it must be that no more is lost on new data.
+        train: whether networks may be trained; otherwise tensors are coded without a training step.
 
     Raises:
         ValueError: for a name that is none of these, or a limit that is not positive.
@@ -50,6 +51,7 @@ class Question:
     file: str = "lil"
     runtime: str | None = None
     sure: float = 0.9
+    train: bool = True
 
     def __post_init__(self) -> None:
         for setting, given, allowed in (
@@ -201,6 +203,7 @@ def question(
     file: str = "lil",
     runtime: str | None = None,
     sure: float | str = 0.9,
+    train: bool = True,
 ) -> Question:
     """A question as a person asks it; a limit turns it round, so that the floor no longer counts.
 
@@ -211,4 +214,5 @@ def question(
     allowed = ask.floor(floor)
     most = None if max_bytes is None else ask.size_bytes(max_bytes)
     peak = None if max_peak is None else ask.size_bytes(max_peak, "max-peak")
-    return Question(objective, None if turned else allowed, most, max_latency_ms, peak, file, runtime, ask.sure(sure))
+    kept, probable = None if turned else allowed, ask.sure(sure)
+    return Question(objective, kept, most, max_latency_ms, peak, file, runtime, probable, train)

@@ -15,7 +15,7 @@ from lilliput.graph.stages import FoldBatchNorm
 from lilliput.layout import channels_last
 from lilliput.recipe import Recipe
 from lilliput.runner import Runner
-from lilliput.search import codes
+from lilliput.search import rate
 from lilliput.search.choose import evidence
 from lilliput.search.desk import Desk
 from lilliput.search.job import finite
@@ -44,6 +44,7 @@ class Shared:
         device: where to train.
         timed: whether a clock has a say.
         records: the folder of the search's store, where all workers are on its machine.
+        file: what is deployed, "lil" or "onnx".
     """
 
     model: nn.Module
@@ -52,6 +53,7 @@ class Shared:
     device: str
     timed: bool = True
     records: str | None = None
+    file: str = "lil"
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,8 @@ def train(desk: Desk, asked: Asked, smaller: int = 0) -> Made:
     if asked.bits is not None and asked.bits < 32:
         folded = fold_batchnorm(realize(runner.make(recipe)), runner.task.example)
         allowed = float("inf") if asked.seconds is None else max(1.0, OFFERS * asked.seconds)
-        offers = codes.offers(folded, runner.task, seconds=allowed)
-        recipe = Recipe((*recipe.stages, FoldBatchNorm(), *codes.stages(folded, offers, asked.bits)))
+        offers = rate.offers(folded, runner.task, file=desk.thing.file, seconds=allowed)
+        recipe = Recipe((*recipe.stages, FoldBatchNorm(), *rate.stages(offers, asked.bits)))
     training = asked.training
     if training is not None:
         limit = None if asked.seconds is None else max(0.1, asked.seconds - (time.monotonic() - began))

@@ -1,0 +1,142 @@
+"""Untrained: networks of the dense structure by rate and distortion, from large to small, around the floor."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lilliput.errors import StoreError
+from lilliput.graph.fold import fold_batchnorm
+from lilliput.graph.stages import FoldBatchNorm
+from lilliput.recipe import Recipe
+from lilliput.search import rate
+from lilliput.search.job import FAILURES, Job
+from lilliput.search.points import Point
+
+File = Literal["lil", "onnx"]
+START = 12.0  # times smaller: what most networks stand
+STRIDE = 1.7  # to the next, while all hold the floor or none does
+CLOSE = 1.06  # when two ratios lie so close, what lies between them gains little
+RATIOS = (1.5, 60.0)  # what is tried at most
+SPARED = 0.5  # of the floor, left for the luck of having been chosen
+MOST = 10  # networks
+SHARE = {True: 0.12, False: 0.8}  # of the budget, where training follows and where it does not
+
+
+@dataclass
+class Bracket:
+    """The ratio at which the floor is reached lies between `low`, which holds it, and `high`, which does not."""
+
+    low: float = 0.0
+    high: float = math.inf
+    first: float = START
+
+    def next(self) -> float | None:
+        """The ratio to try; None where nothing is left to find."""
+        if not self.low and self.high == math.inf:
+            return self.first
+        if self.high == math.inf:
+            ratio = self.low * STRIDE
+            return ratio if ratio <= RATIOS[1] else None
+        if not self.low:
+            ratio = self.high / STRIDE
+            return ratio if ratio >= RATIOS[0] else None
+        return math.sqrt(self.low * self.high) if self.high / self.low > CLOSE else None
+
+    def saw(self, ratio: float, holds: bool) -> None:
+        """Take a result in."""
+        if holds:
+            self.low = max(self.low, ratio)
+        else:
+            self.high = min(self.high, ratio)
+
+
+@dataclass
+class _Size:
+    """What a file has beside the tensors that are chosen for, and how their cost turns out against what was expected.
+
+    Layers that see what the ones before them lost take a few percent more than they do alone.
+    """
+
+    beside: float
+    factor: float = 1.0
+    runs: list[tuple[dict[str, rate.Option], float]] = field(default_factory=list)
+
+    def total(self, size: float) -> float:
+        """What may be spent on tensors for a file of that size."""
+        return (size - self.beside) / self.factor
+
+    def saw(self, picked: dict[str, rate.Option], size: float) -> None:
+        """Take a file's size in."""
+        self.factor = (size - self.beside) / max(1.0, sum(option.cost for option in picked.values()))
+
+
+def points(job: Job, training: bool) -> Iterator[Point]:
+    """Points of the dense structure, without a training step, around the largest ratio that holds the floor.
+
+    Args:
+        job: the search.
+        training: whether trainings follow, for which most of the budget is kept.
+    """
+    question = job.question
+    if question.objective in ("macs", "memory") and question.max_bytes is None:
+        return
+    share = SHARE[training]
+    limit = math.inf if job.clock.budget_s is None else job.clock.remaining(share)
+    try:
+        with job.clock.on("calibrate"):
+            folded = fold_batchnorm(job.model, job.task.example)
+            known = rate.offers(folded, job.task, file=question.file, seconds=0.3 * limit)
+    except StoreError:
+        raise
+    except FAILURES as error:
+        job.failed("same structure by rate and distortion", error)
+        return
+    dense, bytes_ = job.dense, question.file_key
+    target: File = "onnx" if question.file == "onnx" else "lil"
+    size = _Size(max(0.0, float(dense.costs[bytes_]) - sum(s.cost(target) for s in dense.stored.values())))
+    bracket, last = Bracket(), 0.0
+    if question.max_bytes is not None:
+        bracket.first = dense.onnx_bytes / question.max_bytes
+    for _ in range(MOST):
+        ratio = bracket.next()
+        if ratio is None or job.clock.remaining(share) < 1.3 * last:
+            return
+        began = time.monotonic()
+        point = _point(job, known, size, ratio)
+        last = time.monotonic() - began
+        if point is None:
+            bracket.saw(ratio, False)
+            continue
+        bracket.saw(ratio, _holds(job, point))
+        yield point
+
+
+def _holds(job: Job, point: Point) -> bool:
+    """Whether a smaller network is worth a try: the floor holds with something to spare, or the limit does not yet."""
+    if job.question.max_bytes is not None:
+        return not job.question.fits(point.costs)
+    return job.lost(point) <= SPARED * job.question.points(job.dense.score.value)
+
+
+def _point(job: Job, known: rate.Offers, size: _Size, ratio: float) -> Point | None:
+    """The network that is `ratio` times smaller than the dense file, or None where it comes to nothing."""
+    title = f"same structure, {ratio:.3g}x by rate and distortion, without training"
+    try:
+        with job.clock.on("calibrate"):
+            picked = known.chosen(size.total(job.dense.onnx_bytes / ratio))
+            model, stages = rate.composed(known, picked)
+            recipe = Recipe((FoldBatchNorm(), *stages))
+        point = job.press.point(model, "dense", title, recipe.data(), job.runner.key(recipe))
+    except StoreError:
+        raise
+    except FAILURES as error:
+        job.failed(title, error)
+        return None
+    made = point.costs[job.question.file_key]
+    size.saw(picked, made)
+    size.runs.append((picked, point.divergence))
+    known.fit(size.runs)
+    point.name = f"same structure, {job.dense.onnx_bytes / made:.3g}x by rate and distortion, without training"
+    return point
