@@ -11,6 +11,7 @@ from lilliput.code.base import copy_model
 from lilliput.graph.channels import groups
 from lilliput.graph.group import Group
 from lilliput.graph.lookup import FirstRows, Nothing, Table, shortened
+from lilliput.graph.narrow_tables import of_tables
 from lilliput.graph.slicing import narrow_
 from lilliput.graph.trace import agree, replace_, run
 from lilliput.graph.use import placed, replaceable, use
@@ -61,11 +62,16 @@ class DropTables(Stage):
 
     @classmethod
     def proposals(cls, model: nn.Module, task: Task, known: Known) -> Proposals | Refusal:
-        """Offer one table, two tables and so on, those first whose absence changes the outputs least for their size."""
+        """Offer one table, two tables and so on, those first whose absence changes the outputs least for their size.
+
+        Tables to which many layers add (the words of a transformer) are no features and stay.
+        """
         inputs, counts = calibration(task, MEASURED), use(model, task)
+        streams = {p.layer for g in groups(model, task.example) if not of_tables(model, g) for p in g.parts}
         found = {path: table for path, table in replaceable(model).items() if path in counts and _is_mean(table)}
+        found = {path: table for path, table in found.items() if path not in streams}
         if not found:
-            return Refusal("no lookup table of its own is called")
+            return Refusal("no lookup table is a feature of its own")
         dense, missed = predict(model, inputs), {}
         for path, table in found.items():
             without = predict(_replaced(model, counts, [path]), inputs)

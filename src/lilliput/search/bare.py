@@ -1,8 +1,8 @@
 """Bare: smaller structures that need no training, of tables that training data hardly reads or that say little.
 
 Methods whose class says `untrained` change so little that they may pay alone. Each gets a share of what may be lost, in
-order, and takes its strongest option within it, found by bisection, since options go from mild to strong. What was
-found is also where structures that are trained begin.
+order, and takes its strongest option within it: options go from mild to strong, so twice the number is tried until it
+loses too much, then what lies between. What was found is also where structures that are trained begin.
 """
 
 from collections.abc import Iterator
@@ -18,10 +18,12 @@ from lilliput.search.job import FAILURES, Job
 from lilliput.search.points import Point
 from lilliput.search.space import Choice, identity, methods
 from lilliput.stage import Stage
+from lilliput.task import length, predict
 
 SHARES = (0.75, 0.25)
 """Parts of the floor that structures without training may take; the first is where trained ones begin."""
-PART = 0.03  # of the budget, for each share
+FEW = 16  # examples that tell how long all of val takes
+PART = 0.08  # of the budget, for each share
 
 
 def points(job: Job) -> Iterator[Point]:
@@ -64,7 +66,7 @@ def _choice(job: Job, offered: dict[str, Proposals], share: float) -> Choice:
     """The strongest option of each method, one after the other, within a share of the floor."""
     dense = job.dense.score.value
     bound, budget = share * job.question.points(dense), job.clock.budget_s
-    end = float("inf") if budget is None else job.clock.now + PART * budget
+    end = float("inf") if budget is None else job.clock.now + PART * budget - _seconds(job)
     choice: Choice = {}
 
     def holds(name: str, number: int, allowed: float) -> bool:
@@ -80,12 +82,20 @@ def _choice(job: Job, offered: dict[str, Proposals], share: float) -> Choice:
 
     with job.clock.on("calibrate"):
         for place, (name, options) in enumerate(offered.items(), 1):
-            low, high, allowed = 0, len(options), bound * place / len(offered)
-            while low < high:
-                middle = (low + high + 1) // 2
-                low, high = (middle, high) if holds(name, middle, allowed) else (low, middle - 1)
+            low, high, allowed = 0, len(options) + 1, bound * place / len(offered)  # low holds, high does not
+            while high - low > 1:
+                number = min(max(2 * low, 1), len(options)) if high > len(options) else (low + high) // 2
+                low, high = (number, high) if holds(name, number, allowed) else (low, number)
             choice[name] = low
     return choice
+
+
+def _seconds(job: Job) -> float:
+    """What it takes to score one structure."""
+    few = job.task.calibration(FEW)
+    began = job.clock.now
+    predict(job.model, few)
+    return (job.clock.now - began) * job.task.size("val") / length(few)
 
 
 def _stored(job: Job, structure: Recipe) -> Point | None:
