@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from lilliput.errors import StoreError
 from lilliput.search import cores
 from lilliput.search.pool import Pool, Progress, WorkerDied
 
@@ -200,6 +201,7 @@ def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Mon
 
 SCRIPT = """
 import sys, time
+from lilliput.errors import StoreError
 from lilliput.search import cores
 from lilliput.search.pool import Pool
 scale = 3
@@ -276,3 +278,61 @@ def test_workers_end_with_their_parent(mode: str, sent: str, tmp_path: Path) -> 
         assert "Traceback" not in errors
     folder = re.search("folder (.*)", said)
     assert folder is not None and not Path(folder[1]).exists()
+
+
+def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(thing: Any, folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lilliput.search.share.dump", full)
+    before = {child.pid for child in psutil.Process().children()}
+    with pytest.raises(StoreError, match="must have room for the model and the data, got: No space left on device"):
+        Pool("data", 1)
+    gone = [
+        child
+        for child in psutil.Process().children()
+        if child.pid not in before and "popen_loky" in str(child.cmdline())
+    ]
+    assert not gone
+
+
+TOY = """
+import torch
+from torch import nn
+from lilliput import Task
+
+
+def make():
+    torch.manual_seed(0)
+    x = torch.randn(240, 8)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    return model, Task("toy", (x[:128], y[:128]), (x[128:192], y[128:192]), (x[192:], y[192:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_a_search_outlives_its_workers(tmp_path: Path) -> None:
+    (tmp_path / "toy.py").write_text(TOY)
+    arguments = ["shrink", "toy.py:make", "--floor", "20%", "--budget", "20s", "--workers", "2", "--out", "out"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "lilliput.cli", *arguments],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+    ) as search:
+        killed: set[int] = set()
+        while search.poll() is None and len(killed) < 3:  # workers that had time to begin something
+            for child in psutil.Process(search.pid).children():
+                old = time.time() - child.create_time() > 4
+                if old and child.pid not in killed and "popen_loky" in " ".join(child.cmdline()):
+                    child.kill()
+                    killed.add(child.pid)
+            time.sleep(0.1)
+        said, errors = search.communicate(timeout=PATIENCE_S)
+    assert search.returncode == 0 and killed, said + errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "out" / "model.lil").stat().st_size < 4000
