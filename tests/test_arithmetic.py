@@ -61,7 +61,9 @@ def test_integers_are_a_point_where_they_pay(shrunk: Any) -> None:
 
 def test_what_harms_more_must_be_faster() -> None:
     made = [
-        arithmetic.Candidate(ModelProto(), name, [], name, harm, time)
+        arithmetic.Candidate(ModelProto(), name, [], name, harm, time, hoped=time)
         for name, harm, time in (("slow", 0.0, 0.97), ("safe", 1e-4, 0.7), ("same", 2e-4, 0.69), ("bold", 1e-3, 0.5))
     ]
     assert [candidate.name for candidate in arithmetic.worth(made)] == ["safe", "bold"]
+    hoped = arithmetic.Candidate(ModelProto(), "hoped", [], "hoped", 0.0, 0.9, hoped=0.4)
+    assert [candidate.name for candidate in arithmetic.worth([hoped, *made])] == ["hoped", "safe", "bold"]

@@ -1,5 +1,6 @@
 """Arithmetic without a training step: products and convolutions in 8-bit integers where measuring says that it pays."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,12 +23,14 @@ from lilliput.task import length, take
 TOLERANCES = (0.002, 0.004, 0.01)
 SHARE = 0.2  # of the budget, for finding out what pays
 SHARE_EACH = 0.03  # of the budget, for a trained point
+LOSES = 0.25  # points of a metric for the root of a mean divergence: where to begin, no more
 TRAINED = 3  # points that are tried in integers
 UNCOUNTED_S = 60.0  # the same where no seconds are counted
 PAYS = 0.05  # of a run's time, which a file must save to be worth a trial beside another
 HOPED = 0.7  # of the time in ONNX Runtime, for what is not compiled yet
 EXAMPLES = 128
-CHUNK = 4  # examples of a calibration run: the outputs of all operators are in memory at once
+CHUNK = 16  # examples of a calibration run at most: the outputs of all operators are in memory at once
+CHUNK_VALUES = 200_000  # of its inputs
 REFUSALS = (ExportError, NotSupported, ValueError, KeyError)
 NO_RECIPE = "# Made from the exported file: there are no stages that could be applied or trained again.\n"
 
@@ -38,7 +41,8 @@ class Candidate:
 
     Args:
         harm: the mean divergence from the dense outputs on calibration examples.
-        time: of a run, as a fraction of the dense network's.
+        time: of a run, as a fraction of the dense network's, as far as it is known.
+        hoped: the same where it may be shorter in a runtime that it is not compiled for yet.
     """
 
     proto: ModelProto
@@ -47,13 +51,15 @@ class Candidate:
     key: str
     harm: float
     time: float
+    hoped: float = 1.0
 
 
 def points(job: Job, of: Point | None = None, seconds: float | None = None) -> Iterator[Point]:
     """A point with operators in 8-bit integers: static where ranges are fixed, dynamic where found anew.
 
-    What harms least is scored first, then what is faster, until one loses more than the floor or the time is over.
-    Nothing is done where no time is asked for: what is stored in 8 bits is as small without the arithmetic.
+    First what is scored is the fastest that seems to keep the floor, by what it harms; then faster ones while they do,
+    or else safer ones until one does. Nothing is done where no time is asked for: what is stored in 8 bits is as small
+    without the arithmetic.
 
     Args:
         job: the search; points are given as they are made, not added.
@@ -72,22 +78,37 @@ def points(job: Job, of: Point | None = None, seconds: float | None = None) -> I
         for proto in (base.proto, *(candidate.proto for candidate in tried)):
             if job.forge is not None:
                 job.forge.start(proto)
-        tried = [replace(c, time=_fastest(job, base, c.proto, c.time, end)) for c in tried]
-        found = worth(tried, _fastest(job, base, base.proto, 1.0, job.clock.now))
+        tried = [_timed(job, base, candidate, end) for candidate in tried]
+        alone = _timed(job, base, Candidate(base.proto, "", [], "", 0.0, 1.0), job.clock.now)
+        found = worth(tried, alone.time)
         for candidate in tried:
             if candidate not in found:
                 job.known.skip(candidate.name, f"it harms more than others, and takes {candidate.time:.0%} of the time")
     floor = job.question.points(job.dense.score.value)
-    made: list[Point] = []
-    for candidate in found:
-        if made and (job.lost(made[-1]) > floor or job.clock.remaining(0.8) < job.press.scored_s):
-            job.known.skip(candidate.name, "the one before it loses too much, or there was no time to score it")
-            continue
-        scored = _point(job, candidate)
-        made += scored
-        yield from scored
+    kept = base
+    for point in _tried(job, found, floor):
+        kept = point if job.lost(point) <= floor else kept
+        yield point
     if job.forge is not None:
-        job.forge.tune((made[-1] if made and job.lost(made[-1]) <= floor else base).proto)
+        job.forge.tune(kept.proto)
+
+
+def _tried(job: Job, found: Sequence[Candidate], floor: float) -> Iterator[Point]:
+    """Candidates, from the least harmful to the fastest, scored from the one that seems to keep the floor outwards."""
+    place = max([i for i, c in enumerate(found) if LOSES * math.sqrt(c.harm) <= floor], default=0)
+    way, first = 0, True
+    while 0 <= place < len(found):
+        if not first and job.clock.remaining(0.8) < job.press.scored_s:
+            job.known.skip(found[place].name, "no time to score it")
+            return
+        first, holds = False, False
+        for point in _point(job, found[place]):
+            yield point
+            holds = job.bound(point) <= floor
+        step = 1 if holds else -1
+        if way and step != way:
+            return
+        way, place = step, place + step
 
 
 def reserved_s(job: Job) -> float:
@@ -117,14 +138,14 @@ def worth(candidates: Sequence[Candidate], most: float = 1.0) -> list[Candidate]
         most: the time that the first must be faster than.
 
     Example:
-        >>> made = [Candidate(ModelProto(), name, [], name, *of) for name, of in
-        ...         {"a": (0.1, 0.6), "b": (0.2, 0.58), "c": (0.3, 0.4), "d": (0.0, 0.99)}.items()]
+        >>> times = {"a": (0.1, 0.6), "b": (0.2, 0.58), "c": (0.3, 0.4), "d": (0.0, 0.99)}
+        >>> made = [Candidate(ModelProto(), name, [], name, *of, hoped=of[1]) for name, of in times.items()]
         >>> [candidate.name for candidate in worth(made)]
         ['a', 'c']
     """
     found: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda candidate: (candidate.harm, candidate.time)):
-        if candidate.time <= (1 - PAYS) * min([most, *(other.time for other in found)]):
+        if candidate.hoped <= (1 - PAYS) * min([most, *(other.time for other in found)]):
             found.append(candidate)
     return found
 
@@ -135,7 +156,9 @@ def _static(job: Job, base: Point, end: float) -> list[Candidate]:
     title = f"{_named(job, base)}, static 8-bit arithmetic"
     try:
         session = Session(proto)
-        runs: list[Any] = [session.feed(take(inputs, slice(i, i + CHUNK))) for i in range(0, length(inputs), CHUNK)]
+        size = sum(array[:1].size for array in session.feed(take(inputs, slice(0, 1))).values())
+        chunk = max(1, min(CHUNK, CHUNK_VALUES // max(1, size)))
+        runs: list[Any] = [session.feed(take(inputs, slice(i, i + chunk))) for i in range(0, length(inputs), chunk)]
         seen = observe(proto, runs)
         begin = job.forge.start if job.forge is not None else None
         found = integers(seen, job.task, inputs, max(1.0, 0.6 * (end - job.clock.now)), begin)
@@ -185,24 +208,24 @@ def _dynamic(job: Job, base: Point, end: float) -> list[Candidate]:
     return found
 
 
-def _fastest(job: Job, base: Point, proto: ModelProto, here: float, end: float) -> float:
-    """The time of a run in the faster runtime that may be used, as a fraction of the base's in ONNX Runtime.
-
-    What is not compiled yet is taken to be faster than ONNX Runtime, so that it gets its trial.
+def _timed(job: Job, base: Point, candidate: Candidate, end: float) -> Candidate:
+    """The candidate with its time in the faster runtime that may be used, as a fraction of the base's in ONNX Runtime.
 
     Args:
-        here: the time in ONNX Runtime.
+        base: what the candidate was made of.
         end: until when to wait for the compiler.
     """
+    here, proto = candidate.time, candidate.proto
     if job.forge is None:
-        return here
+        return replace(candidate, hoped=here)
     made = job.forge.sessions(proto, end - job.clock.now)
     if not made:
-        return here if job.forge.reason(proto) or proto == base.proto else HOPED * min(1.0, here)
+        return replace(candidate, hoped=here if job.forge.reason(proto) else HOPED * min(1.0, here))
     pair: dict[str, Any] = {"ort": Session(base.proto), "engine": made[0]}
     times = latency(pair, job.task.example, seconds=0.5, clock=time.thread_time, settled=0.02)
     there = 1 / times["engine"].ratio
-    return there if job.question.runtime == "engine" else min(here, there)
+    best = there if job.question.runtime == "engine" else min(here, there)
+    return replace(candidate, time=best, hoped=best)
 
 
 def _named(job: Job, base: Point) -> str:
