@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lilliput import registry
-from lilliput.code.base import Code
+from lilliput.code.base import Code, attach, pack
 from lilliput.proposal import MOMENTS, Known, Proposals, Refusal, in_order, proposals
 from lilliput.recipe import Recipe, plain
 from lilliput.rule import Rule
@@ -120,10 +120,18 @@ def test_proposed_codes_store_the_tensor_from_mild_to_strong(kind: type[Code]) -
         decoded = made.decode(*(theta if isinstance(theta, tuple) else (theta,)))
         assert decoded.shape == weight.shape and made.label()
         errors.append(float((decoded - weight).norm()))
-        sizes.append(codes._bits(type(made)(**made.settings()), weight))
+        sizes.append(bits_of(type(made)(**made.settings()), weight))
     assert len({made.label() for made in offered}) == len(offered)
     assert sizes == sorted(sizes, reverse=True) and errors == sorted(errors)
     assert sizes[0] < 32 * weight.numel()
+
+
+def bits_of(code: Code, tensor: Tensor) -> int:
+    """The exact bits of a tensor under a code."""
+    holder = nn.Module()
+    holder.register_parameter("weight", nn.Parameter(tensor.clone()))
+    attach(holder, "weight", code)
+    return pack(holder)["weight"].storage().bits
 
 
 def test_a_method_that_raises_has_refused() -> None:

@@ -36,6 +36,7 @@ WORK = 3.0  # trainings as long as a first one, for each structure that is asked
 GENERATION = 4  # trainings that are decided together where steps are counted, whatever the number of workers
 PART = 512  # training examples whose dense outputs a worker computes in one call
 ENDS = 0.95  # of the budget: what comes after the trainings takes the rest
+FEWEST = 3  # coded copies that are exported, however much they may lose: they are what is nearest
 NEAR = 2.0  # times what is allowed: what may lose, or costs, more is not exported
 RATES = {True: 1e-2, False: 2e-3}  # of a first training, by whether the structure is another than the dense one
 LOWER = 0.7  # the rate of a round, against that of the round before
@@ -93,6 +94,7 @@ class _Climb:
     total: float
     arms: list[Arm]
     used: float = 0.0
+    pressed: int = 0
     running: "dict[Future[Made], Action]" = field(default_factory=dict)
 
     @classmethod
@@ -243,7 +245,8 @@ class _Climb:
         job.attempt({"status": "done", **row})
         job.show.advance(arm.name)
         if arm.level is not None:
-            if after <= NEAR if job.question.floor is not None else arm.price <= NEAR * self.most:
+            allowed = after <= NEAR if job.question.floor is not None else arm.price <= NEAR * self.most
+            if allowed or self.pressed < FEWEST:
                 self._press(arm)
             return
         arm.tried = set()
@@ -254,6 +257,7 @@ class _Climb:
 
     def _press(self, arm: Arm) -> None:
         """Make a coded arm an artifact, and add it as a point."""
+        self.pressed += 1
         job, recipe, own = self.job, arm.recipe, identity(Recipe(changes(arm.plan)))
         try:
             model, key = job.runner.make(recipe), job.runner.key(recipe)

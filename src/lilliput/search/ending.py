@@ -5,10 +5,13 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name))
+
+AGAIN_S = 0.2  # until the main thread is interrupted again
 
 
 class Stopped(BaseException):
@@ -45,6 +48,7 @@ class Ending:
         self.reason = ""
         self._inside = False
         self._signals = 0
+        self._own = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Ending":
@@ -82,18 +86,39 @@ class Ending:
                 timer.cancel()
 
     def _deadline(self) -> None:
-        if self._inside and not self.reason:
-            self.reason = "the end of the budget"
+        self.reason = self.reason or "the end of the budget"
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        """Interrupt the main thread where it is inside, and again until it is not: in a callback of the garbage
+        collector an exception is printed and lost."""
+        if self._inside:
+            self._own = True
             _thread.interrupt_main()
+            self._soon()
+
+    def _soon(self) -> None:
+        timer = threading.Timer(AGAIN_S, self._interrupt)
+        timer.daemon = True
+        timer.start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.reason == "the end of the budget" and not self._signals and self._inside:
-            self._inside = False
+        own, self._own = self._own, False
+        if not own:
+            self._signals += 1
+            if self._signals > 1 and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.reason = self.reason or ("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+        if self._inside and _in_callback(frame):
+            self._soon()
+        elif self._inside:
             raise Stopped(self.reason)
-        self._signals += 1
-        if self._signals > 1 and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.reason = self.reason or ("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
-        if self._inside:
-            self._inside = False
-            raise Stopped(self.reason)
+
+
+def _in_callback(frame: FrameType | None) -> bool:
+    """Whether a frame is in what the garbage collector calls, where an exception is lost."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__" or Path(frame.f_code.co_filename).name in ("weakref.py", "_weakrefset.py"):
+            return True
+        frame = frame.f_back
+    return False

@@ -74,7 +74,7 @@ def loads(data: bytes) -> Any:
 
 def _pickled(thing: Any, folder: Path | None) -> bytes:
     _own_by_value()
-    mine = {key: value for key, value in live.items() if value.__module__ in _by_value()}
+    mine = {key: value for key, value in list(live.items()) if value.__module__ in _by_value()}
     file = io.BytesIO()
     try:
         _Pickler(file, folder).dump((mine, thing))
@@ -183,10 +183,10 @@ def _own_by_value() -> None:
     homes = tuple(str(Path(home)) for home in installed if home)
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        alone = "." not in name and not hasattr(
-            module, "__path__"
-        )  # packages are imported: they may hold compiled parts
-        if name != "__main__" and file and alone and not file.startswith(homes):
+        # Packages are imported: they may hold compiled parts. What was made by hand has neither file nor spec.
+        alone = "." not in name and not hasattr(module, "__path__")
+        mine = not file.startswith(homes) if file else getattr(module, "__spec__", None) is None
+        if name != "__main__" and alone and mine:
             cloudpickle.register_pickle_by_value(module)
 
 
