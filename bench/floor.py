@@ -31,6 +31,7 @@ import lilliput
 from lilliput.cost.measure import machine
 from lilliput.files import write
 from lilliput.onnx.session import Session
+from lilliput.record import commit, versions
 from lilliput.search.choose import choose
 from lilliput.search.job import Job
 from lilliput.task import Score, Task
@@ -38,6 +39,7 @@ from lilliput.task import Score, Task
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "floor.json"
+SIMULATED = OUT.with_name("floor-simulated.json")
 SURE = (0.5, 0.8, 0.9, 0.95)
 Drawn = tuple[nn.Module, Task, tuple[Any, Any], float]
 """A dense network, its task, the examples kept back, and the floor."""
@@ -278,9 +280,9 @@ def outcomes(draw: np.random.Generator, n: int, wrong: float, points: Points) ->
     return np.where(right[:, None], lost, -gained.astype(float))
 
 
-def simulated(trials: int) -> list[dict[str, Any]]:
+def simulated(trials: int) -> dict[str, Any]:
     """For each kind of points and size of split, how often each way to choose breaks the floor, and how small."""
-    rows, x = [], torch.zeros(2, 1)
+    rows, x = dict[str, Any](), torch.zeros(2, 1)
     task = Task("simulated", (x, x[:, 0].long()), (x, x[:, 0].long()))
     for kind in KINDS:
         for n, wrong, floor in SIZES:
@@ -294,9 +296,9 @@ def simulated(trials: int) -> list[dict[str, Any]]:
                     if way != "one optimism" or trial < 50:  # it takes a second each
                         place = pick(scores, list(np.exp(-smaller)), floor)
                         found.setdefault(way, []).append((bool(drop[place] > floor), float(smaller[place])))
-            about = {"points": kind.__name__, "examples": n, "dense_errors": wrong, "floor": floor, "trials": trials}
-            rows.append(about | {way: _told(results) for way, results in found.items()})
-            print(json.dumps(rows[-1]), flush=True)
+            about = f"{kind.__name__}, {n} examples, floor {100 * floor:g} points"
+            rows[about] = {way: {"trials": len(results)} | _told(results) for way, results in found.items()}
+            print(about, json.dumps(rows[about]), flush=True)
     return rows
 
 
@@ -322,18 +324,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--budget", type=float, default=30)
     parser.add_argument("--simulate", type=int, nargs="?", const=300, default=0, metavar="TRIALS")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, help="the record [default: results/floor.json, with --simulate another]")
     given = parser.parse_args()
-    kept: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {"searches": []}
+    out = given.out or (SIMULATED if given.simulate else OUT)
+    kept: dict[str, Any] = json.loads(out.read_text()) if out.exists() and not given.simulate else {"searches": []}
 
-    def keep() -> None:
-        kept["machine"] = machine()
+    def keep(rows: dict[str, Any]) -> None:
+        command = f"python bench/floor.py{' --simulate' if given.simulate else ''}"
+        kept.update(what=__doc__.partition("?")[0] + "?", command=command, rows=rows)
+        kept.update(machine=machine(), versions=versions(), commit=commit())
         data = (json.dumps(kept, indent=1) + "\n").encode()
-        write(given.out, lambda file: file.write(data))
+        write(out, lambda file: file.write(data))
 
     if given.simulate:
-        kept["simulated"] = simulated(given.simulate)
-        keep()
+        kept.pop("searches")
+        keep(simulated(given.simulate))
         return
     for seed in range(given.seeds):
         for name in given.jobs:
@@ -341,10 +346,8 @@ def main() -> None:
                 continue
             began = time.monotonic()
             kept["searches"].append(searched(name, seed, given.budget))
-            kept["summed"] = summed(kept["searches"]) | {
-                job: summed([one for one in kept["searches"] if one["job"] == job]) for job in JOBS
-            }
-            keep()
+            by_job = {job: [one for one in kept["searches"] if one["job"] == job] for job in JOBS}
+            keep({"all": summed(kept["searches"])} | {job: summed(some) for job, some in by_job.items() if some})
             print(name, seed, round(time.monotonic() - began), json.dumps(kept["searches"][-1]["chosen"]), flush=True)
 
 
