@@ -331,7 +331,8 @@ def main() -> None:
 
     def keep(rows: dict[str, Any]) -> None:
         command = f"python bench/floor.py{' --simulate' if given.simulate else ''}"
-        kept.update(what=__doc__.partition("?")[0] + "?", command=command, rows=rows)
+        what = "Does the floor hold?" + (" Points with known drops" if given.simulate else "")
+        kept.update(what=what, command=command, rows=rows)
         kept.update(machine=machine(), versions=versions(), commit=commit())
         data = (json.dumps(kept, indent=1) + "\n").encode()
         write(out, lambda file: file.write(data))
