@@ -276,7 +276,7 @@ def test_a_second_interrupt_ends_at_once_and_leaves_the_best_so_far(tmp_path: Pa
     handed_over(tmp_path / "out")
     for _ in range(2):
         process.send_signal(signal.SIGINT)
-        time.sleep(0.1)
+        time.sleep(0.02)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "lilliput finish" in errors and "Traceback" not in errors
     assert not whole(tmp_path / "out")["finished"]

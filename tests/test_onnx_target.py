@@ -71,7 +71,9 @@ def shrink(place: Path, *arguments: str) -> Result:
 
 
 def test_a_file_is_made_smaller_and_stays_the_same_function(place: Path) -> None:
-    done = shrink(place, "--calib", str(place / "data.npz"), "--floor", "10%", "--budget", "60s", "--json")
+    done = shrink(
+        place, "--calib", str(place / "data.npz"), "--floor", "10%", "--sure", "80%", "--budget", "60s", "--json"
+    )
     assert done.exit_code == 0, done.stderr
     summary = json.loads(done.stdout)
     dense, chosen = summary["dense"], summary["chosen"]

@@ -181,9 +181,12 @@ class Candidates:
     @cached_property
     def _besides(self) -> float:
         """Bytes of a file besides its weights, as of the dense network's, plain and in eight bits a weight."""
-        key = self.job.question.file_key
-        plain, *coded = (float(point.costs[key]) for point in self.job.points[:2])
-        return max(0.0, plain - 4 * self.job.dense.values, *(size - self.job.dense.values for size in coded))
+        sizes = [float(point.costs[self.job.question.file_key]) for point in self.job.points]
+        plain, *coded = sizes[:2]
+        seen = max(0.0, plain - 4 * self.job.dense.values, *(size - self.job.dense.values for size in coded))
+        return min(
+            seen, min(sizes) / 2
+        )  # half of the smallest file is weights at the least, or nothing is worth training
 
     def _first(self, found: Size) -> float:
         """Seconds, or steps, of a structure's first training: some epochs, as far as the time allows."""

@@ -90,8 +90,7 @@ class Ending:
         self._interrupt()
 
     def _interrupt(self) -> None:
-        """Interrupt the main thread where it is inside, and again until it is not: in a callback of the garbage
-        collector an exception is printed and lost."""
+        """Interrupt the main thread where it is inside, and again until it is not."""
         if self._inside:
             self._own = True
             _thread.interrupt_main()
@@ -109,16 +108,20 @@ class Ending:
             if self._signals > 1 and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.reason = self.reason or ("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
-        if self._inside and _in_callback(frame):
+        if self._inside and _delicate(frame):
             self._soon()
         elif self._inside:
             raise Stopped(self.reason)
 
 
-def _in_callback(frame: FrameType | None) -> bool:
-    """Whether a frame is in what the garbage collector calls, where an exception is lost."""
+def _delicate(frame: FrameType | None) -> bool:
+    """Whether a frame is where an exception does harm: in a callback of the garbage collector it is lost, and in an
+    import it leaves half a module."""
     while frame is not None:
-        if frame.f_code.co_name == "__del__" or Path(frame.f_code.co_filename).name in ("weakref.py", "_weakrefset.py"):
+        file = frame.f_code.co_filename
+        if frame.f_code.co_name == "__del__" or file.startswith("<frozen importlib"):
+            return True
+        if Path(file).name in ("weakref.py", "_weakrefset.py"):
             return True
         frame = frame.f_back
     return False

@@ -181,7 +181,7 @@ def _own_by_value() -> None:
     installed = [*site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).parents[2] / "lilliput")]
     installed += [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     homes = tuple(str(Path(home)) for home in installed if home)
-    for name, module in list(sys.modules.items()):
+    for name, module in sys.modules.copy().items():  # another thread may import
         file = getattr(module, "__file__", None)
         # Packages are imported: they may hold compiled parts. What was made by hand has neither file nor spec.
         alone = "." not in name and not hasattr(module, "__path__")
