@@ -9,6 +9,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from lilliput.code.base import pack
 from lilliput.errors import ExportError
 from lilliput.export.onnx import Session, Structure, agreement, clean, load_onnx, opset_of, trace, verify
 from lilliput.stored.einsum import product
@@ -293,3 +294,11 @@ def test_a_file_that_is_no_model_or_reads_elsewhere_is_refused(tmp_path, small):
 def test_cleaning_changes_no_output(small):
     _, structure = small
     assert np.array_equal(Session(clean(structure.proto)).outputs(images()), Session(structure.proto).outputs(images()))
+
+
+def test_what_the_runtime_raises_about_inputs_is_an_error_of_the_export():
+    words = torch.tensor([[0, 1]])
+    net = nn.Sequential(nn.Embedding(4, 2), nn.Flatten()).eval()
+    session = Session(trace(net, words).write(pack(net)))
+    with pytest.raises(ExportError, match="ONNX Runtime raised"):
+        session.predict(torch.tensor([[0, 9]]))

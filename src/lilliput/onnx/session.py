@@ -132,10 +132,15 @@ class Session:
     def _batched(self, inputs: Inputs, batch: int) -> list[Array]:
         feed = self.feed(inputs)
         count = len(next(iter(feed.values())))
-        parts = [
-            self._session.run(None, {name: x[i : i + batch] for name, x in feed.items()})
-            for i in range(0, max(count, 1), batch)
-        ]
+        try:
+            parts = [
+                self._session.run(None, {name: x[i : i + batch] for name, x in feed.items()})
+                for i in range(0, max(count, 1), batch)
+            ]
+        except Exception as error:  # the runtime's own exceptions have no base but this one
+            raise ExportError(
+                f"Session: the file must run on these inputs, but ONNX Runtime raised: {error}"
+            ) from error
         return [np.concatenate(part) if len(part) > 1 else np.asarray(part[0]) for part in zip(*parts, strict=True)]
 
     def predict(self, inputs: Inputs, batch: int = 256) -> Any:
