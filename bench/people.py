@@ -263,4 +263,4 @@ def stamps() -> tuple[nn.Module, Task]:
         model._fc = nn.Linear(model._fc.in_features, int(splits["train"][1].max()) + 1)
         return model
 
-    return fitted("stamps", job, build, epochs=10, rate=5e-4), job
+    return fitted("stamps", job, build, epochs=5, rate=5e-4), job

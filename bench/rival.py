@@ -40,7 +40,8 @@ from lilliput.export.onnx import Session
 from lilliput.record import commit, versions
 from lilliput.task import call, predict, take
 
-LENGTHS = (1.0, 0.25, 0.06)  # of a training, in slots: some data is learnt by heart in a long one
+LENGTHS = (1.0, 0.25)  # of a training, in slots: some data is learnt by heart in a long one
+HIGH = 1e-2  # a learning rate that is tried beside the usual one
 WIDTH = 4  # an argument with smaller values is no width that goes down with the others (spans of filters, layers)
 RARE = 64  # rows that a table needs before some of them are looked at
 LARGEST = 512  # of them kept, at most, where half of a table is not
@@ -126,6 +127,10 @@ def first(work: Work, plan: Plan) -> None:
         work.attempt(plan)
     drops = [item[1] for item in work.found[began:]]
     work.distilled, work.length = ways[int(np.argmin(drops))]
+    usual, work.rate = work.rate, HIGH
+    work.attempt(plan)
+    if work.found[-1][1] > min(drops):
+        work.rate = usual
 
 
 def shrunk(plan: Plan, places: list[tuple[str, int | None]], factor: float) -> Plan:

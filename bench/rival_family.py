@@ -20,7 +20,7 @@ from lilliput.export.onnx import Session
 from lilliput.task import Batch, call, predict, take
 
 SLOTS = (20, 6)  # trainings that the time is divided into, at most and at least
-EPOCHS = 10  # of a training for which there are fewer of them
+EPOCHS = 15  # of a training for which there are fewer of them
 
 
 # ------------------------------------------------------------------------------------------------------- smaller ones
@@ -154,6 +154,7 @@ class Work:
     found: list[tuple[float, float, Plan, nn.Module]] = field(default_factory=list)  # price, drop, ...
     distilled: bool = True
     length: float = 1.0
+    rate: float = 3e-3
 
     def __post_init__(self) -> None:
         self.score = self.task.score(self.dense, "val").value
@@ -191,16 +192,16 @@ class Work:
             fold(model, name, self.use[name].argsort(descending=True, stable=True), kept)
         return model
 
-    def train(self, model: nn.Module, seconds: float, distilled: bool, rate: float = 2e-3) -> nn.Module:
+    def train(self, model: nn.Module, seconds: float, distilled: bool) -> nn.Module:
         """Train for so many processor seconds, the rate a cosine of the time that has gone."""
-        began, optimizer = time.process_time(), torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2)
+        began, optimizer = time.process_time(), torch.optim.AdamW(model.parameters(), lr=self.rate, weight_decay=1e-2)
         model.train()
         for batch in self.task.batches(2**31, seed=self.seed + len(self.attempts)):
             gone = (time.process_time() - began) / seconds
             if gone >= 1:
                 break
             for group in optimizer.param_groups:
-                group["lr"] = rate * min(1.0, gone / 0.05) * 0.5 * (1 + math.cos(math.pi * gone))
+                group["lr"] = self.rate * min(1.0, gone / 0.05) * 0.5 * (1 + math.cos(math.pi * gone))
             output = call(model, batch.inputs)
             loss = self.task.loss(output, batch) if self.task.labelled else output.sum() * 0
             if distilled:
