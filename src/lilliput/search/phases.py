@@ -70,7 +70,9 @@ def search(job: Job, ending: Ending, finish_only: bool = False) -> Result:
         except BaseException:
             _stop(job, pool, "an error")
             raise
-        return conclude(job)
+        # What still trains would disturb what is measured.
+        with contextlib.nullcontext() if pool is None or job.stopped else pool.paused():
+            return conclude(job)
 
 
 def _begin(job: Job, finish_only: bool) -> None:
