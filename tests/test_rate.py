@@ -15,6 +15,7 @@ from lilliput.quant.allocate import allocate, hull
 from lilliput.quant.squeeze import Squeeze
 from lilliput.quant.uniform import Uniform
 from lilliput.recipe import Recipe
+from lilliput.runner import run
 from lilliput.search import codes as proposals
 from lilliput.search import rate
 from lilliput.search.rate import Offers, Option
@@ -183,3 +184,10 @@ def test_a_search_without_training_beats_8_bits_and_its_recipe_gives_its_file(tm
     assert any(isinstance(stage, Squeeze) for stage in recipe.stages)
     made = lilliput.run(net, task, recipe)
     assert lilliput.save(made, task.example, tmp_path / "again")["model.lil"] == result.chosen["packed_bytes"]
+
+
+def test_a_tensor_of_one_value_is_stored_too() -> None:
+    net, x = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 3)), torch.randn(32, 1)
+    task = Task("one", (x, x[:, :1].repeat(1, 3)), (x, x[:, :1].repeat(1, 3)), loss="mse", metric="mse")
+    coded = run(net, task, rate.stages(rate.offers(net, task), 8.0))
+    assert torch.allclose(coded(x), net(x), atol=0.1)

@@ -389,8 +389,10 @@ class Visit:
             self.page.wait_for_selector("#plot[data-drawn]", timeout=20_000)
             self.page.wait_for_timeout(150)  # Bokeh paints in the next frame
 
-    def hover(self, key: str = "onnx_bytes") -> str:
-        self.page.locator("#plot").scroll_into_view_if_needed()
+    def hover(self, key: str = "") -> str:
+        key = key or self.page.locator("input[type=radio]:checked").input_value()
+        self.page.evaluate("document.querySelector('#plot').scrollIntoView({block: 'center', behavior: 'instant'})")
+        self.page.wait_for_timeout(150)
         x, y = self.page.evaluate(WHERE, key)
         self.page.mouse.move(x - 60, y + 60)
         self.page.mouse.move(x, y)

@@ -83,6 +83,8 @@ def rounded(weight: Tensor, metric: Metric, per: str, levels: Sequence[Level], s
         >>> [r.decode().tolist() for r in rounded(torch.tensor([[0.9, 2.1]]), form, "tensor", [1.0])]
         [[[1.0, 2.0]]]
     """
+    if not levels:
+        return []
     flat = weight.detach().float().reshape(len(metric.rows), -1)
     weights = metric.rows.clamp_min(LEAST * float(metric.rows.mean()) + 1e-30)
     mean = weights.log().mean().exp()

@@ -175,7 +175,9 @@ class Candidates:
         if what == "size":
             return found.values / 2 / self.unit, self._besides / self.unit
         plain = fold_batchnorm(realize(job.runner.make(structure(plan))), job.task.example)
-        graph = job.press.structure(plain, topology(plan), identity(Recipe(changes(plan))))
+        own = identity(Recipe(changes(plan)))
+        job.press.fitting(plain, topology(plan), own)
+        graph = job.press.structure(plain, topology(plan), own)
         return max(1e-6, job.press.price(graph, plain, what) / self.unit), 0.0
 
     @cached_property

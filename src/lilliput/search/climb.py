@@ -16,6 +16,7 @@ from typing import Any
 
 from lilliput.distill.logits import Distill
 from lilliput.errors import StoreError
+from lilliput.export.save import prepared
 from lilliput.recipe import Recipe
 from lilliput.schedule import Cosine
 from lilliput.search import choose as choice
@@ -211,7 +212,8 @@ class _Climb:
             job.failed(_title(action), error)
             return
         if made.result is not None:
-            job.store.put(job.runner.key(made.recipe), *made.result)
+            if job.store.record(key := job.runner.key(made.recipe)) is None:  # a kill may come between two records
+                job.store.put(key, *made.result)
             job.runner.steps += made.steps
             job.runner.trained_s += made.seconds
         before = structure(arm.plan) if action.kind == "begin" else arm.recipe
@@ -261,6 +263,7 @@ class _Climb:
         job, recipe, own = self.job, arm.recipe, identity(Recipe(changes(arm.plan)))
         try:
             model, key = job.runner.make(recipe), job.runner.key(recipe)
+            job.press.fitting(prepared(model, job.task.example)[0], topology(arm.plan), own)
             point = job.press.point(model, topology(arm.plan), arm.name, recipe.data(), key, own)
             job.add(point, axes=[axis for axis, number in arm.axes.items() if number])
             if (price := self._relative(point)) < 1:

@@ -42,8 +42,8 @@ def plan(model: nn.Module, task: Task, **asked: Any) -> dict[str, Any]:
         steps = WORK * first_steps(task) * trials
         seconds = _step(model, task, device) * steps
         took = (
-            f"at most {seconds:.0f} s of training on one core, {steps:.0f} steps in all; exports and measurements come "
-            "on top"
+            f"about {seconds:.0f} s of training on one core: {trials} structures, at most {steps:.0f} steps in all; "
+            "exports and measurements come on top"
         )
     return {"task": repr(task), "time": took, **content}
 
