@@ -189,5 +189,5 @@ def test_a_search_without_training_beats_8_bits_and_its_recipe_gives_its_file(tm
 def test_a_tensor_of_one_value_is_stored_too() -> None:
     net, x = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 3)), torch.randn(32, 1)
     task = Task("one", (x, x[:, :1].repeat(1, 3)), (x, x[:, :1].repeat(1, 3)), loss="mse", metric="mse")
-    coded = run(net, task, rate.stages(rate.offers(net, task), 8.0))
+    coded = run(net, task, rate.stages(rate.offers(net, task), 64.0))
     assert torch.allclose(coded(x), net(x), atol=0.1)
