@@ -6,7 +6,6 @@ are, and that they should end, goes through one small actor beside the driver.
 
 import contextlib
 import os
-import platform
 import shutil
 import tempfile
 import threading
@@ -36,8 +35,6 @@ LOCAL, AUTO = "ray://local", "ray://auto"
 class _Row:
     """One call, as the board knows it."""
 
-    host: str = ""
-    pid: int = 0
     begun: int = 0
     steps: float = 0.0
     seconds: float = 0.0
@@ -50,10 +47,10 @@ class Board:
     def __init__(self) -> None:
         self.rows: dict[int, _Row] = {}
 
-    def begin(self, call: int, host: str, pid: int) -> tuple[int, bool]:
+    def begin(self, call: int) -> tuple[int, bool]:
         """A task begins; how often it did before, and whether it should end at once."""
         row = self.rows.setdefault(call, _Row())
-        row.host, row.pid, row.begun = host, pid, row.begun + 1
+        row.begun += 1
         return row.begun - 1, row.stop
 
     def report(self, call: int, steps: float, seconds: float) -> bool:
@@ -70,10 +67,6 @@ class Board:
         """How far a task is."""
         row = self.rows.get(call, _Row())
         return row.steps, row.seconds
-
-    def running(self, host: str) -> list[int]:
-        """The processes of tasks on a machine."""
-        return [row.pid for row in self.rows.values() if row.host == host]
 
     def forget(self, call: int) -> None:
         """A task is over."""
@@ -142,7 +135,7 @@ def called(pool: str, things: dict[str, Any], board: Any, call: int, hint: bool,
     desk = _own[pool][0]
     before, desk._stop = 0, False
     with contextlib.suppress(ray.exceptions.RayError):
-        before, desk._stop = ray.get(board.begin.remote(call, platform.node(), os.getpid()))
+        before, desk._stop = ray.get(board.begin.remote(call))
     desk.things, desk.board, desk.call = things, board, call
     desk._beat, desk._answer, desk._steps = 0.0, None, 0.0
     return desk.run(payload, {"smaller": 1} if hint and before > 1 else {})
@@ -194,7 +187,7 @@ class RayPool(Pool):
 
     @property
     def pids(self) -> list[int]:
-        return list(self._ray.get(self._board_actor.running.remote(platform.node())))
+        return []  # Ray's to hold and to end
 
     def share(self, thing: Any) -> None:
         self._shares += 1
