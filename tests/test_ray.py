@@ -103,6 +103,12 @@ cluster.shutdown()
 """
 
 
+CLUSTER = pytest.mark.skipif(
+    os.environ.get("LILLIPUT_TEST_RAY") != "1",
+    reason="starts a cluster of two nodes, which takes minutes and a machine with nothing beside it: LILLIPUT_TEST_RAY=1",
+)
+
+
 def run(program: str, *arguments: str, folder: Path) -> str:
     """What a program says behind SAID."""
     done = subprocess.run(
@@ -118,7 +124,7 @@ def run(program: str, *arguments: str, folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="Ray's test cluster")
+@CLUSTER
 def test_a_search_by_trials_finds_the_same_on_a_cluster(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     alone, together = run(SEARCH, folder=tmp_path).split()
@@ -127,7 +133,7 @@ def test_a_search_by_trials_finds_the_same_on_a_cluster(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="Ray's test cluster")
+@CLUSTER
 @pytest.mark.parametrize("how", ["auto", "client"])
 def test_two_nodes_and_one_killed(how: str, tmp_path: Path) -> None:
     pytest.importorskip("ray")
