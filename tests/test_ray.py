@@ -105,7 +105,7 @@ cluster.shutdown()
 
 CLUSTER = pytest.mark.skipif(
     os.environ.get("LILLIPUT_TEST_RAY") != "1",
-    reason="starts a cluster of two nodes, which takes minutes and a machine with nothing beside it: LILLIPUT_TEST_RAY=1",
+    reason="starts a cluster of two nodes, for minutes, with nothing beside it: LILLIPUT_TEST_RAY=1",
 )
 
 
