@@ -159,7 +159,9 @@ class _Climb:
         found = choice.choose(job.task, job.dense.score, scores, prices, floor=None, sure=question.sure)
         bounds = list(zip(job.points, found.bound / self.floor, strict=True))
         if question.floor is not None:
-            return cheaper(min((self._relative(point) for point, least in bounds if least <= 1), default=1.0))
+            promised = [point for point, least in bounds if least <= 1]
+            trained = any(stage.get("stage") == "Train" for point in promised for stage in point.recipe)
+            return cheaper(min(map(self._relative, promised), default=1.0), careful=not trained)
         fitting = [max(LEAST, float(least)) for point, least in bounds if question.fits(point.costs)]
         return better(min(fitting, default=100.0), self.most)
 

@@ -92,13 +92,19 @@ class Option:
 Worth = Callable[[Option], float]
 
 
-def cheaper(best: float) -> Worth:
+CAREFUL = 3.0
+"""The power of the probability while nothing that was trained is promised: first something sure, then the smallest."""
+
+
+def cheaper(best: float, careful: bool = False) -> Worth:
     """The worth of an option where a floor must hold.
 
     Args:
         best: the price of the cheapest promised point so far.
+        careful: whether nothing that was trained is promised yet.
     """
-    return lambda option: option.promised() * max(0.0, math.log(best / option.price))
+    power = CAREFUL if careful else 1.0
+    return lambda option: option.promised() ** power * max(0.0, math.log(best / option.price))
 
 
 def better(best: float, most: float) -> Worth:
