@@ -1,7 +1,7 @@
 """Sensitivity: what each technique costs on each tensor alone, without training."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -80,19 +80,3 @@ def measure(
                 parameter.copy_(original)
             table.setdefault(name, {})[technique] = float(change.mean().clamp_min(0))
     return table
-
-
-def by_bits(table: Mapping[str, Mapping[str, float]]) -> dict[str, dict[int, float]]:
-    """Each tensor's divergence at 2, 3, 4, 6 and 8 bits; what was not measured follows from the nearest level, an
-    error's power falling by a factor of four a bit."""
-    return {name: _levels(row) for name, row in table.items()}
-
-
-def _levels(row: Mapping[str, float]) -> dict[int, float]:
-    known = {int(key.split()[0]): value for key, value in row.items() if key.endswith(" bits")}
-
-    def at(bits: int) -> float:
-        have = min(known, key=lambda level: abs(level - bits))
-        return known[have] * 4.0 ** (have - bits)
-
-    return {bits: at(bits) for bits in (2, 3, 4, 6, 8)}

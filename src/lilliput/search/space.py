@@ -8,7 +8,7 @@ anew, and k is read in proportion.
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from optuna.distributions import IntDistribution
@@ -259,8 +259,3 @@ def _listed(labels: Sequence[str]) -> str:
     if len(distinct) <= 4:
         return ", ".join(distinct)
     return f"{distinct[0]}, {distinct[1]}, ... {distinct[-1]} ({len(distinct)} in all)"
-
-
-def timed(plan: Recipe, **settings: Any) -> Recipe:
-    """A plan whose training has been given its steps, rate and batch size."""
-    return structure(plan) + replace(training(plan), **settings)
