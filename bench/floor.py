@@ -136,10 +136,10 @@ def watched() -> Iterator[list[Job]]:
     """The job of every search that is begun inside the block, with all of its points."""
     jobs, add = list[Job](), Job.add
 
-    def keep(self: Job, point: Any) -> None:
+    def keep(self: Job, point: Any, **about: Any) -> None:
         if not any(job is self for job in jobs):
             jobs.append(self)
-        add(self, point)
+        add(self, point, **about)
 
     Job.add = keep  # type: ignore[method-assign]
     try:
