@@ -21,7 +21,7 @@ CLOSE = 1.06  # when two ratios lie so close, what lies between them gains littl
 RATIOS = (1.5, 60.0)  # what is tried at most
 SPARED = 0.5  # of the floor, left for the luck of having been chosen
 MOST = 10  # networks
-SHARE = {True: 0.12, False: 0.8}  # of the budget, where training follows and where it does not
+SHARE = {True: 0.2, False: 0.85}  # of the time that is left, where training follows and where it does not
 
 
 @dataclass
@@ -82,8 +82,8 @@ def points(job: Job, training: bool) -> Iterator[Point]:
     question = job.question
     if question.objective in ("macs", "memory") and question.max_bytes is None:
         return
-    share = SHARE[training]
-    limit = math.inf if job.clock.budget_s is None else job.clock.remaining(share)
+    limit = SHARE[training] * max(0.0, job.clock.remaining())  # infinite where there is no budget
+    until = job.clock.now + limit
     try:
         with job.clock.on("calibrate"):
             folded = fold_batchnorm(job.model, job.task.example)
@@ -101,7 +101,7 @@ def points(job: Job, training: bool) -> Iterator[Point]:
         bracket.first = dense.onnx_bytes / question.max_bytes
     for _ in range(MOST):
         ratio = bracket.next()
-        if ratio is None or job.clock.remaining(share) < 1.3 * last:
+        if ratio is None or until - job.clock.now < 1.3 * last:
             return
         began = time.monotonic()
         point = _point(job, known, size, ratio)
