@@ -37,4 +37,4 @@ def peak_bytes(model: Any, shapes: Mapping[str, Sequence[int]] | None = None) ->
         True
     """
     plan = planned(striped(fused(lowered(read(model, shapes, None, supported)))), tune.estimated(target()))
-    return plan.arena_bytes + len(written(plan, "model.onnx").weights)
+    return plan.arena_bytes + written(plan).constant_bytes

@@ -23,11 +23,13 @@ INSIDE_BYTES = 512 * 1024  # up to which constants stand in model.c; more are a 
 
 @dataclass
 class Source:
-    """What was written: the texts, the constants' bytes (empty when they are in the C), and each layer's facts."""
+    """What was written: the texts, the constants' bytes (empty when they are in the C) and how many they are wherever
+    they stand, and each layer's facts."""
 
     c: str
     h: str
     weights: bytes
+    constant_bytes: int
     layers: list[dict[str, Any]]
     inputs: list[str]
     outputs: list[str]
@@ -307,7 +309,7 @@ def written(plan: Plan, name: str = "model.onnx") -> Source:
         errors="; ".join(codes) or "there is no other result",
         profile=PROFILE_H,
     )
-    return Source(source, header, constants.data(), text.layers, inputs, outputs, sizes, text.errors)
+    return Source(source, header, constants.data(), constants.end, text.layers, inputs, outputs, sizes, text.errors)
 
 
 PROFILE = """
@@ -378,5 +380,6 @@ def manifest(plan: Plan, source: Source, facts: Mapping[str, Any]) -> dict[str, 
         "arena_bytes": plan.arena_bytes,
         "live_bytes": plan.live_bytes,
         "weight_bytes": len(source.weights),
+        "constant_bytes": source.constant_bytes,
         "layers": source.layers,
     }

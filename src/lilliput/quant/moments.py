@@ -32,6 +32,7 @@ def moments(proto: ModelProto, calibration: Sequence[Mapping[str, Array]]) -> di
         with more than 2,048 values for an output is left out.
 
     Example:
+        >>> from onnx import numpy_helper
         >>> w = numpy_helper.from_array(np.ones((2, 3), np.float32), "w")
         >>> x, y = (helper.make_tensor_value_info(n, 1, None) for n in "xy")
         >>> net = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], [w])

@@ -115,7 +115,7 @@ def weigh(job: Job, points: list[Point], compiled: dict[int, EngineSession]) -> 
                 point.peak_bytes = peak_bytes(point.proto, job.task.example)
             if allowed != "ort" and i in compiled:
                 manifest = compiled[i].engine.manifest
-                point.engine_peak_bytes = int(manifest["arena_bytes"]) + int(manifest["weight_bytes"])
+                point.engine_peak_bytes = int(manifest["arena_bytes"]) + int(manifest["constant_bytes"])
             elif allowed != "ort" and point.engine_peak_bytes is None:
                 point.engine_peak_bytes = memory.peak_bytes(point.proto)
         except REFUSALS as error:
