@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,23 @@ def test_the_deadline_ends_what_does_not_look_at_the_clock() -> None:
         while True:
             sum(range(1000))
     assert time.monotonic() - began < 5
+
+
+def test_a_signal_waits_until_a_callback_of_the_garbage_collector_is_over() -> None:
+    class Thing:
+        pass
+
+    def callback(dead: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)  # an exception raised here would be lost
+        seen.append("whole")
+
+    seen: list[str] = []
+    thing = Thing()
+    reference = weakref.ref(thing, callback)
+    with Ending() as ending, pytest.raises(Stopped, match="Ctrl-C"), ending.search(60):
+        del thing
+        time.sleep(10)
+    assert seen == ["whole"] and reference() is None
 
 
 def test_in_another_thread_there_are_no_signals() -> None:

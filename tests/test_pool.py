@@ -1,5 +1,6 @@
 """pool: processes that do a search's work, killed, stopped and left alone."""
 
+import contextlib
 import os
 import re
 import signal
@@ -200,10 +201,13 @@ def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
 from lilliput.errors import StoreError
 from lilliput.search import cores
 from lilliput.search.pool import Pool
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 scale = 3
 def work(desk, x):
     return scale * desk.thing(x)
@@ -266,7 +270,8 @@ def test_workers_end_with_their_parent(mode: str, sent: str, tmp_path: Path) -> 
             os.killpg(parent.pid, signal.SIGINT)
         else:
             parent.send_signal(getattr(signal, f"SIG{sent}"))
-        parent.wait(PATIENCE_S)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            parent.wait(PATIENCE_S)
         _, alive = psutil.wait_procs(family, timeout=10)
         for process in alive:
             process.kill()

@@ -163,7 +163,7 @@ def test_predictions_are_fitted_family_by_family() -> None:
 
 
 def test_the_bracket_closes_on_the_floor() -> None:
-    bracket, tried = Bracket(), []
+    bracket, tried = Bracket(12.0), []
     while (ratio := bracket.next()) is not None:
         tried.append(ratio)
         bracket.saw(ratio, ratio < 23.4)

@@ -25,6 +25,7 @@ class Arm:
         weights: the price of its weights at four bits, or of a run of it, in prices of the dense network.
         besides: the price of what its file holds besides.
         first: seconds, or steps, of its first training.
+        pace: seconds, or steps, that one step is expected to take.
         level: how its weights are stored; None while they are plain.
         recipe: all stages that were done.
         spent: seconds, or steps, that its training took in all.
@@ -44,6 +45,7 @@ class Arm:
     weights: float
     besides: float
     first: float
+    pace: float = 1.0
     level: Level | None = None
     recipe: Recipe = field(default_factory=Recipe)
     spent: float = 0.0
@@ -157,7 +159,7 @@ class Prospect:
         if arm.inherited is not None:
             law = self._heirs(arm)
             return arm.inherited * math.exp(law.mean), law.spread
-        bound, spread = self.outlook.fresh(arm.price)
+        bound, spread = self.outlook.fresh(arm.price, arm.first / arm.pace)
         return bound * math.exp(self._offset(arm)), spread
 
     def _heirs(self, arm: Arm) -> Law:
@@ -166,7 +168,9 @@ class Prospect:
     def _offset(self, arm: Arm) -> float:
         return sum(self.offsets[item].mean for item in arm.axes.items() if item in self.offsets)
 
-    def learn(self, action: Action, before: float | None, bound: float, doublings: float = 1.0) -> None:
+    def learn(
+        self, action: Action, before: float | None, bound: float, doublings: float = 1.0, steps: float | None = None
+    ) -> None:
         """Take in what an action made of the bound.
 
         Args:
@@ -174,16 +178,18 @@ class Prospect:
             before: the bound before it; None where there was none.
             bound: the bound after it.
             doublings: how often a training that went on has doubled all before it.
+            steps: that it had; None for as many as were expected.
         """
         arm = action.arm
         if before is None:
             if arm.inherited is not None:
                 self._heirs(arm).learn(math.log(bound / arm.inherited))
                 return
-            surprise = math.log(bound / self.outlook.fresh(arm.price)[0]) - self._offset(arm)
+            steps = arm.first / arm.pace if steps is None else steps
+            surprise = math.log(bound / self.outlook.fresh(arm.price, steps)[0]) - self._offset(arm)
             for item in arm.axes.items():
                 self.offsets.setdefault(item, Law(0.0, 0.4, weight=3.0)).learn(surprise / len(arm.axes))
-            self.outlook.began.append((math.log(arm.price), math.log(bound)))
+            self.outlook.begin(arm.price, bound, steps)
         elif action.level is not None:
             self.law(action.level).learn(math.log(bound / before))
         elif doublings > 0.2:

@@ -20,9 +20,10 @@ from lilliput.search.space import Axis, Choice, Space, changes, identity, name, 
 from lilliput.search.work import BACKWARD, Size, batch_size_for, size, size_of
 from lilliput.task import Task
 
-FIRST_EPOCHS = 4  # of a structure's first training
-FEWEST, MOST = 80, 400  # steps of it, where the time allows
-PART = 1 / 16  # of a worker's time, the most that it may take
+FIRST_EPOCHS = 4  # of a structure's first training, where steps are counted
+FEWEST, MOST = 80, 400  # steps of it
+LONG = 2000  # steps of it where a clock has a say: a long training that ends well is better than several short ones
+PART = 1 / 4  # of a worker's time, the most that it may take
 STEP = 0.6  # the parameters of a child, as a part of those of the arm that it inherits from
 WORTH_CHILDREN = 3.0  # floors: an arm that may lose more is trained first
 WAITING = 6  # structures that wait to begin; with fewer, the sampler is asked for two at a time
@@ -116,7 +117,8 @@ class Candidates:
         self._known.add((structure(arm.plan), "sibling"))
         other = (way + 1) % len(self.space.labels)
         plan = Recipe((*arm.recipe.stages, replace(before, supervised=self.space.labels[other])))
-        sibling = Arm(name(plan), plan, {**arm.axes, "labels": other}, arm.weights, arm.besides, arm.spent)
+        axes = {**arm.axes, "labels": other}
+        sibling = Arm(name(plan), plan, axes, arm.weights, arm.besides, arm.spent, arm.pace)
         sibling.inherited, sibling.sibling, sibling.rounds = arm.bound, True, arm.rounds
         yield sibling
 
@@ -134,7 +136,7 @@ class Candidates:
             after = size_of(job.runner, structure(plan))
             share = after.values / before.values
             if STEP**1.5 <= share <= STEP**0.5:
-                child = Arm(name(plan), plan, arm.axes, *self._price(plan, after), self._first(after))
+                child = Arm(name(plan), plan, arm.axes, *self._price(plan, after), *self._first(after))
                 child.inherited = arm.bound
                 return child
             low, high = (middle + 1, high) if share > STEP else (low, middle - 1)
@@ -157,7 +159,7 @@ class Candidates:
         if alike in self._known:
             return None
         self._known.add(alike)
-        return Arm(name(plan), plan, dict(choice), *self._price(plan, found), self._first(found))
+        return Arm(name(plan), plan, dict(choice), *self._price(plan, found), *self._first(found))
 
     @cached_property
     def unit(self) -> float:
@@ -190,14 +192,12 @@ class Candidates:
             seen, min(sizes) / 2
         )  # half of the smallest file is weights at the least, or nothing is worth training
 
-    def _first(self, found: Size) -> float:
-        """Seconds, or steps, of a structure's first training: some epochs, as far as the time allows."""
-        size = batch_size_for(self.job.task)
-        steps = first_steps(self.job.task)
+    def _first(self, found: Size) -> tuple[float, float]:
+        """Seconds, or steps, of a structure's first training, as far as the time allows, and of one step of it."""
         if self.seconds is None:
-            return steps
-        step_s = BACKWARD * found.forward_s * size
-        return max(1.0, FEWEST * step_s, min(steps * step_s, PART * self.seconds))
+            return first_steps(self.job.task), 1.0
+        step_s = BACKWARD * found.forward_s * batch_size_for(self.job.task)
+        return max(1.0, FEWEST * step_s, min(LONG * step_s, PART * self.seconds)), step_s
 
 
 def priced(question: Question) -> str:

@@ -7,10 +7,9 @@ level whenever that is worth more than training on. What a training brings chang
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +27,7 @@ from lilliput.search.outlook import LEAST, Worth, better, cheaper, choose
 from lilliput.search.points import Point
 from lilliput.search.pool import Pool, WorkerDied
 from lilliput.search.space import Space, changes, identity, structure, topology, training
+from lilliput.search.untrained import START
 from lilliput.search.work import Asked, Made, batch_size_for, lesson, teach, train
 from lilliput.task import joined, leaves
 from lilliput.task.nested import output_names
@@ -39,13 +39,37 @@ PART = 512  # training examples whose dense outputs a worker computes in one cal
 ENDS = 0.95  # of the budget: what comes after the trainings takes the rest
 FEWEST = 3  # coded copies that are exported, however much they may lose: they are what is nearest
 NEAR = 2.0  # times what is allowed: what may lose, or costs, more is not exported
-RATES = {True: 1e-2, False: 2e-3}  # of a first training, by whether the structure is another than the dense one
+RATES = {True: 2e-2, False: 2e-3}  # of a first training, by whether the structure is another than the dense one
+DECAY = 0.02  # of the weights of a structure; a coded copy is near its end
 LOWER = 0.7  # the rate of a round, against that of the round before
 FINE = 0.25  # the rate of a coded copy, against that of its structure
 
 
-Lesson = Callable[[], None]
-"""Wait for the dense network's outputs under an augmentation, and keep them."""
+@dataclass(frozen=True)
+class Lesson:
+    """The dense network's outputs on the training examples under one augmentation, as workers compute them.
+
+    Args:
+        key: under which they are kept.
+        draw: the number of the augmentation.
+        futures: their parts.
+    """
+
+    key: str
+    draw: int
+    futures: "list[Future[Any]]"
+
+    @property
+    def ready(self) -> bool:
+        """Whether they need not be waited for."""
+        return all(future.done() for future in self.futures)
+
+    def keep(self, job: Job, pool: Pool) -> None:
+        """Wait for them and keep them, where workers map them and in the store."""
+        whole = joined([future.result() for future in self.futures])
+        outputs = dict(zip(output_names(whole), leaves(whole), strict=True))
+        pool.put(lesson(self.key), outputs)
+        job.store.put(self.key, {"kind": "outputs", "draw": self.draw}, outputs)
 
 
 def lessons(job: Job, pool: Pool) -> list[Lesson]:
@@ -58,18 +82,11 @@ def lessons(job: Job, pool: Pool) -> list[Lesson]:
             continue
         parts = list(pairwise([*range(0, job.task.examples, PART), job.task.examples]))
         futures = [pool.submit(teach, draw, first, last) for first, last in parts]
-        waiting.append(partial(_keep, job, pool, key, draw, futures))
+        waiting.append(Lesson(key, draw, futures))
     return waiting
 
 
-def _keep(job: Job, pool: Pool, key: str, draw: int, futures: "list[Future[Any]]") -> None:
-    whole = joined([future.result() for future in futures])
-    outputs = dict(zip(output_names(whole), leaves(whole), strict=True))
-    pool.put(lesson(key), outputs)
-    job.store.put(key, {"kind": "outputs", "draw": draw}, outputs)
-
-
-def climb(job: Job, space: Space, pool: Pool, waiting: list[Lesson]) -> None:
+def climb(job: Job, space: Space, pool: Pool, waiting: list[Lesson], beside: Iterator[None]) -> None:
     """Add trained points to a job until its time is up, or nothing is worth more training.
 
     Args:
@@ -77,11 +94,14 @@ def climb(job: Job, space: Space, pool: Pool, waiting: list[Lesson]) -> None:
         space: what its methods offer.
         pool: the workers.
         waiting: what they were asked for before (`lessons`).
+        beside: what this process may do piece by piece while they train.
     """
     with job.clock.on("train"):
-        here = _Climb.of(job, space, pool)
-        for keep in waiting:
-            keep()
+        here = _Climb.of(job, space, pool, beside)
+        for each in waiting:
+            while not each.ready and here.errand():
+                pass
+            each.keep(job, pool)
         job.show.phase("training what is worth most", 100)
         here.run()
 
@@ -90,16 +110,19 @@ def climb(job: Job, space: Space, pool: Pool, waiting: list[Lesson]) -> None:
 class _Climb:
     job: Job
     pool: Pool
+    beside: Iterator[None]
     candidates: Candidates
     prospect: Prospect
     total: float
     arms: list[Arm]
     used: float = 0.0
+    # whether points that need no training are still to come: what they usually reach is worth no training
+    coming: bool = False
     pressed: int = 0
     running: "dict[Future[Made], Action]" = field(default_factory=dict)
 
     @classmethod
-    def of(cls, job: Job, space: Space, pool: Pool) -> "_Climb":
+    def of(cls, job: Job, space: Space, pool: Pool, beside: Iterator[None]) -> "_Climb":
         counted = job.clock.budget_s is None
         candidates = Candidates(job, space, None if counted else job.clock.remaining(ENDS))
         arms = candidates.roots(pool)
@@ -107,7 +130,7 @@ class _Climb:
         total = WORK * first * (job.trials or 1) if counted else job.clock.remaining(ENDS)
         cheapest = min(arms, key=lambda arm: arm.price, default=None)
         prospect = Prospect(levels(job, cheapest.plan if cheapest else None), 0.0 if counted else 0.5)
-        return cls(job, pool, candidates, prospect, total, arms)
+        return cls(job, pool, beside, candidates, prospect, total, arms, coming=not counted and not job.question.priced_by_runtime)
 
     @property
     def counted(self) -> bool:
@@ -130,15 +153,20 @@ class _Climb:
             if self.counted:
                 done, _ = wait(self.running)
             else:
-                until = max(0.1, self.job.clock.remaining(ENDS + 0.03))
+                until = 0.0 if self.errand() else max(0.1, self.job.clock.remaining(ENDS + 0.03))
                 done, _ = wait(self.running, timeout=until, return_when=FIRST_COMPLETED)
-                if not done:
+                if not done and until:
                     break
             for future in [future for future in self.running if future in done]:
                 self._take(self.running.pop(future), future)
         for future, action in self.running.items():
             self.pool.end(future)
             self.job.failed(_title(action), TimeoutError("the budget ended while it trained"))
+
+    def errand(self) -> bool:
+        """Do a piece of what this process does beside, while all workers have something to do; False for none."""
+        self.coming = next(self.beside, True) is None
+        return self.coming
 
     def _launch(self) -> bool:
         """Give free workers what is worth most; whether anything was begun."""
@@ -160,8 +188,8 @@ class _Climb:
         bounds = list(zip(job.points, found.bound / self.floor, strict=True))
         if question.floor is not None:
             promised = [point for point, least in bounds if least <= 1]
-            trained = any(stage.get("stage") == "Train" for point in promised for stage in point.recipe)
-            return cheaper(min(map(self._relative, promised), default=1.0), careful=not trained)
+            best = min(map(self._relative, promised), default=1.0)
+            return cheaper(min(best, 1 / START[question.file]) if self.coming else best)
         fitting = [max(LEAST, float(least)) for point, least in bounds if question.fits(point.costs)]
         return better(min(fitting, default=100.0), self.most)
 
@@ -229,12 +257,11 @@ class _Climb:
         job, arm = self.job, action.arm
         after = max(made.bound / self.floor, LEAST)
         doublings = math.log2(1 + made.steps / arm.steps) if arm.steps else 1.0
-        self.prospect.learn(action, arm.bound, after, doublings)
+        self.prospect.learn(action, arm.bound, after, doublings, made.steps)
         if action.level is not None:
             arm.tried.add(action.level)
-            arm = Arm(
-                _title(action), arm.plan, arm.axes, arm.weights * action.level.factor, arm.besides, 0.0, action.level
-            )
+            weights = arm.weights * action.level.factor
+            arm = Arm(_title(action), arm.plan, arm.axes, weights, arm.besides, 0.0, arm.pace, action.level)
             arm.closed = "" if action.level.trained else "it is stored without training"
             self.arms.append(arm)
         arm.recipe, arm.bound, arm.steps, arm.rounds = made.recipe, after, arm.steps + made.steps, arm.rounds + 1
@@ -295,7 +322,7 @@ def _training(job: Job, action: Action) -> Train:
         rules=rules,
         supervised=plan.supervised,
         batch_size=batch_size_for(job.task),
-        weight_decay=0.0 if coded else 0.01,
+        weight_decay=0.0 if coded else DECAY,
         seed=job.seed + arm.rounds,
     )
 

@@ -4,6 +4,7 @@ import _thread
 import contextlib
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -123,5 +124,7 @@ def _delicate(frame: FrameType | None) -> bool:
             return True
         if Path(file).name in ("weakref.py", "_weakrefset.py"):
             return True
+        if any(isinstance(value, weakref.ref) and value() is None for value in frame.f_locals.values()):
+            return True  # a callback of the garbage collector is given the reference that died
         frame = frame.f_back
     return False

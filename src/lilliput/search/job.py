@@ -49,12 +49,18 @@ class Target(ABC):
         """Points that are made in seconds, before anything is looked at: the same network in 8 bits."""
 
     @abstractmethod
-    def untrained(self, job: "Job") -> Iterator[Point]:
-        """Points that need no training, one by one: each is added before the next is made."""
+    def untrained(self, job: "Job") -> Iterator[Point | None]:
+        """Points that need no training, one by one: each is added before the next is made. None where it pauses."""
 
     @abstractmethod
-    def trained(self, job: "Job", pool: Pool) -> None:
-        """Add the points that are trained, where training is possible and the budget allows it."""
+    def trained(self, job: "Job", pool: Pool, beside: Iterator[None]) -> None:
+        """Add the points that are trained, where training is possible and the budget allows it.
+
+        Args:
+            job: the search.
+            pool: the workers.
+            beside: what this process may do piece by piece while they train.
+        """
 
     @abstractmethod
     def tensors(self, job: "Job", point: Point) -> dict[str, Tensor]:

@@ -61,20 +61,20 @@ class Network(Target):
     def first(self, job: Job) -> list[Point]:
         return _eight_bits(job)
 
-    def untrained(self, job: Job) -> Iterator[Point]:
+    def untrained(self, job: Job) -> Iterator[Point | None]:
         training = job.question.train and not _frozen(job)
         yield from chain(bare.points(job), untrained.points(job, training), arithmetic.points(job))
         if not any(job.lost(point) <= 0 for point in job.points[1:]):  # what is safe, where 8 bits are not
             yield from _half(job)
 
-    def trained(self, job: Job, pool: Pool) -> None:
+    def trained(self, job: Job, pool: Pool, beside: Iterator[None]) -> None:
         if reason := _frozen(job) or ("" if job.question.train else "it was not asked for"):
             job.known.skip("training", reason)
             return
         with job.clock.on("calibrate"):
             space = Space.of(job.runner, job.known)
         job.show.advance(f"{len(space.axes)} methods have something to offer")
-        climb(job, space, pool, self.lessons)
+        climb(job, space, pool, self.lessons, beside)
 
     def tensors(self, job: Job, point: Point) -> dict[str, Tensor]:
         model = job.model if point.model is None else point.model

@@ -75,7 +75,7 @@ class OnnxFile(Target):
         axes = channels(self.model.structure.proto)
         return {name: array for name, array in self.model.structure.weights.items() if name in axes}, axes
 
-    def trained(self, job: Job, pool: Pool) -> None:
+    def trained(self, job: Job, pool: Pool, beside: Iterator[None]) -> None:
         return None
 
     def tensors(self, job: Job, point: Point) -> dict[str, torch.Tensor]:

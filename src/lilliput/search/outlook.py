@@ -28,6 +28,10 @@ search snatches at what comes soon, at 0 it waits for the best of all; between t
 (tests/test_outlook.py) end with the smallest networks."""
 ABOUT = 1.02
 """How far predicted prices are off."""
+FIRST = 100.0
+"""Steps of a first training that the prior speaks of."""
+STEPS = 0.5
+"""The power of the number of steps by which the bounds of first trainings fall."""
 LEAST = 0.02
 """The smallest bound that is told from zero, in floors."""
 
@@ -92,19 +96,13 @@ class Option:
 Worth = Callable[[Option], float]
 
 
-CAREFUL = 3.0
-"""The power of the probability while nothing that was trained is promised: first something sure, then the smallest."""
-
-
-def cheaper(best: float, careful: bool = False) -> Worth:
+def cheaper(best: float) -> Worth:
     """The worth of an option where a floor must hold.
 
     Args:
         best: the price of the cheapest promised point so far.
-        careful: whether nothing that was trained is promised yet.
     """
-    power = CAREFUL if careful else 1.0
-    return lambda option: option.promised() ** power * max(0.0, math.log(best / option.price))
+    return lambda option: option.promised() * max(0.0, math.log(best / option.price))
 
 
 def better(best: float, most: float) -> Worth:
@@ -130,7 +128,7 @@ class Outlook:
 
     Args:
         longer: what twice the training takes off the log bound, for each way of training.
-        began: (log price, log bound) of structures after a first training.
+        began: (log price, log bound) of structures after a first training, the bound as if it had had FIRST steps.
     """
 
     longer: dict[Hashable, Law] = field(default_factory=dict)
@@ -146,11 +144,20 @@ class Outlook:
         taken = law.mean * (1 - FADES**doublings) / (1 - FADES)
         return bound * math.exp(-taken), 0.1 + law.spread * math.sqrt(doublings)
 
-    def fresh(self, price: float) -> tuple[float, float]:
+    def begin(self, price: float, bound: float, steps: float = FIRST) -> None:
+        """Take in the bound of a structure after a first training."""
+        self.began.append((math.log(price), math.log(bound) + STEPS * math.log(steps / FIRST)))
+
+    def fresh(self, price: float, steps: float = FIRST) -> tuple[float, float]:
         """The expected bound of a structure after a first training, and the spread of its logarithm.
 
-        A regression on the structures that were begun. Its prior: half the price, 1.4 times the bound.
+        A regression on the structures that were begun. Its prior: half the price, 1.4 times the bound. In the same time
+        a slow structure has fewer steps than a fast one, and loses more.
         """
+        bound, spread = self._fresh(price)
+        return bound * (steps / FIRST) ** -STEPS, spread
+
+    def _fresh(self, price: float) -> tuple[float, float]:
         slope, base, wide, weight = -0.5, 0.0, 0.8, 2.0
         if not self.began:
             return math.exp(base + slope * math.log(price)), 1.2

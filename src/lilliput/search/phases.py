@@ -1,7 +1,8 @@
 """The phases of a search, each a function of the job: look, make points without and with training, conclude."""
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
 
@@ -23,6 +24,7 @@ from lilliput.store import Store
 from lilliput.task import Task, length, predict, take
 
 TAUGHT = 0.1  # of the budget, for the dense network's outputs
+SHORT = 1.5  # times what the search has taken until here
 LEAST_S = 0.5
 """Seconds that a search has for points beyond the first, however small its budget is."""
 
@@ -96,7 +98,7 @@ def _begin(job: Job, finish_only: bool) -> None:
         job.show.say(job.question.floor.explained(job.task.metric_name, dense.score.value))
     if finish_only:
         return
-    _add(job, job.target.first)
+    deque(_added(job, job.target.first), maxlen=0)
     began = job.clock.now
     job.report()
     job.took["report"] = job.clock.now - began
@@ -105,19 +107,26 @@ def _begin(job: Job, finish_only: bool) -> None:
 
 def _go_on(job: Job, pool: Pool) -> None:
     job.target.look(job)
-    _add(job, job.target.untrained)
+    beside = _added(job, job.target.untrained)
+    # What a point takes is measured where time is asked for, and no clock has a say where there is none. Where little
+    # is left, no training ends in time, and what needs none shall.
+    if job.question.for_latency or job.clock.budget_s is None or job.clock.remaining() < SHORT * job.clock.now:
+        deque(beside, maxlen=0)
     job.clock.reserved_s = reserve(job) + arithmetic.reserved_s(job)
-    job.target.trained(job, pool)
+    job.target.trained(job, pool, beside)
+    deque(beside, maxlen=0)
     job.clock.reserved_s = reserve(job)
     if job.question.for_latency:
-        _add(job, arithmetic.trained)
+        deque(_added(job, arithmetic.trained), maxlen=0)
 
 
-def _add(job: Job, make: Callable[[Job], Iterable[Point]]) -> None:
-    """Add points that need no training as they come, each with the time that it took."""
+def _added(job: Job, make: Callable[[Job], Iterable[Point | None]]) -> Iterator[None]:
+    """Add points that need no training as they come, each with the time that it took; pauses after each piece."""
     began = job.clock.now
     for point in make(job):
-        job.add(point, kind="untrained", seconds=round(job.clock.now - began, 2))
+        if point is not None:
+            job.add(point, kind="untrained", seconds=round(job.clock.now - began, 2))
+        yield
         began = job.clock.now
 
 

@@ -15,22 +15,22 @@ from lilliput.search.job import FAILURES, Job
 from lilliput.search.points import Point
 
 File = Literal["lil", "onnx"]
-START = 12.0  # times smaller: what most networks stand
+START = {"lil": 20.0, "onnx": 7.0}  # times smaller: what most networks stand, by file
 STRIDE = 1.7  # to the next, while all hold the floor or none does
 CLOSE = 1.06  # when two ratios lie so close, what lies between them gains little
 RATIOS = (1.5, 60.0)  # what is tried at most
 SPARED = 0.5  # of the floor, left for the luck of having been chosen
 MOST = 10  # networks
-SHARE = {True: 0.2, False: 0.85}  # of the time that is left, where training follows and where it does not
+SHARE = {True: 0.7, False: 0.85}  # of the time that is left, where workers train beside and where they do not
 
 
 @dataclass
 class Bracket:
     """The ratio at which the floor is reached lies between `low`, which holds it, and `high`, which does not."""
 
+    first: float
     low: float = 0.0
     high: float = math.inf
-    first: float = START
 
     def next(self) -> float | None:
         """The ratio to try; None where nothing is left to find."""
@@ -72,12 +72,14 @@ class _Size:
         self.factor = (size - self.beside) / max(1.0, sum(option.cost for option in picked.values()))
 
 
-def points(job: Job, training: bool) -> Iterator[Point]:
+def points(job: Job, training: bool) -> Iterator[Point | None]:
     """Points of the dense structure, without a training step, around the largest ratio that holds the floor.
+
+    Pauses (None) when the options are known.
 
     Args:
         job: the search.
-        training: whether trainings follow, for which most of the budget is kept.
+        training: whether workers train beside, whose cores most of the budget is kept for.
     """
     question = job.question
     if question.objective in ("macs", "memory") and question.max_bytes is None:
@@ -93,15 +95,16 @@ def points(job: Job, training: bool) -> Iterator[Point]:
     except FAILURES as error:
         job.failed("same structure by rate and distortion", error)
         return
+    yield None
     dense, bytes_ = job.dense, question.file_key
     target: File = "onnx" if question.file == "onnx" else "lil"
     size = _Size(max(0.0, float(dense.costs[bytes_]) - sum(s.cost(target) for s in dense.stored.values())))
-    bracket, last = Bracket(), 0.0
+    bracket, last = Bracket(START[target]), 0.0
     if question.max_bytes is not None:
         bracket.first = dense.onnx_bytes / question.max_bytes
-    for _ in range(MOST):
+    for number in range(MOST):
         ratio = bracket.next()
-        if ratio is None or until - job.clock.now < 1.3 * last:
+        if ratio is None or (number and until - job.clock.now < 1.3 * last):
             return
         began = time.monotonic()
         point = _point(job, known, size, ratio)
