@@ -130,7 +130,16 @@ class _Climb:
         total = WORK * first * (job.trials or 1) if counted else job.clock.remaining(ENDS)
         cheapest = min(arms, key=lambda arm: arm.price, default=None)
         prospect = Prospect(levels(job, cheapest.plan if cheapest else None), 0.0 if counted else 0.5)
-        return cls(job, pool, beside, candidates, prospect, total, arms, coming=not counted and not job.question.priced_by_runtime)
+        return cls(
+            job,
+            pool,
+            beside,
+            candidates,
+            prospect,
+            total,
+            arms,
+            coming=not counted and not job.question.priced_by_runtime,
+        )
 
     @property
     def counted(self) -> bool:

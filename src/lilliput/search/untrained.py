@@ -17,7 +17,7 @@ from lilliput.search.points import Point
 File = Literal["lil", "onnx"]
 START = {"lil": 20.0, "onnx": 7.0}  # times smaller: what most networks stand, by file
 STRIDE = 1.7  # to the next, while all hold the floor or none does
-CLOSE = 1.06  # when two ratios lie so close, what lies between them gains little
+CLOSE = 1.15  # when two ratios lie so close, what lies between them gains little
 RATIOS = (1.5, 60.0)  # what is tried at most
 SPARED = 0.5  # of the floor, left for the luck of having been chosen
 MOST = 10  # networks
