@@ -339,6 +339,22 @@ def test_a_dropped_table_leaves_the_graph(tmp_path: Path) -> None:
     assert torch.allclose(torch.from_numpy(engine(*first)), predict(small, inputs)[:1], atol=1e-5)
 
 
+def test_a_table_whose_attributes_are_read_becomes_one_row() -> None:
+    class Typed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.out = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.out(self.words(x).to(self.words.weight.dtype))
+            return y
+
+    x = torch.arange(8)
+    small = DropTables(("words",))(Typed(), Task("ids", train=x, val=x), None)
+    assert small.words.weight.shape == (1, 4)
+    torch.testing.assert_close(small(x), small(x[:1]).expand(8, 2))
+
+
 def test_all_tables_dropped_leave_an_input_that_nobody_reads(tmp_path: Path) -> None:
     model, task = made(Beside)
     small = DropTables(("tables.0", "tables.1", "tables.2"))(model, task, None)

@@ -25,7 +25,10 @@ from lilliput.store import Store
 from lilliput.task import Task, leaves
 from lilliput.train import Diverged
 
-FAILURES = (Diverged, TimeoutError, ExportError, NotSupported, ValueError, TypeError, KeyError, RuntimeError)
+FAILURES = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NameError, RuntimeError),
+    *(TypeError, ValueError, ExportError, NotSupported, TimeoutError),
+)
 """What a stranger's model or a method may raise: the end of one point, never of the search."""
 
 
