@@ -116,10 +116,11 @@ class _Climb:
     total: float
     arms: list[Arm]
     used: float = 0.0
-    # whether points that need no training are still to come: what they usually reach is worth no training
-    coming: bool = False
+    coming: bool = True  # whether there is more to do beside
+    errand_s: float = 0.0  # what the last piece of it took
     pressed: int = 0
     running: "dict[Future[Made], Action]" = field(default_factory=dict)
+    until: "dict[Future[Made], float]" = field(default_factory=dict)  # when they are expected
 
     @classmethod
     def of(cls, job: Job, space: Space, pool: Pool, beside: Iterator[None]) -> "_Climb":
@@ -130,16 +131,7 @@ class _Climb:
         total = WORK * first * (job.trials or 1) if counted else job.clock.remaining(ENDS)
         cheapest = min(arms, key=lambda arm: arm.price, default=None)
         prospect = Prospect(levels(job, cheapest.plan if cheapest else None), 0.0 if counted else 0.5)
-        return cls(
-            job,
-            pool,
-            beside,
-            candidates,
-            prospect,
-            total,
-            arms,
-            coming=not counted and not job.question.priced_by_runtime,
-        )
+        return cls(job, pool, beside, candidates, prospect, total, arms)
 
     @property
     def counted(self) -> bool:
@@ -167,15 +159,20 @@ class _Climb:
                 if not done and until:
                     break
             for future in [future for future in self.running if future in done]:
+                del self.until[future]
                 self._take(self.running.pop(future), future)
         for future, action in self.running.items():
             self.pool.end(future)
             self.job.failed(_title(action), TimeoutError("the budget ended while it trained"))
 
     def errand(self) -> bool:
-        """Do a piece of what this process does beside, while all workers have something to do; False for none."""
+        """Do a piece of what this process does beside, unless a worker would wait for the end of it; False for none."""
+        began = self.job.clock.now
+        if not self.coming or began + self.errand_s > min(self.until.values(), default=math.inf):
+            return False
         self.coming = next(self.beside, True) is None
-        return self.coming
+        self.errand_s = self.job.clock.now - began
+        return True
 
     def _launch(self) -> bool:
         """Give free workers what is worth most; whether anything was begun."""
@@ -185,7 +182,9 @@ class _Climb:
             if option is None:
                 return place > 0
             option.what.arm.busy = True
-            self.running[self._submit(option.what)] = option.what
+            future = self._submit(option.what)
+            self.running[future] = option.what
+            self.until[future] = self.job.clock.now + self.prospect.overhead + option.what.amount
         return room > 0
 
     def _worth(self) -> Worth:
@@ -198,7 +197,9 @@ class _Climb:
         if question.floor is not None:
             promised = [point for point, least in bounds if least <= 1]
             best = min(map(self._relative, promised), default=1.0)
-            return cheaper(min(best, 1 / START[question.file]) if self.coming else best)
+            if self.coming and not self.counted and not question.priced_by_runtime:
+                best = min(best, 1 / START[question.file])  # what needs no training usually reaches that
+            return cheaper(best)
         fitting = [max(LEAST, float(least)) for point, least in bounds if question.fits(point.costs)]
         return better(min(fitting, default=100.0), self.most)
 

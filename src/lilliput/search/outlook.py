@@ -28,7 +28,7 @@ search snatches at what comes soon, at 0 it waits for the best of all; between t
 (tests/test_outlook.py) end with the smallest networks."""
 ABOUT = 1.02
 """How far predicted prices are off."""
-FIRST = 100.0
+FIRST = 200.0
 """Steps of a first training that the prior speaks of."""
 STEPS = 0.5
 """The power of the number of steps by which the bounds of first trainings fall."""
