@@ -124,7 +124,8 @@ def _delicate(frame: FrameType | None) -> bool:
             return True
         if Path(file).name in ("weakref.py", "_weakrefset.py"):
             return True
-        if any(isinstance(value, weakref.ref) and value() is None for value in frame.f_locals.values()):
+        given = [frame.f_locals.get(name) for name in frame.f_code.co_varnames[: frame.f_code.co_argcount]]
+        if any(isinstance(value, weakref.ref) and value() is None for value in given):
             return True  # a callback of the garbage collector is given the reference that died
         frame = frame.f_back
     return False
