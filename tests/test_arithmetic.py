@@ -17,7 +17,7 @@ from lilliput.search.network import Network
 def shrunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A search without trainings over a network of three wide convolutions."""
     monkeypatch.setattr(finish, "SECONDS_EACH", 0.05)
-    monkeypatch.setattr(Network, "trained", lambda self, job, pool: None)
+    monkeypatch.setattr(Network, "trained", lambda self, job, pool, beside: None)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 32, 3, padding=1),

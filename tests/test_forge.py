@@ -46,7 +46,7 @@ def test_the_dense_network_compiled_is_a_point_of_a_search_for_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(finish, "SECONDS_EACH", 0.1)
-    monkeypatch.setattr(Network, "trained", lambda self, job, pool: None)
+    monkeypatch.setattr(Network, "trained", lambda self, job, pool, beside: None)
     x = torch.randn(160, 12)
     model = network(32)
     with torch.no_grad():
