@@ -1,7 +1,7 @@
 """The command line. Nothing heavy is imported before a command runs."""
 
 from lilliput.cli import jobs, runtimes  # each adds its commands, in this order
-from lilliput.cli.app import app, fail
+from lilliput.cli.app import IMPORTED, PROCESS, app, fail
 from lilliput.search.origin import resolve
 
 __all__ = ["app", "fail", "jobs", "main", "resolve", "runtimes"]
@@ -9,4 +9,5 @@ __all__ = ["app", "fail", "jobs", "main", "resolve", "runtimes"]
 
 def main() -> None:
     """The console script."""
+    PROCESS.append(IMPORTED)
     app()

@@ -9,8 +9,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-BEGAN = time.monotonic()
-"""When the command was given, but for Python's own start: what a budget counts from."""
+IMPORTED = time.monotonic()
+PROCESS: list[float] = []
+"""When the process began, but for Python's own start, until its one command has asked."""
+
+
+def began() -> float:
+    """When the command was given: what a budget counts from. A program that calls several commands gives each now."""
+    return PROCESS.pop() if PROCESS else time.monotonic()
+
 
 app = typer.Typer(
     no_args_is_help=True,

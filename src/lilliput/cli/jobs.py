@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from lilliput.cli.app import BEGAN, app, console, fail, speaking
+from lilliput.cli.app import app, began, console, fail, speaking
 from lilliput.search.origin import resolve
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def _shrink(
     **settings: Any,
 ) -> None:
     """Search, or say what would be tried; `settings` are those of lilliput.shrink."""
+    start = began()
     with speaking():
         from lilliput.search import ask
         from lilliput.search.question import question
@@ -125,8 +126,8 @@ def _shrink(
 
         command = command or shlex.join(["lilliput", *sys.argv[1:]])
         origin = {"target": target, "cwd": os.getcwd(), "shape": shape, "calib": None if calib is None else str(calib)}
-        show = shown_on(console, as_json, BEGAN)
-        result = search(model, task, show=show, command=command, began=BEGAN, origin=origin, **settings)
+        show = shown_on(console, as_json, start)
+        result = search(model, task, show=show, command=command, began=start, origin=origin, **settings)
     _say(result, as_json)
 
 
@@ -165,7 +166,7 @@ def finish(
         from lilliput.search.progress import shown_on
         from lilliput.shrinking import finish as conclude
 
-        result = conclude(folder, show=shown_on(console, as_json, BEGAN))
+        result = conclude(folder, show=shown_on(console, as_json, began()))
     _say(result, as_json)
 
 

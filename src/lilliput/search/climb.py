@@ -38,6 +38,7 @@ GENERATION = 4  # trainings that are decided together where steps are counted, w
 PART = 512  # training examples whose dense outputs a worker computes in one call
 ENDS = 0.95  # of the budget: what comes after the trainings takes the rest
 FEWEST = 3  # coded copies that are exported, however much they may lose: they are what is nearest
+PATIENCE = 0.7  # how much shorter the next piece of work beside is taken to be, each time that it had to wait
 NEAR = 2.0  # times what is allowed: what may lose, or costs, more is not exported
 RATES = {True: 2e-2, False: 2e-3}  # of a first training, by whether the structure is another than the dense one
 DECAY = 0.02  # of the weights of a structure; a coded copy is near its end
@@ -150,13 +151,13 @@ class _Climb:
 
     def run(self) -> None:
         """Train until nothing is worth more, or the time is up."""
-        while self._launch() or self.running:
+        while self._launch() or self.running or (not self.counted and self.errand()):
             if self.counted:
                 done, _ = wait(self.running)
             else:
                 until = 0.0 if self.errand() else max(0.1, self.job.clock.remaining(ENDS + 0.03))
                 done, _ = wait(self.running, timeout=until, return_when=FIRST_COMPLETED)
-                if not done and until:
+                if self.running and not done and until:
                     break
             for future in [future for future in self.running if future in done]:
                 del self.until[future]
@@ -164,11 +165,16 @@ class _Climb:
         for future, action in self.running.items():
             self.pool.end(future)
             self.job.failed(_title(action), TimeoutError("the budget ended while it trained"))
+        if not any(arm.rounds for arm in self.arms):
+            self.job.known.skip("training", "the budget left too little time, or nothing promised to be worth it")
 
     def errand(self) -> bool:
         """Do a piece of what this process does beside, unless a worker would wait for the end of it; False for none."""
         began = self.job.clock.now
-        if not self.coming or began + self.errand_s > min(self.until.values(), default=math.inf):
+        if not self.coming:
+            return False
+        if began + self.errand_s > min(self.until.values(), default=math.inf):
+            self.errand_s *= PATIENCE
             return False
         self.coming = next(self.beside, True) is None
         self.errand_s = self.job.clock.now - began
