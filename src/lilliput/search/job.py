@@ -4,7 +4,6 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,16 +197,6 @@ class Job:
         status = "out of time" if isinstance(error, TimeoutError) else "failed"
         self.attempt({"kind": "point", "status": status, "name": name, "reason": reason})
         self.show.advance(f"failed: {name}")
-
-    def halt(self, until: float) -> Callable[[int], bool]:
-        """A function of the step that ends a training when a fraction of the budget is over, or the search is."""
-
-        def halt(step: int) -> bool:
-            if self.stopped:
-                raise CancelledError
-            return step % 8 == 0 and self.clock.remaining(until) < 0
-
-        return halt
 
     def remember(self, key: str, kind: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What the store holds under a key; made and kept where it holds nothing, so that a resumed search agrees."""

@@ -23,7 +23,6 @@ from lilliput.quant.rounded import Level, rounded
 from lilliput.quant.squeeze import Squeeze, squeezed
 from lilliput.quant.uniform import Uniform
 from lilliput.search.codes import Measured, proposed
-from lilliput.stage import Stage
 from lilliput.statistics.harm import Harm, Metric
 from lilliput.stored.base import Stored
 from lilliput.stored.plain import Plain
@@ -217,26 +216,28 @@ def _other(tensor: Tensor, code: Code, metric: Metric, cost: Cost) -> Option | N
     return Option(cost(stored), metric.harm(change), type(code).__name__, code=code)
 
 
-def composed(known: Offers, picked: dict[str, Option]) -> tuple[nn.Module, list[Stage]]:
+def composed(known: Offers, picked: dict[str, Option]) -> tuple[nn.Module, list[Squeeze | Encode]]:
     """The network in which every tensor is stored by its option, and the stages that make it from `known.model`."""
-    allocation = tuple((name, *option.level) for name, option in picked.items() if option.level is not None)
-    stages: list[Stage] = [Squeeze(allocation)] if allocation else []
-    model = squeezed(known.model, known.harm, allocation) if allocation else known.model
-    for name, option in picked.items():
-        if option.code is not None:
-            stages.append(Encode(option.code, where=name))
-            model = stages[-1](model, None, None)  # type: ignore[arg-type]
-    return model, stages
+    listed, model = _stages(picked), known.model
+    for stage in listed:  # what the tensors harm is known already: Squeeze would find it again
+        if isinstance(stage, Squeeze):
+            model = squeezed(model, known.harm, stage.allocation)
+        else:
+            model = stage(model, None, None)
+    return model, listed
 
 
-def stages(known: Offers, mean_bits: float) -> list[Stage]:
+def stages(known: Offers, mean_bits: float) -> list[Squeeze | Encode]:
     """The stages that store a model's tensors in so many bytes: `mean_bits` a value, everything counted.
 
     Args:
         known: what the model's tensors may be stored as, priced in bytes.
         mean_bits: bits a value, positions of zeros and step sizes included.
     """
-    picked = known.chosen(mean_bits * known.values / 8)
+    return _stages(known.chosen(mean_bits * known.values / 8))
+
+
+def _stages(picked: dict[str, Option]) -> list[Squeeze | Encode]:
     allocation = tuple((name, *option.level) for name, option in picked.items() if option.level is not None)
     others = [Encode(option.code, where=name) for name, option in picked.items() if option.code is not None]
     return [*([Squeeze(allocation)] if allocation else []), *others]
