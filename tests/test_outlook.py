@@ -77,7 +77,7 @@ class World:
     def bound(self, weights: float, steps: float, level: Level | None) -> float:
         lost = 0.25 + 0.0035 / weights + 12 * (0.02 / weights) ** 0.3 * (max(steps, 1) / 100) ** -0.9
         if level is not None:
-            lost *= {8: 1.0, 4: 1.05, 3: 1.3, 2.5: 1.9}[level.bits]
+            lost *= {8: 1.0, 4: 1.05, 3: 1.3, 2.5: 1.9, 2: 3.0}[level.bits]
         return lost * math.exp(self.noise.gauss(0, 0.15))
 
     def steps(self, weights: float, seconds: float) -> float:

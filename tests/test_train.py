@@ -61,7 +61,7 @@ def test_the_same_seed_gives_the_same_weights(model: nn.Module, task: Task) -> N
     assert not equal(STAGE(model, task, reference), replace(STAGE, seed=1)(model, task, reference))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 def test_stopping_at_a_rung_and_going_on_changes_nothing(model: nn.Module, task: Task, optimizer: str) -> None:
     model[3].p = 0.0  # random numbers inside the network restart at a rung
     stage = replace(STAGE, optimizer=optimizer)
@@ -109,7 +109,7 @@ def test_wrong_settings_are_refused(model: nn.Module, task: Task) -> None:
     for settings, text in (
         ({"steps": 0}, "steps must be at least 1"),
         ({"steps": 2, "until": 3}, "until between"),
-        ({"steps": 2, "optimizer": "adam"}, "'adamw' or 'sgd', got 'adam'"),
+        ({"steps": 2, "optimizer": "adam"}, "'adamw', 'sgd' or 'muon', got 'adam'"),
     ):
         with pytest.raises(ValueError, match=text):
             Train(**settings)

@@ -59,11 +59,22 @@ class Reference:
         self._refused: set[Hashable] = set()
         self.model.to(self.device).eval()
 
-    def outputs(self, batch: Batch) -> Any:
-        """The dense model's outputs for a batch, in whatever structure it returns them."""
-        key = ("outputs", batch.draw)
-        if batch.index is not None and key not in self._tables:
-            self.prepare(batch.draw)
+    def outputs(self, batch: Batch, draws: int | None = None) -> Any:
+        """The dense model's outputs for a batch, in whatever structure it returns them.
+
+        Args:
+            batch: the batch.
+            draws: from how many augmentations they are taken: for a batch under a later one, those of its examples
+                under the one that is as far behind a multiple of this. None: from the batch's own.
+        """
+        if batch.index is None or self.task is None:
+            return self._kept(("outputs", batch.draw), batch, self._call)
+        draw = batch.draw if draws is None else batch.draw % draws
+        key = ("outputs", draw)
+        if key not in self._tables:
+            self.prepare(draw)
+        if draw != batch.draw and not (key in self._tables and self._tables[key].holds(batch.index)):
+            batch = self.task.batch(batch.index, draw)
         return self._kept(key, batch, self._call)
 
     def features(

@@ -26,7 +26,7 @@ from lilliput.search.finish import Result
 from lilliput.search.job import Job
 from lilliput.search.lock import held
 from lilliput.search.origin import found_again
-from lilliput.search.phases import cheaper, search, target
+from lilliput.search.phases import augmentations, search, target
 from lilliput.search.points import Clock, Press
 from lilliput.search.progress import Silent, quiet_or_lines
 from lilliput.search.question import Question, question
@@ -216,7 +216,7 @@ def _job(
     command: str | None,
 ) -> Job:
     hands = ask.workers(workers)
-    task = cheaper(task, model, clock, store, hands)
+    taught = augmentations(task, model, clock, store, hands)
     return Job(
         target=target(model),
         model=model,
@@ -233,6 +233,7 @@ def _job(
         show=show or quiet_or_lines(),
         command=command or "",
         known=Known(asked.objective, clock.budget_s),
+        taught=taught,
         report=lambda: _report(folder),
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lilliput.code.base import copy_model
 from lilliput.layout import place
+from lilliput.muon import Muon
 from lilliput.rule import Rule, State, frozen, nothing, start_anew, thawed, to
 from lilliput.rule import parameters as extras
 from lilliput.schedule import Cosine, Schedule, at
@@ -43,7 +44,8 @@ class Train(Stage):
         supervised: the weight of the task's own loss (against the dense network's outputs where the task has no
             labels); 0 leaves the rules' losses alone.
         batch_size: examples in a batch; None: the task's own.
-        optimizer: "adamw" or "sgd" (momentum 0.9, Nesterov).
+        optimizer: "adamw", "sgd" (momentum 0.9, Nesterov), or "muon" (lilliput.muon, with AdamW for vectors and tables
+            of embeddings), which needs about half the steps, and more time for each.
         weight_decay: of tensors with two and more dimensions.
         clip: the largest norm of the whole gradient; 0: as it is.
         seed: of the order of the batches and of random numbers inside the network.
@@ -80,14 +82,16 @@ class Train(Stage):
                 f"Train: steps must be at least 1 and until between 1 and steps, got steps={self.steps}, "
                 f"until={self.until}."
             )
-        if self.optimizer not in ("adamw", "sgd"):
-            raise ValueError(f"Train: optimizer must be 'adamw' or 'sgd', got {self.optimizer!r}.")
+        if self.optimizer not in ("adamw", "sgd", "muon"):
+            raise ValueError(f"Train: optimizer must be 'adamw', 'sgd' or 'muon', got {self.optimizer!r}.")
 
     def __call__(self, model: nn.Module, task: Task, reference: Reference) -> nn.Module:
         return fit(self, model, task, reference)
 
 
-def _optimizer(stage: Train, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(
+    stage: Train, parameters: Iterable[nn.Parameter], model: nn.Module | None = None
+) -> torch.optim.Optimizer:
     trained = [p for p in parameters if p.requires_grad]
     if not trained:
         raise ValueError("Train: the model must have a trainable parameter, got none. Unfreeze one.")
@@ -97,10 +101,23 @@ def _optimizer(stage: Train, parameters: Iterable[nn.Parameter]) -> torch.optim.
         {"params": matrices, "weight_decay": stage.weight_decay},
         {"params": [p for p in trained if id(p) not in chosen], "weight_decay": 0.0},
     ]
+    if stage.optimizer == "muon":
+        # A row of a table is learned from the few examples that have it: it shares no directions with the others.
+        tables = {id(p) for module in (model or nn.Module()).modules() if _looks_up(module) for p in module.parameters()}
+        hidden = [p for p in matrices if id(p) not in tables and not p.is_complex()]
+        chosen = {id(p) for p in hidden}
+        groups[0]["params"] = [p for p in matrices if id(p) not in chosen]
+        groups.append({"params": hidden, "weight_decay": stage.weight_decay, "orthogonal": True})
     groups = [group for group in groups if group["params"]]
+    if stage.optimizer == "muon":
+        return Muon(groups)
     if stage.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True, foreach=True)
     return torch.optim.AdamW(groups, lr=1e-3, fused=not any(p.is_complex() for p in trained))
+
+
+def _looks_up(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
 def fit(
@@ -142,7 +159,7 @@ def fit(
     last = layout(model, task, stage.batch_size) if checkpoint is None else checkpoint.get("channels_last", False)
     states = [to(rule.begin(model, task, reference, stage.steps), reference.device) for rule in stage.rules]
     place(model, last)
-    optimizer = _optimizer(stage, [*model.parameters(), *extras(states)])
+    optimizer = _optimizer(stage, [*model.parameters(), *extras(states)], model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     step, steps, course = 0, stage.steps, Course(stage.steps, seconds)
     if checkpoint is not None:

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 
 from lilliput.recipe import Recipe
 from lilliput.search.levels import Level
-from lilliput.search.outlook import Law, Option, Outlook
+from lilliput.search.outlook import STEPS, Law, Option, Outlook
 
 DOUBLINGS = (0, 1, 2, 3, 4)
 """How many further trainings, each as long as all before it, are looked ahead."""
+PARTS = (1.0, 0.5)
+"""Of the training that an arm is due: where little time is left, half of it may still bring something."""
 TAIL = 0.3
 """The training of a coded copy, as a part of that of its structure."""
 
@@ -71,18 +73,26 @@ class Arm:
 
 @dataclass(frozen=True)
 class Action:
-    """What to do with an arm: `begin` it, train it `longer`, or `code` a copy of it at a level."""
+    """What to do with an arm: `begin` it, train it `longer`, or `code` a copy of it at a level.
+
+    Args:
+        arm: which.
+        kind: one of these words.
+        level: of a coded copy.
+        part: of the training that it is due.
+    """
 
     arm: Arm
     kind: str
     level: Level | None = None
+    part: float = 1.0
 
     @property
     def amount(self) -> float:
         """Seconds, or steps, of its training."""
         if self.level is not None:
             return max(TAIL * self.arm.spent, TAIL * self.arm.first) if self.level.trained else 0.0
-        return self.arm.first if self.kind == "begin" else self.arm.spent
+        return self.part * (self.arm.first if self.kind == "begin" else self.arm.spent)
 
 
 @dataclass
@@ -92,6 +102,7 @@ class Prospect:
     Args:
         levels: how trained structures are stored.
         overhead: seconds that each training takes besides.
+        copying: seconds that a coded copy takes which is not trained.
         outlook: how bounds move with price and training.
         child: what a structural step adds to the log bound of the arm that it inherits from.
         sibling: what training on in another way adds to it.
@@ -101,6 +112,7 @@ class Prospect:
 
     levels: tuple[Level, ...]
     overhead: float = 0.5
+    copying: float = 1.0
     outlook: Outlook = field(default_factory=Outlook)
     child: Law = field(default_factory=lambda: Law(0.6, 0.5))
     sibling: Law = field(default_factory=lambda: Law(0.0, 0.3))
@@ -117,21 +129,23 @@ class Prospect:
 
     def _of(self, arm: Arm) -> Iterator[Option]:
         if arm.bound is None:
-            begin, (bound, spread) = Action(arm, "begin"), self._begun(arm)
-            for later, *rest in self._ahead(arm, bound, arm.first, spread):
-                yield Option(begin, arm.first + later, *rest)
+            for part in PARTS:
+                begin, (bound, spread) = Action(arm, "begin", part=part), self._begun(arm, part)
+                for later, *rest in self._ahead(arm, bound, begin.amount, spread):
+                    yield Option(begin, begin.amount + later, *rest)
             return
-        longer = Action(arm, "longer")
+        longer = [Action(arm, "longer", part=part) for part in PARTS]
         if arm.level is not None:
             for k in DOUBLINGS[1:3]:
-                yield Option(longer, arm.spent * (2**k - 1), arm.price, *self.outlook.trained(arm.bound, k, arm.way))
+                yield Option(longer[0], arm.spent * (2**k - 1), arm.price, *self.outlook.trained(arm.bound, k, arm.way))
             return
         for level in self.levels:
             if level not in arm.tried:
                 yield Option(Action(arm, "code", level), *self._coded(arm, level, arm.bound, arm.spent, 0.1))
-        for later, *rest in self._ahead(arm, arm.bound, arm.spent, 0.1):
-            if later > arm.spent:
-                yield Option(longer, later, *rest)
+        for action in longer:
+            bound, spread = self.outlook.trained(arm.bound, math.log2(1 + action.part), arm.way)
+            for later, *rest in self._ahead(arm, bound, arm.spent + action.amount, spread):
+                yield Option(action, action.amount + later, *rest)
 
     def _ahead(
         self, arm: Arm, bound: float, spent: float, spread: float
@@ -146,7 +160,7 @@ class Prospect:
     def _coded(
         self, arm: Arm, level: Level, bound: float, spent: float, spread: float
     ) -> tuple[float, float, float, float]:
-        law, took = self.law(level), self.overhead + (TAIL * max(spent, arm.first) if level.trained else 0.0)
+        law, took = self.law(level), self.overhead + (TAIL * max(spent, arm.first) if level.trained else self.copying)
         return (
             took,
             arm.weights * level.factor + arm.besides,
@@ -154,12 +168,12 @@ class Prospect:
             math.hypot(spread, law.spread),
         )
 
-    def _begun(self, arm: Arm) -> tuple[float, float]:
-        """The expected bound of an arm after its first training, and the spread of its logarithm."""
+    def _begun(self, arm: Arm, part: float) -> tuple[float, float]:
+        """The expected bound of an arm after a part of its first training, and the spread of its logarithm."""
         if arm.inherited is not None:
             law = self._heirs(arm)
-            return arm.inherited * math.exp(law.mean), law.spread
-        bound, spread = self.outlook.fresh(arm.price, arm.first / arm.pace)
+            return arm.inherited * math.exp(law.mean) * part**-STEPS, law.spread
+        bound, spread = self.outlook.fresh(arm.price, part * arm.first / arm.pace)
         return bound * math.exp(self._offset(arm)), spread
 
     def _heirs(self, arm: Arm) -> Law:

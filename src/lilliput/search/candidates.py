@@ -22,8 +22,8 @@ from lilliput.task import Task
 
 FIRST_EPOCHS = 4  # of a structure's first training, where steps are counted
 FEWEST, MOST = 80, 400  # steps of it
-LONG = 2000  # steps of it where a clock has a say: a long training that ends well is better than several short ones
-PART = 1 / 4  # of a worker's time, the most that it may take
+LONG = 1500  # steps of it where a clock has a say: a long training that ends well is better than several short ones
+PART = 1 / 2  # of a worker's time, the most that it may take
 STEP = 0.6  # the parameters of a child, as a part of those of the arm that it inherits from
 WORTH_CHILDREN = 3.0  # floors: an arm that may lose more is trained first
 WAITING = 6  # structures that wait to begin; with fewer, the sampler is asked for two at a time

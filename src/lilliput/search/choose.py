@@ -34,6 +34,7 @@ class Choice:
         interval: The central 95% of each point's corrected drop, (points, 2).
         bound: What each point loses at most with the probability `sure`: the smallest floor that it can be promised
             for; infinite where nothing is known.
+        luck: What of the bound is there because the point was one of many.
         sure: The probability.
         eligible: Which points can be promised and fit.
         near: The points that cannot be promised and are cheaper than the winner, those that would be with the smallest
@@ -47,6 +48,7 @@ class Choice:
     corrected: Floats
     interval: Floats
     bound: Floats
+    luck: Floats
     sure: float
     eligible: Mask
     near: tuple[int, ...] = ()
@@ -102,7 +104,7 @@ def choose(
     count = len(scores)
     if not count:
         none = np.zeros(0)
-        return Choice(None, none, none, np.zeros((0, 2)), none, sure, np.zeros(0, bool))
+        return Choice(None, none, none, np.zeros((0, 2)), none, none, sure, np.zeros(0, bool))
     able = np.ones(count, bool) if fits is None else np.asarray(fits, bool)
     cheap = np.asarray(price, float)
     tie = np.zeros(count) if divergence is None else np.asarray(divergence, float)
@@ -119,7 +121,7 @@ def choose(
     near = () if floor is None else _near(bound, cheap, able & ~eligible, np.inf if winner is None else cheap[winner])
     safest = int(np.argmin(np.where(able, bound, np.inf))) if able.any() else None
     repeated = draws if isinstance(seen, Draws) else 0
-    return Choice(winner, seen.drops, corrected, interval, bound, sure, eligible, near, safest, repeated)
+    return Choice(winner, seen.drops, corrected, interval, bound, wider, sure, eligible, near, safest, repeated)
 
 
 def evidence(task: Task, dense: Score, scores: Sequence[Score], draws: int = DRAWS, seed: int = 0) -> Pairs | Draws:

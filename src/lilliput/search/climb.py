@@ -38,9 +38,12 @@ GENERATION = 4  # trainings that are decided together where steps are counted, w
 PART = 512  # training examples whose dense outputs a worker computes in one call
 ENDS = 0.95  # of the budget: what comes after the trainings takes the rest
 FEWEST = 3  # coded copies that are exported, however much they may lose: they are what is nearest
+WAIT = 0.3  # of its training, how long a worker may wait for the end of a piece of work beside
 PATIENCE = 0.7  # how much shorter the next piece of work beside is taken to be, each time that it had to wait
 NEAR = 2.0  # times what is allowed: what may lose, or costs, more is not exported
 RATES = {True: 2e-2, False: 2e-3}  # of a first training, by whether the structure is another than the dense one
+FEW = 2500  # steps: fewer are taken by Muon, which learns as much in half of them; more by AdamW, whose steps are cheaper
+MUON = 2.5  # its rate, against AdamW's
 DECAY = 0.02  # of the weights of a structure; a coded copy is near its end
 LOWER = 0.7  # the rate of a round, against that of the round before
 FINE = 0.25  # the rate of a coded copy, against that of its structure
@@ -76,7 +79,7 @@ class Lesson:
 def lessons(job: Job, pool: Pool) -> list[Lesson]:
     """Have the dense network's outputs on every (example, augmentation) computed side by side; workers map them."""
     waiting: list[Lesson] = []
-    for draw in range(job.task.draws):
+    for draw in range(min(job.taught, job.task.draws)):
         key = f"outputs-{job.runner.start}-{draw}"
         if (known := job.store.tensors(key)) is not None:
             pool.put(lesson(key), known)
@@ -131,7 +134,7 @@ class _Climb:
         first = max((arm.first for arm in arms), default=1.0)
         total = WORK * first * (job.trials or 1) if counted else job.clock.remaining(ENDS)
         cheapest = min(arms, key=lambda arm: arm.price, default=None)
-        prospect = Prospect(levels(job, cheapest.plan if cheapest else None), 0.0 if counted else 0.5)
+        prospect = Prospect(levels(job, cheapest.plan if cheapest else None), *((0.0, 0.0) if counted else (0.5, 1.0)))
         return cls(job, pool, beside, candidates, prospect, total, arms)
 
     @property
@@ -169,29 +172,42 @@ class _Climb:
             self.job.known.skip("training", "the budget left too little time, or nothing promised to be worth it")
 
     def errand(self) -> bool:
-        """Do a piece of what this process does beside, unless a worker would wait for the end of it; False for none."""
-        began = self.job.clock.now
+        """Do a piece of what this process does beside, once workers that end meanwhile have what is next; False for
+        none."""
         if not self.coming:
             return False
-        if began + self.errand_s > min(self.until.values(), default=math.inf):
-            self.errand_s *= PATIENCE
-            return False
+        began = self.job.clock.now
+        # What a worker is given ahead is chosen without what it tells itself: it rather waits for a while.
+        late = [f for f, end in self.until.items() if end + WAIT * self.running[f].amount < began + self.errand_s]
+        for _ in range(len(late) - max(0, len(self.running) - self.pool.workers)):
+            if not self._begin(1):
+                self.errand_s *= PATIENCE
+                return False
         self.coming = next(self.beside, True) is None
         self.errand_s = self.job.clock.now - began
         return True
 
     def _launch(self) -> bool:
         """Give free workers what is worth most; whether anything was begun."""
-        room = (0 if self.running else GENERATION) if self.counted else self.pool.workers - len(self.running)
-        for place in range(room):
-            option = choose(self.prospect.options(self.arms), self._worth(), self.left)
+        if self.counted:
+            return self._begin(0 if self.running else GENERATION) > 0
+        return self._begin(self.pool.workers - len(self.running)) > 0
+
+    def _begin(self, count: int) -> int:
+        """Begin what is worth most, or have it wait for the first worker that will be free; how many there were."""
+        for place in range(count):
+            starts = 0.0
+            if not self.counted and (waiting := len(self.running) - self.pool.workers) >= 0:
+                starts = max(0.0, sorted(self.until.values())[waiting] - self.job.clock.now)
+            option = choose(self.prospect.options(self.arms), self._worth(), self.left - starts)
             if option is None:
-                return place > 0
+                return place
             option.what.arm.busy = True
             future = self._submit(option.what)
             self.running[future] = option.what
-            self.until[future] = self.job.clock.now + self.prospect.overhead + option.what.amount
-        return room > 0
+            took = option.what.amount or self.prospect.copying
+            self.until[future] = self.job.clock.now + starts + self.prospect.overhead + took
+        return count
 
     def _worth(self) -> Worth:
         """What makes one option better than another, by what is asked."""
@@ -205,7 +221,9 @@ class _Climb:
             best = min(map(self._relative, promised), default=1.0)
             if self.coming and not self.counted and not question.priced_by_runtime:
                 best = min(best, 1 / START[question.file])  # what needs no training usually reaches that
-            return cheaper(best)
+            # The final choice takes back what a point owes to having been picked: only what is safe beyond that counts.
+            added = [more / self.floor for (_, least), more in zip(bounds, found.luck, strict=True) if 0 < least <= NEAR]
+            return cheaper(best, sum(added) / max(1, len(added)))
         fitting = [max(LEAST, float(least)) for point, least in bounds if question.fits(point.costs)]
         return better(min(fitting, default=100.0), self.most)
 
@@ -275,6 +293,8 @@ class _Climb:
         doublings = math.log2(1 + made.steps / arm.steps) if arm.steps else 1.0
         self.prospect.learn(action, arm.bound, after, doublings, made.steps)
         if action.level is not None:
+            if not action.level.trained and not self.counted:
+                self.prospect.copying = made.seconds
             arm.tried.add(action.level)
             weights = arm.weights * action.level.factor
             arm = Arm(_title(action), arm.plan, arm.axes, weights, arm.besides, 0.0, arm.pace, action.level)
@@ -328,16 +348,20 @@ def _title(action: Action) -> str:
 def _training(job: Job, action: Action) -> Train:
     """The training of an action, on one cosine that starts lower with every round."""
     arm, plan = action.arm, training(action.arm.plan)
-    rate = RATES[any(stage.structural for stage in structure(arm.plan).stages)] * LOWER**arm.rounds
+    changed = any(stage.structural for stage in structure(arm.plan).stages)
+    rate = RATES[changed] * LOWER**arm.rounds
     rules, coded = plan.rules, action.level is not None or arm.level is not None
+    orthogonal = changed and not coded and action.amount / arm.pace < FEW
+    rate *= FINE if coded else MUON if orthogonal else 1.0
     if action.level is not None and action.level.sparsity:
-        rules = (SPARSE["Taylor"](action.level.sparsity), Distill())
+        rules = (SPARSE["Taylor"](action.level.sparsity), *(rule for rule in rules if isinstance(rule, Distill)))
     return Train(
         steps=max(1, int(action.amount)),
-        lr=Cosine(rate * FINE if coded else rate),
+        lr=Cosine(rate),
         rules=rules,
         supervised=plan.supervised,
         batch_size=batch_size_for(job.task),
+        optimizer="muon" if orthogonal else "adamw",
         weight_decay=0.0 if coded else DECAY,
         seed=job.seed + arm.rounds,
     )
@@ -357,5 +381,5 @@ def _results(job: Job, recipe: Recipe) -> dict[int, Any]:
 def _memo(job: Job, action: Action, before: Recipe) -> str:
     """The key under which the store holds what an action made; a clock may have set how long it trained."""
     taught = identity(Recipe((replace(training(action.arm.plan), steps=1),)))
-    text = f"{job.runner.key(before)} {action.kind} {action.level} {taught} {job.clock.budget_s is None}"
+    text = f"{job.runner.key(before)} {action.kind} {action.level} {action.part} {taught} {job.clock.budget_s is None}"
     return f"made-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"

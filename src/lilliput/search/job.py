@@ -90,6 +90,7 @@ class Job:
         points: the artifacts that were made, the dense one first.
         attempts: every structure and point that was tried, done or failed, as plain data.
         known: what proposals may ask.
+        taught: under how many augmentations the dense network's outputs are computed.
         forge: compiles points beside the search, where time is asked for.
         history: what was handed over when, as plain data.
         handed: the point whose files lie in the folder.
@@ -117,6 +118,7 @@ class Job:
     show: Silent
     command: str
     known: Known
+    taught: int
     points: list[Point] = field(default_factory=list)
     attempts: list[dict[str, Any]] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)

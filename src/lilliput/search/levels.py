@@ -52,9 +52,14 @@ class Level:
 
 WHOLE = Level(32, factor=8.0, trained=False)  # of the smallest networks float32 makes the smallest file
 UNTRAINED = Level(8, factor=2.0, trained=False)
+COARSE = (4, 3, 2.5)  # bits to which rate and distortion take most trained structures without a further step
 STORED = {
-    "lil": (UNTRAINED, Level(4), Level(3, factor=0.78), Level(2.5, factor=0.67)),
-    "onnx": (UNTRAINED, Level(4)),  # three bits take as many bytes there as four
+    "lil": (
+        UNTRAINED,
+        *(Level(bits, factor=bits / 4, trained=False) for bits in COARSE),
+        *(Level(bits, factor=bits / 4) for bits in (3, 2.5, 2)),
+    ),
+    "onnx": (UNTRAINED, Level(4, trained=False), Level(4)),  # three bits take as many bytes there as four
 }
 """Levels by file, with their bytes against those of four bits."""
 

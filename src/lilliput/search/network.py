@@ -72,7 +72,7 @@ class Network(Target):
             job.known.skip("training", reason)
             return
         with job.clock.on("calibrate"):
-            space = Space.of(job.runner, job.known)
+            space = Space.of(job.runner, job.known, job.taught)
         job.show.advance(f"{len(space.axes)} methods have something to offer")
         climb(job, space, pool, self.lessons, beside)
 

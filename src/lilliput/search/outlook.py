@@ -88,21 +88,26 @@ class Option:
     bound: float
     spread: float
 
-    def promised(self) -> float:
-        """The probability that its bound is at most the floor."""
-        return NORMAL.cdf(-math.log(max(self.bound, LEAST)) / self.spread)
+    def promised(self, luck: float = 0.0) -> float:
+        """The probability that its bound is at most the floor.
+
+        Args:
+            luck: what the choice will add to the bound, since the point is one of many, in floors.
+        """
+        return NORMAL.cdf(math.log(max(LEAST, 1 - luck) / max(self.bound, LEAST)) / self.spread)
 
 
 Worth = Callable[[Option], float]
 
 
-def cheaper(best: float) -> Worth:
+def cheaper(best: float, luck: float = 0.0) -> Worth:
     """The worth of an option where a floor must hold.
 
     Args:
         best: the price of the cheapest promised point so far.
+        luck: what the choice will add to its bound, in floors.
     """
-    return lambda option: option.promised() * max(0.0, math.log(best / option.price))
+    return lambda option: option.promised(luck) * max(0.0, math.log(best / option.price))
 
 
 def better(best: float, most: float) -> Worth:
@@ -158,9 +163,9 @@ class Outlook:
         return bound * (steps / FIRST) ** -STEPS, spread
 
     def _fresh(self, price: float) -> tuple[float, float]:
-        slope, base, wide, weight = -0.5, 0.0, 0.8, 2.0
+        slope, base, wide, weight = -0.5, -0.7, 0.8, 2.0
         if not self.began:
-            return math.exp(base + slope * math.log(price)), 1.2
+            return math.exp(base + slope * math.log(price)), wide
         xs, ys = zip(*self.began, strict=True)
         x, y = sum(xs) / len(xs), sum(ys) / len(ys)
         squares = sum((each - x) ** 2 for each in xs)

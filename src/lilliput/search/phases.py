@@ -24,6 +24,7 @@ from lilliput.store import Store
 from lilliput.task import Task, length, predict, take
 
 TAUGHT = 0.1  # of the budget, for the dense network's outputs
+MOST = 2  # augmentations for which it is asked: more have not made students better
 SHORT = 1.5  # times what the search has taken until here
 LEAST_S = 0.5
 """Seconds that a search has for points beyond the first, however small its budget is."""
@@ -138,12 +139,12 @@ def _stop(job: Job, pool: Pool | None, reason: str) -> None:
     job.show.say(f"ended by {reason}: choosing among {max(0, len(job.points) - 1)} points")
 
 
-def cheaper(task: Task, model: nn.Module, clock: Clock, store: Store, workers: int | str | None) -> Task:
-    """The task with as many augmentations as the dense network can be run on within a part of the budget."""
+def augmentations(task: Task, model: nn.Module, clock: Clock, store: Store, workers: int | str | None) -> int:
+    """Under how many augmentations the dense network can be run on every example within a part of the budget."""
     if task.draws < 2:
-        return task
+        return task.draws
     if clock.budget_s is None:
-        return task.with_draws(min(task.draws, 4))
+        return min(task.draws, MOST)
     workers = workers if isinstance(workers, int) else count_workers(model)
     kept = store.record("draws")
     if not kept:
@@ -154,9 +155,9 @@ def cheaper(task: Task, model: nn.Module, clock: Clock, store: Store, workers: i
         predict(model, few)
         each = (clock.now - first) / min(64, length(inputs))
         within = int(TAUGHT * clock.budget_s * workers / (each * task.examples + 1e-9))
-        kept = {"kind": "draws", "draws": max(1, min(task.draws, within))}
+        kept = {"kind": "draws", "draws": max(1, min(task.draws, MOST, within))}
         store.put("draws", kept)
-    return task.with_draws(kept["draws"])
+    return int(kept["draws"])
 
 
 def _say_what_is_old(job: Job) -> None:

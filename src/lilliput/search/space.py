@@ -56,6 +56,7 @@ class Space:
         axes: methods of the moment "structure", in order.
         rules: methods of the moment "training", in order: rules that join the training.
         labels: the weights of the task's own loss that are tried.
+        taught: under how many augmentations there are outputs of the dense network; None where under all.
     """
 
     runner: Runner
@@ -63,13 +64,15 @@ class Space:
     axes: tuple[Axis, ...] = ()
     rules: tuple[Axis, ...] = ()
     labels: tuple[float, ...] = (0.0,)
+    taught: int | None = None
     _asked: dict[tuple[str, str], Proposals | Refusal] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, runner: Runner, known: Known) -> "Space":
+    def of(cls, runner: Runner, known: Known, taught: int | None = None) -> "Space":
         """Ask every method about the dense network; refusals are kept in `known.skipped`."""
         task = runner.task
-        space = cls(runner, known, labels=LABELS if task.labelled else (0.0,))
+        taught = taught if taught is not None and taught < task.draws else None
+        space = cls(runner, known, labels=LABELS if task.labelled else (0.0,), taught=taught)
         space.axes = tuple(space._axes("structure"))
         space.rules = tuple(space._axes("training"))
         return space
@@ -97,7 +100,7 @@ class Space:
         rules = [self._picked(axis, choice.get(axis.name, 0), structure) for axis in self.rules]
         weight = self.labels[min(choice.get("labels", 0), len(self.labels) - 1)]
         kept = tuple(cast(Rule, rule) for rule in rules if rule is not None)
-        return structure + Train(steps=1, rules=(*kept, Distill()), supervised=weight)
+        return structure + Train(steps=1, rules=(*kept, Distill(draws=self.taught)), supervised=weight)
 
     def _picked(self, axis: Axis, number: int, before: Recipe) -> Stage | Rule | None:
         if not number:

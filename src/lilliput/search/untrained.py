@@ -21,7 +21,8 @@ CLOSE = 1.15  # when two ratios lie so close, what lies between them gains littl
 RATIOS = (1.5, 60.0)  # what is tried at most
 SPARED = 0.5  # of the floor, left for the luck of having been chosen
 MOST = 10  # networks
-SHARE = {True: 0.7, False: 0.85}  # of the time that is left, where workers train beside and where they do not
+SHARE = {True: 0.25, False: 0.85}  # of the time that is left, where workers train beside, on the same cores, or not
+PRICING = {True: 0.1, False: 0.25}  # of that time, for what codes cost and harm
 
 
 @dataclass
@@ -84,12 +85,12 @@ def points(job: Job, training: bool) -> Iterator[Point | None]:
     question = job.question
     if question.objective in ("macs", "memory") and question.max_bytes is None:
         return
-    limit = SHARE[training] * max(0.0, job.clock.remaining())  # infinite where there is no budget
-    until = job.clock.now + limit
+    left = max(0.0, job.clock.remaining())  # infinite where there is no budget
+    until = job.clock.now + SHARE[training] * left
     try:
         with job.clock.on("calibrate"):
             folded = fold_batchnorm(job.model, job.task.example)
-            known = rate.offers(folded, job.task, file=question.file, seconds=0.3 * limit)
+            known = rate.offers(folded, job.task, file=question.file, seconds=PRICING[training] * left)
     except StoreError:
         raise
     except FAILURES as error:

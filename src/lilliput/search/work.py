@@ -31,6 +31,7 @@ FEW = 16  # examples that a forward pass is timed on
 BACKWARD = 3.5  # seconds of a training step, in forward passes of its batch
 DRAWS = 60  # of the examples, where a metric that is no mean is bounded
 OFFERS = 0.15  # of a coded copy's time, for measuring what codes cost on each tensor
+LEAST = 2.0  # seconds that it may take at any rate
 
 
 @dataclass(frozen=True)
@@ -204,9 +205,8 @@ def train(desk: Desk, asked: Asked, smaller: int = 0) -> Made:
     runner = _runner(desk, asked.before, asked.results)
     recipe = asked.before
     if asked.bits is not None and asked.bits < 32:
-        folded = fold_batchnorm(realize(runner.make(recipe)), runner.task.example)
-        allowed = float("inf") if asked.seconds is None else max(1.0, OFFERS * asked.seconds)
-        offers = rate.offers(folded, runner.task, file=desk.thing.file, seconds=allowed)
+        allowed = float("inf") if asked.seconds is None else max(LEAST, OFFERS * asked.seconds)
+        offers = _offers(desk, runner, recipe, allowed)
         recipe = Recipe((*recipe.stages, FoldBatchNorm(), *rate.stages(offers, asked.bits)))
     training = asked.training
     if training is not None:
@@ -239,6 +239,16 @@ def train(desk: Desk, asked: Asked, smaller: int = 0) -> Made:
         runner.task.loss_of(asked.dense.value, score.value),
         bound(runner.task, asked.dense, score, asked.sure),
     )
+
+
+def _offers(desk: Desk, runner: Runner, recipe: Recipe, seconds: float) -> rate.Offers:
+    """What the tensors of a network may be stored as; kept for the next level that is asked for."""
+    key = runner.key(recipe)
+    if desk.kept.get("offers", ("",))[0] != key:
+        folded = fold_batchnorm(realize(runner.make(recipe)), runner.task.example)
+        desk.kept["offers"] = key, rate.offers(folded, runner.task, file=desk.thing.file, seconds=seconds)
+    offers: rate.Offers = desk.kept["offers"][1]
+    return offers
 
 
 def bound(task: Task, dense: Score, score: Score, sure: float) -> float:
