@@ -163,14 +163,14 @@ class Outlook:
         return bound * (steps / FIRST) ** -STEPS, spread
 
     def _fresh(self, price: float) -> tuple[float, float]:
-        slope, base, wide, weight = -0.5, -0.7, 0.8, 2.0
+        slope, base, wide, weight, stiff = -0.5, -0.7, 0.8, 2.0, 0.3
         if not self.began:
             return math.exp(base + slope * math.log(price)), wide
         xs, ys = zip(*self.began, strict=True)
         x, y = sum(xs) / len(xs), sum(ys) / len(ys)
         squares = sum((each - x) ** 2 for each in xs)
         products = sum((one - x) * (other - y) for one, other in self.began)
-        slope = min(-0.05, (weight * slope + products) / (weight + squares))
+        slope = min(-0.05, (stiff * slope + products) / (stiff + squares))  # many networks have a cliff
         rest = sum((other - y - slope * (one - x)) ** 2 for one, other in self.began)
         spread = math.sqrt((weight * wide**2 + rest) / (weight + len(xs)))
         return math.exp(y + slope * (math.log(price) - x)), spread
