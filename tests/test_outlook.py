@@ -35,6 +35,22 @@ def test_a_smaller_promised_network_is_worth_more_the_sooner_and_the_surer_it_is
     assert choose([Option("c", 1, 0.2, 0.1, 0.3)], worth, 100) is None  # it is no smaller than what there is
 
 
+def test_what_the_choice_will_add_makes_an_option_less_sure() -> None:
+    option = Option("a", 10, 0.05, 0.8, 0.3)
+    assert option.promised(0.3) < 0.5 < option.promised()
+    assert cheaper(0.1, 0.3)(option) < cheaper(0.1)(option)
+
+
+def test_a_training_of_half_the_length_is_offered_where_the_whole_does_not_fit() -> None:
+    prospect, arm = Prospect(STORED["lil"]), Arm("a", PLAN, {}, 0.02, 0.0, 20.0, 0.05)
+    found = choose(prospect.options([arm]), cheaper(0.25), 15.0)
+    assert found is not None and found.what.kind == "begin" and found.what.amount == 10.0
+    arm.bound, arm.spent = 1.6, 20.0
+    arm.tried = set(STORED["lil"])
+    found = choose(prospect.options([arm]), cheaper(0.25), 15.0)
+    assert found is not None and found.what.kind == "longer" and found.what.amount == 10.0
+
+
 def test_where_a_price_must_hold_the_best_that_fits_is_worth_most() -> None:
     worth = better(2.0, most=0.1)
     assert worth(Option("fits", 1, 0.09, 1.0, 0.3)) > 0 == worth(Option("too large", 1, 0.2, 0.1, 0.3))
@@ -46,6 +62,13 @@ def test_the_regression_of_first_bounds_follows_what_was_begun() -> None:
         outlook.begin(price, 0.2 / price)
     assert outlook.fresh(0.03)[0] == pytest.approx(0.2 / 0.03, rel=0.35)
     assert outlook.fresh(0.005)[0] > outlook.fresh(0.05)[0]
+
+
+def test_two_structures_are_enough_to_see_a_cliff() -> None:
+    outlook = Outlook()
+    outlook.begin(0.005, 1.1)
+    outlook.begin(0.003, 5.0)
+    assert outlook.fresh(0.001)[0] > 10 and outlook.fresh(0.005)[0] < 2.5
 
 
 def test_what_is_trained_longer_is_expected_to_lose_less_and_each_doubling_brings_less() -> None:

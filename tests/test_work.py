@@ -99,3 +99,14 @@ def test_a_long_training_goes_on_after_its_worker_died(
     assert whole.result and rest.result and whole.result[1] and rest.result[1]
     assert all(torch.equal(whole.result[1][name], value) for name, value in rest.result[1].items())
     assert not list(Path(str(shared.records)).glob("*.ckpt"))
+
+
+def test_what_codes_cost_is_found_once_for_all_levels_of_the_same_weights(shared: Shared, desk: Desk) -> None:
+    first = train(desk, asked(shared))
+    before = {"before": first.recipe, "results": {0: first.result}, "training": None}
+    eight = train(desk, asked(shared, bits=8.0, **before))
+    found = desk.kept["offers"]
+    four = train(desk, asked(shared, bits=4.0, **before))
+    assert desk.kept["offers"] is found and eight.steps == four.steps == 0 and four.recipe != eight.recipe
+    train(desk, asked(shared, bits=4.0, training=None))
+    assert desk.kept["offers"] is not found, "other weights"

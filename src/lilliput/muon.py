@@ -57,7 +57,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {**settings, "orthogonal": orthogonal})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """Take one step; `closure`, where given, computes the loss anew and is returned."""
         loss = None
         if closure is not None:
@@ -68,7 +68,7 @@ class Muon(torch.optim.Optimizer):
             (self._orthogonal if group["orthogonal"] else self._adamw)(params, group)
         return loss
 
-    def _orthogonal(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def _orthogonal(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
             if not self.state[p]:
                 self.state[p] = {"momentum": torch.zeros_like(p)}
@@ -87,7 +87,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_sub_(params, ahead)
 
-    def _adamw(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def _adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
             if not self.state[p]:
                 self.state[p] = {
@@ -97,11 +97,12 @@ class Muon(torch.optim.Optimizer):
                 }
         states = [self.state[p] for p in params]
         adamw(
-            list(params),
-            [p.grad for p in params if p.grad is not None],
-            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")),
-            [],
-            [state["step"] for state in states],
+            params=params,
+            grads=[p.grad for p in params if p.grad is not None],
+            exp_avgs=[state["exp_avg"] for state in states],
+            exp_avg_sqs=[state["exp_avg_sq"] for state in states],
+            max_exp_avg_sqs=[],
+            state_steps=[state["step"] for state in states],
             foreach=not any(p.is_complex() for p in params),
             amsgrad=False,
             beta1=group["betas"][0],
@@ -123,7 +124,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
         Their singular values lie between about 0.7 and 1.2, but for those that were next to zero.
     """
     a, b, c = QUINTIC
-    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-12)
+    x: Tensor = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-12)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     for _ in range(ROUNDS):

@@ -103,7 +103,8 @@ def _optimizer(
     ]
     if stage.optimizer == "muon":
         # A row of a table is learned from the few examples that have it: it shares no directions with the others.
-        tables = {id(p) for module in (model or nn.Module()).modules() if _looks_up(module) for p in module.parameters()}
+        modules = [] if model is None else [*model.modules()]
+        tables = {id(p) for module in modules if _looks_up(module) for p in module.parameters()}
         hidden = [p for p in matrices if id(p) not in tables and not p.is_complex()]
         chosen = {id(p) for p in hidden}
         groups[0]["params"] = [p for p in matrices if id(p) not in chosen]

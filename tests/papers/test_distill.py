@@ -182,3 +182,36 @@ def test_a_reference_is_asked_for() -> None:
     with pytest.raises(ValueError, match="every path must name a module of the model, got '9'"):
         net = nn.Sequential(nn.Linear(2, 2))
         Features(("9",)).begin(net, None, Reference(net, Task("t", (STUDENT, None), (STUDENT, None))), 1)
+
+
+def test_later_augmentations_are_taught_by_what_was_said_of_the_first() -> None:
+    """With `draws` the dense network is asked that often for each example; every batch sees its answer to the first."""
+    asked = []
+
+    class Dense(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            asked.append(len(x))
+            return super().forward(x)
+
+    def shift(x: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        return x + (seeds % 7)[:, None].float()
+
+    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(1))
+    y = torch.zeros(32, dtype=torch.long)
+    task = Task("shifted", (x, y), (x, y), augment=shift, draws=8, batch_size=16)
+    dense = Dense(4, 3)
+    reference = Reference(dense, task)
+    index = torch.arange(16)
+    before = reference.outputs(task.batch(index, 1))
+    asked.clear()
+    late = task.batch(index, 5)
+    assert torch.equal(reference.outputs(late, draws=2), before) and not asked, "known: nothing is computed"
+    fresh = Reference(dense, task)
+    assert torch.equal(fresh.outputs(late, draws=2), before), "unknown: computed from the inputs of the first"
+    assert not torch.equal(fresh.outputs(late), before)
+    asked.clear()
+    reference = Reference(dense, task)
+    fit(Train(16, rules=(Distill(draws=2),)), nn.Linear(4, 3), task, reference)
+    assert sum(asked) <= 2 * 32 + 2, "eight epochs, two of which the dense network has seen"
+    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
+        Distill(draws=0)

@@ -24,6 +24,7 @@ TOLERANCES = (0.002, 0.004, 0.01)
 SHARE = 0.2  # of the budget, for finding out what pays
 SHARE_EACH = 0.03  # of the budget, for a trained point
 LOSES = 0.25  # points of a metric for the root of a mean divergence: where to begin, no more
+RESERVED = 0.12  # of the budget, for the trained points at the most
 TRAINED = 3  # points that are tried in integers
 UNCOUNTED_S = 60.0  # the same where no seconds are counted
 PAYS = 0.05  # of a run's time, which a file must save to be worth a trial beside another
@@ -116,7 +117,7 @@ def reserved_s(job: Job) -> float:
     if not job.question.for_latency or job.clock.budget_s is None:
         return 0.0
     compiling = 0.0 if job.forge is None else 2 * job.forge.expected_s()
-    return min(0.2 * job.clock.budget_s, TRAINED * SHARE_EACH * job.clock.budget_s + compiling)
+    return min(RESERVED * job.clock.budget_s, TRAINED * SHARE_EACH * job.clock.budget_s + compiling)
 
 
 def trained(job: Job) -> Iterator[Point]:

@@ -24,6 +24,7 @@ FIRST_EPOCHS = 4  # of a structure's first training, where steps are counted
 FEWEST, MOST = 80, 400  # steps of it
 LONG = 1500  # steps of it where a clock has a say: a long training that ends well is better than several short ones
 PART = 1 / 2  # of a worker's time, the most that it may take
+SHORT = 1 / 50  # of it, the least: between trainings much is done beside
 STEP = 0.6  # the parameters of a child, as a part of those of the arm that it inherits from
 WORTH_CHILDREN = 3.0  # floors: an arm that may lose more is trained first
 WAITING = 6  # structures that wait to begin; with fewer, the sampler is asked for two at a time
@@ -112,9 +113,10 @@ class Candidates:
     def _sibling(self, arm: Arm) -> Iterator[Arm]:
         """The same network trained on in the other way: what learns fast is often not what ends best."""
         before, way = training(arm.plan), arm.axes.get("labels", 0)
-        if arm.rounds < 2 or len(self.space.labels) < 2 or (structure(arm.plan), "sibling") in self._known:
+        key = structure(arm.plan), "sibling"
+        if arm.sibling or arm.rounds < 2 or len(self.space.labels) < 2 or key in self._known:
             return
-        self._known.add((structure(arm.plan), "sibling"))
+        self._known.add(key)
         other = (way + 1) % len(self.space.labels)
         plan = Recipe((*arm.recipe.stages, replace(before, supervised=self.space.labels[other])))
         axes = {**arm.axes, "labels": other}
@@ -197,7 +199,8 @@ class Candidates:
         if self.seconds is None:
             return first_steps(self.job.task), 1.0
         step_s = BACKWARD * found.forward_s * batch_size_for(self.job.task)
-        return max(1.0, FEWEST * step_s, min(LONG * step_s, PART * self.seconds)), step_s
+        least = max(1.0, FEWEST * step_s, SHORT * self.seconds)
+        return max(least, min(LONG * step_s, PART * self.seconds)), step_s
 
 
 def priced(question: Question) -> str:

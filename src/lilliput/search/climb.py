@@ -42,7 +42,7 @@ WAIT = 0.3  # of its training, how long a worker may wait for the end of a piece
 PATIENCE = 0.7  # how much shorter the next piece of work beside is taken to be, each time that it had to wait
 NEAR = 2.0  # times what is allowed: what may lose, or costs, more is not exported
 RATES = {True: 2e-2, False: 2e-3}  # of a first training, by whether the structure is another than the dense one
-FEW = 2500  # steps: fewer are taken by Muon, which learns as much in half of them; more by AdamW, whose steps are cheaper
+FEW = 2500  # steps: fewer are taken by Muon, which learns as much in half of them; more by AdamW, which is cheaper
 MUON = 2.5  # its rate, against AdamW's
 DECAY = 0.02  # of the weights of a structure; a coded copy is near its end
 LOWER = 0.7  # the rate of a round, against that of the round before
@@ -221,8 +221,9 @@ class _Climb:
             best = min(map(self._relative, promised), default=1.0)
             if self.coming and not self.counted and not question.priced_by_runtime:
                 best = min(best, 1 / START[question.file])  # what needs no training usually reaches that
-            # The final choice takes back what a point owes to having been picked: only what is safe beyond that counts.
-            added = [more / self.floor for (_, least), more in zip(bounds, found.luck, strict=True) if 0 < least <= NEAR]
+            # The final choice takes back what a point owes to having been picked: what is safe beyond that counts.
+            pairs = zip(bounds, found.luck / self.floor, strict=True)
+            added = [more for (_, least), more in pairs if 0 < least <= NEAR]
             return cheaper(best, sum(added) / max(1, len(added)))
         fitting = [max(LEAST, float(least)) for point, least in bounds if question.fits(point.costs)]
         return better(min(fitting, default=100.0), self.most)

@@ -131,7 +131,8 @@ def weigh(job: Job, point: Point) -> None:
             made = job.forge.sessions(point.proto) if job.forge is not None else []
             sessions: dict[str, Any] = {"dense": Session(job.dense.proto), "it": Session(point.proto)}
             sessions |= {"engine": made[0]} if made else {}
-            times = latency(sessions, job.task.example, seconds=QUICK_S * len(sessions), clock=time.thread_time)
+            with job.quiet():
+                times = latency(sessions, job.task.example, seconds=QUICK_S * len(sessions), clock=time.thread_time)
             if job.dense.latency is None:
                 job.dense.latency = times["dense"]
             if point is not job.dense:

@@ -81,6 +81,7 @@ def conclude(job: Job) -> Result:
     job.show.advance()
     with job.clock.on("measure"):
         tests = _test(job, winner) if winner is not None and task.has("test") else {}
+    _say_what_was_taken_back(job, winner, choice, rivals)
     if winner is not None and winner is not dense and (job.handed is None or winner is not job.handed):
         deliver.note(job, winner)
     summary = summarize(job, best, rivals, choice, winner, tests, load_before)
@@ -120,6 +121,23 @@ def _chosen(job: Job, rivals: list[Point]) -> tuple[Point | None, Choice, list[P
     """The point to hand over, or None, with the choice that it comes from."""
     choice = deliver.decide(job, rivals)
     return None if choice.winner is None else rivals[choice.winner], choice, rivals
+
+
+def _say_what_was_taken_back(job: Job, winner: Point | None, choice: Choice, rivals: list[Point]) -> None:
+    """Say in one line that a better point was handed over on the way, and why it is not the one that was chosen.
+
+    Each new point is more evidence of how much of the others' scores is luck: what could be promised among ten may not
+    be among thirty.
+    """
+    handed = job.handed
+    if handed is None or handed not in rivals or winner is None or winner is handed:
+        return
+    if job.question.floor is not None and deliver.better(job, handed, winner):
+        unit, bound = job.task.metric_name, float(choice.bound[rivals.index(handed)])
+        job.show.say(
+            f"{handed.name} was handed over before, and is not chosen: beside all points it may lose {bound:.2g} of "
+            f"{unit}, more than the floor"
+        )
 
 
 def _affordable(job: Job, best: list[Point], winner: Point | None) -> list[Point]:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import shutil
+import statistics
 import tempfile
 import threading
 import time
@@ -102,9 +103,9 @@ class Forge:
         return "" if held is None else held.reason
 
     def expected_s(self) -> float:
-        """How long the compilation by estimates of a network takes that is as large as those so far; 0 if unknown."""
+        """How long the compilation by estimates of a network usually takes; 0 if unknown."""
         done = [held.future.result() for held in self._quick.values() if held.session is not None]
-        return max(done, default=0.0)
+        return statistics.median(done) if done else 0.0
 
     def close(self) -> None:
         """Take back what has not begun, and remove the compiled files."""

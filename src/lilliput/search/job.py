@@ -4,6 +4,7 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ class Job:
         spent_s: seconds that earlier runs of this search took.
         ended: why the search ended early, or an empty text.
         arrived: what happens with each new point: it is kept, and handed over where it is the best so far.
+        quiet: holds what runs beside, for as long as something short is timed.
         report: writes the report of what the folder holds.
         writing: held by whoever writes the folder.
     """
@@ -129,6 +131,7 @@ class Job:
     ended: str = ""
     stopped: bool = False
     arrived: Callable[["Job", Point], None] = lambda job, point: None
+    quiet: Callable[[], AbstractContextManager[Any]] = nullcontext
     report: Callable[[], None] = lambda: None
     lock: Any = field(default_factory=threading.Lock)
     forge: Forge | None = None

@@ -63,7 +63,7 @@ class Network(Target):
 
     def untrained(self, job: Job) -> Iterator[Point | None]:
         training = job.question.train and not _frozen(job)
-        yield from chain(bare.points(job), untrained.points(job, training), arithmetic.points(job))
+        yield from chain(bare.points(job), arithmetic.points(job), untrained.points(job, training))
         if not any(job.lost(point) <= 0 for point in job.points[1:]):  # what is safe, where 8 bits are not
             yield from _half(job)
 

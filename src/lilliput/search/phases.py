@@ -109,9 +109,8 @@ def _begin(job: Job, finish_only: bool) -> None:
 def _go_on(job: Job, pool: Pool) -> None:
     job.target.look(job)
     beside = _added(job, job.target.untrained)
-    # What a point takes is measured where time is asked for, and no clock has a say where there is none. Where little
-    # is left, no training ends in time, and what needs none shall.
-    if job.question.for_latency or job.clock.budget_s is None or job.clock.remaining() < SHORT * job.clock.now:
+    # No clock has a say where there is none. Where little is left, no training ends in time, and what needs none shall.
+    if job.clock.budget_s is None or job.clock.remaining() < SHORT * job.clock.now:
         deque(beside, maxlen=0)
     job.clock.reserved_s = reserve(job) + arithmetic.reserved_s(job)
     job.target.trained(job, pool, beside)

@@ -17,7 +17,7 @@ from lilliput.search.points import Point
 File = Literal["lil", "onnx"]
 START = {"lil": 20.0, "onnx": 7.0}  # times smaller: what most networks stand, by file
 STRIDE = 1.7  # to the next, while all hold the floor or none does
-CLOSE = 1.15  # when two ratios lie so close, what lies between them gains little
+CLOSE = {True: 1.15, False: 1.04}  # when two ratios lie so close, what lies between them gains too little for its time
 RATIOS = (1.5, 60.0)  # what is tried at most
 SPARED = 0.5  # of the floor, left for the luck of having been chosen
 MOST = 10  # networks
@@ -30,6 +30,7 @@ class Bracket:
     """The ratio at which the floor is reached lies between `low`, which holds it, and `high`, which does not."""
 
     first: float
+    close: float = CLOSE[True]
     low: float = 0.0
     high: float = math.inf
 
@@ -43,7 +44,7 @@ class Bracket:
         if not self.low:
             ratio = self.high / STRIDE
             return ratio if ratio >= RATIOS[0] else None
-        return math.sqrt(self.low * self.high) if self.high / self.low > CLOSE else None
+        return math.sqrt(self.low * self.high) if self.high / self.low > self.close else None
 
     def saw(self, ratio: float, holds: bool) -> None:
         """Take a result in."""
@@ -100,7 +101,7 @@ def points(job: Job, training: bool) -> Iterator[Point | None]:
     dense, bytes_ = job.dense, question.file_key
     target: File = "onnx" if question.file == "onnx" else "lil"
     size = _Size(max(0.0, float(dense.costs[bytes_]) - sum(s.cost(target) for s in dense.stored.values())))
-    bracket, last = Bracket(START[target]), 0.0
+    bracket, last = Bracket(START[target], CLOSE[training]), 0.0
     if question.max_bytes is not None:
         bracket.first = dense.onnx_bytes / question.max_bytes
     for number in range(MOST):
