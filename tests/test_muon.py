@@ -83,7 +83,7 @@ def test_rare_directions_are_learned_in_fewer_steps_than_by_adamw() -> None:
             optimizer.zero_grad()
             F.mse_loss(x @ w.T, x @ truth.T).backward()
             optimizer.step()
-        return float(F.mse_loss(w, truth))
+        return float(F.mse_loss(w.detach(), truth))
 
     muon = lost(lambda w: Muon([w], orthogonal=True))
     adamw = lost(lambda w: torch.optim.AdamW([w], weight_decay=0.0))

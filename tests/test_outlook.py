@@ -42,7 +42,7 @@ def test_what_the_choice_will_add_makes_an_option_less_sure() -> None:
 
 
 def test_a_training_of_half_the_length_is_offered_where_the_whole_does_not_fit() -> None:
-    prospect, arm = Prospect(STORED["lil"]), Arm("a", PLAN, {}, 0.02, 0.0, 20.0, 0.05)
+    prospect, arm = Prospect(STORED["lil"]), Arm("a", PLAN, {}, 0.02, 0.0, 20.0, 0.05, 0.16)
     found = choose(prospect.options([arm]), cheaper(0.25), 15.0)
     assert found is not None and found.what.kind == "begin" and found.what.amount == 10.0
     arm.bound, arm.spent = 1.6, 20.0
@@ -112,7 +112,7 @@ def searched(seconds: float, seed: int, speed: float = 50.0, workers: int = 2) -
     world, prospect = World(seed, speed), Prospect(STORED["lil"])
     sizes = [0.2 * 0.6**k for k in range(12)]
     first = max(1.0, seconds / 8)
-    arms = [Arm(str(w), PLAN, {str(w): 1}, w, 0.0, first, 1 / world.steps(w, 1.0)) for w in sizes]
+    arms = [Arm(str(w), PLAN, {str(w): 1}, w, 0.0, first, 1 / world.steps(w, 1.0), 8 * w) for w in sizes]
     steps: dict[Arm, float] = {}
     reached, now, running, count = 0.25, 0.0, list[tuple[float, int, Action]](), 0
     while True:
@@ -130,7 +130,7 @@ def searched(seconds: float, seed: int, speed: float = 50.0, workers: int = 2) -
         if action.level is not None:
             arm.tried.add(action.level)
             weights = arm.weights * action.level.factor
-            coded = Arm(f"{arm.name} coded", PLAN, arm.axes, weights, 0.0, 0.0, arm.pace, action.level)
+            coded = Arm(f"{arm.name} coded", PLAN, arm.axes, weights, 0.0, 0.0, arm.pace, arm.share, action.level)
             coded.closed = "" if action.level.trained else "untrained"
             steps[coded], arms = steps[arm], [*arms, coded]
             source, arm = arm, coded

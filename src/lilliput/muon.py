@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 ROUNDS = 5  # of the iteration; more change nothing that a training notices
@@ -31,7 +31,7 @@ class Muon(torch.optim.Optimizer):
         orthogonal: of groups that do not say.
 
     Example:
-        >>> w = nn.Parameter(torch.zeros(4, 4))
+        >>> w = torch.zeros(4, 4, requires_grad=True)
         >>> w.grad = torch.diag(torch.tensor([100.0, 1.0, 1.0, 1.0]))
         >>> Muon([w], lr=1.0, orthogonal=True).step()
         >>> steps = -w.detach().diag()

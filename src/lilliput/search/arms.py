@@ -28,6 +28,7 @@ class Arm:
         besides: the price of what its file holds besides.
         first: seconds, or steps, of its first training.
         pace: seconds, or steps, that one step is expected to take.
+        share: its parameters, as a part of the dense network's: what it may lose follows them, whatever it costs.
         level: how its weights are stored; None while they are plain.
         recipe: all stages that were done.
         spent: seconds, or steps, that its training took in all.
@@ -48,6 +49,7 @@ class Arm:
     besides: float
     first: float
     pace: float = 1.0
+    share: float = 1.0
     level: Level | None = None
     recipe: Recipe = field(default_factory=Recipe)
     spent: float = 0.0
@@ -173,7 +175,7 @@ class Prospect:
         if arm.inherited is not None:
             law = self._heirs(arm)
             return arm.inherited * math.exp(law.mean) * part**-STEPS, law.spread
-        bound, spread = self.outlook.fresh(arm.price, part * arm.first / arm.pace)
+        bound, spread = self.outlook.fresh(arm.share, part * arm.first / arm.pace)
         return bound * math.exp(self._offset(arm)), spread
 
     def _heirs(self, arm: Arm) -> Law:
@@ -200,10 +202,10 @@ class Prospect:
                 self._heirs(arm).learn(math.log(bound / arm.inherited))
                 return
             steps = arm.first / arm.pace if steps is None else steps
-            surprise = math.log(bound / self.outlook.fresh(arm.price, steps)[0]) - self._offset(arm)
+            surprise = math.log(bound / self.outlook.fresh(arm.share, steps)[0]) - self._offset(arm)
             for item in arm.axes.items():
                 self.offsets.setdefault(item, Law(0.0, 0.4, weight=3.0)).learn(surprise / len(arm.axes))
-            self.outlook.begin(arm.price, bound, steps)
+            self.outlook.begin(arm.share, bound, steps)
         elif action.level is not None:
             self.law(action.level).learn(math.log(bound / before))
         elif doublings > 0.2:

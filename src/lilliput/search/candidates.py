@@ -14,6 +14,7 @@ from lilliput.proposal import Refusal, proposals
 from lilliput.recipe import Recipe
 from lilliput.search.arms import Arm
 from lilliput.search.job import FAILURES, Job
+from lilliput.search.points import parameters
 from lilliput.search.pool import Pool
 from lilliput.search.question import Question
 from lilliput.search.space import Axis, Choice, Space, changes, identity, name, structure, topology, training
@@ -50,19 +51,23 @@ class Candidates:
         sampler = optuna.samplers.TPESampler(seed=self.job.seed, n_startup_trials=6)
         self._study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
 
-    def roots(self, pool: Pool) -> list[Arm]:
-        """What is worth trying on any network, from mild to strong, each built in a worker to see how large it is."""
+    def roots(self, pool: Pool) -> Iterator[Arm]:
+        """What is worth trying on any network, from mild to strong, each built in a worker to see how large it is.
+
+        To find what one costs may take a second, where that is what a run takes.
+        """
         plans = [(choice, plan) for choice in self.space.spread() if (plan := self._plan(choice)) is not None]
         sizes = [pool.submit(size, structure(plan)) for _, plan in plans]
-        arms = []
         for (choice, plan), future in zip(plans, sizes, strict=True):
             try:
-                arms.append(self._arm(choice, plan, future.result()))
+                arm = self._arm(choice, plan, future.result())
             except StoreError:
                 raise
             except FAILURES as error:
                 self.job.failed(name(plan), error)
-        return [arm for arm in arms if arm is not None]
+            else:
+                if arm is not None:
+                    yield arm
 
     def sampled(self, arm: Arm, waiting: int) -> list[Arm]:
         """Tell the sampler how an arm began, and ask it for one or two more.
@@ -120,7 +125,7 @@ class Candidates:
         other = (way + 1) % len(self.space.labels)
         plan = Recipe((*arm.recipe.stages, replace(before, supervised=self.space.labels[other])))
         axes = {**arm.axes, "labels": other}
-        sibling = Arm(name(plan), plan, axes, arm.weights, arm.besides, arm.spent, arm.pace)
+        sibling = Arm(name(plan), plan, axes, arm.weights, arm.besides, arm.spent, arm.pace, arm.share)
         sibling.inherited, sibling.sibling, sibling.rounds = arm.bound, True, arm.rounds
         yield sibling
 
@@ -194,13 +199,15 @@ class Candidates:
             seen, min(sizes) / 2
         )  # half of the smallest file is weights at the least, or nothing is worth training
 
-    def _first(self, found: Size) -> tuple[float, float]:
-        """Seconds, or steps, of a structure's first training, as far as the time allows, and of one step of it."""
+    def _first(self, found: Size) -> tuple[float, float, float]:
+        """Seconds, or steps, of a structure's first training, as far as the time allows, and of one step of it; and its
+        part of the dense network's parameters."""
+        share = found.values / parameters(self.job.model)
         if self.seconds is None:
-            return first_steps(self.job.task), 1.0
+            return first_steps(self.job.task), 1.0, share
         step_s = BACKWARD * found.forward_s * batch_size_for(self.job.task)
         least = max(1.0, FEWEST * step_s, SHORT * self.seconds)
-        return max(least, min(LONG * step_s, PART * self.seconds)), step_s
+        return max(least, min(LONG * step_s, PART * self.seconds)), step_s, share
 
 
 def priced(question: Question) -> str:

@@ -7,10 +7,11 @@ level whenever that is worth more than training on. What a training brings chang
 
 import hashlib
 import math
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from typing import Any
 
 from lilliput.distill.logits import Distill
@@ -22,7 +23,7 @@ from lilliput.search import choose as choice
 from lilliput.search.arms import Action, Arm, Prospect
 from lilliput.search.candidates import Candidates, priced
 from lilliput.search.job import FAILURES, Job
-from lilliput.search.levels import SPARSE, levels
+from lilliput.search.levels import SPARSE, levels, sparse
 from lilliput.search.outlook import LEAST, Worth, better, cheaper, choose
 from lilliput.search.points import Point
 from lilliput.search.pool import Pool, WorkerDied
@@ -37,6 +38,7 @@ WORK = 3.0  # trainings as long as a first one, for each structure that is asked
 GENERATION = 4  # trainings that are decided together where steps are counted, whatever the number of workers
 PART = 512  # training examples whose dense outputs a worker computes in one call
 ENDS = 0.95  # of the budget: what comes after the trainings takes the rest
+FIRST = 3  # structures a worker that are priced before any is trained
 FEWEST = 3  # coded copies that are exported, however much they may lose: they are what is nearest
 WAIT = 0.3  # of its training, how long a worker may wait for the end of a piece of work beside
 PATIENCE = 0.7  # how much shorter the next piece of work beside is taken to be, each time that it had to wait
@@ -130,12 +132,28 @@ class _Climb:
     def of(cls, job: Job, space: Space, pool: Pool, beside: Iterator[None]) -> "_Climb":
         counted = job.clock.budget_s is None
         candidates = Candidates(job, space, None if counted else job.clock.remaining(ENDS))
-        arms = candidates.roots(pool)
+        roots = candidates.roots(pool)
+        # Where a run has a price, finding it is done beside the first trainings.
+        eager = counted or not job.question.priced_by_runtime
+        arms = list(roots if eager else islice(roots, FIRST * pool.workers))
         first = max((arm.first for arm in arms), default=1.0)
         total = WORK * first * (job.trials or 1) if counted else job.clock.remaining(ENDS)
-        cheapest = min(arms, key=lambda arm: arm.price, default=None)
-        prospect = Prospect(levels(job, cheapest.plan if cheapest else None), *((0.0, 0.0) if counted else (0.5, 1.0)))
-        return cls(job, pool, beside, candidates, prospect, total, arms)
+        prospect = Prospect(levels(job), *((0.0, 0.0) if counted else (0.5, 1.0)))
+        here = cls(job, pool, beside, candidates, prospect, total, arms)
+        here.beside = chain(here._slowly(roots), beside)
+        if counted:
+            deque(here._slowly(roots), maxlen=0)
+        return here
+
+    def _slowly(self, roots: Iterator[Arm]) -> Iterator[None]:
+        """Take in the structures that are not priced yet, and the levels that the engine has to be asked about."""
+        for arm in roots:
+            self.arms.append(arm)
+            yield
+        if self.arms and self.job.question.priced_by_runtime:
+            cheapest = min(self.arms, key=lambda arm: arm.price)
+            self.prospect.levels += sparse(self.job, cheapest.plan)
+            yield
 
     @property
     def counted(self) -> bool:
@@ -298,7 +316,8 @@ class _Climb:
                 self.prospect.copying = made.seconds
             arm.tried.add(action.level)
             weights = arm.weights * action.level.factor
-            arm = Arm(_title(action), arm.plan, arm.axes, weights, arm.besides, 0.0, arm.pace, action.level)
+            title = _title(action)
+            arm = Arm(title, arm.plan, arm.axes, weights, arm.besides, 0.0, arm.pace, arm.share, action.level)
             arm.closed = "" if action.level.trained else "it is stored without training"
             self.arms.append(arm)
         arm.recipe, arm.bound, arm.steps, arm.rounds = made.recipe, after, arm.steps + made.steps, arm.rounds + 1

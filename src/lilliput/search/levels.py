@@ -64,19 +64,24 @@ STORED = {
 """Levels by file, with their bytes against those of four bits."""
 
 
-def levels(job: Job, plan: Recipe | None) -> tuple[Level, ...]:
-    """How trained structures are stored: in few bits for size; for time also with the zeros that the engine rewards.
+def levels(job: Job) -> tuple[Level, ...]:
+    """How trained structures are stored: in few bits for size, else in eight, which run no faster."""
+    question = job.question
+    if question.priced_by_runtime:
+        return (replace(UNTRAINED, factor=1.0),)
+    return STORED[question.file] if question.floor is not None else (WHOLE, *STORED[question.file])
+
+
+def sparse(job: Job, plan: Recipe) -> tuple[Level, ...]:
+    """Levels with the zeros that the engine rewards with time, where that may be asked for. It takes some seconds.
 
     Args:
         job: the search.
         plan: the structure that the engine is tried on.
     """
     question = job.question
-    if not question.priced_by_runtime:
-        return STORED[question.file] if question.floor is not None else (WHOLE, *STORED[question.file])
-    whole = replace(UNTRAINED, factor=1.0)
-    if not question.for_latency or question.runtime == "ort" or plan is None or job.dense.values > engine.MOST_VALUES:
-        return (whole,)
+    if not question.for_latency or question.runtime == "ort" or job.dense.values > engine.MOST_VALUES:
+        return ()
     try:
         plain = fold_batchnorm(realize(job.runner.make(structure(plan))).cpu(), job.task.example)
         graph = job.press.structure(plain, topology(plan), identity(Recipe(changes(plan))))
@@ -85,6 +90,5 @@ def levels(job: Job, plan: Recipe | None) -> tuple[Level, ...]:
     except StoreError:
         raise
     except FAILURES:
-        return (whole,)
-    sparse = (Level(8, sparsity, factor=engine.REWARD ** -(place + 1.0)) for place, sparsity in enumerate(rewarded))
-    return (whole, *sparse)
+        return ()
+    return tuple(Level(8, zeros, factor=engine.REWARD ** -(place + 1.0)) for place, zeros in enumerate(rewarded))

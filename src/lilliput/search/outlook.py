@@ -4,7 +4,7 @@ Every network that was judged has a bound: the most that it may lose, at the con
 It is promised when its bound is at most 1. Three laws say how bounds move; each is a mean and a spread of logarithms
 that begins at a weak prior and is learned while the search runs:
 
-    a structure after a first training     log bound = base + slope log price
+    a structure after a first training     log bound = base + slope log parameters
     twice the training                     log bound falls by `longer`
     a coded copy, or a smaller child       log bound rises by a law of its own
 
@@ -133,7 +133,8 @@ class Outlook:
 
     Args:
         longer: what twice the training takes off the log bound, for each way of training.
-        began: (log price, log bound) of structures after a first training, the bound as if it had had FIRST steps.
+        began: (log share of the parameters, log bound) of structures after a first training, the bound as if it had had
+            FIRST steps.
     """
 
     longer: dict[Hashable, Law] = field(default_factory=dict)
@@ -149,23 +150,23 @@ class Outlook:
         taken = law.mean * (1 - FADES**doublings) / (1 - FADES)
         return bound * math.exp(-taken), 0.1 + law.spread * math.sqrt(doublings)
 
-    def begin(self, price: float, bound: float, steps: float = FIRST) -> None:
+    def begin(self, share: float, bound: float, steps: float = FIRST) -> None:
         """Take in the bound of a structure after a first training."""
-        self.began.append((math.log(price), math.log(bound) + STEPS * math.log(steps / FIRST)))
+        self.began.append((math.log(share), math.log(bound) + STEPS * math.log(steps / FIRST)))
 
-    def fresh(self, price: float, steps: float = FIRST) -> tuple[float, float]:
+    def fresh(self, share: float, steps: float = FIRST) -> tuple[float, float]:
         """The expected bound of a structure after a first training, and the spread of its logarithm.
 
-        A regression on the structures that were begun. Its prior: half the price, 1.4 times the bound. In the same time
-        a slow structure has fewer steps than a fast one, and loses more.
+        A regression on the structures that were begun. Its prior: half the parameters, 1.4 times the bound. In the same
+        time a slow structure has fewer steps than a fast one, and loses more.
         """
-        bound, spread = self._fresh(price)
+        bound, spread = self._fresh(share)
         return bound * (steps / FIRST) ** -STEPS, spread
 
-    def _fresh(self, price: float) -> tuple[float, float]:
-        slope, base, wide, weight, stiff = -0.5, -0.7, 0.8, 2.0, 0.3
+    def _fresh(self, share: float) -> tuple[float, float]:
+        slope, base, wide, weight, stiff = -0.5, 0.3, 0.8, 2.0, 0.3
         if not self.began:
-            return math.exp(base + slope * math.log(price)), wide
+            return math.exp(base + slope * math.log(share)), wide
         xs, ys = zip(*self.began, strict=True)
         x, y = sum(xs) / len(xs), sum(ys) / len(ys)
         squares = sum((each - x) ** 2 for each in xs)
@@ -173,4 +174,4 @@ class Outlook:
         slope = min(-0.05, (stiff * slope + products) / (stiff + squares))  # many networks have a cliff
         rest = sum((other - y - slope * (one - x)) ** 2 for one, other in self.began)
         spread = math.sqrt((weight * wide**2 + rest) / (weight + len(xs)))
-        return math.exp(y + slope * (math.log(price) - x)), spread
+        return math.exp(y + slope * (math.log(share) - x)), spread
