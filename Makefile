@@ -1,10 +1,11 @@
 # make demo             makes .venv, installs lilliput, shrinks a trained network and says where the report is
 # make test             the same .venv with what the tests need, then the whole test suite
-# Settings: VENV=.venv  PYTHON=python3.12  ARGS="for the demo or for pytest"
+# Settings: VENV=.venv  PYTHON=python3.12  ARGS="for the demo or for pytest"  JOBS=2 (processes that run the tests)
 #           TORCH=torch==2.12.0 installs that one; TORCH= keeps the torch that .venv or PYTHON already has.
 
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
 PINNED := $(shell grep '^torch==' constraints.txt)
 # A torch chosen once stays the choice for this VENV.
 CHOSEN := $(VENV)/torch.chosen
@@ -20,7 +21,7 @@ demo: $(VENV)/demo.installed
 	$(SCRIPTS)/lilliput demo $(ARGS)
 
 test: $(VENV)/dev.installed
-	@$(SCRIPTS)/python -m pytest $(ARGS)
+	@$(SCRIPTS)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 ifneq ($(strip $(TORCH)),$(shell cat $(VENV)/torch.installed 2>/dev/null))
 .PHONY: $(VENV)/torch.installed
@@ -44,7 +45,7 @@ lint: $(VENV)/dev.installed
 	$(SCRIPTS)/mypy
 
 doctest: $(VENV)/dev.installed
-	$(SCRIPTS)/python -m pytest --doctest-modules src/lilliput
+	$(SCRIPTS)/python -m pytest --numprocesses $(JOBS) --doctest-modules src/lilliput
 
 examples: $(VENV)/dev.installed
 	@set -e; for file in examples/*.py; do echo "$$file"; $(SCRIPTS)/python "$$file"; done

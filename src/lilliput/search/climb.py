@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from typing import Any
 
 from lilliput.distill.logits import Distill
@@ -23,20 +23,19 @@ from lilliput.search import choose as choice
 from lilliput.search.arms import Action, Arm, Prospect
 from lilliput.search.candidates import Candidates, priced
 from lilliput.search.job import FAILURES, Job
+from lilliput.search.lessons import Lesson
 from lilliput.search.levels import SPARSE, levels, sparse
 from lilliput.search.outlook import LEAST, Worth, better, cheaper, choose
 from lilliput.search.points import Point
 from lilliput.search.pool import Pool, WorkerDied
 from lilliput.search.space import Space, changes, identity, structure, topology, training
 from lilliput.search.untrained import START
-from lilliput.search.work import Asked, Made, batch_size_for, lesson, teach, train
-from lilliput.task import joined, leaves
-from lilliput.task.nested import output_names
+from lilliput.search.work import Asked, Made, batch_size_for, train
 from lilliput.train import Train
 
 WORK = 3.0  # trainings as long as a first one, for each structure that is asked for where steps are counted
 GENERATION = 4  # trainings that are decided together where steps are counted, whatever the number of workers
-PART = 512  # training examples whose dense outputs a worker computes in one call
+COPY = 0.1  # of a first training, what a copy that is not trained counts for there
 ENDS = 0.95  # of the budget: what comes after the trainings takes the rest
 FIRST = 3  # structures a worker that are priced before any is trained
 FEWEST = 3  # coded copies that are exported, however much they may lose: they are what is nearest
@@ -49,47 +48,6 @@ MUON = 2.5  # its rate, against AdamW's
 DECAY = 0.02  # of the weights of a structure; a coded copy is near its end
 LOWER = 0.7  # the rate of a round, against that of the round before
 FINE = 0.25  # the rate of a coded copy, against that of its structure
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """The dense network's outputs on the training examples under one augmentation, as workers compute them.
-
-    Args:
-        key: under which they are kept.
-        draw: the number of the augmentation.
-        futures: their parts.
-    """
-
-    key: str
-    draw: int
-    futures: "list[Future[Any]]"
-
-    @property
-    def ready(self) -> bool:
-        """Whether they need not be waited for."""
-        return all(future.done() for future in self.futures)
-
-    def keep(self, job: Job, pool: Pool) -> None:
-        """Wait for them and keep them, where workers map them and in the store."""
-        whole = joined([future.result() for future in self.futures])
-        outputs = dict(zip(output_names(whole), leaves(whole), strict=True))
-        pool.put(lesson(self.key), outputs)
-        job.store.put(self.key, {"kind": "outputs", "draw": self.draw}, outputs)
-
-
-def lessons(job: Job, pool: Pool) -> list[Lesson]:
-    """Have the dense network's outputs on every (example, augmentation) computed side by side; workers map them."""
-    waiting: list[Lesson] = []
-    for draw in range(min(job.taught, job.task.draws)):
-        key = f"outputs-{job.runner.start}-{draw}"
-        if (known := job.store.tensors(key)) is not None:
-            pool.put(lesson(key), known)
-            continue
-        parts = list(pairwise([*range(0, job.task.examples, PART), job.task.examples]))
-        futures = [pool.submit(teach, draw, first, last) for first, last in parts]
-        waiting.append(Lesson(key, draw, futures))
-    return waiting
 
 
 def climb(job: Job, space: Space, pool: Pool, waiting: list[Lesson], beside: Iterator[None]) -> None:
@@ -138,7 +96,7 @@ class _Climb:
         arms = list(roots if eager else islice(roots, FIRST * pool.workers))
         first = max((arm.first for arm in arms), default=1.0)
         total = WORK * first * (job.trials or 1) if counted else job.clock.remaining(ENDS)
-        prospect = Prospect(levels(job), *((0.0, 0.0) if counted else (0.5, 1.0)))
+        prospect = Prospect(levels(job), *((0.0, COPY * first) if counted else (0.5, 1.0)))
         here = cls(job, pool, beside, candidates, prospect, total, arms)
         here.beside = chain(here._slowly(roots), beside)
         if counted:
@@ -260,7 +218,7 @@ class _Climb:
     def _submit(self, action: Action) -> "Future[Made]":
         """Ask a worker for a training, or take what an earlier run of the search has of it."""
         job, arm = self.job, action.arm
-        self.used += action.amount
+        self.used += action.amount or self.prospect.copying
         before = structure(arm.plan) if action.kind == "begin" else arm.recipe
         asked = Asked(
             before,

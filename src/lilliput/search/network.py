@@ -13,8 +13,9 @@ from lilliput.quant.half import Half
 from lilliput.quant.quantize import Quantize
 from lilliput.recipe import Recipe, plain
 from lilliput.search import arithmetic, bare, codes, sensitivity, teacher, untrained
-from lilliput.search.climb import Lesson, climb, lessons
+from lilliput.search.climb import climb
 from lilliput.search.job import Job, Target
+from lilliput.search.lessons import Lesson, lessons
 from lilliput.search.points import Point, parameters
 from lilliput.search.pool import Pool
 from lilliput.search.space import Space, offers
