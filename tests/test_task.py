@@ -325,3 +325,19 @@ def test_outputs_of_hugging_face_keep_their_names_through_a_file() -> None:
     assert task.score(session).value == task.score(net).value
     assert torch.allclose(predict(session, inputs).hidden_states[1], 2 * X)
     assert torch.isfinite(task.loss(predict(net, inputs), task.probe("val")))
+
+
+def test_every_augmentation_is_made_once_where_whole_epochs_are_asked_for() -> None:
+    made = []
+
+    def shift(x: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        made.append(len(x))
+        return x + (seeds % 5)[:, None].float()
+
+    x, y = torch.randn(24, 3), torch.zeros(24, dtype=torch.long)
+    task = Task("shifted", (x, y), (x, y), augment=shift, draws=2, batch_size=8)
+    batches = [batch.inputs for batch in task.batches(4 * 3 + 1, seed=0)]
+    assert sum(made) == 2 * 24, "five epochs begin, under two augmentations"
+    fresh = Task("shifted", (x, y), (x, y), augment=shift, draws=2, batch_size=8)
+    alone = [next(iter(fresh.batches(step + 1, 0, first=step))).inputs for step in range(13)]
+    assert all(torch.equal(a, b) for a, b in zip(batches, alone, strict=True)), "the same as made batch by batch"

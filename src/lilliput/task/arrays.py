@@ -246,6 +246,8 @@ class Arrays(Task, default=True):
             if epoch != shown:
                 generator = torch.Generator().manual_seed(seed * 1000003 + epoch)
                 order, shown = torch.randperm(self.examples, generator=generator), epoch
+                if steps - step >= per_epoch:  # all of them will be asked for, and again when the draw comes back
+                    self.prepare(epoch)
             yield self.batch(order[place * size : (place + 1) * size], epoch)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
