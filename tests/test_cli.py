@@ -219,11 +219,14 @@ def test_run_applies_a_recipe_and_report_rebuilds_the_page(
     assert done.exit_code == 0 and page.exists()
 
 
-def test_measure_compares_files_in_one_run(shrunk: subprocess.CompletedProcess[str], place: Path) -> None:
-    file = str(place / "found" / "model.onnx")
+def test_measure_compares_files_in_one_run(
+    shrunk: subprocess.CompletedProcess[str], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)  # a long path would be broken in the table
+    file = "found/model.onnx"
     done = CliRunner().invoke(app, ["measure", file, file, "--seconds", "0.1", "--batch", "4"], env={"COLUMNS": "200"})
-    assert done.exit_code == 0 and "times faster" in done.output, done.output
-    assert done.output.replace("\n", "").count("model.onnx") == 2
+    assert done.exit_code == 0 and "times faster" in done.output
+    assert done.output.count("model.onnx") == 2
     broken = place / "broken.onnx"
     broken.write_bytes(b"no model")
     for wrong in (
