@@ -119,7 +119,7 @@ class Search:
 
     def held_out(self, summary: Summary, out: Path) -> dict[str, Any] | None:
         """The drop on the test split by the written file; None for a job without one (those of bench-work)."""
-        from lilliput.cli.target import resolve
+        from lilliput.search.origin import resolve
 
         from lilliput.export.onnx import Session
 

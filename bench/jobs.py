@@ -81,7 +81,7 @@ def job(name: str, seed: int, out: Path, with_rival: bool) -> Path:
 
 def beside(target: str, ours: Path, rival: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """The rival's record, with both files' speed from one run and our loss on test measured as the rival's was."""
-    from lilliput.cli.target import resolve
+    from lilliput.search.origin import resolve
 
     from lilliput.cost.measure import latency
     from lilliput.export.onnx import Session

@@ -303,7 +303,7 @@ def rival(
 
 def main() -> None:
     """Read the command line and write the record and the files."""
-    from lilliput.cli.target import resolve
+    from lilliput.search.origin import resolve
 
     from lilliput.search import ask
 
