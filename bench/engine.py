@@ -177,7 +177,7 @@ def overhead_us() -> float:
 def library_sizes(path: Path, folder: Path) -> dict[str, int]:
     """Bytes of the library of a network by how its weights are stored."""
     from lilliput.export.onnx import narrow
-    from lilliput.search.onnx_file import channels, quantized
+    from lilliput.search.onnx_codes import channels, grid
     from lilliput.stored.plain import Plain
 
     proto = onnx.load(path)
@@ -187,7 +187,7 @@ def library_sizes(path: Path, folder: Path) -> dict[str, int]:
     for kind, stored in {
         "float32": {},
         "float16": {name: Plain(w.astype(np.float16)) for name, w in weights.items()},
-        "8 bits": quantized(weights, axes, dict.fromkeys(weights, 8)),
+        "8 bits": {name: grid(w, axes[name], 8) for name, w in weights.items() if name in axes},
     }.items():
         engine = lilliput.compile(narrow(proto, stored) if stored else proto, folder / f"size-{kind}")
         sizes[kind] = engine.manifest["library_bytes"] + engine.manifest["weight_bytes"]

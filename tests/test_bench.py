@@ -1,5 +1,7 @@
 """The rival and the tables of bench/: what a person is told by them is right."""
 
+import ast
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -127,3 +129,25 @@ def test_a_run_on_record_for_a_commit_is_not_repeated(
     with pytest.raises(SystemExit):
         anytime.main(["no-such-row"])
     assert "no row no-such-row" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["bench", "scripts", "examples"])
+def test_every_name_that_a_script_imports_is_there(folder: str) -> None:
+    """Imports inside functions too: a benchmark of hours must not end in one."""
+    missing = []
+    for file in sorted((Path(__file__).parents[1] / folder).glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lilliput":
+                missing += [
+                    f"{file.name}: {node.module}.{alias.name}" for alias in node.names if not there(node, alias)
+                ]
+    assert not missing
+
+
+def there(node: ast.ImportFrom, alias: ast.alias) -> bool:
+    """Whether a module has a name, or is a package that holds a module of it."""
+    try:
+        found = importlib.import_module(node.module or "")
+        return hasattr(found, alias.name) or bool(importlib.import_module(f"{node.module}.{alias.name}"))
+    except ModuleNotFoundError:
+        return False
