@@ -81,10 +81,9 @@ def job(name: str, seed: int, out: Path, with_rival: bool) -> Path:
 
 def beside(target: str, ours: Path, rival: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """The rival's record, with both files' speed from one run and our loss on test measured as the rival's was."""
-    from lilliput.search.origin import resolve
-
     from lilliput.cost.measure import latency
     from lilliput.export.onnx import Session
+    from lilliput.search.origin import resolve
 
     record: dict[str, Any] = json.loads((rival / "rival.json").read_text())
     record.pop("attempts")
