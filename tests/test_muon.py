@@ -1,6 +1,7 @@
 """Muon: orthogonal steps for matrices and convolutions, AdamW for the rest."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -75,9 +76,9 @@ def test_rare_directions_are_learned_in_fewer_steps_than_by_adamw() -> None:
     x = torch.randn(512, 24, generator=generator) * torch.logspace(0, -1.5, 24) @ turn
     truth = torch.randn(12, 24, generator=generator) / 5
 
-    def lost(make: object) -> float:
+    def lost(make: Callable[[nn.Parameter], torch.optim.Optimizer]) -> float:
         w = nn.Parameter(torch.zeros(12, 24))
-        optimizer = make(w)  # type: ignore[operator]
+        optimizer = make(w)
         for step in range(60):
             optimizer.param_groups[0]["lr"] = 0.2 * (1 - step / 60)
             optimizer.zero_grad()

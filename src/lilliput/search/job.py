@@ -84,7 +84,7 @@ class Job:
 
     Args:
         target: what kind of network it is, and how points are made of it (a torch network, or an ONNX file).
-        task: as the search uses it, perhaps with fewer augmentations than the user's.
+        task: whose examples train and judge.
         runner: makes recipes' models, with the store behind it.
         press: turns models into points.
         workers: how many processes train, or ray://HOST; None for as many as cores and memory allow.
