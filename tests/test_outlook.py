@@ -38,7 +38,16 @@ def test_a_smaller_promised_network_is_worth_more_the_sooner_and_the_surer_it_is
 def test_what_the_choice_will_add_makes_an_option_less_sure() -> None:
     option = Option("a", 10, 0.05, 0.8, 0.3)
     assert option.promised(0.3) < 0.5 < option.promised()
-    assert cheaper(0.1, 0.3)(option) < cheaper(0.1)(option)
+    assert cheaper(0.1, luck=0.3)(option) < cheaper(0.1)(option)
+
+
+def test_what_may_be_taken_back_makes_a_safer_and_dearer_copy_worth_something() -> None:
+    safer, dearer = Option("a", 1, 0.02, 0.5, 0.15), Option("b", 1, 0.3, 0.5, 0.15)
+    close, far = cheaper(0.2, [(0.01, 0.95)]), cheaper(0.2, [(0.01, 0.3)])
+    assert close(safer) > 0.2 > 0.01 > far(safer) and close(dearer) == 0
+    assert close(Option("c", 1, 0.005, 0.5, 0.15)) > far(Option("c", 1, 0.005, 0.5, 0.15)) > 0.5
+    both = cheaper(0.2, [(0.01, 0.95), (0.02, 0.5)])
+    assert both(safer) < 0.01 and cheaper(0.1)(safer) == pytest.approx(math.log(5), rel=1e-3)
 
 
 def test_a_training_of_half_the_length_is_offered_where_the_whole_does_not_fit() -> None:

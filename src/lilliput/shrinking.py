@@ -115,7 +115,7 @@ def shrink(
     exporter.begin()
     model = _own(model)
     task = task.against(model)
-    outputs = check(model, task)
+    outputs = check(model, task, COMPARED)
     folder = Path(out) if out is not None else Path(f"lilliput-{task.name}")
     if (folder / "records").exists() and any((folder / "records").iterdir()) and not resume:
         raise ValueError(
@@ -243,8 +243,8 @@ def _run(job: Job, fresh: bool, finish_only: bool = False) -> Result:
     with Ending() as ending:
         try:
             result = search(job, ending, finish_only)
-        except (ExportError, NotSupported, Stopped) as error:
-            if fresh:
+        except (ExportError, NotSupported, Stopped, ValueError) as error:
+            if fresh and not job.points:
                 shutil.rmtree(job.folder, ignore_errors=True)
             if isinstance(error, Stopped):
                 raise KeyboardInterrupt(error.reason) from error

@@ -1,17 +1,20 @@
 """Check a model, a task and a device before any work starts."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lilliput.errors import ExportError, NotSupported
 from lilliput.search.onnx_target import OnnxModel
-from lilliput.task import Batch, Score, Task, leaves, length, outline, predict, take
+from lilliput.task import Batch, Model, Score, Task, leaves, length, outline, predict, take
 
 
 def check(model: nn.Module, task: Task, most: int | None = None) -> Any:
-    """The model's outputs on the task's probe of val, or on its first `most` examples, whose metric is not asked for.
+    """The model's outputs on the task's probe of val, or on its first `most` examples, without asking for the metric.
 
     Raises:
         ValueError: unless the model runs on the task's inputs and its metric and loss are finite.
@@ -22,30 +25,63 @@ def check(model: nn.Module, task: Task, most: int | None = None) -> Any:
             f"{type(model).__name__} with {sum(1 for _ in model.parameters())} parameters. There is "
             "nothing to make smaller."
         )
-    probe = task.probe("val")
-    if most is not None:
-        probe = Batch(take(probe.inputs, slice(0, most)), take(probe.targets, slice(0, most)))
-    score, failure = None, None
     _outputs(model, task, task.example)
+    probe = task.probe("val")
     if most is None:
-        try:
-            score = _measurable(task.score(model, "val"), task)
-        except Exception as error:
-            failure = error
-    outputs = score.outputs if score is not None else None
+        outputs = measured(model, task)[1]
+    else:
+        probe = Batch(take(probe.inputs, slice(0, most)), take(probe.targets, slice(0, most)))
+        outputs = _finite(_outputs(model, task, probe.inputs), task)
+    loss = 0.0
+    with _taking(outputs, probe):
+        if task.labelled and probe.targets is not None:
+            loss = float(task.loss(outputs, probe))
+    if not math.isfinite(loss):
+        raise ValueError(f"shrink: the loss of the model must be finite, got {loss} on val. Check the task's loss.")
+    return outputs
+
+
+def measured(model: Model, task: Task) -> tuple[Score, Any]:
+    """The dense network's score on val, where the metric is asked for the first time, and its outputs on the probe.
+
+    Args:
+        model: the network, or a session of its file.
+        task: what it is scored on.
+
+    Raises:
+        ValueError: unless the metric takes the outputs, and is finite.
+    """
+    probe, score, failure = task.probe("val"), None, None
+    try:
+        score = _measurable(task.score(model, "val"), task)
+    except (ExportError, NotSupported):  # a file's runtime refuses it
+        raise
+    except Exception as error:
+        failure = error
+    outputs = None if score is None else score.outputs
     if outputs is None:
         outputs = _outputs(model, task, probe.inputs)
+    _finite(outputs, task)
+    if score is None:
+        with _taking(outputs, probe):
+            raise failure or AssertionError
+    return score, outputs
+
+
+def _finite(outputs: Any, task: Task) -> Any:
     if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves(outputs) if leaf.is_floating_point()):
         raise ValueError(
             f"shrink: the model's outputs must be finite, got NaN or infinity on the val inputs of "
             f"{task.name}. Check its weights and the inputs."
         )
-    loss = 0.0
+    return outputs
+
+
+@contextlib.contextmanager
+def _taking(outputs: Any, probe: Batch) -> Iterator[None]:
+    """Say of what a user's metric or loss raises inside, which outputs and targets it was given."""
     try:
-        if failure is not None:
-            raise failure
-        if task.labelled and probe.targets is not None:
-            loss = float(task.loss(outputs, probe))
+        yield
     except ValueError:
         raise
     except Exception as error:
@@ -54,9 +90,6 @@ def check(model: nn.Module, task: Task, most: int | None = None) -> Any:
             f"shape {None if probe.targets is None else outline(probe.targets)}, but raised "
             f"{type(error).__name__}: {error}. Check the task's targets."
         ) from error
-    if not math.isfinite(loss):
-        raise ValueError(f"shrink: the loss of the model must be finite, got {loss} on val. Check the task's loss.")
-    return outputs
 
 
 def _measurable(score: Score, task: Task) -> Score:
@@ -69,7 +102,7 @@ def _measurable(score: Score, task: Task) -> Score:
     return score
 
 
-def _outputs(model: nn.Module, task: Task, inputs: Any) -> Any:
+def _outputs(model: Model, task: Task, inputs: Any) -> Any:
     """What the model returns, which must be floating-point tensors with a row for each example."""
     try:
         outputs = predict(model, inputs)

@@ -36,7 +36,8 @@ from lilliput.train import Train
 WORK = 3.0  # trainings as long as a first one, for each structure that is asked for where steps are counted
 GENERATION = 4  # trainings that are decided together where steps are counted, whatever the number of workers
 COPY = 0.1  # of a first training, what a copy that is not trained counts for there
-ENDS = 0.95  # of the budget: what comes after the trainings takes the rest
+PRESSES = 2  # networks that are written after the last training
+PRESSING = 3.0  # what that takes, in times of scoring val, before one was written
 FIRST = 3  # structures a worker that are priced before any is trained
 FEWEST = 3  # coded copies that are exported, however much they may lose: they are what is nearest
 WAIT = 0.3  # of its training, how long a worker may wait for the end of a piece of work beside
@@ -89,13 +90,13 @@ class _Climb:
     @classmethod
     def of(cls, job: Job, space: Space, pool: Pool, beside: Iterator[None]) -> "_Climb":
         counted = job.clock.budget_s is None
-        candidates = Candidates(job, space, None if counted else job.clock.remaining(ENDS))
+        candidates = Candidates(job, space, None if counted else _remaining(job))
         roots = candidates.roots(pool)
         # Where a run has a price, finding it is done beside the first trainings.
         eager = counted or not job.question.priced_by_runtime
         arms = list(roots if eager else islice(roots, FIRST * pool.workers))
         first = max((arm.first for arm in arms), default=1.0)
-        total = WORK * first * (job.trials or 1) if counted else job.clock.remaining(ENDS)
+        total = WORK * first * (job.trials or 1) if counted else _remaining(job)
         prospect = Prospect(levels(job), *((0.0, COPY * first) if counted else (0.5, 1.0)))
         here = cls(job, pool, beside, candidates, prospect, total, arms)
         here.beside = chain(here._slowly(roots), beside)
@@ -121,7 +122,7 @@ class _Climb:
     @property
     def left(self) -> float:
         """Seconds of one worker, or steps, until the trainings end."""
-        return self.total - self.used if self.counted else self.job.clock.remaining(ENDS)
+        return self.total - self.used if self.counted else _remaining(self.job)
 
     @property
     def floor(self) -> float:
@@ -134,7 +135,7 @@ class _Climb:
             if self.counted:
                 done, _ = wait(self.running)
             else:
-                until = 0.0 if self.errand() else max(0.1, self.job.clock.remaining(ENDS + 0.03))
+                until = 0.0 if self.errand() else max(0.1, _remaining(self.job, 1 / 3))
                 done, _ = wait(self.running, timeout=until, return_when=FIRST_COMPLETED)
                 if self.running and not done and until:
                     break
@@ -193,14 +194,14 @@ class _Climb:
         found = choice.choose(job.task, job.dense.score, scores, prices, floor=None, sure=question.sure)
         bounds = list(zip(job.points, found.bound / self.floor, strict=True))
         if question.floor is not None:
-            promised = [point for point, least in bounds if least <= 1]
-            best = min(map(self._relative, promised), default=1.0)
-            if self.coming and not self.counted and not question.priced_by_runtime:
-                best = min(best, 1 / START[question.file])  # what needs no training usually reaches that
+            promised = [(self._relative(point), float(least)) for point, least in bounds if least <= 1]
+            # What needs no training usually reaches START.
+            comes = self.coming and not self.counted and not question.priced_by_runtime
+            sure = 1 / START[question.file] if comes else 1.0
             # The final choice takes back what a point owes to having been picked: what is safe beyond that counts.
             pairs = zip(bounds, found.luck / self.floor, strict=True)
             added = [more for (_, least), more in pairs if 0 < least <= NEAR]
-            return cheaper(best, sum(added) / max(1, len(added)))
+            return cheaper(sure, promised, sum(added) / max(1, len(added)))
         fitting = [max(LEAST, float(least)) for point, least in bounds if question.fits(point.costs)]
         return better(min(fitting, default=100.0), self.most)
 
@@ -303,6 +304,7 @@ class _Climb:
     def _press(self, arm: Arm) -> None:
         """Make a coded arm an artifact, and add it as a point."""
         self.pressed += 1
+        began = self.job.clock.now
         job, recipe, own = self.job, arm.recipe, identity(Recipe(changes(arm.plan)))
         try:
             model, key = job.runner.make(recipe), job.runner.key(recipe)
@@ -311,11 +313,17 @@ class _Climb:
             job.add(point, axes=[axis for axis, number in arm.axes.items() if number])
             if (price := self._relative(point)) < 1:
                 arm.weights = price - arm.besides
+            job.took["press"] = job.clock.now - began
         except StoreError:
             raise
         except FAILURES as error:
             arm.closed = f"{type(error).__name__}: {error}"
             job.failed(arm.name, error)
+
+
+def _remaining(job: Job, part: float = 1.0) -> float:
+    """Seconds until trainings end, or until a part of what comes after them is left."""
+    return job.clock.remaining() - part * PRESSES * job.took.get("press", PRESSING * job.took["score"])
 
 
 def _title(action: Action) -> str:

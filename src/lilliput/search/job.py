@@ -52,8 +52,13 @@ class Target(ABC):
         """Points that are made in seconds, before anything is looked at: the same network in 8 bits."""
 
     @abstractmethod
-    def untrained(self, job: "Job") -> Iterator[Point | None]:
-        """Points that need no training, one by one: each is added before the next is made. None where it pauses."""
+    def untrained(self, job: "Job", alone: bool) -> Iterator[Point | None]:
+        """Points that need no training, one by one: each is added before the next is made. None where it pauses.
+
+        Args:
+            job: the search.
+            alone: whether they may take most of the time, since nothing trains beside.
+        """
 
     @abstractmethod
     def trained(self, job: "Job", pool: Pool, beside: Iterator[None]) -> None:

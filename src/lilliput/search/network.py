@@ -62,9 +62,9 @@ class Network(Target):
     def first(self, job: Job) -> list[Point]:
         return _eight_bits(job)
 
-    def untrained(self, job: Job) -> Iterator[Point | None]:
-        training = job.question.train and not _frozen(job)
-        yield from chain(bare.points(job), arithmetic.points(job), untrained.points(job, training))
+    def untrained(self, job: Job, alone: bool) -> Iterator[Point | None]:
+        alone = alone or bool(_frozen(job))
+        yield from chain(bare.points(job), arithmetic.points(job), untrained.points(job, not alone))
         if not any(job.lost(point) <= 0 for point in job.points[1:]):  # what is safe, where 8 bits are not
             yield from _half(job)
 

@@ -62,7 +62,7 @@ class OnnxFile(Target):
             return self._half(job)
         return self._eight(job, weights, axes)
 
-    def untrained(self, job: Job) -> Iterator[Point]:
+    def untrained(self, job: Job, alone: bool) -> Iterator[Point]:
         weights, axes = self._weights()
         if weights:
             yield from self._half(job)

@@ -8,9 +8,9 @@ that begins at a weak prior and is learned while the search runs:
     twice the training                     log bound falls by `longer`
     a coded copy, or a smaller child       log bound rises by a law of its own
 
-An option is worth the probability that it is promised, times the logarithm of how much cheaper it would be than the
-best so far, for its time. Bounds are counted in floors and prices in prices of the dense network, so nothing here knows
-the task.
+An option is worth the probability that it is promised, times the logarithm of how much cheaper it would be than what
+is promised without it, for its time. Bounds are counted in floors and prices in prices of the dense network, so nothing
+here knows the task.
 """
 
 import math
@@ -32,6 +32,8 @@ FIRST = 200.0
 """Steps of a first training that the prior speaks of."""
 STEPS = 0.5
 """The power of the number of steps by which the bounds of first trainings fall."""
+TAKEN_BACK = 0.15
+"""By how much the logarithm of a promised point's bound may still change, beside points that are yet to be made."""
 LEAST = 0.02
 """The smallest bound that is told from zero, in floors."""
 
@@ -100,14 +102,31 @@ class Option:
 Worth = Callable[[Option], float]
 
 
-def cheaper(best: float, luck: float = 0.0) -> Worth:
-    """The worth of an option where a floor must hold.
+def cheaper(sure: float, promised: Iterable[tuple[float, float]] = (), luck: float = 0.0) -> Worth:
+    """The worth of an option where a floor must hold: by how much it lowers the expected logarithm of the final price.
+
+    What is promised now need not be at the end, beside more points. Where the best is close to the floor, one that is
+    safer is worth something though it costs more.
 
     Args:
-        best: the price of the cheapest promised point so far.
-        luck: what the choice will add to its bound, in floors.
+        sure: a price that will be promised in any case.
+        promised: (price, bound) of the points that are promised now.
+        luck: what the choice will add to the bound of an option, in floors.
     """
-    return lambda option: option.promised(luck) * max(0.0, math.log(best / option.price))
+    # From the cheapest up: a price, and the probability that nothing up to that price is promised at the end.
+    steps, none = [(-math.inf, 1.0)], 1.0
+    for price, bound in sorted(promised):
+        if price < sure:
+            none *= 1 - NORMAL.cdf(-math.log(max(bound, LEAST)) / TAKEN_BACK)
+            steps.append((math.log(price), none))
+    ends = [*(place for place, _ in steps[1:]), math.log(sure)]
+
+    def worth(option: Option) -> float:
+        place = math.log(option.price)
+        gain = sum(rest * max(0.0, end - max(at, place)) for (at, rest), end in zip(steps, ends, strict=True))
+        return option.promised(luck) * gain
+
+    return worth
 
 
 def better(best: float, most: float) -> Worth:

@@ -3,11 +3,12 @@
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from torch import nn
 
 from lilliput.search import arithmetic, ask
-from lilliput.search.cores import count_workers
+from lilliput.search.cores import beside, count_workers
 from lilliput.search.deliver import arrived
 from lilliput.search.ending import Ending, Stopped
 from lilliput.search.finish import Result, conclude, reserve
@@ -62,7 +63,9 @@ def search(job: Job, ending: Ending, finish_only: bool = False) -> Result:
             with ending.search(float("inf")):
                 if pool is not None:
                     job.target.begin(job, pool)
-                _begin(job, finish_only)
+                # The first files come from this process alone: workers leave it a core until they are written.
+                with contextlib.nullcontext() if pool is None else pool.paused(but=beside()):
+                    _begin(job, finish_only)
             if pool is not None:
                 with ending.search(max(LEAST_S, job.clock.remaining())):
                     _go_on(job, pool)
@@ -108,13 +111,17 @@ def _begin(job: Job, finish_only: bool) -> None:
 
 def _go_on(job: Job, pool: Pool) -> None:
     job.target.look(job)
-    beside = _added(job, job.target.untrained)
-    # No clock has a say where there is none. Where little is left, no training ends in time, and what needs none shall.
-    if job.clock.budget_s is None or job.clock.remaining() < SHORT * job.clock.now:
-        deque(beside, maxlen=0)
+    # Where little is left, no training ends in time, and what needs none gets the machine.
+    short = job.clock.remaining() < SHORT * job.clock.now
+    untrained = _added(job, partial(job.target.untrained, alone=short or not job.question.train))
+    if short:
+        with pool.paused():
+            deque(untrained, maxlen=0)
+    elif job.clock.budget_s is None:  # no clock has a say in the order
+        deque(untrained, maxlen=0)
     job.clock.reserved_s = reserve(job) + arithmetic.reserved_s(job)
-    job.target.trained(job, pool, beside)
-    deque(beside, maxlen=0)
+    job.target.trained(job, pool, untrained)
+    deque(untrained, maxlen=0)
     job.clock.reserved_s = reserve(job)
     if job.question.for_latency:
         deque(_added(job, arithmetic.trained), maxlen=0)

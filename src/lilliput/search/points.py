@@ -21,6 +21,7 @@ from lilliput.export import onnx as onnx_export
 from lilliput.export import pack as pack_format
 from lilliput.export.guard import compare, worst
 from lilliput.export.save import prepared
+from lilliput.search.check import measured
 from lilliput.search.question import Question
 from lilliput.stored.base import Stored
 from lilliput.task import Model, Score, Task, leaves, length, predict, take
@@ -260,7 +261,7 @@ class Press:
         whole = any(node.op_type == "DynamicQuantizeLinear" for node in proto.graph.node)
         runner = one_by_one(session) if whole else session
         began = time.monotonic()
-        score, outputs = judged(self.task, runner)
+        score, outputs = measured(runner, self.task) if self.dense is None else judged(self.task, runner)
         self.scored_s = time.monotonic() - began
         if plain is None:
             assert self.dense is not None

@@ -62,6 +62,7 @@ class Offers:
         harm: its metrics.
         options: tensor -> label -> option.
         values: of all these tensors.
+        examples: how many calibration inputs the metrics were measured on.
         fitted: family -> measured by predicted harm.
     """
 
@@ -69,6 +70,7 @@ class Offers:
     harm: Harm
     options: dict[str, dict[Hashable, Option]] = field(default_factory=dict)
     values: int = 0
+    examples: int = 256
     fitted: dict[str, float] = field(default_factory=dict)
 
     def chosen(self, total: float) -> dict[str, Option]:
@@ -113,6 +115,7 @@ def offers(
     file: str = "lil",
     cost: Cost | None = None,
     seconds: float = math.inf,
+    examples: int = 256,
     seed: int = 0,
 ) -> Offers:
     """Price every tensor of a model with every code that may store it.
@@ -123,11 +126,12 @@ def offers(
         file: "lil" or "onnx": where costs are bytes.
         cost: what a stored tensor costs instead, such as milliseconds.
         seconds: within which it should be done: with less time fewer steps are tried.
+        examples: how many calibration inputs the harms are measured on.
         seed: of what is drawn for the metrics.
     """
     priced: Cost = cost or (lambda stored: stored.cost("onnx" if file == "onnx" else "lil"))
     began = time.monotonic()
-    listed = Offers(model, Harm.of(model, task, seed=seed))
+    listed = Offers(model, Harm.of(model, task, examples=examples, seed=seed), examples=examples)
     tensors = {n: t for n, t in parameter_names(model).items() if t.is_floating_point() and not reason(model, n)}
     weights = [name for name in find(model, who="rate") if name in tensors]
     measured = Measured(model, task, weights)
@@ -159,7 +163,7 @@ def _grids(tensor: Tensor, metric: Metric, codes: list[Code], share: float, cost
     """What Squeeze offers: entropy-coded grids from fine to coarse, and the widths that are proposed."""
     widths = sorted({bits for code in codes if (bits := _grid_bits(code)) is not None} or {8})
     per = "tensor" if len(tensor) > 4096 else "channel"
-    thin = 1 if share > 0.8 else 2 if share > 0.3 else 4  # every how many steps
+    thin = 1 if share > 0.8 else min(4, math.ceil(1 / max(share, 0.25)))  # every how many steps
     spread = float(tensor.std(correction=0))
     steps = [spread * FINEST * math.sqrt(2) ** k for k in range(0, STEPS, thin)] if spread > 0 else []
     found = _rounded(tensor, metric, "tensor", [*steps, *(widths if per == "tensor" else [])], cost)
@@ -218,7 +222,7 @@ def _other(tensor: Tensor, code: Code, metric: Metric, cost: Cost) -> Option | N
 
 def composed(known: Offers, picked: dict[str, Option]) -> tuple[nn.Module, list[Squeeze | Encode]]:
     """The network in which every tensor is stored by its option, and the stages that make it from `known.model`."""
-    listed, model = _stages(picked), known.model
+    listed, model = _stages(picked, known.examples), known.model
     for stage in listed:  # what the tensors harm is known already: Squeeze would find it again
         if isinstance(stage, Squeeze):
             model = squeezed(model, known.harm, stage.allocation)
@@ -234,10 +238,10 @@ def stages(known: Offers, mean_bits: float) -> list[Squeeze | Encode]:
         known: what the model's tensors may be stored as, priced in bytes.
         mean_bits: bits a value, positions of zeros and step sizes included.
     """
-    return _stages(known.chosen(mean_bits * known.values / 8))
+    return _stages(known.chosen(mean_bits * known.values / 8), known.examples)
 
 
-def _stages(picked: dict[str, Option]) -> list[Squeeze | Encode]:
+def _stages(picked: dict[str, Option], examples: int) -> list[Squeeze | Encode]:
     allocation = tuple((name, *option.level) for name, option in picked.items() if option.level is not None)
     others = [Encode(option.code, where=name) for name, option in picked.items() if option.code is not None]
-    return [*([Squeeze(allocation)] if allocation else []), *others]
+    return [*([Squeeze(allocation, examples)] if allocation else []), *others]

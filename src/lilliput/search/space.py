@@ -17,7 +17,6 @@ from torch import nn
 from lilliput import registry
 from lilliput.distill.logits import Distill
 from lilliput.errors import StoreError
-from lilliput.graph.widths import Size, Sizes
 from lilliput.proposal import Known, Proposals, Refusal, in_order, proposals
 from lilliput.recipe import Recipe
 from lilliput.rule import Rule
@@ -126,15 +125,6 @@ class Space:
         except FAILURES:
             return False
         return True
-
-    def size(self, choice: Choice) -> Size:
-        """Values and multiply-accumulates for one example of a choice's structure.
-
-        Raises:
-            ValueError: and whatever else a stage raises that cannot be applied.
-        """
-        model, example = self.runner.make(structure(self.plan(choice))), self.runner.task.example
-        return Sizes(model, example, ())({})
 
     def starters(self) -> list[Choice]:
         """Choices that are worth trying on any network: where the search starts.

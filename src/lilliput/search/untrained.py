@@ -22,6 +22,10 @@ RATIOS = (1.5, 60.0)  # what is tried at most
 SPARED = 0.5  # of the floor, left for the luck of having been chosen
 MOST = 10  # networks
 SHARE = {True: 0.25, False: 0.85}  # of the time that is left, where workers train beside, on the same cores, or not
+EXAMPLES = (1024, 512, 256)  # that harms are measured on: the most that take no more than their part of PRICING, where
+# nothing trains beside, else the fewest
+MEASURING = 0.5  # that part
+PASSES = 4.0  # what measuring takes, in passes of as many examples forwards
 PRICING = {True: 0.1, False: 0.25}  # of that time, for what codes cost and harm
 
 
@@ -91,7 +95,9 @@ def points(job: Job, training: bool) -> Iterator[Point | None]:
     try:
         with job.clock.on("calibrate"):
             folded = fold_batchnorm(job.model, job.task.example)
-            known = rate.offers(folded, job.task, file=question.file, seconds=PRICING[training] * left)
+            pricing = PRICING[training] * left
+            count = EXAMPLES[-1] if training else _examples(job, pricing)
+            known = rate.offers(folded, job.task, file=question.file, seconds=pricing, examples=count)
     except StoreError:
         raise
     except FAILURES as error:
@@ -116,6 +122,14 @@ def points(job: Job, training: bool) -> Iterator[Point | None]:
             continue
         bracket.saw(ratio, _holds(job, point))
         yield point
+
+
+def _examples(job: Job, seconds: float) -> int:
+    """On how many examples harms are measured, of which more predict better; the fewest where no clock has a say."""
+    if job.clock.budget_s is None:
+        return EXAMPLES[-1]
+    each = PASSES * float(job.dense.about["score_s"]) / job.task.size("val")
+    return next((count for count in EXAMPLES if count * each <= MEASURING * seconds), EXAMPLES[-1])
 
 
 def _holds(job: Job, point: Point) -> bool:

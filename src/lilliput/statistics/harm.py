@@ -83,14 +83,13 @@ class Harm:
     inputs: Any
 
     @classmethod
-    def of(cls, model: nn.Module, task: Task, *, examples: int = 256, graded: int = 128, seed: int = 0) -> "Harm":
+    def of(cls, model: nn.Module, task: Task, *, examples: int = 256, seed: int = 0) -> "Harm":
         """Measure a model's metrics on calibration inputs.
 
         Args:
             model: coded or plain; it stays as it is.
             task: gives the inputs, and the divergence.
-            examples: how many inputs the second moments are taken from.
-            graded: how many of them the gradients are taken from.
+            examples: how many inputs the second moments are taken from, and the gradients from every other of them.
             seed: of the directions and of the places that are looked at.
         """
         plain = realize(model).eval().float().requires_grad_(False)
@@ -98,7 +97,7 @@ class Harm:
         inputs = together(plain, on(single(_inputs(task, examples)), device))
         names = [name for name, parameter in plain.named_parameters() if parameter.numel()]
         rows = sampled(plain, inputs, [name for name in names if _seen(plain, name)], seed)
-        slopes = _slopes(plain, task, inputs, names, graded, seed)
+        slopes = _slopes(plain, task, inputs, names, (examples + 1) // 2, seed)
         shapes = {name: tuple(plain.get_parameter(name).shape) for name in names}
         return cls({name: _metric(slopes[name], shapes[name], rows, name) for name in names}, rows, inputs)
 
