@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,13 +15,13 @@ from lilliput.onnx.structure import Structure
 from lilliput.quant.dynamic import dynamic, gain_ms
 from lilliput.quant.static import observe
 from lilliput.search.integers import integers
-from lilliput.search.job import Job
+from lilliput.search.job import Job, Pieces
 from lilliput.search.points import Point
 from lilliput.stage import calibration
 from lilliput.task import length, take
 
 TOLERANCES = (0.002, 0.004, 0.01)
-SHARE = 0.2  # of the budget, for finding out what pays
+SHARE = 0.3  # of the budget, for finding out what pays, other work in between included
 SHARE_EACH = 0.03  # of the budget, for a trained point
 LOSES = 0.25  # points of a metric for the root of a mean divergence: where to begin, no more
 RESERVED = 0.12  # of the budget, for the trained points at the most
@@ -55,7 +55,7 @@ class Candidate:
     hoped: float = 1.0
 
 
-def points(job: Job, of: Point | None = None, seconds: float | None = None) -> Iterator[Point]:
+def points(job: Job, of: Point | None = None, seconds: float | None = None) -> Pieces:
     """A point with operators in 8-bit integers: static where ranges are fixed, dynamic where found anew.
 
     First what is scored is the fastest that seems to keep the floor, by what it harms; then faster ones while they do,
@@ -74,17 +74,23 @@ def points(job: Job, of: Point | None = None, seconds: float | None = None) -> I
     if seconds is None:
         seconds = UNCOUNTED_S if job.clock.budget_s is None else SHARE * job.clock.budget_s
     end = job.clock.now + seconds
+    tried = yield from _static(job, base, end)
+    yield max(0.0, end - job.clock.now)
     with job.clock.on("calibrate"):
-        tried = [*_static(job, base, end), *_dynamic(job, base, end)]
-        for proto in (base.proto, *(candidate.proto for candidate in tried)):
-            if job.forge is not None:
-                job.forge.start(proto)
-        tried = [_timed(job, base, candidate, end) for candidate in tried]
-        alone = _timed(job, base, Candidate(base.proto, "", [], "", 0.0, 1.0), job.clock.now)
-        found = worth(tried, alone.time)
-        for candidate in tried:
-            if candidate not in found:
-                job.known.skip(candidate.name, f"it harms more than others, and takes {candidate.time:.0%} of the time")
+        tried += _dynamic(job, base, end)
+    for proto in (base.proto, *(candidate.proto for candidate in tried)):
+        if job.forge is not None:
+            job.forge.start(proto)
+    timed: list[Candidate] = []
+    for candidate in tried:
+        yield max(0.0, end - job.clock.now)
+        with job.clock.on("calibrate"):
+            timed.append(_timed(job, base, candidate, end))
+    alone = _timed(job, base, Candidate(base.proto, "", [], "", 0.0, 1.0), job.clock.now)
+    found = worth(timed, alone.time)
+    for candidate in timed:
+        if candidate not in found:
+            job.known.skip(candidate.name, f"it harms more than others, and takes {candidate.time:.0%} of the time")
     floor = job.question.points(job.dense.score.value)
     kept = base
     for point in _tried(job, found, floor):
@@ -113,22 +119,26 @@ def _tried(job: Job, found: Sequence[Candidate], floor: float) -> Iterator[Point
 
 
 def reserved_s(job: Job) -> float:
-    """The seconds that `trained` and the compiler need at the end of a search."""
-    if not job.question.for_latency or job.clock.budget_s is None:
+    """The seconds that `trained` and the compiler need at the end of a search, once there is a point for them."""
+    if not job.question.for_latency or job.clock.budget_s is None or not _small(job):
         return 0.0
     compiling = 0.0 if job.forge is None else 2 * job.forge.expected_s()
     return min(RESERVED * job.clock.budget_s, TRAINED * SHARE_EACH * job.clock.budget_s + compiling)
 
 
-def trained(job: Job) -> Iterator[Point]:
+def trained(job: Job) -> Pieces:
     """The trained points that compute least of those within the floor, in integers, as many as there is time for."""
-    floor = job.question.points(job.dense.score.value)
-    fit = [point for point in job.points if point.model is not None and job.lost(point) <= floor]
-    small = [point for point in fit if point.macs < job.dense.macs]
-    for point in sorted(small, key=lambda point: (point.macs, job.lost(point)))[:TRAINED]:
+    for point in _small(job)[:TRAINED]:
         seconds = min(SHARE_EACH * (job.clock.budget_s or UNCOUNTED_S), job.clock.remaining(0.95))
         if seconds > job.press.scored_s:
             yield from points(job, point, seconds)
+
+
+def _small(job: Job) -> list[Point]:
+    """Points within the floor that compute less than the dense network, those that compute least first."""
+    floor = job.question.points(job.dense.score.value)
+    fit = [point for point in job.points if point.model is not None and job.lost(point) <= floor]
+    return sorted((p for p in fit if p.macs < job.dense.macs), key=lambda point: (point.macs, job.lost(point)))
 
 
 def worth(candidates: Sequence[Candidate], most: float = 1.0) -> list[Candidate]:
@@ -151,18 +161,19 @@ def worth(candidates: Sequence[Candidate], most: float = 1.0) -> list[Candidate]
     return found
 
 
-def _static(job: Job, base: Point, end: float) -> list[Candidate]:
-    """Convolutions and products whose inputs have fixed ranges, by groups of operators."""
+def _static(job: Job, base: Point, end: float) -> Generator[float, None, list[Candidate]]:
+    """Convolutions and products whose inputs have fixed ranges, by groups of operators; pauses between the pieces."""
     inputs, proto = calibration(job.task, EXAMPLES), base.structure.fill(base.stored)
     title = f"{_named(job, base)}, static 8-bit arithmetic"
     try:
+        yield 0.0
         session = Session(proto)
         size = sum(array[:1].size for array in session.feed(take(inputs, slice(0, 1))).values())
         chunk = max(1, min(CHUNK, CHUNK_VALUES // max(1, size)))
         runs: list[Any] = [session.feed(take(inputs, slice(i, i + chunk))) for i in range(0, length(inputs), chunk)]
         seen = observe(proto, runs)
         begin = job.forge.start if job.forge is not None else None
-        found = integers(seen, job.task, inputs, max(1.0, 0.6 * (end - job.clock.now)), begin)
+        found = yield from integers(seen, job.task, inputs, max(1.0, 0.6 * (end - job.clock.now)), begin)
     except REFUSALS as error:
         job.known.skip("static 8-bit arithmetic", str(error)[:200])
         return []

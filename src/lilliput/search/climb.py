@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 from lilliput.distill.logits import Distill
@@ -19,6 +19,7 @@ from lilliput.errors import StoreError
 from lilliput.export.save import prepared
 from lilliput.recipe import Recipe
 from lilliput.schedule import Cosine
+from lilliput.search import arithmetic
 from lilliput.search import choose as choice
 from lilliput.search.arms import Action, Arm, Prospect
 from lilliput.search.candidates import Candidates, priced
@@ -38,7 +39,9 @@ GENERATION = 4  # trainings that are decided together where steps are counted, w
 COPY = 0.1  # of a first training, what a copy that is not trained counts for there
 PRESSES = 2  # networks that are written after the last training
 PRESSING = 3.0  # what that takes, in times of scoring val, before one was written
-FIRST = 3  # structures a worker that are priced before any is trained
+ZEROS = 3  # compilations that tell which zeros the engine rewards
+ASKING = 0.1  # of the time that is left, which they may take
+FIRST = 2  # structures a worker that are priced before any is trained
 FEWEST = 3  # coded copies that are exported, however much they may lose: they are what is nearest
 WAIT = 0.3  # of its training, how long a worker may wait for the end of a piece of work beside
 PATIENCE = 0.7  # how much shorter the next piece of work beside is taken to be, each time that it had to wait
@@ -51,7 +54,7 @@ LOWER = 0.7  # the rate of a round, against that of the round before
 FINE = 0.25  # the rate of a coded copy, against that of its structure
 
 
-def climb(job: Job, space: Space, pool: Pool, waiting: list[Lesson], beside: Iterator[None]) -> None:
+def climb(job: Job, space: Space, pool: Pool, waiting: list[Lesson], beside: Iterator[float]) -> None:
     """Add trained points to a job until its time is up, or nothing is worth more training.
 
     Args:
@@ -75,20 +78,20 @@ def climb(job: Job, space: Space, pool: Pool, waiting: list[Lesson], beside: Ite
 class _Climb:
     job: Job
     pool: Pool
-    beside: Iterator[None]
+    beside: Iterator[float]
     candidates: Candidates
     prospect: Prospect
     total: float
     arms: list[Arm]
     used: float = 0.0
     coming: bool = True  # whether there is more to do beside
-    errand_s: float = 0.0  # what the last piece of it took
+    errand_s: float = 0.0  # what the next piece of it may take
     pressed: int = 0
     running: "dict[Future[Made], Action]" = field(default_factory=dict)
     until: "dict[Future[Made], float]" = field(default_factory=dict)  # when they are expected
 
     @classmethod
-    def of(cls, job: Job, space: Space, pool: Pool, beside: Iterator[None]) -> "_Climb":
+    def of(cls, job: Job, space: Space, pool: Pool, beside: Iterator[float]) -> "_Climb":
         counted = job.clock.budget_s is None
         candidates = Candidates(job, space, None if counted else _remaining(job))
         roots = candidates.roots(pool)
@@ -99,20 +102,22 @@ class _Climb:
         total = WORK * first * (job.trials or 1) if counted else _remaining(job)
         prospect = Prospect(levels(job), *((0.0, COPY * first) if counted else (0.5, 1.0)))
         here = cls(job, pool, beside, candidates, prospect, total, arms)
-        here.beside = chain(here._slowly(roots), beside)
+        here.beside = _in_turn(here._slowly(roots), beside)
         if counted:
             deque(here._slowly(roots), maxlen=0)
         return here
 
-    def _slowly(self, roots: Iterator[Arm]) -> Iterator[None]:
+    def _slowly(self, roots: Iterator[Arm]) -> Iterator[float]:
         """Take in the structures that are not priced yet, and the levels that the engine has to be asked about."""
         for arm in roots:
             self.arms.append(arm)
-            yield
-        if self.arms and self.job.question.priced_by_runtime:
+            yield 0.0
+        compiling = ZEROS * self.job.forge.expected_s() if self.job.forge is not None else 0.0
+        if self.arms and self.job.question.priced_by_runtime and compiling <= ASKING * self.left:
+            yield compiling
             cheapest = min(self.arms, key=lambda arm: arm.price)
             self.prospect.levels += sparse(self.job, cheapest.plan)
-            yield
+            yield 0.0
 
     @property
     def counted(self) -> bool:
@@ -122,7 +127,7 @@ class _Climb:
     @property
     def left(self) -> float:
         """Seconds of one worker, or steps, until the trainings end."""
-        return self.total - self.used if self.counted else _remaining(self.job)
+        return self.total - self.used if self.counted else _remaining(self.job) - arithmetic.reserved_s(self.job)
 
     @property
     def floor(self) -> float:
@@ -160,8 +165,9 @@ class _Climb:
             if not self._begin(1):
                 self.errand_s *= PATIENCE
                 return False
-        self.coming = next(self.beside, True) is None
-        self.errand_s = self.job.clock.now - began
+        expected = next(self.beside, None)
+        self.coming = expected is not None
+        self.errand_s = expected or self.job.clock.now - began
         return True
 
     def _launch(self) -> bool:
@@ -319,6 +325,16 @@ class _Climb:
         except FAILURES as error:
             arm.closed = f"{type(error).__name__}: {error}"
             job.failed(arm.name, error)
+
+
+def _in_turn(*kinds: Iterator[float]) -> Iterator[float]:
+    """A piece of each kind of work in turn, each giving the seconds that the next may take."""
+    waiting = deque((kind, 0.0) for kind in kinds)
+    while waiting:
+        kind, _ = waiting.popleft()
+        if (expected := next(kind, None)) is not None:
+            waiting.append((kind, expected))
+        yield waiting[0][1] if waiting else 0.0
 
 
 def _remaining(job: Job, part: float = 1.0) -> float:

@@ -1,7 +1,7 @@
 """Static 8-bit integers by groups of operators: what each gains and harms is measured, what hurts is left out."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ class Integers:
 
 def integers(
     seen: Observed, task: Task, inputs: Inputs, seconds: float, begin: Callable[[ModelProto], None] | None = None
-) -> Integers:
+) -> Generator[float, None, Integers]:
     """Measure what groups of operators in integers gain and harm, and list the choices that are worth a trial.
 
     The group that harms most is halved, and halved again, until the time is over or what hurts stands alone. A group
@@ -82,6 +82,9 @@ def integers(
         inputs: at most 128 examples.
         seconds: for all of it; fewer groups are told apart in less.
         begin: given the network with all operators in integers, the likely choice, before anything is told apart.
+
+    Yields:
+        Between the pieces of the work, how many seconds the next may take.
     """
     deadline = time.monotonic() + seconds
     dense = Session(seen.proto)
@@ -98,13 +101,17 @@ def integers(
     rule = min(by_rule, key=lambda rule: by_rule[rule])
     if begin is not None:
         begin(written(seen, everything, rule))
-    told = _split(Group(everything, by_rule[rule]), lambda names: harm(names, rule), deadline - 0.4 * seconds, each)
-    example = task.example
-    spent, groups = _gains(seen, rule, told, example, max(0.5, deadline - time.monotonic()))
+    whole, until = Group(everything, by_rule[rule]), deadline - 0.4 * seconds
+    told = yield from _split(whole, lambda names: harm(names, rule), until, each)
+    left = max(0.5, min(0.4 * seconds, deadline - time.monotonic()))
+    yield left
+    spent, groups = _gains(seen, rule, told, task.example, left)
     return Integers(seen, rule, Choice(everything, by_rule[rule], spent), _choices(groups))
 
 
-def _split(whole: Group, harm: Callable[[Names], float], until: float, each: float) -> list[Group]:
+def _split(
+    whole: Group, harm: Callable[[Names], float], until: float, each: float
+) -> Generator[float, None, list[Group]]:
     """Groups in the order of the graph, those that harm most in the smallest parts."""
     groups = [whole]
     while len(groups) < MOST and time.monotonic() + 2 * each < until:
@@ -112,6 +119,7 @@ def _split(whole: Group, harm: Callable[[Names], float], until: float, each: flo
         worst = max(wide, key=lambda group: group.harm, default=None)
         if worst is None or worst.harm <= whole.harm / MOST:
             break
+        yield 2 * each
         middle, place = len(worst.names) // 2, groups.index(worst)
         halves = [Group(part, harm(part)) for part in (worst.names[:middle], worst.names[middle:])]
         groups[place : place + 1] = halves

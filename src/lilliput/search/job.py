@@ -32,6 +32,10 @@ FAILURES = (
 """What a stranger's model or a method may raise: the end of one point, never of the search."""
 
 
+Pieces = Iterator[Point | float]
+"""Points as they are made. A number is a pause: how many seconds the next piece of work may take, 0 where unknown."""
+
+
 class Target(ABC):
     """A kind of network that can be shrunk: a torch network (network.py) or an ONNX file (onnx_file.py)."""
 
@@ -52,8 +56,8 @@ class Target(ABC):
         """Points that are made in seconds, before anything is looked at: the same network in 8 bits."""
 
     @abstractmethod
-    def untrained(self, job: "Job", alone: bool) -> Iterator[Point | None]:
-        """Points that need no training, one by one: each is added before the next is made. None where it pauses.
+    def untrained(self, job: "Job", alone: bool) -> Pieces:
+        """Points that need no training, one by one: each is added before the next is made.
 
         Args:
             job: the search.
@@ -61,13 +65,13 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def trained(self, job: "Job", pool: Pool, beside: Iterator[None]) -> None:
+    def trained(self, job: "Job", pool: Pool, beside: Iterator[float]) -> None:
         """Add the points that are trained, where training is possible and the budget allows it.
 
         Args:
             job: the search.
             pool: the workers.
-            beside: what this process may do piece by piece while they train.
+            beside: what this process may do piece by piece while they train, each giving the seconds of the next.
         """
 
     @abstractmethod
@@ -188,7 +192,8 @@ class Job:
                 self.points.append(point)
             if self.forge is not None and point is self._fewest():
                 self.forge.start(point.proto)
-                self.forge.tune(point.proto)
+                if point.macs < self.dense.macs:  # another will be better than the structure as it was given
+                    self.forge.tune(point.proto)
             self.arrived(self, point)
             if point is self.dense:
                 return

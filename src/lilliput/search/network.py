@@ -14,7 +14,7 @@ from lilliput.quant.quantize import Quantize
 from lilliput.recipe import Recipe, plain
 from lilliput.search import arithmetic, bare, codes, sensitivity, teacher, untrained
 from lilliput.search.climb import climb
-from lilliput.search.job import Job, Target
+from lilliput.search.job import Job, Pieces, Target
 from lilliput.search.lessons import Lesson, lessons
 from lilliput.search.points import Point, parameters
 from lilliput.search.pool import Pool
@@ -62,13 +62,13 @@ class Network(Target):
     def first(self, job: Job) -> list[Point]:
         return _eight_bits(job)
 
-    def untrained(self, job: Job, alone: bool) -> Iterator[Point | None]:
+    def untrained(self, job: Job, alone: bool) -> Pieces:
         alone = alone or bool(_frozen(job))
         yield from chain(bare.points(job), arithmetic.points(job), untrained.points(job, not alone))
         if not any(job.lost(point) <= 0 for point in job.points[1:]):  # what is safe, where 8 bits are not
             yield from _half(job)
 
-    def trained(self, job: Job, pool: Pool, beside: Iterator[None]) -> None:
+    def trained(self, job: Job, pool: Pool, beside: Iterator[float]) -> None:
         if reason := _frozen(job) or ("" if job.question.train else "it was not asked for"):
             job.known.skip("training", reason)
             return

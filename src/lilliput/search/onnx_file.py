@@ -15,7 +15,7 @@ from lilliput.onnx.structure import Structure
 from lilliput.quant.moments import moments
 from lilliput.recipe import Recipe
 from lilliput.search import arithmetic, onnx_codes
-from lilliput.search.job import Job, Target
+from lilliput.search.job import Job, Pieces, Target
 from lilliput.search.onnx_codes import MEASURED, Options, channels
 from lilliput.search.onnx_target import OnnxModel
 from lilliput.search.points import Point
@@ -62,7 +62,7 @@ class OnnxFile(Target):
             return self._half(job)
         return self._eight(job, weights, axes)
 
-    def untrained(self, job: Job, alone: bool) -> Iterator[Point]:
+    def untrained(self, job: Job, alone: bool) -> Pieces:
         weights, axes = self._weights()
         if weights:
             yield from self._half(job)
@@ -75,7 +75,7 @@ class OnnxFile(Target):
         axes = channels(self.model.structure.proto)
         return {name: array for name, array in self.model.structure.weights.items() if name in axes}, axes
 
-    def trained(self, job: Job, pool: Pool, beside: Iterator[None]) -> None:
+    def trained(self, job: Job, pool: Pool, beside: Iterator[float]) -> None:
         return None
 
     def tensors(self, job: Job, point: Point) -> dict[str, torch.Tensor]:

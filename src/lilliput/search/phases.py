@@ -119,7 +119,7 @@ def _go_on(job: Job, pool: Pool) -> None:
             deque(untrained, maxlen=0)
     elif job.clock.budget_s is None:  # no clock has a say in the order
         deque(untrained, maxlen=0)
-    job.clock.reserved_s = reserve(job) + arithmetic.reserved_s(job)
+    job.clock.reserved_s = reserve(job)
     job.target.trained(job, pool, untrained)
     deque(untrained, maxlen=0)
     job.clock.reserved_s = reserve(job)
@@ -127,13 +127,19 @@ def _go_on(job: Job, pool: Pool) -> None:
         deque(_added(job, arithmetic.trained), maxlen=0)
 
 
-def _added(job: Job, make: Callable[[Job], Iterable[Point | None]]) -> Iterator[None]:
-    """Add points that need no training as they come, each with the time that it took; pauses after each piece."""
-    began = job.clock.now
-    for point in make(job):
-        if point is not None:
-            job.add(point, kind="untrained", seconds=round(job.clock.now - began, 2))
-        yield
+def _added(job: Job, make: Callable[[Job], Iterable[Point | float]]) -> Iterator[float]:
+    """Add points that need no training as they come, each with the time that it took.
+
+    Pauses after each piece, with the seconds that the next may take: as long as that one, where nobody says.
+    """
+    began, spent = job.clock.now, 0.0
+    for piece in make(job):
+        took = job.clock.now - began
+        spent += took
+        if isinstance(piece, Point):
+            job.add(piece, kind="untrained", seconds=round(spent, 2))
+            spent = 0.0
+        yield took if isinstance(piece, Point) else piece or took
         began = job.clock.now
 
 

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,7 +10,7 @@ from lilliput.graph.fold import fold_batchnorm
 from lilliput.graph.stages import FoldBatchNorm
 from lilliput.recipe import Recipe
 from lilliput.search import rate
-from lilliput.search.job import FAILURES, Job
+from lilliput.search.job import FAILURES, Job, Pieces
 from lilliput.search.points import Point
 
 File = Literal["lil", "onnx"]
@@ -78,10 +77,8 @@ class _Size:
         self.factor = (size - self.beside) / max(1.0, sum(option.cost for option in picked.values()))
 
 
-def points(job: Job, training: bool) -> Iterator[Point | None]:
+def points(job: Job, training: bool) -> Pieces:
     """Points of the dense structure, without a training step, around the largest ratio that holds the floor.
-
-    Pauses (None) when the options are known.
 
     Args:
         job: the search.
@@ -92,10 +89,11 @@ def points(job: Job, training: bool) -> Iterator[Point | None]:
         return
     left = max(0.0, job.clock.remaining())  # infinite where there is no budget
     until = job.clock.now + SHARE[training] * left
+    pricing = PRICING[training] * left
+    yield pricing
     try:
         with job.clock.on("calibrate"):
             folded = fold_batchnorm(job.model, job.task.example)
-            pricing = PRICING[training] * left
             count = EXAMPLES[-1] if training else _examples(job, pricing)
             known = rate.offers(folded, job.task, file=question.file, seconds=pricing, examples=count)
     except StoreError:
@@ -103,7 +101,7 @@ def points(job: Job, training: bool) -> Iterator[Point | None]:
     except FAILURES as error:
         job.failed("same structure by rate and distortion", error)
         return
-    yield None
+    yield 0.0
     dense, bytes_ = job.dense, question.file_key
     target: File = "onnx" if question.file == "onnx" else "lil"
     size = _Size(max(0.0, float(dense.costs[bytes_]) - sum(s.cost(target) for s in dense.stored.values())))
