@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from lilliput.errors import near
 from lilliput.registry import entries, lookup
+from lilliput.task.adopted import adopted
 from lilliput.task.meaning import Kind, Meaning, bound, of_loss
 from lilliput.task.nested import Inputs, Model, joined, leaves, length, mapped, predict, take
 from lilliput.task.protocol import Batch, Indices, Score, Task
 from lilliput.task.random import mixed
-from lilliput.task.read import read, source, tensors
+from lilliput.task.read import Reading, source, tensors
 
 KEPT_BYTES = 2**30
 Function = Callable[..., Any]
@@ -26,9 +27,11 @@ Function = Callable[..., Any]
 class Arrays(Task, default=True):
     """Hold examples in memory, in up to three splits, with a loss and a metric by name or by function.
 
-    A split is `(inputs, targets)` of arrays or tensors, `inputs` alone, a Dataset, or a loader of any length. Inputs,
-    targets and outputs may each be a tensor or tensors in tuples and dictionaries, examples along the first axis: a
-    tuple of inputs is given to the model in order, a dictionary by name. Everything is read into memory once.
+    A split is `(inputs, targets)` of arrays or tensors, `(input, another, targets)`, `inputs` alone, a dictionary or a
+    table with a column of targets, a data set (of torch, of Hugging Face), or a loader of any length. Inputs, targets
+    and outputs may each be a tensor or tensors in tuples and dictionaries, examples along the first axis: a tuple of
+    inputs is given to the model in order, a dictionary by name. Everything is read once; arrays that are mapped from a
+    file stay there.
 
     Without targets the dense network's outputs are the targets: of a metric that reads labels its predictions, of a
     loss on logits their softmax, otherwise the outputs as they are. `shrink` and `run` say which network that is;
@@ -41,7 +44,7 @@ class Arrays(Task, default=True):
         test: what is read once, at the end; it may be left out.
         loss: a registered name (`lilliput methods` lists them) or a function (output, target) -> mean over the batch.
         metric: a registered name or a function (outputs, targets) -> outcomes (n,) whose mean is the score, or one
-            number (F1, AUC), which is then resampled over examples.
+            number (F1, AUC), which is then resampled over examples; also a metric of scikit-learn or torchmetrics.
         higher_is_better: which way a metric of your own runs; known for registered ones.
         augment: (inputs, seeds) -> inputs, a pure function of int64 seeds (n,).
         draws: how many augmentations of each example are used in turn, so that the dense outputs can be kept for each.
@@ -51,6 +54,9 @@ class Arrays(Task, default=True):
             without it.
         class_axis: the axis of the outputs that holds the classes, where shapes leave it open.
         ignore_index: the label that means "no label here": it counts in neither loss nor metric.
+        target: the name of the targets in dictionaries and tables; "labels", "label", "targets" or "target" without it.
+        padding: what shorter examples are filled up with along their first axis, their labels with `ignore_index`;
+            without it examples must be of one length, unless one of the inputs is a mask.
 
     Raises:
         ValueError: for an empty split, lengths that differ, or an unknown name.
@@ -80,24 +86,27 @@ class Arrays(Task, default=True):
         outputs: Kind | None = None,
         class_axis: int | None = None,
         ignore_index: int = -100,
+        target: str | None = None,
+        padding: float | None = None,
     ) -> None:
         self.name, self.augment, self.batch_size = name, augment, batch_size
         self.draws = draws if augment is not None else 1
         self._augmented: dict[int, Any] = {}
         self._dense: Model | None = None
         self._said: dict[str, Any] = {}
-        self._splits = {"train": read(name, "train", train), "val": read(name, "val", val)}
+        reading = Reading(f"Task {name}", target, padding, ignore_index)
+        self._splits = {"train": reading.read("train", train), "val": reading.read("val", val)}
         if test is not None:
-            self._splits["test"] = read(name, "test", test)
+            self._splits["test"] = reading.read("test", test)
         # A tuple is taken as inputs alone: without labels there is nothing else that it could hold.
         self._unlabelled = (
             tensors(unlabelled)
             if isinstance(unlabelled, tuple)
-            else (None if unlabelled is None else read(name, "unlabelled", unlabelled)[0])
+            else (None if unlabelled is None else reading.read("unlabelled", unlabelled)[0])
         )
         self.labelled = self._splits["train"][1] is not None
         self.loss_name, self._loss = _named(name, "loss", loss)
-        self.metric_name, self._metric = _named(name, "metric", metric)
+        self.metric_name, self._metric = _named(name, "metric", adopted(metric))
         if higher_is_better is None:
             higher_is_better = getattr(self._metric, "higher_is_better", True)
         self.higher_is_better = higher_is_better

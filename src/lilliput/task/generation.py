@@ -10,7 +10,7 @@ from torch import Tensor
 from lilliput.task.arrays import Arrays, Function
 from lilliput.task.nested import Model, call, length, take
 from lilliput.task.protocol import Score
-from lilliput.task.read import read
+from lilliput.task.read import Reading
 
 FOREIGN = -100  # no token has this number: it marks what is no label
 
@@ -77,7 +77,7 @@ class Generation(Arrays):
         self._sources: dict[str, Any] = {}
         splits = {}
         for split, data in given.items():
-            source, tokens = read(name, split, data)
+            source, tokens = Reading(f"Task {name}").read(split, data)
             if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
                 raise ValueError(f"Generation {name}: {split} must be (source, tokens) with integer tokens (n, T).")
             if joined and (not isinstance(source, Tensor) or source.ndim != 2):

@@ -39,7 +39,8 @@ def cross_entropy(output: Tensor, target: Tensor, *, meaning: Meaning) -> Tensor
     Args:
         output: logits (or probabilities, where the task says so) with the classes on any axis: (N, C), (N, T, C),
             (N, C, T), (N, C, H, W).
-        target: int64 labels (N), (N, T), (N, H, W), or probabilities of the output's shape.
+        target: labels (N), (N, T), (N, H, W), as integers of any width, or probabilities (one-hot numbers too) of the
+            output's shape.
         meaning: the axis of the classes and the label that is padding.
 
     Returns:
@@ -50,7 +51,13 @@ def cross_entropy(output: Tensor, target: Tensor, *, meaning: Meaning) -> Tensor
         >>> cross_entropy(torch.zeros(2, 2, 3), labels, meaning=Meaning("logits", labels=(2,)))
         tensor(1.0986)
     """
-    axis, soft = meaning.class_axis(output), target.is_floating_point()
+    axis, soft = meaning.class_axis(output), target.shape == output.shape
+    if axis is None and output.ndim > 2:
+        raise ValueError(
+            f"cross_entropy: class_axis must be given where labels do not tell it, got outputs {tuple(output.shape)} and "
+            f"targets {tuple(target.shape)}."
+        )
+    target = target.to(output.dtype) if soft else meaning.classes(target, output)
     if axis not in (None, 1):
         output, target = output.movedim(axis, 1), target.movedim(axis, 1) if soft else target
     ignore = -100 if meaning.ignore is None else meaning.ignore
@@ -82,7 +89,7 @@ def bce(output: Tensor, target: Tensor, *, meaning: Meaning) -> Tensor:
         >>> bce(torch.zeros(3, 1), torch.tensor([0.0, 1.0, 1.0]), meaning=Meaning("bits"))
         tensor(0.6931)
     """
-    output = output.view_as(target)
+    output, target = matched(output, target, "bce")
     if meaning.ignore is not None:
         known = target != meaning.ignore
         output, target = output[known], target[known]
@@ -145,4 +152,4 @@ def cosine(output: Tensor, target: Tensor) -> Tensor:
         >>> cosine(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]))
         tensor(1.)
     """
-    return 1 - torch.cosine_similarity(output, target, dim=-1).mean()
+    return 1 - torch.cosine_similarity(*matched(output, target, "cosine"), dim=-1).mean()

@@ -1,6 +1,7 @@
 """Meaning: what the numbers of an output stand for (classes, bits, directions, values), for loss, metric and
 distillation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial, update_wrapper
 from inspect import signature
@@ -65,6 +66,9 @@ class Meaning:
             return None
         shape = tuple(outputs.shape)
         fit = [axis for axis in range(1, outputs.ndim) if shape[1:axis] + shape[axis + 1 :] == self.labels]
+        if not fit:  # labels may have axes of size one that outputs lack
+            rest = {axis: shape[1:axis] + shape[axis + 1 :] for axis in range(1, outputs.ndim)}
+            fit = [axis for axis, sizes in rest.items() if _wide(sizes) == _wide(self.labels)]
         if len(fit) > 1:
             raise ValueError(
                 f"Task: class_axis must be given where outputs have the shape {shape} and labels of an example the "
@@ -96,6 +100,23 @@ class Meaning:
             return outputs.argmax(axis)
         most = (outputs > (0.5 if self.kind == "probabilities" else 0)).long()
         return most if axis is None else most.squeeze(axis)
+
+    def classes(self, targets: Tensor, outputs: Tensor) -> Tensor:
+        """Targets as class labels of the shape that predictions have: rows of one-hot numbers or probabilities by
+        their largest, labels of any integer type (and yes or no) as int64.
+
+        Args:
+            targets: labels (n, ...), with or without axes of size one, or numbers of the outputs' shape.
+            outputs: (n, ...) with an axis of classes, or none.
+        """
+        axis = self.class_axis(outputs)
+        if axis is not None and targets.shape == outputs.shape and targets.shape[axis] > 1:
+            return targets.argmax(axis)
+        if axis is not None:
+            shape = (*outputs.shape[:axis], *outputs.shape[axis + 1 :])
+            if targets.shape != shape and _wide(targets.shape[1:]) == _wide(shape[1:]):
+                targets = targets.reshape(shape)
+        return targets if targets.is_floating_point() else targets.long()
 
     def labelled(self, targets: Tensor) -> Tensor:
         """Where `targets` hold a label: False at padding."""
@@ -145,12 +166,17 @@ def matched(outputs: Tensor, targets: Tensor, who: str) -> tuple[Tensor, Tensor]
     """
     if outputs.shape == targets.shape:
         return outputs, targets
-    inner = ([size for size in x.shape[1:] if size != 1] for x in (outputs, targets))
+    inner = (_wide(x.shape[1:]) for x in (outputs, targets))
     if outputs.shape[:1] != targets.shape[:1] or next(inner) != next(inner):
         raise ValueError(
             f"{who}: outputs and targets must have one shape, got {_shape(outputs)} and {_shape(targets)}."
         )
     return outputs.reshape(targets.shape), targets
+
+
+def _wide(shape: Sequence[int]) -> list[int]:
+    """A shape without its axes of size one."""
+    return [size for size in shape if size != 1]
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

@@ -51,7 +51,7 @@ def accuracy(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
         >>> accuracy(outputs, targets, meaning=Meaning("logits"))
         tensor([0.6667])
     """
-    right, targets = matched(meaning.predictions(outputs), targets, "accuracy")
+    right, targets = matched(meaning.predictions(outputs), meaning.classes(targets, outputs), "accuracy")
     right = (right == targets).float()
     if targets.ndim < 2 and meaning.ignore is None:
         return right
@@ -148,23 +148,25 @@ def cosine(outputs: Tensor, targets: Tensor) -> Tensor:
     """Compute the cosine similarity of each example along the last axis.
 
     Args:
-        outputs: (n, d).
+        outputs: (n, ..., d).
         targets: of the same shape.
 
     Returns:
-        (n,)
+        (n,), the mean over what lies between.
 
     Example:
         >>> cosine(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0]]))
         tensor([1.])
     """
-    return F.cosine_similarity(outputs, targets, dim=-1)
+    return _per_example(F.cosine_similarity(*matched(outputs, targets, "cosine"), dim=-1))
 
 
 @register("metric")
 @reads_labels
 def f1(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
-    """Compute the macro-averaged F1 over the classes present in the labels, padding left out, over all examples.
+    """Compute the macro-averaged F1 over the classes that are present or predicted, padding left out, over all examples.
+
+    Of yes-no logits with several labels an example, (n, labels), it is the mean over labels of the F1 of "yes".
 
     Args:
         outputs: with the classes on any axis, or yes-no logits.
@@ -178,13 +180,92 @@ def f1(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
         >>> f1(torch.eye(2)[[0, 1, 1]], torch.tensor([0, 1, 0]), meaning=Meaning("logits"))
         tensor(0.6667)
     """
-    predicted, targets = matched(meaning.predictions(outputs), targets, "f1")
+    predicted, targets = matched(meaning.predictions(outputs), meaning.classes(targets, outputs), "f1")
     known = meaning.labelled(targets)
+    if meaning.kind == "bits" and targets.ndim > 1 and targets[0].numel() > 1:
+        predicted, targets, known = (x.reshape(len(x), -1) for x in (predicted, targets, known))
+        yes, said = (targets == 1) & known, (predicted == 1) & known
+        counts = yes.sum(0) + said.sum(0)
+        return (2 * (yes & said).sum(0) / counts.clamp_min(1)).mean()
     predicted, targets, scores = predicted[known], targets[known], []
-    for label in targets.unique():
+    for label in torch.cat([predicted, targets]).unique():
         hit = ((predicted == label) & (targets == label)).sum()
         scores.append(2 * hit / ((predicted == label).sum() + (targets == label).sum()))
     return torch.stack(scores).mean()
+
+
+@register("metric")
+@reads_labels
+def iou(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
+    """Compute the mean intersection over union of the classes that are present or predicted, over all examples.
+
+    Args:
+        outputs: with the classes on any axis, or yes-no logits.
+        targets: labels (n, ...).
+        meaning: the axis of the classes and the label that is padding.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> iou(torch.eye(2)[[0, 1, 1]], torch.tensor([0, 1, 0]), meaning=Meaning("logits"))
+        tensor(0.5000)
+    """
+    predicted, targets = matched(meaning.predictions(outputs), meaning.classes(targets, outputs), "iou")
+    known = meaning.labelled(targets)
+    predicted, targets, scores = predicted[known], targets[known], []
+    for label in torch.cat([predicted, targets]).unique():
+        hit = ((predicted == label) & (targets == label)).sum()
+        scores.append(hit / ((predicted == label) | (targets == label)).sum())
+    return torch.stack(scores).mean()
+
+
+@register("metric", name="top 5")
+@reads_labels
+def top5(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
+    """Compute the share of labels of each example that are among the five largest outputs; padding does not count.
+
+    Args:
+        outputs: with the classes on any axis.
+        targets: labels (n, ...).
+        meaning: the axis of the classes and the label that is padding.
+
+    Returns:
+        (n,), or fewer where examples have no label at all.
+
+    Example:
+        >>> top5(torch.arange(6.0).expand(2, 6), torch.tensor([1, 0]), meaning=Meaning("logits"))
+        tensor([1., 0.])
+    """
+    axis = meaning.class_axis(outputs)
+    if axis is None:
+        raise ValueError(f"top 5: outputs must have an axis of classes, got {tuple(outputs.shape)}.")
+    targets = meaning.classes(targets, outputs)
+    first = outputs.topk(min(5, outputs.shape[axis]), axis).indices
+    known = meaning.labelled(targets).reshape(len(targets), -1)
+    hit = (first == targets.unsqueeze(axis)).any(axis).reshape(len(targets), -1) & known
+    some = known.any(1)
+    return hit.sum(1)[some] / known.sum(1)[some]
+
+
+@register("metric")
+@lower_is_better
+def rmse(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Compute the root of the mean squared error over all values.
+
+    Args:
+        outputs: (n, ...).
+        targets: of the same shape; axes of size one may be missing in either.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> rmse(torch.zeros(2, 1), torch.tensor([3.0, 5.0]))
+        tensor(4.1231)
+    """
+    outputs, targets = matched(outputs, targets, "rmse")
+    return (outputs - targets).square().mean().sqrt()
 
 
 @register("metric")
@@ -222,7 +303,7 @@ def perplexity(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
 
     Args:
         outputs: with the classes on any axis.
-        targets: int64 labels (n, ...).
+        targets: labels (n, ...).
         meaning: the axis of the classes and the label that is padding.
 
     Returns:
@@ -232,7 +313,7 @@ def perplexity(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
         >>> perplexity(torch.zeros(2, 3, 5), torch.zeros(2, 3).long(), meaning=Meaning("logits", labels=(3,)))
         tensor(5.)
     """
-    logs = meaning.log_probabilities(outputs)
+    logs, targets = meaning.log_probabilities(outputs), meaning.classes(targets, outputs)
     logs = F.log_softmax(outputs, -1) if logs is None else logs
     ignore = -100 if meaning.ignore is None else meaning.ignore
     return F.nll_loss(logs.flatten(0, -2), targets.flatten(), ignore_index=ignore).exp()

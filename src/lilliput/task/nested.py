@@ -31,8 +31,6 @@ def children(value: Any) -> dict[Any, Any] | None:
     """The parts of a container by key or place, without those that are None; None for what is no container."""
     if isinstance(value, Tensor):  # first, since it is asked several times in every step of a training
         return None
-    if isinstance(value, Tensor):  # first, since a step of training comes here often
-        return None
     if is_dataclass(value) and not isinstance(value, type):
         named: dict[Any, Any] = {field.name: getattr(value, field.name) for field in fields(value)}
     elif isinstance(value, Mapping):
@@ -44,7 +42,8 @@ def children(value: Any) -> dict[Any, Any] | None:
     return {key: part for key, part in named.items() if part is not None}
 
 
-def _rebuilt(like: Any, parts: dict[Any, Any]) -> Any:
+def rebuilt(like: Any, parts: dict[Any, Any]) -> Any:
+    """A container like another, with these parts by key or place: the inverse of `children`."""
     if is_dataclass(like):
         return type(like)(**parts)  # type: ignore[misc]
     if isinstance(like, Mapping):
@@ -93,7 +92,7 @@ def mapped(function: Callable[..., Any], first: Any, *others: Any) -> Any:
     for other, given in zip(rest, others, strict=True):
         if other is None or list(other) != list(parts):
             raise ValueError(f"mapped: structures must have the same parts, got {outline(first)} and {outline(given)}.")
-    return _rebuilt(
+    return rebuilt(
         first, {key: mapped(function, part, *(other[key] for other in rest if other)) for key, part in parts.items()}
     )
 
