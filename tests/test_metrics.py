@@ -200,7 +200,9 @@ def test_several_yes_no_labels_an_example() -> None:
     outputs, targets = drawn(N, 3), labels(N, 3, classes=2)
     y, p, chance = targets.numpy(), (outputs > 0).numpy().astype(int), torch.sigmoid(outputs).numpy()
     for given in (targets, targets.float()):
-        assert value(outputs, given, loss="bce", metric="accuracy") == pytest.approx(1 - sk.hamming_loss(y, p), abs=1e-6)
+        assert value(outputs, given, loss="bce", metric="accuracy") == pytest.approx(
+            1 - sk.hamming_loss(y, p), abs=1e-6
+        )
         assert value(outputs, given, loss="bce", metric="f1") == pytest.approx(sk.f1_score(y, p, average="macro"))
         made = task(outputs, given, loss="bce")
         expected = -(y * np.log(chance) + (1 - y) * np.log(1 - chance)).mean()

@@ -130,13 +130,18 @@ def rows_of_words() -> datasets.Dataset:
 
 
 def test_what_can_be_read_in_two_ways_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Task t: train must be a tuple, since a list is read as batches, got a list of 2"):
+    with pytest.raises(
+        ValueError, match=r"Task t: train must be a tuple, since a list is read as batches, got a list of 2"
+    ):
         Task("t", train=[X, X], val=(X, X))
 
 
 def test_text_is_refused_by_its_column() -> None:
-    for data in (datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}), {"text": ["a", "b"], "label": [0, 1]}):
-        with pytest.raises(ValueError, match="Task t: train, text must hold numbers, got <U1. .*tokenizer"):
+    for data in (
+        datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}),
+        {"text": ["a", "b"], "label": [0, 1]},
+    ):
+        with pytest.raises(ValueError, match=r"Task t: train, text must hold numbers, got <U1. .*tokenizer"):
             Task("t", train=data, val=(X, Y))
     with pytest.raises(ValueError, match="must hold numbers, got object"):
         tensors(pd.DataFrame({"a": [1, 2], "b": ["x", "y"]}))
@@ -149,4 +154,8 @@ def test_an_array_in_a_file_stays_there(tmp_path: Path) -> None:
     read = np.memmap(tmp_path / "x", np.float32, "r", shape=(1000, 8))
     task = Task("mapped", train=(read, np.zeros(1000, np.int64)), val=(read[:9], np.zeros(9, np.int64)))
     inputs = task.probe("train").inputs
-    assert inputs.data_ptr() == read.ctypes.data and length(inputs) == 1000 and float(take(inputs, slice(5, 6)).sum()) == 24
+    assert (
+        inputs.data_ptr() == read.ctypes.data
+        and length(inputs) == 1000
+        and float(take(inputs, slice(5, 6)).sum()) == 24
+    )

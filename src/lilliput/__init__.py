@@ -26,6 +26,7 @@ _CORE = {
     "Engine": "lilliput.engine.run",
     # the nouns
     "Task": "lilliput.task.protocol",
+    "PerExample": "lilliput.task.transforms",
     "Code": "lilliput.code.base",
     "Stage": "lilliput.stage",
     "Rule": "lilliput.rule",

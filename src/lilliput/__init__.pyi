@@ -89,6 +89,7 @@ from lilliput.task.arrays import Arrays as Arrays
 from lilliput.task.episodes import Episodes as Episodes
 from lilliput.task.generation import Generation as Generation
 from lilliput.task.protocol import Task as Task
+from lilliput.task.transforms import PerExample as PerExample
 from lilliput.train import Train as Train
 
 __version__: str

@@ -1,4 +1,4 @@
-"""Metrics of scikit-learn and torchmetrics as metrics of a task: what each library calls first, and wants outputs as."""
+"""Metrics of scikit-learn and torchmetrics as metrics of a task: each is given what it reads, in its own order."""
 
 from collections.abc import Callable
 from functools import partial

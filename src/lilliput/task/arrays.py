@@ -17,8 +17,8 @@ from lilliput.task.adopted import adopted
 from lilliput.task.meaning import Kind, Meaning, bound, of_loss
 from lilliput.task.nested import Inputs, Model, joined, leaves, length, mapped, predict, take
 from lilliput.task.protocol import Batch, Indices, Score, Task
-from lilliput.task.random import mixed
 from lilliput.task.read import Reading, source, tensors
+from lilliput.task.transforms import augmentation, seeds
 
 KEPT_BYTES = 2**30
 Function = Callable[..., Any]
@@ -46,7 +46,9 @@ class Arrays(Task, default=True):
         metric: a registered name or a function (outputs, targets) -> outcomes (n,) whose mean is the score, or one
             number (F1, AUC), which is then resampled over examples; also a metric of scikit-learn or torchmetrics.
         higher_is_better: which way a metric of your own runs; known for registered ones.
-        augment: (inputs, seeds) -> inputs, a pure function of int64 seeds (n,).
+        augment: (inputs, seeds) -> inputs, a pure function of int64 seeds (n,); or a random transform of one example:
+            of torchvision, of albumentations, or a function of one argument (`lilliput.PerExample`). A data set that
+            transforms its examples at random needs none: each is read again for each augmentation, from a seed.
         draws: how many augmentations of each example are used in turn, so that the dense outputs can be kept for each.
         batch_size: examples in a training batch.
         unlabelled: more inputs, which training imitates the dense network on.
@@ -89,12 +91,13 @@ class Arrays(Task, default=True):
         target: str | None = None,
         padding: float | None = None,
     ) -> None:
-        self.name, self.augment, self.batch_size = name, augment, batch_size
-        self.draws = draws if augment is not None else 1
+        self.name, self.augment, self.batch_size = name, augmentation(augment), batch_size
         self._augmented: dict[int, Any] = {}
         self._dense: Model | None = None
         self._said: dict[str, Any] = {}
-        reading = Reading(f"Task {name}", target, padding, ignore_index)
+        self._reading = reading = Reading(f"Task {name}", target, padding, ignore_index)
+        self._changing = train if augment is None and reading.varies("train", train) else None
+        self.draws = 1 if augment is None and self._changing is None else draws
         self._splits = {"train": reading.read("train", train), "val": reading.read("val", val)}
         if test is not None:
             self._splits["test"] = reading.read("test", test)
@@ -214,18 +217,27 @@ class Arrays(Task, default=True):
             index: int64 (n,) training examples, unlabelled ones behind the labelled.
             draw: the number of the augmentation.
         """
-        if self.augment is None:
-            return take(self._pool, index)
         draw = draw % self.draws
         table = self._augmented.get(draw)
         if table is not None:
             return take(table, index)
-        return self.augment(take(self._pool, index), mixed(index * 65537 + draw + 1))
+        if self._changing is not None:
+            return self._read_again(index, draw)
+        inputs = take(self._pool, index)
+        return inputs if self.augment is None else self.augment(inputs, seeds(index, draw))
+
+    def _read_again(self, index: Tensor, draw: int) -> Any:
+        """Examples of a data set that transforms them itself; unlabelled ones, which come behind, are as they are."""
+        known = index < length(self._splits["train"][0])
+        parts = [] if known.all() else [take(self._pool, index[~known])]
+        if known.any():
+            parts.insert(0, self._reading.examples(self._changing, index[known], draw, self._reading.who)[0])
+        return joined(parts)
 
     def prepare(self, draw: int) -> None:
         """Augment every training example once and keep the result, where memory allows it."""
         size = sum(leaf.numel() * leaf.element_size() for leaf in leaves(self._pool))
-        if self.augment is not None and draw % self.draws not in self._augmented and size * self.draws <= KEPT_BYTES:
+        if self.draws > 1 and draw % self.draws not in self._augmented and size * self.draws <= KEPT_BYTES:
             parts = [self.inputs(index, draw) for index in torch.arange(self.examples).split(1024)]
             self._augmented[draw % self.draws] = joined(parts)
 

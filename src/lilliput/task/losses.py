@@ -46,6 +46,9 @@ def cross_entropy(output: Tensor, target: Tensor, *, meaning: Meaning) -> Tensor
     Returns:
         A scalar.
 
+    Raises:
+        ValueError: where it is open which axis holds the classes.
+
     Example:
         >>> labels = torch.tensor([[0, -100], [1, 1]])
         >>> cross_entropy(torch.zeros(2, 2, 3), labels, meaning=Meaning("logits", labels=(2,)))
@@ -54,8 +57,8 @@ def cross_entropy(output: Tensor, target: Tensor, *, meaning: Meaning) -> Tensor
     axis, soft = meaning.class_axis(output), target.shape == output.shape
     if axis is None and output.ndim > 2:
         raise ValueError(
-            f"cross_entropy: class_axis must be given where labels do not tell it, got outputs {tuple(output.shape)} and "
-            f"targets {tuple(target.shape)}."
+            "cross_entropy: class_axis must be given where labels do not tell it, got outputs "
+            f"{tuple(output.shape)} and targets {tuple(target.shape)}."
         )
     target = target.to(output.dtype) if soft else meaning.classes(target, output)
     if axis not in (None, 1):

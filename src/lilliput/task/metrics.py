@@ -164,9 +164,10 @@ def cosine(outputs: Tensor, targets: Tensor) -> Tensor:
 @register("metric")
 @reads_labels
 def f1(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
-    """Compute the macro-averaged F1 over the classes that are present or predicted, padding left out, over all examples.
+    """Compute the macro-averaged F1 over the classes that are present or predicted, over all examples.
 
-    Of yes-no logits with several labels an example, (n, labels), it is the mean over labels of the F1 of "yes".
+    Padding does not count. Of yes-no logits with several labels an example, (n, labels), it is the mean over labels of
+    the F1 of "yes".
 
     Args:
         outputs: with the classes on any axis, or yes-no logits.
@@ -232,6 +233,9 @@ def top5(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
 
     Returns:
         (n,), or fewer where examples have no label at all.
+
+    Raises:
+        ValueError: where the outputs have no axis of classes.
 
     Example:
         >>> top5(torch.arange(6.0).expand(2, 6), torch.tensor([1, 0]), meaning=Meaning("logits"))

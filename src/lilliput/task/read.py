@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from lilliput.task.nested import children, leaves, mapped, rebuilt
+from lilliput.task.transforms import seeded, seeds
 
 TARGETS = ("labels", "label", "targets", "target")
 """Names under which dictionaries hold the targets, where nobody says another."""
@@ -65,7 +66,8 @@ class Reading:
             TypeError: for data of another kind.
         """
         who = f"{self.who}: {split}"
-        inputs, targets = self._whole(who, data)
+        with seeded(0):  # a loader shuffles and a transform draws the same way whenever the task is made
+            inputs, targets = self._whole(who, data)
         counts = {len(leaf) for leaf in [*leaves(inputs), *leaves(targets)]}
         if len(counts) != 1 or 0 in counts:
             raise ValueError(
@@ -74,8 +76,10 @@ class Reading:
         return inputs, targets
 
     def _whole(self, who: str, data: Any) -> tuple[Any, Any]:
-        if isinstance(data, str | bytes) or not isinstance(data, Iterable) and not _has_places(data):
-            raise TypeError(f"{who} must be (inputs, targets), inputs, a Dataset or a loader, got {type(data).__name__}.")
+        if isinstance(data, str | bytes) or (not isinstance(data, Iterable) and not _has_places(data)):
+            raise TypeError(
+                f"{who} must be (inputs, targets), inputs, a Dataset or a loader, got {type(data).__name__}."
+            )
         if isinstance(data, tuple | Mapping) or _is_array(data):
             return self._tensors(who, self._divided(data))
         if isinstance(data, list) and len(data) > 1 and all(map(_is_array, data)):
@@ -84,7 +88,7 @@ class Reading:
                 "(inputs, targets) in round brackets."
             )
         if _has_places(data):
-            return self._stacked(who, [self._divided(data[place]) for place in range(len(data))])
+            return self.examples(data, torch.arange(len(data)), 0, who)
         items = [self._divided(item) for item in data]
         if not items:
             raise ValueError(f"{who} must hold at least one batch, got an empty loader. Check its filter or sampler.")
@@ -94,6 +98,37 @@ class Reading:
         labelled = [targets for _, targets in parts if targets is not None]
         inputs = self._joined(who, [inputs for inputs, _ in parts], self._filling(parts[0][0]), torch.cat)
         return inputs, self._joined(who, labelled, self.ignore, torch.cat) if labelled else None
+
+    def varies(self, split: str, data: Any) -> bool:
+        """Whether a split is a set of examples that change at random whenever they are read."""
+        if not _has_places(data) or not len(data):
+            return False
+        with seeded(0) as begin:
+            read = []
+            for seed in range(3):
+                begin(seed)
+                read.append(leaves(self._tensors(f"{self.who}: {split}", self._divided(data[0]))[0]))
+        return any(
+            a.shape != b.shape or not torch.equal(a, b)
+            for other in read[1:]
+            for a, b in zip(read[0], other, strict=True)
+        )
+
+    def examples(self, data: Any, index: Tensor, draw: int, who: str) -> tuple[Any, Any]:
+        """(inputs, targets or None) of some examples of a data set, whose transforms draw from a seed of each.
+
+        Args:
+            data: the data set.
+            index: int64 (n,).
+            draw: the number of the augmentation.
+            who: whose data it is, for messages.
+        """
+        with seeded(0) as begin:
+            items = []
+            for place, seed in zip(index.tolist(), seeds(index, draw).tolist(), strict=True):
+                begin(seed)
+                items.append(self._divided(data[place]))
+        return self._stacked(who, items)
 
     def _divided(self, item: Any) -> tuple[Any, Any]:
         """Inputs and targets of a whole split, an example or a batch; targets are None where there are none."""
