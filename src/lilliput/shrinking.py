@@ -54,6 +54,7 @@ def shrink(
     runtime: str | None = None,
     sure: float | str = 0.9,
     train: bool = True,
+    worst_class: float | str | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
@@ -81,6 +82,8 @@ def shrink(
         runtime: where it runs: "ort" (ONNX Runtime) or "engine"; the better of both without one.
         sure: how probable it must be that the floor is kept on new data: 0.9 or "90%", from 50% to 99%.
         train: whether networks may be trained; without it tensors are stored by rate and distortion alone.
+        worst_class: what each class, and each of the task's groups, may lose, such as "3%"; only the average counts
+            without it.
         seed: of the search and of every training.
         out: the folder for model.onnx, model.lil, model.safetensors, recipe.toml, report.html, summary.json, records/.
         resume: continue the search in `out`.
@@ -105,7 +108,7 @@ def shrink(
         >>> result.chosen["packed_bytes"]  # doctest: +SKIP
         9120
     """
-    asked = question(objective, floor, max_bytes, max_latency_ms, max_peak, file, runtime, sure, train)
+    asked = question(objective, floor, max_bytes, max_latency_ms, max_peak, file, runtime, sure, train, worst_class)
     if trials is not None and trials < 1:
         raise ValueError(f"shrink: trials must be at least 1, got {trials}.")
     budget_s = None if trials is not None or budget is None else ask.seconds(budget)

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,6 +40,9 @@ def shrink(
         str | None, typer.Option(help="where it runs: ort or engine; the better of both when left out")
     ] = None,
     sure: Annotated[str, typer.Option(help="how probable it must be that the floor is kept on new data")] = "90%",
+    worst_class: Annotated[
+        str | None, typer.Option(help="what each class, and each group of the task, may lose, such as 3%")
+    ] = None,
     max_bytes: Annotated[str | None, typer.Option(help="the best score whose file fits, such as 2MB")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="the best score that is as fast as this")] = None,
     max_peak: Annotated[str | None, typer.Option(help="the best score that runs in this memory, such as 256KB")] = None,
@@ -75,6 +79,7 @@ def shrink(
         runtime=runtime,
         sure=sure,
         train=train,
+        worst_class=worst_class,
         max_bytes=max_bytes,
         max_latency_ms=max_latency_ms,
         max_peak=max_peak,
@@ -103,7 +108,7 @@ def _shrink(
         from lilliput.search import ask
         from lilliput.search.question import question
 
-        asked = ("floor", "objective", "max_bytes", "max_latency_ms", "max_peak", "file", "runtime", "sure", "train")
+        asked = signature(question).parameters
         question(**{name: settings[name] for name in asked if name in settings})  # before anything heavy is imported
         if settings.get("budget") is not None:
             ask.seconds(settings["budget"])

@@ -20,7 +20,8 @@ def told(summary: Summary) -> list[str]:
         >>> told({"task": "tiny", "dense": {"val": 0.9}, "finished": True, "ended": "Ctrl-C", "wall_s": 31.5})
         ['The search was ended by Ctrl-C after 31.5 s.']
     """
-    return [text for text in (ended(summary), unfinished(summary), near(summary), brought(summary)) if text]
+    parts = ended(summary), worst(summary), unfinished(summary), near(summary), brought(summary)
+    return [text for text in parts if text]
 
 
 def ended(summary: Summary) -> str:
@@ -34,6 +35,25 @@ def ended(summary: Summary) -> str:
     if not reason or reason == "the end of the budget":
         return ""
     return f"The search was ended by {reason} after {formats.number(summary.get('wall_s'), 3)} s."
+
+
+def worst(summary: Summary) -> str:
+    """Which class or group loses most, and how many answers changed.
+
+    Example:
+        >>> row = {"part": "class 8", "split": "test", "examples": 97, "drop": 0.02, "bound": 0.05}
+        >>> worst({"metric": "accuracy", "parts": [row], "changed": {"count": 14, "of": 1000, "split": "test"}})
+        'Of the parts class 8 loses most: 2.0 points of its 97 test examples. 14 of 1,000 answers changed.'
+    """
+    said, rows, changed = [], summary.get("parts") or (), summary.get("changed")
+    if rows and rows[0]["drop"] > 0:
+        part, quality = rows[0], Quality.of(summary)
+        split = {"val": "validation"}.get(part["split"], part["split"])
+        lost = quality.points(part["drop"])
+        said.append(f"Of the parts {part['part']} loses most: {lost} of its {part['examples']:,} {split} examples.")
+    if changed:
+        said.append(f"{changed['count']:,} of {changed['of']:,} answers changed.")
+    return " ".join(said)
 
 
 def unfinished(summary: Summary) -> str:

@@ -57,7 +57,7 @@ class Floor:
         return f"{allowed} It is {self.amount:g} in units of {metric}; write {share}r for {share}% of {dense:.4g}."
 
 
-def floor(text: str | float) -> Floor:
+def floor(text: str | float, what: str = "floor") -> Floor:
     """A floor from "1%" (a point of accuracy: 0.01), "0.01", or "0.5r" (half a percent of the dense score).
 
     Raises:
@@ -73,7 +73,7 @@ def floor(text: str | float) -> Floor:
         amount = float(text)
     if not 0 <= amount < 1:
         raise ValueError(
-            f"shrink: floor must be at least 0 and below 100%, got {text}. For one point of accuracy "
+            f"shrink: {what} must be at least 0 and below 100%, got {text}. For one point of accuracy "
             "write 1%, for half a percent of the dense score 0.5r."
         )
     return Floor(amount, bool(match and match[2] == "r"))

@@ -18,6 +18,7 @@ from lilliput.search.points import parameters
 from lilliput.search.pool import Pool
 from lilliput.search.question import Question
 from lilliput.search.space import Axis, Choice, Space, changes, identity, name, structure, topology, training
+from lilliput.search.untrained import File
 from lilliput.search.work import BACKWARD, Size, batch_size_for, size, size_of
 from lilliput.task import Task
 
@@ -191,13 +192,15 @@ class Candidates:
 
     @cached_property
     def _besides(self) -> float:
-        """Bytes of a file besides its weights, as of the dense network's, plain and in eight bits a weight."""
-        sizes = [float(point.costs[self.job.question.file_key]) for point in self.job.points]
-        plain, *coded = sizes[:2]
-        seen = max(0.0, plain - 4 * self.job.dense.values, *(size - self.job.dense.values for size in coded))
-        return min(
-            seen, min(sizes) / 2
-        )  # half of the smallest file is weights at the least, or nothing is worth training
+        """Bytes of a file besides its stored tensors, as of the first coded files, or of the dense one."""
+        question = self.job.question
+        target: File = "onnx" if question.file == "onnx" else "lil"
+        points = [point for point in self.job.points if point.stored]
+        seen = [
+            float(point.costs[question.file_key]) - sum(tensor.cost(target) for tensor in point.stored.values())
+            for point in points[1:] or points
+        ]
+        return max(0.0, min(seen, default=0.0))
 
     def _first(self, found: Size) -> tuple[float, float, float]:
         """Seconds, or steps, of a structure's first training, as far as the time allows, and of one step of it; and its

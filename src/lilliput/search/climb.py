@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from lilliput.distill.logits import Distill
 from lilliput.errors import StoreError
 from lilliput.export.save import prepared
@@ -42,6 +44,7 @@ PRESSING = 3.0  # what that takes, in times of scoring val, before one was writt
 ZEROS = 3  # compilations that tell which zeros the engine rewards
 ASKING = 0.1  # of the time that is left, which they may take
 FIRST = 2  # structures a worker that are priced before any is trained
+HOPE = 2.0  # times less than expected that options are taken to cost, where none seems worth anything else
 FEWEST = 3  # coded copies that are exported, however much they may lose: they are what is nearest
 WAIT = 0.3  # of its training, how long a worker may wait for the end of a piece of work beside
 PATIENCE = 0.7  # how much shorter the next piece of work beside is taken to be, each time that it had to wait
@@ -182,7 +185,9 @@ class _Climb:
             starts = 0.0
             if not self.counted and (waiting := len(self.running) - self.pool.workers) >= 0:
                 starts = max(0.0, sorted(self.until.values())[waiting] - self.job.clock.now)
-            option = choose(self.prospect.options(self.arms), self._worth(), self.left - starts)
+            options, left = self.prospect.options(self.arms), self.left - starts
+            # Where nothing seems cheaper than what there is, prices were perhaps expected to be too high.
+            option = choose(options, self._worth(), left) or choose(options, self._worth(HOPE), left)
             if option is None:
                 return place
             option.what.arm.busy = True
@@ -192,18 +197,22 @@ class _Climb:
             self.until[future] = self.job.clock.now + starts + self.prospect.overhead + took
         return count
 
-    def _worth(self) -> Worth:
-        """What makes one option better than another, by what is asked."""
+    def _worth(self, hope: float = 1.0) -> Worth:
+        """What makes one option better than another, by what is asked.
+
+        Args:
+            hope: how many times less than expected an option may cost.
+        """
         question, job = self.job.question, self.job
         prices = [self._relative(point) for point in job.points]
         scores = [point.score for point in job.points]
         found = choice.choose(job.task, job.dense.score, scores, prices, floor=None, sure=question.sure)
-        bounds = list(zip(job.points, found.bound / self.floor, strict=True))
+        bounds = list(zip(job.points, np.maximum(found.bound, job.worst(scores)) / self.floor, strict=True))
         if question.floor is not None:
-            promised = [(self._relative(point), float(least)) for point, least in bounds if least <= 1]
+            promised = [(hope * self._relative(point), float(least)) for point, least in bounds if least <= 1]
             # What needs no training usually reaches START.
             comes = self.coming and not self.counted and not question.priced_by_runtime
-            sure = 1 / START[question.file] if comes else 1.0
+            sure = hope / START[question.file] if comes else hope
             # The final choice takes back what a point owes to having been picked: what is safe beyond that counts.
             pairs = zip(bounds, found.luck / self.floor, strict=True)
             added = [more for (_, least), more in pairs if 0 < least <= NEAR]
@@ -235,6 +244,7 @@ class _Climb:
             action.level.bits if action.level else None,
             None if self.counted else action.amount,
             job.question.sure,
+            None if job.question.worst is None else job.question.worst_points(job.dense.score.value) / self.floor,
         )
         known = job.store.record(_memo(job, action, before))
         if known is None:

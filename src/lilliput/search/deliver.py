@@ -1,12 +1,13 @@
 """Deliver: the folder holds the best point at any time. Each new point is kept, and handed over where it wins."""
 
 import dataclasses
+import math
 import time
 from typing import Any
 
 from lilliput.cost.measure import latency, machine
 from lilliput.onnx.session import Session
-from lilliput.search import engine, shelf
+from lilliput.search import engine, parts, shelf
 from lilliput.search.choose import Choice, choose
 from lilliput.search.files import write_folder
 from lilliput.search.job import FAILURES, Job, finite_or_none
@@ -72,7 +73,11 @@ def decide(job: Job, rivals: list[Point]) -> Choice:
     """
     question, dense = job.question, job.dense
     others = [point for point in job.points if not any(point is rival for rival in (dense, *rivals))]
-    compared = [*rivals, *others]
+    compared, worst = [*rivals, *others], question.worst_points(dense.score.value)
+    fits = [question.fits(point.costs) for point in rivals]
+    if math.isfinite(worst):
+        lost = parts.bounds(job.task, dense.score, [point.score for point in rivals], question.sure)
+        fits = [fit and least <= worst for fit, least in zip(fits, lost, strict=True)]
     return choose(
         job.task,
         dense.score,
@@ -80,7 +85,7 @@ def decide(job: Job, rivals: list[Point]) -> Choice:
         [point.price(question) for point in compared],
         floor=None if question.floor is None else question.floor.points(dense.score.value),
         sure=question.sure,
-        fits=[question.fits(point.costs) for point in rivals] + [False] * len(others),
+        fits=fits + [False] * len(others),
         divergence=[point.divergence for point in compared],
         seed=job.seed,
     )

@@ -172,5 +172,5 @@ def _test(job: Job, winner: Point) -> dict[str, Any]:
     dense = task.score(Session(job.dense.proto), "test")
     chosen = dense if winner is job.dense else task.score(Session(winner.proto), "test")
     between = interval(task, dense, chosen, job.seed)
-    scores: dict[str, Any] = {"dense": dense.value, "chosen": chosen.value}
+    scores: dict[str, Any] = {"dense": dense.value, "chosen": chosen.value, "scores": (dense, chosen)}
     return scores if between is None else scores | {"interval": [rounded(x) for x in between]}

@@ -3,26 +3,29 @@
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lilliput.errors import ExportError, NotSupported
 from lilliput.proposal import Known
 from lilliput.runner import Runner
+from lilliput.search import parts
 from lilliput.search.choose import evidence
 from lilliput.search.forge import Forge
+from lilliput.search.margin import Floats
 from lilliput.search.points import Clock, Point, Press
 from lilliput.search.pool import Pool
 from lilliput.search.progress import Silent
 from lilliput.search.question import Question
 from lilliput.store import Store
-from lilliput.task import Task, leaves
+from lilliput.task import Score, Task, leaves
 from lilliput.train import Diverged
 
 FAILURES = (
@@ -161,9 +164,21 @@ class Job:
         return self.task.loss_of(self.dense.score.value, point.score.value)
 
     def bound(self, point: Point) -> float:
-        """What a point loses at most with the probability that is asked for, judged alone."""
+        """What a point loses at most with the probability that is asked for, judged alone.
+
+        Where classes and groups count, it is more where one of them loses more than it may, in proportion.
+        """
         seen = evidence(self.task, self.dense.score, [point.score], seed=self.seed)
-        return float(seen.bound(self.question.sure)[0])
+        return float(max(seen.bound(self.question.sure)[0], self.worst([point.score])[0]))
+
+    def worst(self, scores: Sequence[Score]) -> Floats:
+        """What the worst class or group of each score may lose, against what it may, in points of the floor; 0 where
+        nothing is asked of them."""
+        dense, question = self.dense.score, self.question
+        if question.worst is None:
+            return np.zeros(len(scores))
+        scale = question.points(dense.value) / max(question.worst_points(dense.value), 1e-9)
+        return scale * parts.bounds(self.task, dense, scores, question.sure)
 
     def lack(self, point: Point) -> float:
         """How far a point is from what is asked; 0 where it meets it."""

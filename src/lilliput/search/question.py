@@ -33,6 +33,7 @@ class Question:
         runtime: what it runs in, "ort" or "engine"; None for the better of both.
         sure: how probable it must be that no more is lost on new data.
         train: whether networks may be trained; otherwise tensors are coded without a training step.
+        worst: what each class and each group may lose; None where only the average counts.
 
     Raises:
         ValueError: for a name that is none of these, or a limit that is not positive.
@@ -52,6 +53,7 @@ class Question:
     runtime: str | None = None
     sure: float = 0.9
     train: bool = True
+    worst: ask.Floor | None = None
 
     def __post_init__(self) -> None:
         for setting, given, allowed in (
@@ -78,8 +80,8 @@ class Question:
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> "Question":
         """The question that `data` gave."""
-        floor = data.get("floor")
-        return cls(**{**data, "floor": None if floor is None else ask.Floor(**floor)})
+        floors = {name: data.get(name) for name in ("floor", "worst")}
+        return cls(**{**data, **{name: None if kept is None else ask.Floor(**kept) for name, kept in floors.items()}})
 
     # what is measured ------------------------------------------------------------------------------------------------
 
@@ -170,6 +172,10 @@ class Question:
         """The floor in points of the metric; one point where there is none, to sort what is near from what is not."""
         return 0.01 if self.floor is None else self.floor.points(dense)
 
+    def worst_points(self, dense: float) -> float:
+        """What each class and each group may lose, in points of the metric; infinite where nothing is asked of them."""
+        return math.inf if self.worst is None else self.worst.points(dense)
+
     # in words --------------------------------------------------------------------------------------------------------
 
     def written(self, price: float, what: str = "") -> str:
@@ -204,6 +210,7 @@ def question(
     runtime: str | None = None,
     sure: float | str = 0.9,
     train: bool = True,
+    worst_class: float | str | None = None,
 ) -> Question:
     """A question as a person asks it; a limit turns it round, so that the floor no longer counts.
 
@@ -215,4 +222,5 @@ def question(
     most = None if max_bytes is None else ask.size_bytes(max_bytes)
     peak = None if max_peak is None else ask.size_bytes(max_peak, "max-peak")
     kept, probable = None if turned else allowed, ask.sure(sure)
-    return Question(objective, kept, most, max_latency_ms, peak, file, runtime, probable, train)
+    worst = None if worst_class is None else ask.floor(worst_class, "worst-class")
+    return Question(objective, kept, most, max_latency_ms, peak, file, runtime, probable, train, worst)

@@ -9,6 +9,7 @@ import numpy as np
 
 from lilliput.cost.measure import machine, profile
 from lilliput.record import commit, versions
+from lilliput.search import parts
 from lilliput.search.account import by_axis, misses, unfinished
 from lilliput.search.choose import Choice, examples_for, examples_to_promise, front
 from lilliput.search.job import Job
@@ -42,6 +43,9 @@ class Summary:
             (`drop_bound`) and how many validation examples might show that it keeps this one.
         drop_test: what it loses on test, which was read once, after the choice.
         drop_test_interval: the central 95% of `drop_test`.
+        worst_class: what each class and group may lose, in points of the metric; None where only the average counts.
+        parts: what each class and group loses, the one that loses most first (lilliput.search.parts).
+        changed: the examples that get another answer than the dense network's; None where outputs are no classes.
         left_alone: name and reason of what no technique could change.
         points: everything that was tried.
         steps_per_s: optimizer steps a second of training.
@@ -86,6 +90,9 @@ class Summary:
     optimism: float
     drop_test: float | None
     drop_test_interval: list[float] | None
+    worst_class: float | None
+    parts: list[Plain]
+    changed: Plain | None
     examples: dict[str, int]
     draws: int
     augmentations: int
@@ -154,6 +161,8 @@ def summarize(
     here = machine()
     chosen = None if winner is None else row(winner) | {"layers": layers(winner, task.example, finished)}
     first = row(dense) | {"layers": layers(dense, task.example, finished)}
+    split = "test" if tests else "val"
+    before, after = tests.get("scores") or (dense.score, (winner or dense).score)
     if tests and chosen is not None:
         first["test"], chosen["test"] = rounded(tests["dense"]), rounded(tests["chosen"])
     return Summary(
@@ -191,6 +200,9 @@ def summarize(
         optimism=rounded(choice.optimism),
         drop_test=rounded(task.loss_of(tests["dense"], tests["chosen"])) if tests else None,
         drop_test_interval=tests.get("interval"),
+        worst_class=None if question.worst is None else question.worst_points(dense.score.value),
+        parts=parts.rows(task, split, before, after, question.sure) if winner is not None else [],
+        changed=parts.changed(task, split, before, after) if winner is not None else None,
         examples=_examples(task),
         draws=choice.draws,
         augmentations=task.draws,

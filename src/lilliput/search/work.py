@@ -15,7 +15,7 @@ from lilliput.graph.stages import FoldBatchNorm
 from lilliput.layout import channels_last
 from lilliput.recipe import Recipe
 from lilliput.runner import Runner
-from lilliput.search import rate
+from lilliput.search import parts, rate
 from lilliput.search.choose import evidence
 from lilliput.search.desk import Desk
 from lilliput.search.job import finite
@@ -69,6 +69,7 @@ class Asked:
         bits: the mean bits that weights are stored in first; None leaves them as they are.
         seconds: how long it may take; None where steps are counted.
         sure: the confidence that bounds hold with.
+        worst: what each class and group may lose, against the floor; None where only the average counts.
     """
 
     before: Recipe
@@ -78,6 +79,7 @@ class Asked:
     bits: float | None = None
     seconds: float | None = None
     sure: float = 0.9
+    worst: float | None = None
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,7 @@ def train(desk: Desk, asked: Asked, smaller: int = 0) -> Made:
         steps,
         time.monotonic() - began,
         runner.task.loss_of(asked.dense.value, score.value),
-        bound(runner.task, asked.dense, score, asked.sure),
+        bound(runner.task, asked.dense, score, asked.sure, asked.worst),
     )
 
 
@@ -251,7 +253,7 @@ def _offers(desk: Desk, runner: Runner, recipe: Recipe, seconds: float) -> rate.
     return offers
 
 
-def bound(task: Task, dense: Score, score: Score, sure: float) -> float:
+def bound(task: Task, dense: Score, score: Score, sure: float, worst: float | None = None) -> float:
     """What a network that was not chosen loses at most on examples that nobody has seen, in points of the metric.
 
     Args:
@@ -259,13 +261,16 @@ def bound(task: Task, dense: Score, score: Score, sure: float) -> float:
         dense: the dense network's score.
         score: the network's score on the same examples.
         sure: the confidence.
+        worst: what each class and group may lose, against the floor; the bound is of the one that loses most beside
+            what it may, where that is more.
 
     Returns:
         The bound; what it was seen to lose where nothing more is known.
     """
     drop = task.loss_of(dense.value, score.value)
     least = float(evidence(task, dense, [score], DRAWS).bound(sure)[0])
-    return least if math.isfinite(least) else drop
+    least = least if math.isfinite(least) else drop
+    return least if worst is None else max(least, float(parts.bounds(task, dense, [score], sure)[0]) / max(worst, 1e-9))
 
 
 def batch_size_for(task: Task) -> int:

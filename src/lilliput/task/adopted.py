@@ -39,8 +39,8 @@ def adopted(metric: Any) -> Any:
         higher = sign > 0 if sign else not name.endswith(LOWER)
         return _named(partial(_by_sklearn, partial(function, **settings), _reads_scores(function)), name, higher)
     if isinstance(metric, nn.Module) and any(kind.__module__.startswith("torchmetrics") for kind in type(metric).mro()):
-        name, higher = type(metric).__name__, getattr(metric, "higher_is_better", None)
-        return _named(partial(_by_torchmetrics, metric), name, higher is not False)
+        known: Any = getattr(metric, "higher_is_better", None)
+        return _named(partial(_by_torchmetrics, metric), type(metric).__name__, known is not False)
     if library == "torchmetrics" and not isinstance(metric, type):
         name = str(getattr(function, "__name__", "metric"))
         return _named(partial(_in_form, partial(function, **settings)), name, not name.endswith(LOWER))
@@ -75,10 +75,10 @@ def _by_sklearn(
         return float(function(known.numpy(), given.numpy()))
     targets = meaning.classes(targets, outputs)
     if scores and axis is not None:
-        given = meaning.log_probabilities(outputs)
-        assert given is not None
+        logs = meaning.log_probabilities(outputs)
+        assert logs is not None  # there is an axis of classes
         kept = meaning.labelled(targets).reshape(-1)
-        given, targets = given.exp().reshape(-1, given.shape[-1])[kept].double(), targets.reshape(-1)[kept]
+        given, targets = logs.exp().reshape(-1, logs.shape[-1])[kept].double(), targets.reshape(-1)[kept]
         given = given[:, 1] if given.shape[1] == 2 else given / given.sum(1, keepdim=True)
     else:
         given = torch.sigmoid(outputs) if scores else meaning.predictions(outputs)

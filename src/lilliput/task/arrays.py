@@ -2,25 +2,29 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lilliput.errors import near
 from lilliput.registry import entries, lookup
 from lilliput.task.adopted import adopted
+from lilliput.task.digest import digest_function, digest_tensor
 from lilliput.task.meaning import Kind, Meaning, bound, of_loss
 from lilliput.task.nested import Inputs, Model, joined, leaves, length, mapped, predict, take
 from lilliput.task.protocol import Batch, Indices, Score, Task
-from lilliput.task.read import Reading, source, tensors
+from lilliput.task.read import Reading, tensors
 from lilliput.task.transforms import augmentation, seeds
 
 KEPT_BYTES = 2**30
+MOST_PARTS = 1000
+"""Classes that are told apart in what is reported."""
 Function = Callable[..., Any]
 
 
@@ -57,6 +61,8 @@ class Arrays(Task, default=True):
         class_axis: the axis of the outputs that holds the classes, where shapes leave it open.
         ignore_index: the label that means "no label here": it counts in neither loss nor metric.
         target: the name of the targets in dictionaries and tables; "labels", "label", "targets" or "target" without it.
+        groups: for splits, such as "val" and "test", the group of each example: names or numbers (n,). What each group
+            loses is reported, as it is of each class, and `--worst-class` holds for them too.
         padding: what shorter examples are filled up with along their first axis, their labels with `ignore_index`;
             without it examples must be of one length, unless one of the inputs is a mask.
 
@@ -90,6 +96,7 @@ class Arrays(Task, default=True):
         ignore_index: int = -100,
         target: str | None = None,
         padding: float | None = None,
+        groups: Mapping[str, Any] | None = None,
     ) -> None:
         self.name, self.augment, self.batch_size = name, augmentation(augment), batch_size
         self._augmented: dict[int, Any] = {}
@@ -114,7 +121,32 @@ class Arrays(Task, default=True):
             higher_is_better = getattr(self._metric, "higher_is_better", True)
         self.higher_is_better = higher_is_better
         self.meaning = self._described(outputs, class_axis, ignore_index)
+        self._groups = {split: self._grouped(split, given) for split, given in (groups or {}).items()}
         self.criterion, self.metric = bound(self._loss, self.meaning), bound(self._metric, self.meaning)
+
+    def _grouped(self, split: str, given: Any) -> NDArray[np.str_]:
+        """The group of each example of a split, as text."""
+        groups = np.asarray(given).astype(str)
+        if split not in self._splits or groups.shape != (self.size(split),):
+            wanted = self.size(split) if split in self._splits else f"one of the splits {sorted(self._splits)}"
+            raise ValueError(f"Task {self.name}: groups of {split} must be {wanted} names, got shape {groups.shape}.")
+        return groups
+
+    def parts(self, split: str) -> dict[str, NDArray[np.bool_]]:
+        targets, found = self.split(split)[1], {}
+        if isinstance(targets, Tensor) and self.meaning.kind in ("logits", "probabilities", "bits"):
+            if self.meaning.kind != "bits" and targets.ndim == 2 and targets.shape[1] > 1:
+                targets = targets.argmax(1)  # one-hot rows
+            classes = targets.reshape(len(targets), -1)
+            names = classes[:, 0].unique().tolist() if classes.shape[1] == 1 else []
+            if len(names) <= MOST_PARTS:
+                found = {
+                    f"class {name:g}": (classes[:, 0] == name).numpy() for name in names if name != self.meaning.ignore
+                }
+        groups = self._groups.get(split)
+        if groups is not None:
+            found |= {str(name): groups == name for name in np.unique(groups)}
+        return found
 
     def _described(self, outputs: Kind | None, axis: int | None, ignore: int) -> Meaning:
         kind = outputs or of_loss(self._loss)
@@ -320,11 +352,13 @@ class Arrays(Task, default=True):
         for split, (inputs, targets) in sorted(self._splits.items()):
             digest.update(split.encode())
             for tensor in [*leaves(inputs), *leaves(targets)]:
-                _digest(digest, tensor)
+                digest_tensor(digest, tensor)
         for tensor in leaves(self._unlabelled):
-            _digest(digest, tensor)
+            digest_tensor(digest, tensor)
         for part in (self._loss, self._metric, self.augment, *([] if self._dense is None else [self._dense])):
-            _digest_function(digest, part)
+            digest_function(digest, part)
+        for split, groups in sorted(self._groups.items()):
+            digest.update(f"{split} {groups.tolist()}".encode())
         digest.update(f"{self.draws} {self.batch_size} {self.higher_is_better} {self.meaning}".encode())
         return digest.hexdigest()
 
@@ -340,25 +374,6 @@ def _plain(leaf: Tensor) -> Tensor:
 
 def _tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.as_tensor(value)
-
-
-def _digest(digest: Any, tensor: Tensor) -> None:
-    digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-
-
-def _digest_function(digest: Any, part: Any) -> None:
-    """A function by its source, a partial one with its settings, a module with its tensors."""
-    if isinstance(part, partial):
-        _digest_function(digest, part.func)
-        digest.update(f"{part.args} {sorted(part.keywords.items())}".encode())
-    elif isinstance(part, nn.Module):
-        plain = {key: value for key, value in vars(part).items() if isinstance(value, str | int | float)}
-        digest.update(f"{source(type(part))} {plain}".encode())
-        for tensor in part.state_dict().values():
-            _digest(digest, tensor)
-    else:
-        digest.update(source(part).encode())
 
 
 def _named(task: str, family: str, given: Any) -> tuple[str, Any]:

@@ -234,6 +234,10 @@ class Task:
         """The same task with at most `draws` augmentations of each example."""
         return self
 
+    def parts(self, split: str) -> dict[str, NDArray[np.bool_]]:
+        """The classes and groups of a split by name, each as (n,) booleans: which outcomes of a score belong to it."""
+        return {}
+
     def class_axis(self, outputs: Any) -> int | None:
         """The axis of `outputs` that holds the classes, as loss, metric, divergence and distillation read it.
 

@@ -220,7 +220,8 @@ def _tensor(value: Any, who: str) -> Tensor:
             warnings.simplefilter("ignore", UserWarning)  # what is mapped from a file is not written to
             wide = array.dtype.kind == "f" and array.itemsize > 4
             value = torch.as_tensor(array.astype(np.float32) if wide else array)
-    return value.float() if value.is_floating_point() else value
+    tensor: Tensor = value.float() if value.is_floating_point() else value
+    return tensor
 
 
 def _filled(tensor: Tensor, axis: int, length: int, filling: float) -> Tensor:
@@ -231,7 +232,7 @@ def _filled(tensor: Tensor, axis: int, length: int, filling: float) -> Tensor:
 
 def _has_places(data: Any) -> bool:
     """Whether data is examples by their place: a data set, no list of batches and no loader."""
-    known = isinstance(data, list | tuple | Mapping | DataLoader) or _is_array(data)
+    known = isinstance(data, str | bytes | list | tuple | Mapping | DataLoader) or _is_array(data)
     return not known and hasattr(data, "__getitem__") and hasattr(data, "__len__")
 
 
