@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 
 import onnx
 from onnx import ModelProto, TensorProto, numpy_helper
@@ -22,7 +23,9 @@ TYPE_ONLY = frozenset(
      "Size", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tanh", "Tile", "Transpose", "Unsqueeze",
      "Where", "Xor", "Elu", "Selu", "Gelu", "Softplus", "Mish"}
 )  # fmt: skip
-"""Operators that mean the same in opsets 18 to 21, which only added types: a file of these may hold 4-bit integers."""
+"""Operators that got a new version between opsets 18 and 21 which only added types."""
+TINY = 21
+"""The opset from which a file may hold 4-bit integers."""
 
 
 def narrow(proto: ModelProto, stored: dict[str, Stored], decoded: list[str] | None = None) -> ModelProto:
@@ -35,8 +38,7 @@ def narrow(proto: ModelProto, stored: dict[str, Stored], decoded: list[str] | No
     """
     proto = copied(proto)
     graph = proto.graph
-    tiny = opset_of(proto) >= 18 and all(n.op_type in TYPE_ONLY and n.domain == "" for n in every_node(graph))
-    writer = Operators(tiny)
+    writer = Operators(tiny(proto))
     waiting = []
     for tensor in graph.initializer:
         value = stored.get(tensor.name)
@@ -52,12 +54,33 @@ def narrow(proto: ModelProto, stored: dict[str, Stored], decoded: list[str] | No
     del graph.initializer[:], graph.node[:]
     graph.initializer.extend(writer.tensors.values())
     graph.node.extend(nodes)
-    if writer.tiny_used and opset_of(proto) < 21:
-        next(o for o in proto.opset_import if o.domain in ("", "ai.onnx")).version = 21
+    if writer.tiny_used and opset_of(proto) < TINY:
+        next(o for o in proto.opset_import if o.domain in ("", "ai.onnx")).version = TINY
         proto.ir_version = max(proto.ir_version, 10)
     if decoded is not None:
         decoded += writer.decoded
     return _short(proto)
+
+
+def tiny(proto: ModelProto) -> bool:
+    """Whether a file may hold 4-bit integers: whether all of its operators mean in opset 21 what they mean in its own.
+
+    Args:
+        proto: the model.
+    """
+    opset = opset_of(proto)
+    return opset >= 18 and all(n.domain == "" and _unchanged(n.op_type, opset) for n in every_node(proto.graph))
+
+
+@cache
+def _unchanged(op_type: str, opset: int) -> bool:
+    if op_type in TYPE_ONLY or opset >= TINY:
+        return True
+    try:
+        own, new = (onnx.defs.get_schema(op_type, version, "").since_version for version in (opset, TINY))
+    except onnx.defs.SchemaError:
+        return False
+    return bool(own == new)
 
 
 def _short(proto: ModelProto) -> ModelProto:

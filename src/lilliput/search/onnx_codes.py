@@ -8,8 +8,7 @@ import torch
 from onnx import ModelProto, TensorProto
 from torch import Tensor
 
-from lilliput.onnx.clean import every_node, opset_of
-from lilliput.onnx.narrow import TYPE_ONLY
+from lilliput.onnx.narrow import tiny
 from lilliput.quant.allocate import allocate
 from lilliput.quant.gptq import gptq
 from lilliput.quant.grids import uniform
@@ -112,10 +111,10 @@ def cost_in(file: str, proto: ModelProto) -> Callable[[Stored], int]:
     """What a stored tensor costs in a file, in bits: "lil", or "onnx", where 3 bits cost 4 and 5 cost 8."""
     if file == "lil":
         return lambda stored: stored.storage().bits
-    tiny = opset_of(proto) >= 18 and all(n.op_type in TYPE_ONLY and n.domain == "" for n in every_node(proto.graph))
+    small = tiny(proto)
 
     def bits(stored: Stored) -> int:
-        writer = Operators(tiny)
+        writer = Operators(small)
         stored.onnx(writer, "w")
         return 8 * writer.size_bytes("w")
 
