@@ -97,8 +97,9 @@ class SomeRows(Fewer):
 
     def counted(self) -> Tensor:
         """The row of the shorter table for each id, from the bits."""
-        powers = 2 ** torch.arange(8, device=self.bits.device)
-        stays = (self.bits.long().unsqueeze(1) // powers % 2).flatten()[: self.num_embeddings]
+        # In a file this is one operator, where dividing by powers would be eight.
+        powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=self.bits.device)
+        stays = (self.bits.unsqueeze(1) & powers).bool().flatten()[: self.num_embeddings].long()
         return stays.cumsum(0) * stays
 
     def row(self, ids: Tensor) -> Tensor:

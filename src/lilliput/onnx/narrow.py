@@ -24,6 +24,8 @@ TYPE_ONLY = frozenset(
      "Where", "Xor", "Elu", "Selu", "Gelu", "Softplus", "Mish"}
 )  # fmt: skip
 """Operators that got a new version between opsets 18 and 21 which only added types."""
+COMPUTED = frozenset({"Add", "Equal", "Gather", "GatherElements", "GatherND", "Greater", "Less", "Mul", "Sub", "Where"})
+"""Operators that take integers as numbers or places."""
 TINY = 21
 """The opset from which a file may hold 4-bit integers."""
 
@@ -39,10 +41,12 @@ def narrow(proto: ModelProto, stored: dict[str, Stored], decoded: list[str] | No
     proto = copied(proto)
     graph = proto.graph
     writer = Operators(tiny(proto))
-    waiting = []
+    waiting, indices = [], _indices(graph)
     for tensor in graph.initializer:
         value = stored.get(tensor.name)
-        if value is None or tensor.data_type != TensorProto.FLOAT:
+        if tensor.data_type == TensorProto.INT64 and value is None and tensor.name in indices:
+            writer.whole(tensor.name, numpy_helper.to_array(tensor))
+        elif value is None or tensor.data_type != TensorProto.FLOAT:
             writer.plain(tensor.name, numpy_helper.to_array(tensor))
         elif value.refers:
             waiting.append((tensor.name, value))  # until what it refers to is there
@@ -60,6 +64,13 @@ def narrow(proto: ModelProto, stored: dict[str, Stored], decoded: list[str] | No
     if decoded is not None:
         decoded += writer.decoded
     return _short(proto)
+
+
+def _indices(graph: onnx.GraphProto) -> set[str]:
+    """The values that are only read as places or computed with, never as a shape, which some runtimes want to see."""
+    read = [(name, node.op_type) for node in every_node(graph) for name in node.input]
+    others = {name for name, op_type in read if op_type not in COMPUTED}
+    return {name for name, _ in read} - others
 
 
 def tiny(proto: ModelProto) -> bool:

@@ -1,6 +1,7 @@
 """Arms: the networks of a search, each a structure with the trainings that it has had, and what may be done next."""
 
 import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -38,6 +39,7 @@ class Arm:
         inherited: the bound of the arm whose weights it goes on with; None where it begins with the dense network's.
         sibling: whether it is that arm's structure, trained in another way.
         busy: whether it is being trained.
+        extra: by how much the price of a written copy exceeded what was expected; None where none was written.
         tried: the levels that its weights were stored at, after the latest round.
         closed: why nothing more is done with it, or an empty text.
     """
@@ -59,6 +61,7 @@ class Arm:
     inherited: float | None = None
     sibling: bool = False
     busy: bool = False
+    extra: float | None = None
     tried: set[Level] = field(default_factory=set)
     closed: str = ""
 
@@ -110,6 +113,7 @@ class Prospect:
         sibling: what training on in another way adds to it.
         laws: what each level adds to the log bound.
         offsets: by how much the log bounds of structures with a choice differ from the rest, by (axis, number).
+        extras: by how much the prices of written copies exceeded what was expected.
     """
 
     levels: tuple[Level, ...]
@@ -120,6 +124,12 @@ class Prospect:
     sibling: Law = field(default_factory=lambda: Law(0.0, 0.3))
     laws: dict[Level, Law] = field(default_factory=dict)
     offsets: dict[tuple[str, int], Law] = field(default_factory=dict)
+    extras: list[float] = field(default_factory=list)
+
+    def written(self, arm: Arm, extra: float) -> None:
+        """Take in by how much the price of a written copy of an arm exceeded what was expected."""
+        arm.extra = extra
+        self.extras.append(extra)
 
     def options(self, arms: list[Arm]) -> list[Option]:
         """Every action on every arm that is free, each with what it may lead to."""
@@ -165,10 +175,14 @@ class Prospect:
         law, took = self.law(level), self.overhead + (TAIL * max(spent, arm.first) if level.trained else self.copying)
         return (
             took,
-            arm.weights * level.factor + arm.besides,
+            max(1e-9, arm.weights * level.factor + arm.besides + self._extra(arm)),
             bound * math.exp(law.mean),
             math.hypot(spread, law.spread),
         )
+
+    def _extra(self, arm: Arm) -> float:
+        """What a file takes beyond tensors and graph of the dense network: as for the last copy, else as for most."""
+        return arm.extra if arm.extra is not None else statistics.median(self.extras or [0.0])
 
     def _begun(self, arm: Arm, part: float) -> tuple[float, float]:
         """The expected bound of an arm after a part of its first training, and the spread of its logarithm."""

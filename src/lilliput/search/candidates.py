@@ -127,7 +127,7 @@ class Candidates:
         plan = Recipe((*arm.recipe.stages, replace(before, supervised=self.space.labels[other])))
         axes = {**arm.axes, "labels": other}
         sibling = Arm(name(plan), plan, axes, arm.weights, arm.besides, arm.spent, arm.pace, arm.share)
-        sibling.inherited, sibling.sibling, sibling.rounds = arm.bound, True, arm.rounds
+        sibling.inherited, sibling.sibling, sibling.rounds, sibling.extra = arm.bound, True, arm.rounds, arm.extra
         yield sibling
 
     def _child(self, arm: Arm, axis: Axis) -> Arm | None:
@@ -145,7 +145,7 @@ class Candidates:
             share = after.values / before.values
             if STEP**1.5 <= share <= STEP**0.5:
                 child = Arm(name(plan), plan, arm.axes, *self._price(plan, after), *self._first(after))
-                child.inherited = arm.bound
+                child.inherited, child.extra = arm.bound, arm.extra
                 return child
             low, high = (middle + 1, high) if share > STEP else (low, middle - 1)
         return None

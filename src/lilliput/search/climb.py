@@ -210,9 +210,8 @@ class _Climb:
         bounds = list(zip(job.points, np.maximum(found.bound, job.worst(scores)) / self.floor, strict=True))
         if question.floor is not None:
             promised = [(hope * self._relative(point), float(least)) for point, least in bounds if least <= 1]
-            # What needs no training usually reaches START.
             comes = self.coming and not self.counted and not question.priced_by_runtime
-            sure = hope / START[question.file] if comes else hope
+            sure = hope / START[question.file] if comes else hope  # what needs no training usually reaches START
             # The final choice takes back what a point owes to having been picked: what is safe beyond that counts.
             pairs = zip(bounds, found.luck / self.floor, strict=True)
             added = [more for (_, least), more in pairs if 0 < least <= NEAR]
@@ -309,7 +308,9 @@ class _Climb:
         if arm.level is not None:
             allowed = after <= NEAR if job.question.floor is not None else arm.price <= NEAR * self.most
             if allowed or self.pressed < FEWEST:
-                self._press(arm)
+                expected, written = arm.price, self._press(arm)
+                if written is not None and action.level is not None and not job.question.priced_by_runtime:
+                    self.prospect.written(action.arm, written - expected)
             return
         arm.tried = set()
         if action.kind == "begin" and arm.inherited is None:
@@ -317,8 +318,8 @@ class _Climb:
             self.arms += self.candidates.sampled(arm, waiting)
         self.arms += self.candidates.children(arm)
 
-    def _press(self, arm: Arm) -> None:
-        """Make a coded arm an artifact, and add it as a point."""
+    def _press(self, arm: Arm) -> float | None:
+        """Make a coded arm an artifact, and add it as a point; its price, or None where it came to nothing."""
         self.pressed += 1
         began = self.job.clock.now
         job, recipe, own = self.job, arm.recipe, identity(Recipe(changes(arm.plan)))
@@ -330,11 +331,13 @@ class _Climb:
             if (price := self._relative(point)) < 1:
                 arm.weights = price - arm.besides
             job.took["press"] = job.clock.now - began
+            return price
         except StoreError:
             raise
         except FAILURES as error:
             arm.closed = f"{type(error).__name__}: {error}"
             job.failed(arm.name, error)
+        return None
 
 
 def _in_turn(*kinds: Iterator[float]) -> Iterator[float]:

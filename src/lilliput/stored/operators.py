@@ -16,6 +16,8 @@ from onnx import GraphProto, NodeProto, TensorProto, numpy_helper
 
 from lilliput.stored.bits import Array
 
+CAST_BYTES = 30
+"""What a Cast adds to a file."""
 CONSTANT = "."
 """What the names of graph constants begin with; no state_dict key does."""
 
@@ -74,7 +76,15 @@ class Operators:
 
     def integers(self, codes: Array) -> str:
         """Integers in the narrowest type that holds them, 4 bits where that is allowed."""
-        return self.shared(codes, self._narrowest(codes))
+        return self.shared(codes, self._narrowest(codes, self.tiny))
+
+    def whole(self, name: str, array: Array) -> str:
+        """An int64 value from the narrowest type that holds it, where that is shorter than the Cast it takes."""
+        kind = self._narrowest(array, False)
+        width = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)).itemsize
+        if (array.itemsize - width) * array.size <= CAST_BYTES:
+            return self.plain(name, array)
+        return self.node("Cast", [self.shared(array, kind)], name, to=TensorProto.INT64)
 
     def reshaped(self, value: str, shape: tuple[int, ...], output: str = "") -> str:
         """A value in another shape."""
@@ -103,16 +113,16 @@ class Operators:
         rename(graph, names)
         return int(graph.ByteSize())
 
-    def _narrowest(self, codes: Array) -> int:
+    def _narrowest(self, codes: Array, tiny: bool) -> int:
         low, high = (int(codes.min()), int(codes.max())) if codes.size else (0, 0)
-        if self.tiny and ((low >= -8 and high <= 7) or (low >= 0 and high <= 15)):
+        if tiny and ((low >= -8 and high <= 7) or (low >= 0 and high <= 15)):
             self.tiny_used = True
             return int(TensorProto.INT4 if high <= 7 else TensorProto.UINT4)
         if low >= -128 and high <= 127:
             return int(TensorProto.INT8)
-        if low >= 0:
+        if low >= 0 and high < 2**16:
             return int(TensorProto.UINT8 if high <= 255 else TensorProto.UINT16)
-        return int(TensorProto.INT16)
+        return int(TensorProto.INT16 if low >= -(2**15) and high < 2**15 else TensorProto.INT64)
 
 
 def _integers(name: str, array: Array, kind: int) -> TensorProto:
