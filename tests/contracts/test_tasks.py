@@ -21,21 +21,23 @@ N = 40
 def examples(kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """(perfect outputs, outputs of chance, targets) of a kind."""
     draw = torch.Generator().manual_seed(3)
-    labels = torch.arange(N) % 3
+    labels = torch.arange(N) % 8
     values = torch.rand(N, 4, generator=draw)
     noise = torch.rand(N, 4, generator=draw)
     return {
-        "logits": (8 * torch.eye(3)[labels], torch.randn(N, 3, generator=draw), labels),
+        "logits": (8 * torch.eye(8)[labels], torch.randn(N, 8, generator=draw), labels),
         "bits": (8 * (labels.clamp_max(1) * 2 - 1.0), torch.randn(N, generator=draw), labels.clamp_max(1)),
         "directions": (2 * values, noise - 0.5, values),
         "values": (values, noise, values),
-        "tokens": (labels.reshape(-1, 4), (labels.reshape(-1, 4) + 1) % 3, labels.reshape(-1, 4)),
+        "tokens": (labels.reshape(-1, 4), (labels.reshape(-1, 4) + 1) % 8, labels.reshape(-1, 4)),
     }[kind]
 
 
 KINDS = {
     "accuracy": "logits",
     "f1": "logits",
+    "iou": "logits",
+    "top 5": "logits",
     "perplexity": "logits",
     "auc": "bits",
     "cosine": "directions",
