@@ -16,6 +16,7 @@ _CORE = {
     # the main job
     "shrink": "lilliput.shrinking",
     "finish": "lilliput.shrinking",
+    "pick": "lilliput.search.kept",
     "Result": "lilliput.search.finish",
     "save": "lilliput.export.save",
     "load": "lilliput.export.pack",

@@ -81,6 +81,7 @@ from lilliput.schedule import Linear as Linear
 from lilliput.schedule import Once as Once
 from lilliput.schedule import Steps as Steps
 from lilliput.search.finish import Result as Result
+from lilliput.search.kept import pick as pick
 from lilliput.shrinking import finish as finish
 from lilliput.shrinking import shrink as shrink
 from lilliput.stage import Stage as Stage

@@ -1,10 +1,10 @@
 """The command line. Nothing heavy is imported before a command runs."""
 
-from lilliput.cli import jobs, runtimes  # each adds its commands, in this order
+from lilliput.cli import jobs, results, runtimes  # each adds its commands, in this order
 from lilliput.cli.app import IMPORTED, PROCESS, app, fail
 from lilliput.search.origin import resolve
 
-__all__ = ["app", "fail", "jobs", "main", "resolve", "runtimes"]
+__all__ = ["app", "fail", "jobs", "main", "resolve", "results", "runtimes"]
 
 
 def main() -> None:

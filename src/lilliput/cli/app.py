@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -21,13 +21,30 @@ def began() -> float:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="A trained neural network in, a many times smaller and faster one out, with the measured "
     "proof.\n\nExample: lilliput shrink digits --floor 1% --budget 2m",
 )
 console, errors = Console(), Console(stderr=True)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from lilliput import __version__
+
+        print(f"lilliput {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What holds for every command."""
 
 
 def fail(message: object, status: int = 2) -> NoReturn:

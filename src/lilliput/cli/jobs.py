@@ -186,10 +186,18 @@ def demo(
     """
     import shutil
 
-    marker = out / "records"
-    if marker.exists():
-        shutil.rmtree(marker)
-    command = f"lilliput shrink digits --floor 1% --budget {budget}"
+    begins, records = "lilliput shrink digits --floor 1%", out / "records"
+    if records.exists():
+        from lilliput.store import Store
+
+        with speaking():
+            origin = Store(records).record("origin") or {}
+            if not str(origin.get("command")).startswith(begins):
+                raise ValueError(
+                    f"demo: {out} must be empty, new or of an earlier demo, got another search. Choose another --out."
+                )
+        shutil.rmtree(records)
+    command = f"{begins} --budget {budget}"
     _shrink("digits", command=command, floor="1%", budget=budget, out=out)
 
 

@@ -127,9 +127,10 @@ class Session:
 
     def outputs(self, inputs: Inputs, batch: int = 256) -> Array:
         """The first output for any number of examples, `batch` at a time."""
-        return self._batched(inputs, batch)[0]
+        return self.batched(inputs, batch)[0]
 
-    def _batched(self, inputs: Inputs, batch: int) -> list[Array]:
+    def batched(self, inputs: Inputs, batch: int = 256) -> list[Array]:
+        """Every output for any number of examples, `batch` at a time."""
         feed = self.feed(inputs)
         count = len(next(iter(feed.values())))
         try:
@@ -150,7 +151,7 @@ class Session:
             inputs: the examples along the first axis.
             batch: examples at a time.
         """
-        flat = [torch.from_numpy(np.array(part)) for part in self._batched(inputs, batch)]
+        flat = [torch.from_numpy(np.array(part)) for part in self.batched(inputs, batch)]
         return structured(self.output_names, flat)
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:

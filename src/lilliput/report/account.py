@@ -42,7 +42,8 @@ def worst(summary: Summary) -> str:
 
     Example:
         >>> row = {"part": "class 8", "split": "test", "examples": 97, "drop": 0.02, "bound": 0.05}
-        >>> worst({"metric": "accuracy", "parts": [row], "changed": {"count": 14, "of": 1000, "split": "test"}})
+        >>> told = {"metric": "accuracy", "dense": {"val": 0.9}, "changed": {"count": 14, "of": 1000, "split": "test"}}
+        >>> worst(told | {"parts": [row]})
         'Of the parts class 8 loses most: 2.0 points of its 97 test examples. 14 of 1,000 answers changed.'
     """
     said, rows, changed = [], summary.get("parts") or (), summary.get("changed")
