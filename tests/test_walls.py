@@ -19,7 +19,7 @@ ROOMS = (
     ("code",),
     ("stage", "finding", "reference", "encode"),
     ("statistics",),
-    ("train", "rule", "layout", "muon"),
+    ("train", "rule", "layout", "modes", "muon"),
     ("prune", "quant", "factor", "adapt", "share", "graph", "distill", "nets", "analyse", "data"),
     ("recipe", "store", "record", "runner"),
     ("export", "engine", "runtimes"),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lilliput.code.base import copy_model
+from lilliput.modes import train_
 from lilliput.task import Task, call, leaves, length, take
 
 REPEATS = 3
@@ -41,7 +42,7 @@ def channels_last(model: nn.Module, task: Task, batch_size: int | None = None, t
     inputs = take(inputs, slice(0, min(length(inputs), batch_size or task.batch_size)))
     random = torch.get_rng_state()
     try:
-        first, last = copy_model(model).train(), place(copy_model(model).train(), True)
+        first, last = train_(copy_model(model), task), place(train_(copy_model(model), task), True)
         after = _pass(last, inputs)
         if not timed:
             return True

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lilliput.code.base import copy_model
+from lilliput.code.adopt import adopted
 from lilliput.errors import ExportError, NotSupported
 from lilliput.onnx import exporter
 from lilliput.proposal import Known
@@ -116,7 +116,7 @@ def shrink(
         raise ValueError("shrink: a budget or a number of trials must be given, got neither. Write budget='5m'.")
     clock, where = Clock(budget_s, began), place(device)
     exporter.begin()
-    model = _own(model)
+    model = adopted(model)
     task = task.against(model)
     outputs = check(model, task, COMPARED)
     folder = Path(out) if out is not None else Path(f"lilliput-{task.name}")
@@ -172,24 +172,13 @@ def finish(
             raise ValueError(f"finish: {folder} must say what was asked, and does not. Continue it with --resume.")
         if model is None or task is None:
             model, task = found_again(given)
-        model = _own(model)
+        model = adopted(model)
         task = task.against(model)
         asked, clock = Question.read(given["question"]), Clock(given["budget_s"])
         settings = (given["trials"], int(given["seed"]), given["workers"], place(given["device"]))
         job = _job(model, task, asked, clock, store, folder, *settings, show, given["command"])
         clock.budget_s = None  # it takes what it takes
         return _run(job, fresh=False, finish_only=True)
-
-
-def _own(model: nn.Module) -> nn.Module:
-    """A copy of a model, on the processor, in eval mode."""
-    try:
-        return copy_model(model).cpu().eval()
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"shrink: the model must be one that copy.deepcopy copies, but that raised {error}. Build it "
-            "anew instead of taking it from a graph with gradients."
-        ) from error
 
 
 @contextlib.contextmanager

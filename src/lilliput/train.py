@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lilliput.code.base import copy_model
 from lilliput.layout import place
+from lilliput.modes import train_
 from lilliput.muon import Muon
 from lilliput.rule import Rule, State, frozen, nothing, start_anew, thawed, to
 from lilliput.rule import parameters as extras
@@ -153,7 +154,7 @@ def fit(
     # glibc hands large blocks back and faults them in anew at every step, until one of them has been freed.
     torch.empty(30 * 2**18).zero_()
     model = copy_model(model).to(reference.device)
-    model.train()
+    train_(model, task)
     until = stage.until or stage.steps
     checkpoint = _usable(load(), until)
     # Momenta are kept as the weights lie, so a training goes on in the layout that it began with.

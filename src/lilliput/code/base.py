@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lilliput.code.left import left
 from lilliput.code.names import lists, original_names, originals, plain_modules
 from lilliput.errors import NotSupported
 from lilliput.proposal import Refusal
@@ -327,18 +328,18 @@ def copy_model(model: nn.Module) -> nn.Module:
 
     `deepcopy` shares the class that a parametrization injects; removing it from the copy would delete the property
     from the original. A coded recurrent layer keeps its last decoded weights, which cannot be copied; the copy decodes
-    its own.
+    its own. Tensors that a forward pass left behind (`self.last = x`) are copied without their graphs.
     """
     memo: dict[int, Any] = {
         id(module._flat_weights): [None] * len(module._flat_weights)
         for module in model.modules()
         if isinstance(module, nn.RNNBase) and parametrize.is_parametrized(module)
     }
+    memo |= {id(tensor): tensor.detach().clone() for module in model.modules() for tensor in left(vars(module))}
     result = copy.deepcopy(model, memo)
-    for _, module in result.named_modules():
-        if parametrize.is_parametrized(module):
-            shared = type(module)
-            module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
+    for module in filter(parametrize.is_parametrized, result.modules()):
+        shared = type(module)
+        module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
     return result
 
 

@@ -52,7 +52,15 @@ def trace(model: nn.Module, example: Inputs) -> Structure:
     # A dictionary in the last place would be taken for the named ones.
     last: Any = ({},) if not named and isinstance(two[-1], dict) else ()
     try:
-        with quiet(), remembered(), torch.no_grad(), _looked_up(model), padded(model), _flat(model) as outputs:
+        with (
+            quiet(),
+            remembered(),
+            torch.no_grad(),
+            _lengths(model),
+            _looked_up(model),
+            padded(model),
+            _flat(model) as outputs,
+        ):
             model.eval()
             program = torch.onnx.export(
                 model,
@@ -110,6 +118,26 @@ def _flat(model: nn.Module) -> Iterator[list[str]]:
         del model.forward
         if own is not None:
             model.forward = own
+
+
+@contextlib.contextmanager
+def _lengths(model: nn.Module) -> Iterator[None]:
+    """`len(x)` of a tensor as `x.shape[0]` in the files of the model's classes: Python's own fixes the batch size."""
+
+    def free(x: Any) -> Any:
+        return x.shape[0] if isinstance(x, torch.Tensor) and x.dim() else len(x)
+
+    spaces = []
+    for kind in {type(module) for module in model.modules()}:
+        space = getattr(kind.forward, "__globals__", None)
+        if space is not None and not kind.__module__.startswith("torch.") and "len" not in space:
+            spaces.append(space)
+            space["len"] = free
+    try:
+        yield
+    finally:
+        for space in spaces:
+            space.pop("len", None)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lilliput.code.base import copy_model
+from lilliput.code.adopt import adopted
 from lilliput.code.state import describe
 from lilliput.cost.measure import machine
 from lilliput.errors import StoreError
@@ -36,7 +36,7 @@ def apply(
         ValueError: For a model or task that does not run, and whatever a stage raises; then nothing is written.
     """
     clock, where = Clock(None), place(device)
-    model = copy_model(model).cpu().eval()
+    model = adopted(model)
     task = task.against(model)
     dense = check(model, task, COMPARED)
     fresh = not folder.exists()

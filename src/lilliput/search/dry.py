@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from lilliput.code.adopt import adopted
 from lilliput.code.base import copy_model
 from lilliput.distill.logits import Distill
 from lilliput.search import ask
@@ -29,7 +30,7 @@ def plan(model: nn.Module, task: Task, **asked: Any) -> dict[str, Any]:
         ValueError: For what a search would refuse too.
     """
     device = place(asked["device"])
-    model = copy_model(model).cpu().eval()
+    model = adopted(model)
     task = task.against(model)
     check(model, task)
     content = target(model).plan(model, task)

@@ -156,13 +156,14 @@ def predict(model: Model, inputs: Any, batch_size: int = 64) -> Any:
     Returns:
         What the model returns, its tensors (n, ...).
     """
-    training = isinstance(model, torch.nn.Module) and model.training
+    modes = []
     if isinstance(model, torch.nn.Module):
+        modes = [module for module in model.modules() if module.training]
         model.eval()
     with torch.no_grad():
         parts = [call(model, take(inputs, slice(i, i + batch_size))) for i in range(0, length(inputs), batch_size)]
-    if training and isinstance(model, torch.nn.Module):
-        model.train()
+    for module in modes:
+        module.training = True
     return joined(parts)
 
 
