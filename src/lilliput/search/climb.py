@@ -115,7 +115,7 @@ class _Climb:
         for arm in roots:
             self.arms.append(arm)
             yield 0.0
-        compiling = ZEROS * self.job.forge.expected_s() if self.job.forge is not None else 0.0
+        compiling = 0.0 if self.counted or self.job.forge is None else ZEROS * self.job.forge.expected_s()
         if self.arms and self.job.question.priced_by_runtime and compiling <= ASKING * self.left:
             yield compiling
             cheapest = min(self.arms, key=lambda arm: arm.price)
