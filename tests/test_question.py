@@ -11,6 +11,8 @@ from torch import nn
 from lilliput.cost.peak import peak_bytes
 from lilliput.engine.memory import peak_bytes as planned_bytes
 from lilliput.onnx.trace import trace
+from lilliput.search.account import misses
+from lilliput.search.choose import Choice
 from lilliput.search.question import Question, question
 
 COSTS = {
@@ -90,3 +92,14 @@ def test_memory_grows_with_what_a_run_holds() -> None:
     assert planned_bytes(large[0]) >= held > 8 * planned_bytes(small[0])
     measured = np.array([peak_bytes(*each) for each in (small, large)])
     assert measured[1] - measured[0] > 0.9 * held and measured[0] < 0.5 * held
+
+
+def test_misses_that_are_typed_alike_are_one_the_cheaper() -> None:
+    """Two floors that round to the same text would share one folder of files."""
+    bound = np.array([0.0098, 0.0101, 0.0109, 0.0151])
+    none = np.zeros(4)
+    eligible = bound <= 0.01
+    made = Choice(0, bound, bound, np.zeros((4, 2)), bound, none, 0.9, eligible, near=(1, 2, 3))
+    costs = [{"packed_bytes": size} for size in (1000, 900, 800, 700)]
+    rows = misses(question(floor="1%"), {"onnx_bytes": 90_000, "packed_bytes": 90_000}, costs, made, 0.99)
+    assert [(row["option"], row["price"]) for row in rows] == [("1.1%", 800), ("1.6%", 700)]

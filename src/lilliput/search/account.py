@@ -82,14 +82,14 @@ def misses(question: Question, dense: Costs, costs: Sequence[Costs], choice: Cho
         At most three rows, the nearest first, each cheaper than the one before: `place` among the rivals, `floor` in
         points, `option` as it is typed, `price`, and `times` less than dense.
     """
-    rows: list[Plain] = []
-    for i in choice.near[: SHOWN if question.floor is not None else 0]:
+    rows: dict[str, Plain] = {}  # of two that are typed alike the cheaper one, which comes later
+    for i in choice.near if question.floor is not None else ():
         needed, price = float(choice.bound[i]), question.price(costs[i])
         floor, option = question.floor.option(needed, score) if question.floor is not None else (needed, "")
         if option and 0 < price < math.inf and needed <= MOST * max(question.points(score), 1e-9):
             times = round(question.before(dense) / price, 2)
-            rows.append({"place": i, "floor": floor, "option": option, "price": price, "times": times})
-    return rows
+            rows[option] = {"place": i, "floor": floor, "option": option, "price": price, "times": times}
+    return list(rows.values())[:SHOWN]
 
 
 def unfinished(attempts: Iterable[Mapping[str, Any]], wall_s: float, budget_s: float | None) -> Plain | None:
