@@ -8,7 +8,7 @@ from functools import partial
 from torch import nn
 
 from lilliput.search import arithmetic, ask
-from lilliput.search.cores import beside, count_workers
+from lilliput.search.cores import count_workers
 from lilliput.search.deliver import arrived
 from lilliput.search.ending import Ending, Stopped
 from lilliput.search.finish import Result, conclude, reserve
@@ -63,9 +63,7 @@ def search(job: Job, ending: Ending, finish_only: bool = False) -> Result:
             with ending.search(float("inf")):
                 if pool is not None:
                     job.target.begin(job, pool)
-                # The first files come from this process alone: workers leave it a core until they are written.
-                with contextlib.nullcontext() if pool is None else pool.paused(but=beside()):
-                    _begin(job, finish_only)
+                _begin(job, finish_only)
             if pool is not None:
                 with ending.search(max(LEAST_S, job.clock.remaining())):
                     _go_on(job, pool)

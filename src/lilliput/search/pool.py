@@ -193,13 +193,9 @@ class Pool:
                 self._board[slot.number, desk.STOP] = 1
 
     @contextlib.contextmanager
-    def paused(self, but: int = 0) -> Iterator[None]:
-        """Hold the workers while this process measures something, or needs its core.
-
-        Args:
-            but: how many of them go on.
-        """
-        held = [psutil.Process(pid) for pid in self.pids[but:] if psutil.pid_exists(pid)]
+    def paused(self) -> Iterator[None]:
+        """Hold all workers while something is measured, or this process needs their cores."""
+        held = [psutil.Process(pid) for pid in self.pids if psutil.pid_exists(pid)]
         try:
             for process in held:
                 with contextlib.suppress(psutil.Error):
