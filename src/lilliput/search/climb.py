@@ -309,7 +309,7 @@ class _Climb:
             allowed = after <= NEAR if job.question.floor is not None else arm.price <= NEAR * self.most
             if allowed or self.pressed < FEWEST:
                 expected, written = arm.price, self._press(arm)
-                if written is not None and action.level is not None and not job.question.priced_by_runtime:
+                if written and action.level and not self.counted and not job.question.priced_by_runtime:
                     self.prospect.written(action.arm, written - expected)
             return
         arm.tried = set()
