@@ -32,9 +32,9 @@ class Wrapped(nn.Module):
         super().__init__()
         self.net = net()
         self._original_forward = self.forward
-        self.forward = lambda x: self.net(x).bfloat16()  # type: ignore[method-assign]
+        self.forward = lambda x: self.net(x).bfloat16()
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[no-redef]
+    def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 

@@ -203,6 +203,8 @@ def test_several_yes_no_labels_an_example() -> None:
         assert value(outputs, given, loss="bce", metric="accuracy") == pytest.approx(
             1 - sk.hamming_loss(y, p), abs=1e-6
         )
+        jaccard = sk.jaccard_score(y, p, average="macro")
+        assert value(outputs, given, loss="bce", metric="iou") == pytest.approx(jaccard)
         assert value(outputs, given, loss="bce", metric="f1") == pytest.approx(sk.f1_score(y, p, average="macro"))
         made = task(outputs, given, loss="bce")
         expected = -(y * np.log(chance) + (1 - y) * np.log(1 - chance)).mean()

@@ -69,7 +69,7 @@ NAMED = {
     "loader of dictionaries": DataLoader(Items(lambda i: {"x": X[i], "z": Z[i], "labels": Y[i]}), 8),
     "Hugging Face": rows(x=X, z=Z, labels=Y),
     "Hugging Face with tensors": rows(x=X, z=Z, label=Y).with_format("torch"),
-    "loader of Hugging Face": DataLoader(rows(x=X, z=Z, labels=Y).with_format("torch"), 8),  # type: ignore[arg-type]
+    "loader of Hugging Face": DataLoader(rows(x=X, z=Z, labels=Y).with_format("torch"), 8),
 }
 
 

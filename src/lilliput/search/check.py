@@ -51,21 +51,16 @@ def measured(model: Model, task: Task) -> tuple[Score, Any]:
     Raises:
         ValueError: unless the metric takes the outputs, and is finite.
     """
-    probe, score, failure = task.probe("val"), None, None
+    probe = task.probe("val")
     try:
         score = _measurable(task.score(model, "val"), task)
     except (ExportError, NotSupported):  # a file's runtime refuses it
         raise
-    except Exception as error:
-        failure = error
-    outputs = None if score is None else score.outputs
-    if outputs is None:
-        outputs = _outputs(model, task, probe.inputs)
-    _finite(outputs, task)
-    if score is None:
-        with _taking(outputs, probe):
-            raise failure or AssertionError
-    return score, outputs
+    except Exception as error:  # whatever a person's metric raises, unless the outputs are what is wrong
+        with _taking(_finite(_outputs(model, task, probe.inputs), task), probe):
+            raise error
+    outputs = _outputs(model, task, probe.inputs) if score.outputs is None else score.outputs
+    return score, _finite(outputs, task)
 
 
 def _finite(outputs: Any, task: Task) -> Any:

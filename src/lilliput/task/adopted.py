@@ -71,7 +71,7 @@ def _by_sklearn(
 ) -> float:
     axis = meaning.class_axis(outputs)
     if axis is None and meaning.kind != "bits":
-        given, known = matched(outputs, targets, function.func.__name__)  # type: ignore[attr-defined]
+        given, known = matched(outputs, targets, "metric")
         return float(function(known.numpy(), given.numpy()))
     targets = meaning.classes(targets, outputs)
     if scores and axis is not None:

@@ -52,13 +52,7 @@ def accuracy(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
         tensor([0.6667])
     """
     right, targets = matched(meaning.predictions(outputs), meaning.classes(targets, outputs), "accuracy")
-    right = (right == targets).float()
-    if targets.ndim < 2 and meaning.ignore is None:
-        return right
-    known = meaning.labelled(targets).reshape(len(targets), -1)
-    right = right.reshape(len(targets), -1)
-    some = known.any(1)
-    return (right * known).sum(1)[some] / known.sum(1)[some]
+    return _shares(right == targets, targets, meaning)
 
 
 @register("metric")
@@ -161,6 +155,29 @@ def cosine(outputs: Tensor, targets: Tensor) -> Tensor:
     return _per_example(F.cosine_similarity(*matched(outputs, targets, "cosine"), dim=-1))
 
 
+def _counted(outputs: Tensor, targets: Tensor, meaning: Meaning, who: str) -> tuple[Tensor, Tensor, Tensor]:
+    """How often each class is right, predicted, and present: of each label "yes" alone, where an example has several.
+
+    Classes that are neither present nor predicted are left out.
+    """
+    predicted, targets = matched(meaning.predictions(outputs), meaning.classes(targets, outputs), who)
+    known = meaning.labelled(targets)
+    if meaning.kind == "bits" and targets.ndim > 1 and targets[0].numel() > 1:
+        said, there = (((x == 1) & known).flatten(1) for x in (predicted, targets))
+        return (said & there).sum(0), said.sum(0), there.sum(0)
+    classes, places = torch.cat([predicted[known], targets[known].to(predicted)]).unique(return_inverse=True)
+    said, there = places.chunk(2)
+    hit, said, there = (part.bincount(minlength=len(classes)) for part in (said[said == there], said, there))
+    return hit, said, there
+
+
+def _shares(right: Tensor, targets: Tensor, meaning: Meaning) -> Tensor:
+    """The share of an example's labels that are right, for each example that has a label."""
+    known = meaning.labelled(targets).reshape(len(targets), -1)
+    some = known.any(1)
+    return ((right.reshape(len(targets), -1) & known).sum(1) / known.sum(1).clamp_min(1))[some]
+
+
 @register("metric")
 @reads_labels
 def f1(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
@@ -181,24 +198,17 @@ def f1(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
         >>> f1(torch.eye(2)[[0, 1, 1]], torch.tensor([0, 1, 0]), meaning=Meaning("logits"))
         tensor(0.6667)
     """
-    predicted, targets = matched(meaning.predictions(outputs), meaning.classes(targets, outputs), "f1")
-    known = meaning.labelled(targets)
-    if meaning.kind == "bits" and targets.ndim > 1 and targets[0].numel() > 1:
-        predicted, targets, known = (x.reshape(len(x), -1) for x in (predicted, targets, known))
-        yes, said = (targets == 1) & known, (predicted == 1) & known
-        counts = yes.sum(0) + said.sum(0)
-        return (2 * (yes & said).sum(0) / counts.clamp_min(1)).mean()
-    predicted, targets, scores = predicted[known], targets[known], []
-    for label in torch.cat([predicted, targets]).unique():
-        hit = ((predicted == label) & (targets == label)).sum()
-        scores.append(2 * hit / ((predicted == label).sum() + (targets == label).sum()))
-    return torch.stack(scores).mean()
+    hit, said, there = _counted(outputs, targets, meaning, "f1")
+    return (2 * hit / (said + there).clamp_min(1)).mean()
 
 
 @register("metric")
 @reads_labels
 def iou(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
     """Compute the mean intersection over union of the classes that are present or predicted, over all examples.
+
+    Padding does not count. Of yes-no logits with several labels an example, (n, labels), it is the mean over labels of
+    the intersection over union of "yes".
 
     Args:
         outputs: with the classes on any axis, or yes-no logits.
@@ -212,13 +222,8 @@ def iou(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
         >>> iou(torch.eye(2)[[0, 1, 1]], torch.tensor([0, 1, 0]), meaning=Meaning("logits"))
         tensor(0.5000)
     """
-    predicted, targets = matched(meaning.predictions(outputs), meaning.classes(targets, outputs), "iou")
-    known = meaning.labelled(targets)
-    predicted, targets, scores = predicted[known], targets[known], []
-    for label in torch.cat([predicted, targets]).unique():
-        hit = ((predicted == label) & (targets == label)).sum()
-        scores.append(hit / ((predicted == label) | (targets == label)).sum())
-    return torch.stack(scores).mean()
+    hit, said, there = _counted(outputs, targets, meaning, "iou")
+    return (hit / (said + there - hit).clamp_min(1)).mean()
 
 
 @register("metric", name="top 5")
@@ -246,10 +251,7 @@ def top5(outputs: Tensor, targets: Tensor, *, meaning: Meaning) -> Tensor:
         raise ValueError(f"top 5: outputs must have an axis of classes, got {tuple(outputs.shape)}.")
     targets = meaning.classes(targets, outputs)
     first = outputs.topk(min(5, outputs.shape[axis]), axis).indices
-    known = meaning.labelled(targets).reshape(len(targets), -1)
-    hit = (first == targets.unsqueeze(axis)).any(axis).reshape(len(targets), -1) & known
-    some = known.any(1)
-    return hit.sum(1)[some] / known.sum(1)[some]
+    return _shares((first == targets.unsqueeze(axis)).any(axis), targets, meaning)
 
 
 @register("metric")

@@ -76,7 +76,7 @@ class PerExample:
         True
     """
 
-    transform: Callable[[Any], Any]
+    transform: Callable[..., Any]
 
     def __call__(self, inputs: Any, seeds: Tensor) -> Any:
         """The examples changed, each by its own seed.
@@ -97,7 +97,7 @@ class PerExample:
             self.transform.set_random_seed(seed % SEEDS)
         if _library(self.transform) == "albumentations":  # it takes arrays with the channels last, by name
             image = example.movedim(0, -1) if example.ndim > 2 else example
-            changed = torch.as_tensor(self.transform(image=image.numpy())["image"])  # type: ignore[call-arg]
+            changed = torch.as_tensor(self.transform(image=image.numpy())["image"])
             return changed.movedim(-1, 0) if example.ndim > 2 else changed
         changed = self.transform(example)
         if isinstance(changed, Tensor) and isinstance(example, Tensor) and changed.ndim == example.ndim + 1:
