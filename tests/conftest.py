@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -9,13 +10,17 @@ from pathlib import Path
 # Before torch and numpy are imported: the default pool makes small tensors ten times slower on a busy machine.
 for pool in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[pool] = "1"
-for offline in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+for offline in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "NO_ALBUMENTATIONS_UPDATE"):
     os.environ[offline] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Processes that a test starts use this checkout too.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parents[1] / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
+
+# A shell starts what runs behind it (`make test &`) deaf to Ctrl-C, which tests send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch  # noqa: E402
 

@@ -341,3 +341,18 @@ def test_a_search_outlives_its_workers(tmp_path: Path) -> None:
     assert search.returncode == 0 and killed, said + errors
     assert "Traceback" not in errors
     assert (tmp_path / "out" / "model.lil").stat().st_size < 4000
+
+
+def test_a_worker_that_starts_later_takes_no_call_until_the_pool_is_complete() -> None:
+    with Pool(None, 2, later=1) as pool:
+        assert pool.workers == 2 and len(pool.pids) == 1 and pool.idle == 1
+        first = [pool.submit(lambda desk: (time.sleep(0.2), desk.slot)[1]) for _ in range(2)]
+        assert {future.result(60) for future in first} == {0}, "both ran in the one that there is"
+        pool.complete()
+        assert len(pool.pids) == 2
+        slots = {
+            future.result(60) for future in [pool.submit(lambda desk: (time.sleep(2), desk.slot)[1]) for _ in range(4)]
+        }
+        assert slots == {0, 1}
+        pool.complete()
+        assert len(pool.pids) == 2, "nothing is started twice"

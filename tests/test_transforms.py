@@ -1,17 +1,13 @@
 """Random transforms are pure functions of example and draw, whoever draws: torch, numpy, random, albumentations."""
 
-import os
 import random
 
+import albumentations
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it asks a server for its latest version
-
-import albumentations
 
 import lilliput
 from lilliput.task import Task

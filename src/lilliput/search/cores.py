@@ -49,6 +49,11 @@ def count_workers(model: nn.Module, asked: int | None = None, device: str = "cpu
     return max(1, min(cores, int(USED * available_bytes() / (PROCESS_BYTES + COPIES * size))))
 
 
+def beside() -> int:
+    """How many workers compute while this process has a core to itself: one at least."""
+    return max(1, int(cpu_count()) - 1)
+
+
 def available_bytes() -> float:
     """Memory that new processes may take, under the limit of a container too."""
     free = float(psutil.virtual_memory().available)

@@ -1,13 +1,12 @@
 """Deliver: the folder holds the best point at any time. Each new point is kept, and handed over where it wins."""
 
 import dataclasses
-import math
 import time
 from typing import Any
 
 from lilliput.cost.measure import latency, machine
 from lilliput.onnx.session import Session
-from lilliput.search import engine, parts, shelf
+from lilliput.search import engine, shelf
 from lilliput.search.choose import Choice, choose
 from lilliput.search.files import write_folder
 from lilliput.search.job import FAILURES, Job, finite_or_none
@@ -73,11 +72,8 @@ def decide(job: Job, rivals: list[Point]) -> Choice:
     """
     question, dense = job.question, job.dense
     others = [point for point in job.points if not any(point is rival for rival in (dense, *rivals))]
-    compared, worst = [*rivals, *others], question.worst_points(dense.score.value)
-    fits = [question.fits(point.costs) for point in rivals]
-    if math.isfinite(worst):
-        lost = parts.bounds(job.task, dense.score, [point.score for point in rivals], question.sure)
-        fits = [fit and least <= worst for fit, least in zip(fits, lost, strict=True)]
+    compared, worst = [*rivals, *others], job.worst([point.score for point in rivals])
+    kept = worst <= question.points(dense.score.value) + 1e-12
     return choose(
         job.task,
         dense.score,
@@ -85,7 +81,7 @@ def decide(job: Job, rivals: list[Point]) -> Choice:
         [point.price(question) for point in compared],
         floor=None if question.floor is None else question.floor.points(dense.score.value),
         sure=question.sure,
-        fits=fits + [False] * len(others),
+        fits=[question.fits(p.costs) and bool(ok) for p, ok in zip(rivals, kept, strict=True)] + [False] * len(others),
         divergence=[point.divergence for point in compared],
         seed=job.seed,
     )

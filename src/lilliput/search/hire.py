@@ -3,12 +3,14 @@
 from torch import nn
 
 from lilliput.search import ask
-from lilliput.search.cores import count_workers
+from lilliput.search.cores import beside, count_workers
 from lilliput.search.pool import Pool
 
 
 def hire(model: nn.Module, workers: int | str | None = None, device: str = "cpu") -> Pool:
     """Start the workers of a search; they are ready some seconds later.
+
+    Those that leave this process no core of its own start when the pool is completed.
 
     Args:
         model: the largest network that is trained.
@@ -23,4 +25,5 @@ def hire(model: nn.Module, workers: int | str | None = None, device: str = "cpu"
         from lilliput.search.ray_pool import RayPool  # Ray is an extra
 
         return RayPool(workers)
-    return Pool(workers=count_workers(model, workers, device))
+    number = count_workers(model, workers, device)
+    return Pool(workers=number, later=max(0, number - beside()))

@@ -64,6 +64,8 @@ def search(job: Job, ending: Ending, finish_only: bool = False) -> Result:
                 if pool is not None:
                     job.target.begin(job, pool)
                 _begin(job, finish_only)
+                if pool is not None:
+                    pool.complete()
             if pool is not None:
                 with ending.search(max(LEAST_S, job.clock.remaining())):
                     _go_on(job, pool)

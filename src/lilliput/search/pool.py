@@ -70,6 +70,7 @@ class Pool:
     Args:
         shared: what every call may read: models, tasks, arrays. Large arrays are mapped, not copied.
         workers: how many processes.
+        later: how many of them start with `complete` alone, so that this process has their cores until then.
 
     Raises:
         TypeError: where what is shared cannot be pickled.
@@ -83,7 +84,7 @@ class Pool:
 
     local = True  # whether all workers are on this machine
 
-    def __init__(self, shared: Any = None, workers: int = 1) -> None:
+    def __init__(self, shared: Any = None, workers: int = 1, later: int = 0) -> None:
         if workers < 1:
             raise ValueError(f"Pool: workers must be at least 1, got {workers}.")
         self.folder = Path(tempfile.mkdtemp(prefix="lilliput-"))
@@ -94,7 +95,7 @@ class Pool:
         self._board = desk.board(self.folder, workers, "w+")
         self._slots = [_Slot(number) for number in range(workers)]
         try:
-            for slot in self._slots:
+            for slot in self._slots[: max(1, workers - later)]:
                 self._start(slot)
             self.share(shared)
         except BaseException:
@@ -116,13 +117,25 @@ class Pool:
     def idle(self) -> int:
         """How many of them have nothing to do."""
         with self._lock:
-            return max(0, sum(slot.call is None for slot in self._slots) - len(self._queue))
+            return max(0, sum(slot.call is None for slot in self._begun) - len(self._queue))
 
     @property
     def pids(self) -> list[int]:
         """The process ids of the workers."""
         with self._lock:
-            return [pid for slot in self._slots for pid in list(slot.executor._processes)]
+            return [pid for slot in self._begun for pid in list(slot.executor._processes)]
+
+    def complete(self) -> None:
+        """Start the workers that were left for later."""
+        with self._lock:
+            for slot in self._slots if not self._closed else ():
+                if slot.executor is None:
+                    self._start(slot)
+            self._fill()
+
+    @property
+    def _begun(self) -> list[_Slot]:
+        return [slot for slot in self._slots if slot.executor is not None]
 
     def share(self, thing: Any) -> None:
         """Replace what calls that are submitted from now on find at their desk: `desk.thing`."""
@@ -131,7 +144,7 @@ class Pool:
         self._shares += 1
         self._shared = shared
         with self._lock:
-            for slot in self._slots:  # read while nothing else is asked of them
+            for slot in self._begun:  # read while nothing else is asked of them
                 with contextlib.suppress(BrokenProcessPool):
                     slot.executor.submit(desk.ready, shared)
 
@@ -212,7 +225,7 @@ class Pool:
             self._closed = True
             left = [*self._queue, *(slot.call for slot in self._slots if slot.call is not None)]
             self._queue.clear()
-            executors = [slot.executor for slot in self._slots if slot.executor is not None]
+            executors = [slot.executor for slot in self._begun]
         for executor in executors:
             executor.shutdown(wait=True, kill_workers=True)
         for call in left:
@@ -237,7 +250,7 @@ class Pool:
 
     def _fill(self) -> None:
         """Give waiting calls to idle slots."""
-        for slot in self._slots:
+        for slot in self._begun:
             while slot.call is None and self._queue and not self._closed:
                 call = self._queue.popleft()
                 if call.deaths or call.future.set_running_or_notify_cancel():
