@@ -1,8 +1,9 @@
 """Static int8: what a runtime fuses, what stays exact, what is chosen and left out."""
 
 from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import onnx
@@ -19,6 +20,8 @@ from lilliput.onnx.session import Session
 from lilliput.onnx.trace import trace
 from lilliput.quant.static import observe, static, written
 from lilliput.search.integers import Group, _choices, _split, integers
+
+T = TypeVar("T")
 
 
 class Mobile(nn.Module):
@@ -51,6 +54,15 @@ def kinds(proto: ModelProto, folder: Path) -> Counter[str]:
     """The operators that the runtime makes of a file."""
     Session(proto, optimised=str(folder / "optimised.onnx"))
     return Counter(node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node)
+
+
+def returned(pieces: Generator[float, None, T]) -> T:
+    """What work in pieces returns at its end."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return cast(T, end.value)
 
 
 def apart(proto: ModelProto, other: ModelProto, x: Any) -> float:
@@ -145,7 +157,11 @@ def test_what_cannot_be_quantized_is_said() -> None:
 
 def test_the_group_that_hurts_is_found_alone() -> None:
     names = tuple("abcdefgh")
-    groups = _split(Group(names, 1.02), lambda part: 1.0 * ("f" in part) + 0.002 * len(part), float("inf"), 0.0)
+
+    def harm(part: tuple[str, ...]) -> float:
+        return 1.0 * ("f" in part) + 0.002 * len(part)
+
+    groups = returned(_split(Group(names, 1.02), harm, float("inf"), 0.0))
     assert Group(("f",), 1.002) in groups and sum(len(group.names) for group in groups) == 8
 
 
@@ -160,7 +176,7 @@ def test_integers_are_measured(mobile: Any) -> None:
     proto, x, runs = mobile
     dense = torch.from_numpy(Session(proto).outputs(x))
     task = lilliput.Task("mobile", train=(x, dense.argmax(1)), val=(x, dense.argmax(1)))
-    found = integers(observe(proto, runs), task, x, seconds=2.0)
+    found = returned(integers(observe(proto, runs), task, x, seconds=2.0))
     harms = [choice.harm for choice in found.choices]
     assert harms == sorted(harms, reverse=True)
     for choice in found.choices:

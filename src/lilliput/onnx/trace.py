@@ -88,7 +88,8 @@ def trace(model: nn.Module, example: Inputs) -> Structure:
         if value.type.tensor_type.shape.dim and not value.type.tensor_type.shape.dim[0].dim_param:
             raise ExportError(
                 f"trace: the batch size must stay free, but {type(model).__name__} fixes it. In its "
-                "forward write x.shape[0] in place of len(x), and no number in place of either."
+                "forward, and in the functions that it calls, count examples by x.shape[0]: len(x) and a number are "
+                "constants in the file."
             )
     keys = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
     proto, aliases = _name(proto, held, keys, outputs)

@@ -5,7 +5,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Inputs = Any
 """A tensor, or tensors in tuples, lists, dictionaries and dataclasses (a Hugging Face `ModelOutput` is one)."""
@@ -137,7 +137,14 @@ def on(inputs: Any, device: torch.device) -> Any:
 
 
 def call(model: Model, inputs: Any) -> Any:
-    """`model` on inputs: a tuple is given in order, a dictionary by name, anything else as one argument."""
+    """`model` on inputs: a tuple is given in order, a dictionary by name, anything else as one argument.
+
+    Data is float32; a network in half precision gets its floats as wide as its weights.
+    """
+    if isinstance(model, nn.Module):
+        first = next((each for each in model.parameters() if each.is_floating_point()), None)
+        if first is not None and first.dtype in (torch.float16, torch.bfloat16):
+            inputs = mapped(lambda leaf: leaf.to(first.dtype) if leaf.is_floating_point() else leaf, inputs)
     if isinstance(inputs, Tensor):
         return model(inputs)
     if isinstance(inputs, Mapping):
