@@ -55,6 +55,7 @@ def shrink(
     sure: float | str = 0.9,
     train: bool = True,
     worst_class: float | str | None = None,
+    strip: bool | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
@@ -84,6 +85,8 @@ def shrink(
         train: whether networks may be trained; without it tensors are stored by rate and distortion alone.
         worst_class: what each class, and each of the task's groups, may lose, such as "3%"; only the average counts
             without it.
+        strip: whether model.onnx has no names but those of inputs and outputs, which saves bytes; as `file` asks for
+            a small model.onnx without one.
         seed: of the search and of every training.
         out: the folder for model.onnx, model.lil, model.safetensors, recipe.toml, report.html, summary.json, records/.
         resume: continue the search in `out`.
@@ -108,7 +111,9 @@ def shrink(
         >>> result.chosen["packed_bytes"]  # doctest: +SKIP
         9120
     """
-    asked = question(objective, floor, max_bytes, max_latency_ms, max_peak, file, runtime, sure, train, worst_class)
+    asked = question(
+        objective, floor, max_bytes, max_latency_ms, max_peak, file, runtime, sure, train, worst_class, strip
+    )
     if trials is not None and trials < 1:
         raise ValueError(f"shrink: trials must be at least 1, got {trials}.")
     budget_s = None if trials is not None or budget is None else ask.seconds(budget)
@@ -220,7 +225,7 @@ def _job(
         folder=folder,
         store=store,
         runner=Runner(model, task, store, seed, device=device),
-        press=Press(task, clock, compared=COMPARED),
+        press=Press(task, clock, compared=COMPARED, strip=asked.nameless),
         workers=hands,
         show=show or quiet_or_lines(),
         command=command or "",

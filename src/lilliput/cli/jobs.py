@@ -46,6 +46,10 @@ def shrink(
     max_bytes: Annotated[str | None, typer.Option(help="the best score whose file fits, such as 2MB")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="the best score that is as fast as this")] = None,
     max_peak: Annotated[str | None, typer.Option(help="the best score that runs in this memory, such as 256KB")] = None,
+    strip: Annotated[
+        bool | None,
+        typer.Option("--strip/--names", help="whether model.onnx has no names inside; yes with --file onnx"),
+    ] = None,
     train: Annotated[
         bool, typer.Option("--train/--no-train", help="whether to train, or to store the network in fewer bytes alone")
     ] = True,
@@ -80,6 +84,7 @@ def shrink(
         sure=sure,
         train=train,
         worst_class=worst_class,
+        strip=strip,
         max_bytes=max_bytes,
         max_latency_ms=max_latency_ms,
         max_peak=max_peak,

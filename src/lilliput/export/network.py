@@ -12,6 +12,7 @@ from torch import nn
 
 from lilliput.files import write
 from lilliput.onnx.clean import copied
+from lilliput.onnx.names import signed
 from lilliput.onnx.narrow import narrow
 from lilliput.onnx.session import Session
 from lilliput.stored.base import Stored
@@ -54,5 +55,5 @@ class Network(nn.Module):
         Raises:
             StoreError: if the file cannot be written.
         """
-        data = narrow(self._proto, self._stored).SerializeToString(deterministic=True)
+        data = signed(narrow(self._proto, self._stored)).SerializeToString(deterministic=True)
         write(Path(path), lambda file: file.write(data))

@@ -3,6 +3,7 @@
 from lilliput.onnx.clean import clean, opset_of, renamed
 from lilliput.onnx.compare import agreement, verify
 from lilliput.onnx.load import load_onnx
+from lilliput.onnx.names import signed, stripped
 from lilliput.onnx.narrow import narrow
 from lilliput.onnx.session import Inputs, Session, arrays, quiet
 from lilliput.onnx.structure import Structure
@@ -20,6 +21,8 @@ __all__ = [
     "opset_of",
     "quiet",
     "renamed",
+    "signed",
+    "stripped",
     "trace",
     "verify",
 ]

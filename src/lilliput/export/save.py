@@ -16,6 +16,7 @@ from lilliput.export.guard import compare
 from lilliput.export.state import state_bytes
 from lilliput.files import write
 from lilliput.graph.fold import fold_batchnorm
+from lilliput.onnx.names import signed, stripped
 from lilliput.onnx.session import Session
 from lilliput.onnx.trace import trace
 from lilliput.recipe import Recipe
@@ -25,7 +26,9 @@ from lilliput.task import call, leaves
 NAMES = ("model.onnx", "model.lil", "model.safetensors", "recipe.toml")
 
 
-def save(model: nn.Module, example: Any, folder: str | Path, recipe: Recipe | None = None) -> dict[str, int]:
+def save(
+    model: nn.Module, example: Any, folder: str | Path, recipe: Recipe | None = None, strip: bool = False
+) -> dict[str, int]:
     """Write model.onnx, model.lil, model.safetensors and recipe.toml, the counterpart of `lilliput.load(folder)`.
 
     Coded layers are built where that saves values, so a low-rank layer is two products in every runtime; other coded
@@ -37,6 +40,7 @@ def save(model: nn.Module, example: Any, folder: str | Path, recipe: Recipe | No
         example: one batch of inputs: a tensor, a tuple of them, or a dict by argument name.
         folder: where the files go; it is made where it is not there.
         recipe: what recipe.toml says; an empty recipe without one, as after a training loop of your own.
+        strip: whether model.onnx has no names but those of inputs and outputs, which saves bytes.
 
     Returns:
         The bytes of each file.
@@ -58,7 +62,7 @@ def save(model: nn.Module, example: Any, folder: str | Path, recipe: Recipe | No
     training = model.training
     plain, stored = prepared(model, example)
     structure = trace(plain, example)
-    proto = structure.write(stored)
+    proto = (stripped if strip else signed)(structure.write(stored))
     with torch.no_grad():
         expected = leaves(call(plain, example))
     compare(Session(proto).all(example), expected, exact=all(s.plain for s in stored.values()), who="save")

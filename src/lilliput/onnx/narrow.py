@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import cache
 
 import onnx
 from onnx import ModelProto, TensorProto, numpy_helper
 
-from lilliput.onnx.clean import copied, every_node, opset_of, renamed
+from lilliput.onnx.clean import copied, every_node, opset_of
 from lilliput.stored.base import Stored
-from lilliput.stored.operators import Operators, letters, uses
+from lilliput.stored.operators import Operators
 
 TYPE_ONLY = frozenset(
     {"Abs", "Add", "And", "ArgMax", "ArgMin", "AveragePool", "BatchNormalization", "Cast", "CastLike", "Clip",
@@ -31,7 +30,7 @@ TINY = 21
 
 
 def narrow(proto: ModelProto, stored: dict[str, Stored], decoded: list[str] | None = None) -> ModelProto:
-    """The float32 model `proto` with its tensors written as they are stored, and short names.
+    """The float32 model `proto` with its tensors written as they are stored.
 
     Args:
         proto: the model; float32 initialisers that `stored` does not name are kept as they are.
@@ -63,7 +62,7 @@ def narrow(proto: ModelProto, stored: dict[str, Stored], decoded: list[str] | No
         proto.ir_version = max(proto.ir_version, 10)
     if decoded is not None:
         decoded += writer.decoded
-    return _short(proto)
+    return proto
 
 
 def _indices(graph: onnx.GraphProto) -> set[str]:
@@ -92,15 +91,3 @@ def _unchanged(op_type: str, opset: int) -> bool:
     except onnx.defs.SchemaError:
         return False
     return bool(own == new)
-
-
-def _short(proto: ModelProto) -> ModelProto:
-    """Names of one or two letters for everything but inputs and outputs; the shortest for the most frequent."""
-    graph = proto.graph
-    fixed = {value.name for value in (*graph.input, *graph.output)} | {""}
-    if any(a.type == onnx.AttributeProto.GRAPH for n in graph.node for a in n.attribute):
-        return proto  # names in subgraphs shadow those outside
-    counted = Counter(uses(graph))
-    names = (name for name in letters() if name not in fixed)
-    ranked = sorted((name for name in counted if name not in fixed), key=lambda name: -counted[name])
-    return renamed(proto, dict(zip(ranked, names, strict=False)))

@@ -164,10 +164,11 @@ class Press:
         task: Gives the examples.
         clock: Measures the time that pressing takes.
         compared: On how many examples of val an artifact is compared with the model that it came from (None: all).
+        strip: Whether files have no names but those of inputs and outputs.
     """
 
-    def __init__(self, task: Task, clock: Clock, compared: int | None = None) -> None:
-        self.task, self.clock, self.compared = task, clock, compared
+    def __init__(self, task: Task, clock: Clock, compared: int | None = None, strip: bool = False) -> None:
+        self.task, self.clock, self.compared, self.strip = task, clock, compared, strip
         self.dense: Point | None = None
         self.scored_s = 0.0  # how long the latest score on val took
         self.expected: Any = None  # what the first model gives on the probe, where that is known
@@ -256,6 +257,7 @@ class Press:
     ) -> Point:
         """Score and weigh a written artifact; one that no torch model stands behind is compared with the dense one."""
         inputs = self.task.probe("val").inputs
+        proto = onnx_export.stripped(proto) if self.strip else onnx_export.signed(proto)
         session = onnx_export.Session(proto)
         # Arithmetic that depends on the whole input is judged as it will be used.
         whole = any(node.op_type == "DynamicQuantizeLinear" for node in proto.graph.node)

@@ -34,6 +34,7 @@ class Question:
         sure: how probable it must be that no more is lost on new data.
         train: whether networks may be trained; otherwise tensors are coded without a training step.
         worst: what each class and each group may lose; None where only the average counts.
+        strip: whether model.onnx has no names but those of inputs and outputs; None for what the file asks.
 
     Raises:
         ValueError: for a name that is none of these, or a limit that is not positive.
@@ -54,6 +55,7 @@ class Question:
     sure: float = 0.9
     train: bool = True
     worst: ask.Floor | None = None
+    strip: bool | None = None
 
     def __post_init__(self) -> None:
         for setting, given, allowed in (
@@ -84,6 +86,15 @@ class Question:
         return cls(**{**data, **{name: None if kept is None else ask.Floor(**kept) for name, kept in floors.items()}})
 
     # what is measured ------------------------------------------------------------------------------------------------
+
+    @property
+    def nameless(self) -> bool:
+        """Whether model.onnx is written without names: as asked, or where its bytes are what counts."""
+        return (
+            self.file == "onnx" and (self.objective == "size" or self.max_bytes is not None)
+            if self.strip is None
+            else self.strip
+        )
 
     @property
     def file_key(self) -> str:
@@ -211,6 +222,7 @@ def question(
     sure: float | str = 0.9,
     train: bool = True,
     worst_class: float | str | None = None,
+    strip: bool | None = None,
 ) -> Question:
     """A question as a person asks it; a limit turns it round, so that the floor no longer counts.
 
@@ -223,4 +235,4 @@ def question(
     peak = None if max_peak is None else ask.size_bytes(max_peak, "max-peak")
     kept, probable = None if turned else allowed, ask.sure(sure)
     worst = None if worst_class is None else ask.floor(worst_class, "worst-class")
-    return Question(objective, kept, most, max_latency_ms, peak, file, runtime, probable, train, worst)
+    return Question(objective, kept, most, max_latency_ms, peak, file, runtime, probable, train, worst, strip)
