@@ -120,7 +120,7 @@ class Search:
     def held_out(self, summary: Summary, out: Path) -> dict[str, Any] | None:
         """The drop on the test split by the written file; None for a job without one (those of bench-work)."""
         from lilliput.export.onnx import Session
-        from lilliput.search.origin import resolve
+        from lilliput.targets.function import resolve
 
         target = "digits" if self.target == "demo" else self.target
         if target.startswith("bench/work.py"):

@@ -83,7 +83,7 @@ def beside(target: str, ours: Path, rival: Path, summary: dict[str, Any]) -> dic
     """The rival's record, with both files' speed from one run and our loss on test measured as the rival's was."""
     from lilliput.cost.measure import latency
     from lilliput.export.onnx import Session
-    from lilliput.search.origin import resolve
+    from lilliput.targets.function import resolve
 
     record: dict[str, Any] = json.loads((rival / "rival.json").read_text())
     record.pop("attempts")

@@ -304,7 +304,7 @@ def rival(
 def main() -> None:
     """Read the command line and write the record and the files."""
     from lilliput.search import ask
-    from lilliput.search.origin import resolve
+    from lilliput.targets.function import resolve
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("target")

@@ -267,7 +267,7 @@ def test_measure_compares_files_in_one_run(
         (["{targets}:good", "--trials", "0"], "at least 1, got 0"),
         (["{targets}:good", "--device", "cuda:99"], "device must be one that this machine has"),
         (["{targets}:good", "--device", "toaster"], "got 'toaster'"),
-        (["{targets}:good", "--shape", "x=1x8"], "must come with a model.onnx"),
+        (["{targets}:good", "--shape", "x=1x8"], "must come with model.onnx"),
         (["nowhere.onnx"], "the file must exist"),
     ],
 )

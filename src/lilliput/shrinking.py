@@ -25,12 +25,12 @@ from lilliput.search.ending import Ending, Stopped
 from lilliput.search.finish import Result
 from lilliput.search.job import Job
 from lilliput.search.lock import held
-from lilliput.search.origin import found_again
 from lilliput.search.phases import augmentations, search, target
 from lilliput.search.points import Clock, Press
 from lilliput.search.progress import Silent, quiet_or_lines
 from lilliput.search.question import Question, question
 from lilliput.store import Store
+from lilliput.targets import found_again
 from lilliput.task import Task
 
 COMPARED = 256
@@ -95,7 +95,7 @@ def shrink(
         command: the call that the summary names.
         device: where to train, such as "cuda"; artifacts are scored and measured on the processor.
         began: when the budget began, by time.monotonic(); now without one.
-        origin: how `finish` finds model and task again: `target` as on the command line, and `cwd`.
+        origin: how `finish` finds model and task again: what `lilliput.targets.Given.plain` says, and `cwd`.
 
     Returns:
         The result; `result.met` says whether the floor was met (the nearest points are in `result.front`).

@@ -2,7 +2,7 @@
 
 from lilliput.cli import jobs, results, runtimes  # each adds its commands, in this order
 from lilliput.cli.app import IMPORTED, PROCESS, app, fail
-from lilliput.search.origin import resolve
+from lilliput.targets.function import resolve
 
 __all__ = ["app", "fail", "jobs", "main", "resolve", "results", "runtimes"]
 

@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from lilliput.cli.app import app, began, console, fail, speaking
-from lilliput.search.origin import resolve
+from lilliput.targets import Given
+from lilliput.targets.function import resolve
 
 if TYPE_CHECKING:
     from lilliput.search.finish import Result
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 Target = Annotated[
     str,
     typer.Argument(
-        help="an embedded name (see: lilliput tasks), file.py:function or "
-        "package.module:function returning (model, task), or model.onnx"
+        help="an embedded name (see: lilliput tasks), file.py:function or package.module:function returning "
+        "(model, task), model.onnx, timm:NAME, hf:FOLDER or data.csv"
     ),
 ]
 Out = Annotated[Path | None, typer.Option(help="folder for the results [default: lilliput-NAME]")]
@@ -61,6 +62,11 @@ def shrink(
     device: Annotated[str, typer.Option(help="where to train")] = "cpu",
     shape: Annotated[list[str] | None, typer.Option(help="name=8x128: fix an input's free sizes (ONNX)")] = None,
     calib: Annotated[Path | None, typer.Option(help="data.npz with the inputs by name (ONNX)")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="a folder of pictures for each class (timm:), a table of texts and labels (hf:)")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="the column that is predicted (data.csv, hf:)")] = None,
+    weights: Annotated[Path | None, typer.Option(help="the network's tensors, .pt or .safetensors (timm:)")] = None,
     seed: Annotated[int, typer.Option(help="of the search and every training")] = 0,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the search in --out")] = False,
@@ -71,10 +77,10 @@ def shrink(
 
     Example: lilliput shrink digits --floor 0.5% --budget 5m
     """
+    files = {name: None if path is None else str(path) for name, path in (("data", data), ("weights", weights))}
+    given = Given(target, label=label, calib=None if calib is None else str(calib), shape=tuple(shape or ()), **files)
     _shrink(
-        target,
-        shape,
-        calib,
+        given,
         dry_run,
         as_json,
         floor=floor,
@@ -98,15 +104,7 @@ def shrink(
     )
 
 
-def _shrink(
-    target: str,
-    shape: list[str] | None = None,
-    calib: Path | None = None,
-    dry_run: bool = False,
-    as_json: bool = False,
-    command: str = "",
-    **settings: Any,
-) -> None:
+def _shrink(given: Given, dry_run: bool = False, as_json: bool = False, command: str = "", **settings: Any) -> None:
     """Search, or say what would be tried; `settings` are those of lilliput.shrink."""
     start = began()
     with speaking():
@@ -118,9 +116,9 @@ def _shrink(
         if settings.get("budget") is not None:
             ask.seconds(settings["budget"])
         settings["workers"] = ask.workers(settings.get("workers"))
-        from lilliput.search.origin import opened
+        from lilliput.targets import opened
 
-        model, task = opened(target, shape or (), calib)
+        model, task = opened(given)
         if dry_run:
             from lilliput.search.dry import plan
             from lilliput.search.dry import show as describe
@@ -135,7 +133,7 @@ def _shrink(
         from lilliput.shrinking import shrink as search
 
         command = command or shlex.join(["lilliput", *sys.argv[1:]])
-        origin = {"target": target, "cwd": os.getcwd(), "shape": shape, "calib": None if calib is None else str(calib)}
+        origin = {"cwd": os.getcwd(), **given.plain()}
         show = shown_on(console, as_json, start)
         result = search(model, task, show=show, command=command, began=start, origin=origin, **settings)
     _say(result, as_json)
@@ -203,7 +201,7 @@ def demo(
                 )
         shutil.rmtree(records)
     command = f"{begins} --budget {budget}"
-    _shrink("digits", command=command, floor="1%", budget=budget, out=out)
+    _shrink(Given("digits"), command=command, floor="1%", budget=budget, out=out)
 
 
 @app.command()
@@ -254,7 +252,9 @@ def methods(
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="recipe.toml")],
-    target: Target,
+    target: Annotated[
+        str, typer.Argument(help="an embedded name, file.py:function or package.module:function giving (model, task)")
+    ],
     out: Annotated[Path, typer.Option(help="folder for the results")] = Path("lilliput-run"),
     seed: Annotated[int, typer.Option(help="of every training")] = 0,
     device: Annotated[str, typer.Option(help="where to train")] = "cpu",

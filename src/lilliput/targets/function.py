@@ -1,17 +1,20 @@
-"""Origin: the TARGET of a command (an embedded task, a function, an ONNX file), read and found again."""
+"""A function of yours that returns (model, task), or the name of an embedded task."""
 
 import importlib
 import importlib.util
-import os
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lilliput.targets import Given, about
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lilliput.task import Task
+
+ABOUT = "an embedded name (see: lilliput tasks), file.py:function or package.module:function returning (model, task)"
+OPTIONS = ()
 
 
 def resolve(target: str) -> "tuple[nn.Module, Task]":
@@ -29,10 +32,7 @@ def resolve(target: str) -> "tuple[nn.Module, Task]":
     where = TASKS[target].target if target in TASKS else target
     place, _, name = where.rpartition(":")
     if not place:
-        raise ValueError(
-            "TARGET must be an embedded name, file.py:function, package.module:function or model.onnx, "
-            f"got {target!r}. {near(target, TASKS)}"
-        )
+        raise ValueError(f"TARGET must be {about()}, got {target!r}. {near(target, TASKS)}")
     module = _module(place)
     function = getattr(module, name, None)
     if not callable(function):
@@ -63,54 +63,14 @@ def resolve(target: str) -> "tuple[nn.Module, Task]":
     return returned
 
 
-def opened(target: str, shape: Sequence[str] = (), calib: str | Path | None = None) -> "tuple[nn.Module, Task]":
-    """(model, task) of any TARGET, an ONNX file with its arrays too.
-
-    Args:
-        target: as on the command line.
-        shape: fixed sizes of an ONNX file's inputs, as "name=8x128".
-        calib: an npz with the inputs of an ONNX file.
-
-    Raises:
-        ValueError: as `resolve`, and for arrays without a file that they belong to.
-    """
-    if target.endswith(".onnx"):
-        from lilliput.search.onnx_target import load_target
-
-        return load_target(Path(target), None if calib is None else Path(calib), list(shape))
-    if shape or calib:
-        raise ValueError(
-            f"shrink: --shape and --calib must come with a model.onnx, got {target}. A task brings its own arrays."
-        )
-    return resolve(target)
+def reads(target: str) -> bool:
+    """Any that no other kind reads."""
+    return True
 
 
-def found_again(given: Mapping[str, Any]) -> "tuple[nn.Module, Task]":
-    """(model, task) of an earlier search, made again as the command line made them.
-
-    Args:
-        given: `target`, `cwd`, `shape` and `calib` as the search kept them.
-
-    Raises:
-        ValueError: where the search was started from Python, or its target is no longer there or raises.
-    """
-    target, here = given.get("target"), Path.cwd()
-    if not target:
-        raise ValueError(
-            "finish: the network must be given, since this search was started from Python. Call "
-            "lilliput.finish(folder, model, task)."
-        )
-    try:
-        os.chdir(given["cwd"])
-        return opened(str(target), given.get("shape") or (), given.get("calib"))
-    except (OSError, ImportError, ValueError) as error:
-        raise ValueError(
-            f"finish: the target of this search ({target}, in {given['cwd']}) must still be there, but: {error} The "
-            "files in the folder are the best that was promised so far; to test them, put it back, or call "
-            "lilliput.finish(folder, model, task)."
-        ) from error
-    finally:
-        os.chdir(here)
+def read(given: Given) -> "tuple[nn.Module, Task]":
+    """(model, task) of an embedded task or a function."""
+    return resolve(given.target)
 
 
 def _module(place: str) -> Any:
