@@ -7,7 +7,7 @@ every artifact in the runtime it is for, and chooses the smallest that can be pr
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ def shrink(
     resume: bool = False,
     workers: int | str | None = None,
     show: Silent | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
     command: str | None = None,
     device: str = "cpu",
     began: float | None = None,
@@ -91,7 +92,11 @@ def shrink(
         out: the folder for model.onnx, model.lil, model.safetensors, recipe.toml, report.html, summary.json, records/.
         resume: continue the search in `out`.
         workers: how many processes train, or "ray://HOST" for a Ray cluster; as many as cores and memory allow.
-        show: what a person sees of the search (lilliput.search.progress).
+        show: what a person sees of the search (lilliput.search.progress); without one a program sees nothing, and what
+            would be shown is logged to `logging.getLogger("lilliput")`.
+        callback: a function that is called with a dictionary whenever something happens: `event` is "tried" (a
+            training, a point or a failure, as in summary.json's `points`), "best" (a better point was written to `out`)
+            or "end" (the summary). See lilliput.track for TensorBoard, MLflow and Weights & Biases.
         command: the call that the summary names.
         device: where to train, such as "cuda"; artifacts are scored and measured on the processor.
         began: when the budget began, by time.monotonic(); now without one.
@@ -136,7 +141,7 @@ def shrink(
         given = {"trials": trials, "seed": seed, "workers": workers, "device": device, "budget_s": budget_s}
         store.put(ORIGIN, {"kind": "origin", "question": asked.data(), **given, "command": command, **(origin or {})})
         job = _job(model, task, asked, clock, store, folder, trials, seed, workers, where, show, command)
-        job.press.expected = outputs
+        job.press.expected, job.callback = outputs, callback
         return _run(job, fresh)
 
 
@@ -247,6 +252,7 @@ def _run(job: Job, fresh: bool, finish_only: bool = False) -> Result:
                 raise KeyboardInterrupt(error.reason) from error
             raise
         job.report()
+    job.tell("end", {**result.summary, "folder": str(job.folder)})
     return result
 
 

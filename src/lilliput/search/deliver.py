@@ -105,7 +105,9 @@ def note(job: Job, point: Point) -> None:
     row |= {"at_s": round(job.spent_s + job.clock.now, 2), "name": point.name, "key": point.key}
     row["val"] = rounded(point.score.value)
     price = point.price(job.question)
-    job.history.append(row | {"price": finite_or_none(price), "drop": rounded(job.lost(point))})
+    row |= {"price": finite_or_none(price), "drop": rounded(job.lost(point))}
+    job.history.append(row)
+    job.tell("best", row)
     job.handed = point
     job.store.put("history", {"kind": "history", "start": job.runner.start, "rows": job.history})
 

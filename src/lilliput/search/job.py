@@ -3,7 +3,7 @@
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,6 +114,7 @@ class Job:
         arrived: what happens with each new point: it is kept, and handed over where it is the best so far.
         quiet: holds what runs beside, for as long as something short is timed.
         report: writes the report of what the folder holds.
+        callback: is told what happens, as plain data; None where nobody asked.
         writing: held by whoever writes the folder.
     """
 
@@ -145,6 +146,7 @@ class Job:
     arrived: Callable[["Job", Point], None] = lambda job, point: None
     quiet: Callable[[], AbstractContextManager[Any]] = nullcontext
     report: Callable[[], None] = lambda: None
+    callback: Callable[[dict[str, Any]], None] | None = None
     lock: Any = field(default_factory=threading.Lock)
     forge: Forge | None = None
     writing: Any = field(default_factory=threading.RLock)
@@ -212,14 +214,24 @@ class Job:
             self.arrived(self, point)
             if point is self.dense:
                 return
-            with self.lock:
-                self.attempts.append({"status": "done", **point.about, **point.row(), **self.worth(point)})
+            self.attempt({"status": "done", **point.about, **point.row(), **self.worth(point)})
         self.show.advance(point.name)
 
     def attempt(self, row: dict[str, Any]) -> None:
-        """Keep what was tried and is no point."""
+        """Keep what was tried."""
         with self.lock:
             self.attempts.append(row)
+        self.tell("tried", row)
+
+    def tell(self, event: str, row: Mapping[str, Any]) -> None:
+        """Tell whoever asked what happened; a callback that raises is not called again, and the search goes on."""
+        if self.callback is None:
+            return
+        try:
+            self.callback({"event": event, **row})
+        except Exception as error:
+            self.callback = None
+            self.show.say(f"the callback raised {type(error).__name__}: {error}. It is not called any more")
 
     def failed(self, name: str, error: BaseException) -> None:
         """Record a point that came to nothing, with the reason; the search goes on."""

@@ -59,6 +59,8 @@ def search(job: Job, ending: Ending, finish_only: bool = False) -> Result:
         if finish_only
         else hire(job.model, job.workers, job.runner.reference.device.type) as pool,
     ):
+        if job.clock.budget_s is not None:
+            job.show.ends(job.clock.remaining())
         try:
             with ending.search(float("inf")):
                 if pool is not None:

@@ -1,5 +1,6 @@
 """Show progress while a search runs: its phase, how far it is, and each better point."""
 
+import logging
 import sys
 import time
 from types import TracebackType
@@ -7,14 +8,16 @@ from typing import Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.table import Column
+from rich.text import Text
 
+LOG = logging.getLogger("lilliput")
 BAR = 16
 
 
 class Silent:
-    """Shows nothing: for --json and callers from Python."""
+    """Shows nothing, for --json and callers from Python; what would be shown is logged, at the level INFO."""
 
     def __enter__(self) -> Self:
         return self
@@ -24,17 +27,24 @@ class Silent:
     ) -> None:
         return None
 
+    def ends(self, seconds: float) -> None:
+        """The work ends after so many seconds from now."""
+
     def phase(self, text: str, total: int) -> None:
         """A new part of the work, of `total` units."""
+        LOG.info("%s", text)
 
     def advance(self, text: str = "") -> None:
         """One unit done."""
+        LOG.debug("%s", text)
 
     def best(self, text: str) -> None:
         """A better point was handed over."""
+        LOG.info("best so far: %s", text)
 
     def say(self, text: str) -> None:
         """A line that stays."""
+        LOG.info("%s", text)
 
 
 class Lines(Silent):
@@ -72,6 +82,7 @@ class Live(Lines):
             TextColumn("{task.description}", table_column=Column(ratio=3, no_wrap=True, overflow="ellipsis")),
             BarColumn(bar_width=BAR),
             TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
+            _Left(self),
             TextColumn("[dim]{task.fields[note]}", table_column=Column(ratio=2, no_wrap=True, overflow="ellipsis")),
             console=console,
             expand=True,
@@ -79,6 +90,7 @@ class Live(Lines):
         )
         self._task: TaskID | None = None
         self._best = ""
+        self.until: float | None = None
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -88,6 +100,9 @@ class Live(Lines):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+    def ends(self, seconds: float) -> None:
+        self.until = time.monotonic() + seconds
 
     def phase(self, text: str, total: int) -> None:
         if self._task is not None:
@@ -107,6 +122,20 @@ class Live(Lines):
         seconds = time.monotonic() - self.began
         line = f"[dim]{seconds:6.1f} s[/dim]  {escape(text)}"
         self._bar.console.print(line, highlight=False, no_wrap=True, overflow="ellipsis")
+
+
+class _Left(ProgressColumn):
+    """How long the work may still take."""
+
+    def __init__(self, live: Live) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self.live = live
+
+    def render(self, task: Task) -> Text:
+        if self.live.until is None:
+            return Text("")
+        minutes, seconds = divmod(max(0, round(self.live.until - time.monotonic())), 60)
+        return Text(f"{minutes}:{seconds:02} left", style="dim")
 
 
 def shown_on(console: Console, quiet: bool = False, began: float | None = None) -> Silent:
