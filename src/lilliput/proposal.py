@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lilliput.errors import told
+
 MOMENTS = ("structure", "training", "code", "activation")
 
 
@@ -109,7 +111,7 @@ def proposals(method: Any, model: Any, task: Any, known: Known) -> Proposals | R
     try:
         offered = method.proposals(model, task, known)
     except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, ArithmeticError) as error:
-        return Refusal(f"{type(error).__name__}: {error}")
+        return Refusal(told(error))
     if isinstance(offered, Refusal | Proposals):
         return offered
     options = tuple(offered)

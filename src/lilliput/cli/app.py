@@ -1,6 +1,7 @@
 """The typer application of the command line: consoles, and error messages on exit."""
 
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, NoReturn
@@ -12,6 +13,10 @@ from rich.markup import escape
 IMPORTED = time.monotonic()
 PROCESS: list[float] = []
 """When the process began, but for Python's own start, until its one command has asked."""
+
+
+DEBUG = [False]
+"""Whether an error shows where it was raised."""
 
 
 def began() -> float:
@@ -43,8 +48,12 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an error was raised (anywhere in the line).")
+    ] = False,
 ) -> None:
     """What holds for every command."""
+    DEBUG[:] = [debug]
 
 
 def fail(message: object, status: int = 2) -> NoReturn:
@@ -67,6 +76,8 @@ def speaking() -> Iterator[None]:
             130,
         )
     except (ValueError, NotSupported, ImportError, OSError, ExportError, StoreError) as error:
+        if DEBUG[0]:
+            errors.print(traceback.format_exc().rstrip(), highlight=False, markup=False, soft_wrap=True)
         fail(error)
     except (TypeError, KeyError) as error:
         text = str(error.args[0]) if error.args else ""

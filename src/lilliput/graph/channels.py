@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lilliput.errors import near
+from lilliput.errors import near, told
 from lilliput.graph import slicing
 from lilliput.graph.follow import dependencies
 from lilliput.graph.group import Group, Part
 from lilliput.graph.narrow import narrow_
 from lilliput.graph.probe import probed
-from lilliput.graph.trace import Call, Skipped, calls, copied, first_line, frozen, run, shapes, tied, topology
+from lilliput.graph.trace import Call, Skipped, calls, copied, frozen, run, shapes, tied, topology
 from lilliput.graph.trial import awake, labelled, trial
 
 REMEMBERED = 16
@@ -65,7 +65,7 @@ def _searched(work: nn.Module, model: nn.Module, example: Any) -> tuple[Group, .
     try:
         listed = dependencies(work, example)
     except Exception as error:  # whatever a stranger's forward raises: nothing of this model can be followed
-        why = f"the model could not be followed ({type(error).__name__}: {first_line(error)})"
+        why = f"the model could not be followed ({told(error)})"
         held = [(n, m) for n, m in work.named_modules() if any(True for _ in m.parameters(recurse=False))]
         return tuple(probed(model, example, [_whole(name, module, why) for name, module in held]))
     seen = calls(work, example)

@@ -12,7 +12,7 @@ import torch
 from onnx import ModelProto, numpy_helper
 from torch import nn
 
-from lilliput.errors import ExportError
+from lilliput.errors import ExportError, told
 from lilliput.onnx.clean import clean, renamed
 from lilliput.onnx.exporter import remembered
 from lilliput.onnx.packed import padded
@@ -79,8 +79,7 @@ def trace(model: nn.Module, example: Inputs) -> Structure:
         cause: BaseException = error
         while cause.__cause__ is not None:  # torch wraps what was raised in advice about its exporter
             cause = cause.__cause__
-        reason = f"{type(cause).__name__}: {cause}".strip().split("\n")[0][:300]
-        raise ExportError(f"trace: torch could not export {type(model).__name__}: {reason}") from error
+        raise ExportError(f"trace: torch could not export {type(model).__name__}: {told(cause)}") from error
     finally:
         for module, mode in modes:
             module.training = mode

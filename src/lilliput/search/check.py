@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lilliput.errors import ExportError, NotSupported
+from lilliput.errors import ExportError, NotSupported, told
 from lilliput.search.onnx_target import OnnxModel
 from lilliput.task import Batch, Model, Score, Task, leaves, length, outline, predict, take
 
@@ -83,7 +83,7 @@ def _taking(outputs: Any, probe: Batch) -> Iterator[None]:
         raise ValueError(
             f"shrink: metric and loss must take outputs of shape {outline(outputs)} and targets of "
             f"shape {None if probe.targets is None else outline(probe.targets)}, but raised "
-            f"{type(error).__name__}: {error}. Check the task's targets."
+            f"{told(error)}. Check the task's targets."
         ) from error
 
 
@@ -104,7 +104,7 @@ def _outputs(model: Model, task: Task, inputs: Any) -> Any:
     except Exception as error:
         raise ValueError(
             f"shrink: the model must run on the task's inputs (an example has the shape {outline(task.example)}), but "
-            f"it raised {type(error).__name__}: {error}. Check the task's arrays."
+            f"it raised {told(error)}. Check the task's arrays."
         ) from error
     tensors = leaves(outputs)
     if (

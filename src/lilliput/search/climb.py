@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lilliput.distill.logits import Distill
-from lilliput.errors import StoreError
+from lilliput.errors import StoreError, told
 from lilliput.export.save import prepared
 from lilliput.recipe import Recipe
 from lilliput.schedule import Cosine
@@ -263,7 +263,7 @@ class _Climb:
             raise
         except (WorkerDied, InterruptedError, *FAILURES) as error:
             if action.level is None:
-                arm.closed = f"{type(error).__name__}: {error}"
+                arm.closed = told(error)
             else:
                 arm.tried.add(action.level)
             job.failed(_title(action), error)
@@ -335,7 +335,7 @@ class _Climb:
         except StoreError:
             raise
         except FAILURES as error:
-            arm.closed = f"{type(error).__name__}: {error}"
+            arm.closed = told(error)
             job.failed(arm.name, error)
         return None
 

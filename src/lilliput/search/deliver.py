@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from lilliput.cost.measure import latency, machine
+from lilliput.errors import told
 from lilliput.onnx.session import Session
 from lilliput.search import engine, shelf
 from lilliput.search.choose import Choice, choose
@@ -145,7 +146,7 @@ def weigh(job: Job, point: Point) -> None:
         if question.for_memory:
             engine.weigh(job, [point], {})
     except FAILURES as error:
-        job.known.skip("measuring", f"{point.name}: {type(error).__name__}: {str(error)[:200]}")
+        job.known.skip("measuring", f"{point.name}: {told(error)}")
 
 
 def _beside(measured: Any, dense_ms: float) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lilliput.errors import ExportError, NotSupported
+from lilliput.errors import ExportError, NotSupported, told
 from lilliput.proposal import Known
 from lilliput.runner import Runner
 from lilliput.search import parts
@@ -231,11 +231,11 @@ class Job:
             self.callback({"event": event, **row})
         except Exception as error:
             self.callback = None
-            self.show.say(f"the callback raised {type(error).__name__}: {error}. It is not called any more")
+            self.show.say(f"the callback raised {told(error)}. It is not called any more")
 
     def failed(self, name: str, error: BaseException) -> None:
         """Record a point that came to nothing, with the reason; the search goes on."""
-        reason = f"{type(error).__name__}: {error}"
+        reason = told(error)
         status = "out of time" if isinstance(error, TimeoutError) else "failed"
         self.attempt({"kind": "point", "status": status, "name": name, "reason": reason})
         self.show.advance(f"failed: {name}")

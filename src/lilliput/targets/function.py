@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lilliput.errors import told
 from lilliput.targets import Given, about
 
 if TYPE_CHECKING:
@@ -47,9 +48,7 @@ def resolve(target: str) -> "tuple[nn.Module, Task]":
     except ImportError:
         raise
     except Exception as error:
-        raise ValueError(
-            f"TARGET: {target} must return (model, task), but raised {type(error).__name__}: {error}"
-        ) from error
+        raise ValueError(f"TARGET: {target} must return (model, task), but raised {told(error)}") from error
     if not (
         isinstance(returned, tuple)
         and len(returned) == 2
@@ -94,5 +93,5 @@ def _module(place: str) -> Any:
     except ImportError:
         raise
     except Exception as error:
-        raise ValueError(f"TARGET: {place} must run, but raised {type(error).__name__}: {error}") from error
+        raise ValueError(f"TARGET: {place} must run, but raised {told(error)}") from error
     return module
