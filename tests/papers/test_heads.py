@@ -47,7 +47,49 @@ def torch_encoder() -> tuple[nn.Module, Task]:
     return Encoder().eval(), Task("series", train=(x, y), val=(x, y), batch_size=4)
 
 
-NETS = {"bert": bert, "torch": torch_encoder}
+class Fused(nn.Module):
+    """Attention with one layer for query, key and value: three blocks, or head after head."""
+
+    def __init__(self, together: bool) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.together = 4, 3, together
+        self.qkv, self.output = nn.Linear(10, 36), nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        if self.together:
+            parts = self.qkv(x).view(n, length, self.num_heads, 3 * self.head_dim).transpose(1, 2).chunk(3, 3)
+        else:
+            parts = self.qkv(x).view(n, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        found: Tensor = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+        y: Tensor = self.output(found)
+        return y
+
+
+class Blocks(nn.Module):
+    """Two layers of fused attention with residuals."""
+
+    def __init__(self, together: bool) -> None:
+        super().__init__()
+        self.a, self.f = nn.Linear(3, 10), nn.Linear(10, 3)
+        self.wide, self.back = nn.Linear(10, 8), nn.Linear(8, 10)
+        self.att = nn.ModuleList(Fused(together) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        for layer in self.att:
+            x = x + layer(x)
+        x = x + self.back(self.wide(x).relu())
+        return self.f(x.mean(1))
+
+
+def fused(together: bool) -> tuple[nn.Module, Task]:
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 5, 3), torch.arange(12) % 3
+    return Blocks(together).eval(), Task("series", train=(x, y), val=(x, y), batch_size=4)
+
+
+NETS = {"bert": bert, "torch": torch_encoder, "fused": lambda: fused(False), "head after head": lambda: fused(True)}
 
 
 def silence_(model: nn.Module, gone: dict[str, list[int]]) -> None:
@@ -59,7 +101,7 @@ def silence_(model: nn.Module, gone: dict[str, list[int]]) -> None:
             output.weight[:, h.rows(torch.tensor(gone[h.name]))] = 0
 
 
-EXAMPLE = {SentenceBert: bert()[1].example, Encoder: torch_encoder()[1].example}
+EXAMPLE = {type(model): task.example for model, task in (make() for make in NETS.values())}
 
 
 @pytest.mark.parametrize("score", ["importance", "taylor"])
@@ -86,7 +128,7 @@ def test_silent_heads_score_zero_and_go_and_nothing_changes(net: str, score: str
 def test_what_is_left_trains_and_exports(net: str) -> None:
     model, task = NETS[net]()
     small = PruneHeads(0.5, allocation="uniform")(model, task, None)
-    small = PruneChannels(0.5, where="*.wide" if net == "bert" else "*.linear1")(small, task, None)
+    small = PruneChannels(0.5, where="*.linear1" if net == "torch" else "*wide")(small, task, None)
     inputs, y = task.split("val")
     first = [None, None]
     optimizer = torch.optim.SGD(small.parameters(), 0.05)

@@ -22,6 +22,8 @@ PROJECTIONS = (
     ("q", "k", "v"),
     ("to_q", "to_k", "to_v"),
 )
+FUSED = ("qkv", "to_qkv", "qkv_proj", "Wqkv", "query_key_value", "c_attn", "in_proj")
+"""One layer for all three."""
 OUTPUTS = ("output", "out_proj", "o_proj", "out_lin", "o", "to_out", "proj", "out", "output.dense", "dense")
 COUNTS = ("heads", "num_heads", "num_attention_heads", "n_heads")
 ONE = ("head_dim", "attention_head_size")  # the size of one head
@@ -32,15 +34,17 @@ SIZES = ("all_head_size", "inner_dim", "attn_dim")  # heads times the size of on
 class Heads:
     """Describe the heads of one attention module.
 
-    Head h owns rows [h * size, (h + 1) * size) of query, key and value and the same columns of output.
+    Head h owns rows [h * size, (h + 1) * size) of query, key and value and the same columns of output. Where one layer
+    computes all three, these lie in it "apart" (all queries, all keys, all values), or "together", head after head.
 
     Args:
         name: The path of the module.
         count: How many heads it has.
         size: The rows of one.
-        projections: Paths of query, key, value.
+        projections: Paths of query, key, value, or of the one layer that computes all three.
         output: The path of the linear layer after the heads.
         reason: Why none may go; empty when some may.
+        fused: How the three lie in one layer; empty where they are layers of their own.
     """
 
     name: str
@@ -49,14 +53,23 @@ class Heads:
     projections: tuple[str, ...] = ()  # paths of query, key, value
     output: str = ""
     reason: str = ""
+    fused: str = ""
 
     @property
     def removable(self) -> bool:
         return not self.reason
 
     def rows(self, heads: Tensor) -> Tensor:
-        """Return the rows of query, key and value (and columns of output) that these heads own."""
+        """Return the columns of output that these heads own: also the rows of query, key and value where each is a
+        layer."""
         return (heads[:, None] * self.size + torch.arange(self.size)).flatten()
+
+    def projected(self, heads: Tensor) -> Tensor:
+        """Return the rows of each of the projections that these heads own."""
+        if self.fused == "together":
+            return (heads[:, None] * 3 * self.size + torch.arange(3 * self.size)).flatten()
+        blocks = 3 if self.fused else 1
+        return torch.cat([block * self.count * self.size + self.rows(heads) for block in range(blocks)])
 
     def __str__(self) -> str:
         text = f"{self.count} heads of {self.size} in {self.name or 'the model'}"
@@ -157,9 +170,10 @@ def heads(model: nn.Module, example: Any) -> tuple[Heads, ...]:
     """List the heads of each attention module, in the order of its layers; those that must stay say why.
 
     An attention module is an `nn.MultiheadAttention`, or one that holds three linear layers with the usual names
-    (query, key, value; q_proj, ...), a number of heads, and, itself or in the module around it, a linear layer for what
-    the heads found (output, out_proj, output.dense, ...): `lilliput.nets.bert` and most of Hugging Face's. Each is
-    tried: without half of its heads the network must compute exactly what it does when those are not listened to.
+    (query, key, value; q_proj, ...), or one for all three (qkv, ...), a number of heads, and, itself or in the module
+    around it, a linear layer for what the heads found (output, out_proj, output.dense, ...): `lilliput.nets.bert`, most
+    of Hugging Face's, and timm's. Each is tried: without half of its heads the network must compute exactly what it
+    does when those are not listened to.
 
     Args:
         model: A model without codes.
@@ -180,7 +194,14 @@ def heads(model: nn.Module, example: Any) -> tuple[Heads, ...]:
     if not any(h.removable for h in listed):
         return tuple(listed)
     before, reached = run(work, example), calls(work, example)
-    return tuple(replace(h, reason=h.reason or _why(work, h, example, before, h.name in reached)) for h in listed)
+    return tuple(h if h.reason else _tried(work, h, example, before, h.name in reached) for h in listed)
+
+
+def _tried(model: nn.Module, one: Heads, example: Any, before: list[Tensor], reached: bool) -> Heads:
+    """The heads as they turn out to lie, or the reason why they must stay."""
+    tried = [replace(one, fused=fused) for fused in (("apart", "together") if one.fused else ("",))]
+    judged = [replace(each, reason=_why(model, each, example, before, reached)) for each in tried]
+    return next((each for each in judged if each.removable), judged[0])
 
 
 def _look(model: nn.Module, name: str, module: nn.Module) -> Heads | None:
@@ -199,18 +220,21 @@ def _look(model: nn.Module, name: str, module: nn.Module) -> Heads | None:
         )
     children = dict(module.named_children())
     count = _noted(module, COUNTS)
-    names = next((p for p in PROJECTIONS if all(isinstance(children.get(n), nn.Linear) for n in p)), None)
-    if names is None:
+    every = (*PROJECTIONS, *((fused,) for fused in FUSED))
+    names = next((p for p in every if all(isinstance(children.get(n), nn.Linear) for n in p)), None)
+    if names is None or (len(names) == 1 and not (count or _noted(module, ONE))):
         strange = "Attention" in type(module).__name__ and count and any(True for _ in module.parameters())
-        why = "its query, key and value are not three linear layers of usual names"
+        why = "its query, key and value are not linear layers of usual names"
         return Heads(name, count, 0, reason=why) if strange else None
     widths = [int(cast(nn.Linear, children[n]).out_features) for n in names]
-    count = count or widths[0] // (_noted(module, ONE) or widths[0] + 1)
+    fused = "apart" if len(names) == 1 else ""
+    width, rest = divmod(widths[0], 3) if fused else (widths[0], 0)
+    count = count or width // (_noted(module, ONE) or width + 1)
     if not count:
         return None
     paths = tuple(f"{name}.{n}" if name else n for n in names)
-    whole = Heads(name, count, widths[0] // count, paths)
-    if len(set(widths)) > 1 or widths[0] % count:
+    whole = Heads(name, count, width // count, paths, fused=fused)
+    if len(set(widths)) > 1 or rest or width % count:
         return replace(whole, reason="several heads share a key")
     for place in [name, name.rpartition(".")[0]] if name else [""]:
         for last in OUTPUTS:
@@ -218,7 +242,7 @@ def _look(model: nn.Module, name: str, module: nn.Module) -> Heads | None:
             layer = _submodule(model, path)
             layer = layer[0] if isinstance(layer, nn.Sequential) and len(layer) else layer
             path = next(n for n, m in model.named_modules() if m is layer) if layer is not None else ""
-            if isinstance(layer, nn.Linear) and layer.in_features == widths[0] and path not in paths:
+            if isinstance(layer, nn.Linear) and layer.in_features == width and path not in paths:
                 return replace(whole, output=path, reason="there is only one" if count == 1 else "")
     return replace(whole, reason="the linear layer after its heads has no usual name")
 
@@ -283,7 +307,7 @@ def _narrow_(model: nn.Module, chosen: Iterable[Heads], keep: Mapping[str, Tenso
     for h in chosen:
         rows = h.rows(keep[h.name])
         for path in h.projections:
-            slicing.narrow_(model.get_submodule(path), rows, None)
+            slicing.narrow_(model.get_submodule(path), h.projected(keep[h.name]), None)
         slicing.narrow_(model.get_submodule(h.output), None, rows)
         module = model.get_submodule(h.name)
         for attribute in (*COUNTS, *SIZES):

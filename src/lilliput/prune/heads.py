@@ -180,9 +180,11 @@ def _gates(model: nn.Module, modules: Iterable[Heads]) -> Iterator[dict[str, lis
 
 def norms(model: nn.Module, h: Heads) -> Tensor:
     """Compute the L2 norm of each head's rows of query, key and value and columns of the output."""
-    layers = {path: cast(nn.Linear, model.get_submodule(path)) for path in (*h.projections, h.output)}
+    every = torch.arange(h.count)
     total = torch.zeros(h.count)
-    for path, layer in layers.items():
-        rows = layer.weight.detach().T if path == h.output else layer.weight.detach()
-        total += rows.float().square().unflatten(0, (h.count, h.size)).sum((1, 2)).cpu()
+    for path in (*h.projections, h.output):
+        weight = cast(nn.Linear, model.get_submodule(path)).weight.detach()
+        squares = (weight.T if path == h.output else weight).float().square().sum(1).cpu()
+        owned = h.rows if path == h.output else h.projected
+        total += torch.stack([squares[owned(head[None])].sum() for head in every])
     return total.sqrt()
