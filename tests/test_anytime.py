@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 import lilliput
 from lilliput import StoreError, Task
 from lilliput.export.onnx import Session
-from lilliput.files import recover, write_set
+from lilliput.files import recover, write, write_set
 from lilliput.search import files, finish, shelf
 from lilliput.search.ending import Ending, Stopped
 from lilliput.search.journal import journal
@@ -204,6 +204,19 @@ def test_a_signal_waits_until_a_callback_of_the_garbage_collector_is_over() -> N
         for _ in range(100):
             time.sleep(0.1)
     assert seen == ["whole"] and reference() is None
+
+
+def test_a_signal_waits_until_a_file_is_written(tmp_path: Path) -> None:
+    def fill(file: BinaryIO) -> None:
+        os.kill(os.getpid(), signal.SIGINT)  # an exception raised where the file is opened would leave it open
+        time.sleep(0.05)
+        file.write(b"whole")
+
+    with Ending() as ending, pytest.raises(Stopped, match="Ctrl-C"), ending.search(60):
+        write(tmp_path / "file", fill)
+        for _ in range(100):
+            time.sleep(0.1)
+    assert (tmp_path / "file").read_bytes() == b"whole"
 
 
 def test_in_another_thread_there_are_no_signals() -> None:

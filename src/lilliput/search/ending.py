@@ -10,8 +10,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lilliput import files
+
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name))
 
+DELICATE = ("weakref.py", "_weakrefset.py", "pathlib.py", "tempfile.py")
+"""Files of Python's own in which nothing may be raised from outside."""
 AGAIN_S = 0.2  # until the main thread is interrupted again
 
 
@@ -116,13 +120,13 @@ class Ending:
 
 
 def _delicate(frame: FrameType | None) -> bool:
-    """Whether a frame is where an exception does harm: in a callback of the garbage collector it is lost, and in an
-    import it leaves half a module."""
+    """Whether a frame is where an exception does harm: in a callback of the garbage collector it is lost, in an import
+    it leaves half a module, and where a file was opened but is not yet held, nothing closes it."""
     while frame is not None and not frame.f_code.co_filename.endswith("phases.py"):  # the search itself
         file = frame.f_code.co_filename
         if frame.f_code.co_name == "__del__" or file.startswith("<frozen importlib"):
             return True
-        if Path(file).name in ("weakref.py", "_weakrefset.py"):
+        if file == files.__file__ or Path(file).name in DELICATE:
             return True
         given = [frame.f_locals.get(name) for name in frame.f_code.co_varnames[: frame.f_code.co_argcount]]
         if any(isinstance(value, weakref.ref) and value() is None for value in given):
