@@ -259,12 +259,7 @@ def criteria(record: Record) -> None:
     axes.imshow(rows, cmap="Blues", aspect="auto", vmin=0, vmax=2)  # light enough for dark numbers
     for (name, form), value in table.items():
         axes.annotate(
-            f"{value:.2f}",
-            (forms.index(form), names.index(name)),
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="black",
+            f"{value:.2f}", (forms.index(form), names.index(name)), ha="center", va="center", fontsize=8, color="black"
         )
     axes.set_xticks(range(len(forms)), forms)
     axes.set_yticks(range(len(names)), names)
