@@ -20,8 +20,18 @@ from lilliput import evidence
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 Record = dict[str, Any]
-INK, GRID, BLUE, RED = "#5a6270", "#9ca5b355", "#2f6fed", "#d0503f"
-PALETTE = (BLUE, RED, "#2a9d6f", "#b7791f", "#8b5cf6", "#0e93a8", "#c2417d")
+# Each has a contrast of at least 4.5 on white, and on the dark page, which inverts lightness.
+INK, GRID, BLUE, RED = "#5a6270", "#9ca5b355", "#2f6fed", "#c9412f"
+PALETTE = (BLUE, RED, "#1f8058", "#986114", "#7c4af0", "#0b788b", "#c2417d")
+
+
+def panels(count: int, **settings: Any) -> tuple[Any, list[Axes]]:
+    """Two panels in a row, together as wide as a page of the documentation, so that labels keep their size there."""
+    rows, columns = -(-count // 2), min(count, 2)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.55 * columns, 3.1 * rows), squeeze=False, **settings)
+    for place in axes.flat[count:]:
+        place.set_axis_off()
+    return figure, list(axes.flat)
 
 
 def clean(axes: Axes, x: str, y: str, title: str = "") -> None:
@@ -60,8 +70,8 @@ def training(record: Record) -> None:
     """Held-out accuracy of each method that trains, against its zeros."""
     shown = ("Taylor", "global magnitude", "RigL", "AC/DC", "Top-KAST", "static", "random")
     networks = list(dict.fromkeys(row["network"] for row in record["rows"]))
-    figure, axes = plt.subplots(1, len(networks), figsize=(3.4 * len(networks), 3.2), squeeze=False)
-    for place, network in zip(axes[0], networks, strict=True):
+    figure, axes = panels(len(networks))
+    for place, network in zip(axes, networks, strict=False):
         rows = {row["method"]: row for row in record["rows"] if row["network"] == network}
         for method, colour in zip(shown, PALETTE, strict=True):
             columns = [c for c in ("80%", "90%", "95%", "98%") if method in rows and c in rows[method]]
@@ -75,7 +85,7 @@ def training(record: Record) -> None:
                 )
         place.axhline(rows["dense"]["dense"], color=INK, linewidth=1, linestyle=":")
         clean(place, "zeros, %", "held-out accuracy", network)
-    legend(axes[0][0])
+    legend(axes[0])
     save(figure, "prune-training")
 
 
@@ -89,7 +99,8 @@ def methods(record: Record) -> None:
         axes.scatter(
             100 * cost, gain, s=34, edgecolors=BLUE, facecolors=BLUE if method in best else "none", linewidths=1.4
         )
-        axes.annotate(method, (100 * cost, gain), fontsize=7, color=INK, textcoords="offset points", xytext=(5, -3))
+        place = (5, 3 if method in best else -11)
+        axes.annotate(method, (100 * cost, gain), fontsize=8, color=INK, textcoords="offset points", xytext=place)
     clean(axes, "time of the rule, % of a dense training step", "mean held-out accuracy")
     axes.margins(x=0.15)
     save(figure, "prune-methods")
@@ -108,10 +119,10 @@ def lottery(record: Record) -> None:
 
 
 def front(record: Record) -> None:
-    """Score against time in the engine; what lies on the front is filled."""
+    """Score against time in the engine; what lies on the front is filled, with the fraction that was removed."""
     networks = list(dict.fromkeys(row["network"] for row in record["rows"]))
-    figure, axes = plt.subplots(1, len(networks), figsize=(4.2 * len(networks), 3.4), squeeze=False)
-    for place, network in zip(axes[0], networks, strict=True):
+    figure, axes = panels(len(networks))
+    for place, network in zip(axes, networks, strict=False):
         rows = [row for row in record["rows"] if row["network"] == network]
         for kind, colour in zip(dict.fromkeys(row["what goes"] for row in rows), (INK, *PALETTE), strict=False):
             for first, row in enumerate(row for row in rows if row["what goes"] == kind):
@@ -124,14 +135,16 @@ def front(record: Record) -> None:
                     facecolors=colour if row["front"] else "none",
                     label=None if first else kind,
                 )
-                place.annotate(
-                    f"{row['sparsity']:.0%}",
-                    (row["engine_ms"], row["score"]),
-                    fontsize=7,
-                    color=INK,
-                    textcoords="offset points",
-                    xytext=(5, -3),
-                )
+                if row["front"]:
+                    place.annotate(
+                        f"{row['sparsity']:.0%}",
+                        (row["engine_ms"], row["score"]),
+                        fontsize=8,
+                        color=INK,
+                        textcoords="offset points",
+                        xytext=(0, 6),
+                        ha="center",
+                    )
         best = sorted((row["engine_ms"], row["score"]) for row in rows if row["front"])
         place.step(*zip(*best, strict=True), where="post", color=GRID, linewidth=1.4, zorder=0)
         place.set_xscale("log")
@@ -139,6 +152,7 @@ def front(record: Record) -> None:
         place.xaxis.set_major_formatter("{x:g}")
         place.xaxis.set_minor_formatter(NullFormatter())
         clean(place, "ms in the engine", "held-out score", network)
+        place.margins(y=0.1)
         legend(place)
     save(figure, "prune-front")
 
@@ -146,8 +160,8 @@ def front(record: Record) -> None:
 def channels(record: Record) -> None:
     """Accuracy after a short fine-tuning against the multiply-accumulates that are left, by score."""
     networks = list(dict.fromkeys(row["network"] for row in record["rows"]))
-    figure, axes = plt.subplots(1, len(networks), figsize=(4.2 * len(networks), 3.2), squeeze=False)
-    for place, network in zip(axes[0], networks, strict=True):
+    figure, axes = panels(len(networks))
+    for place, network in zip(axes, networks, strict=False):
         rows = [row for row in record["rows"] if row["network"] == network]
         dense = rows[0]["macs"]
         for score, colour in zip(
@@ -164,7 +178,7 @@ def channels(record: Record) -> None:
                 label=score.replace("_", " "),
             )
         clean(place, "multiply-accumulates, of dense", "held-out accuracy", network)
-    legend(axes[0][0])
+    legend(axes[0])
     save(figure, "prune-structured")
 
 
@@ -219,9 +233,9 @@ def reconstruction(record: Record) -> None:
     """Score without any training, against zeros, by method."""
     rows = [row for row in record["rows"] if row.get("pattern", "elements") == "elements"]
     networks = list(dict.fromkeys(row["network"] for row in rows))
-    figure, axes = plt.subplots(1, len(networks), figsize=(3.4 * len(networks), 3.2), squeeze=False)
+    figure, axes = panels(len(networks))
     colours = dict(zip(dict.fromkeys(row["method"] for row in rows if row["method"] != "dense"), PALETTE, strict=False))
-    for place, network in zip(axes[0], networks, strict=True):
+    for place, network in zip(axes, networks, strict=False):
         for method, colour in colours.items():
             points = sorted(
                 (row["sparsity"], row["score"]) for row in rows if (row["network"], row["method"]) == (network, method)
@@ -231,7 +245,7 @@ def reconstruction(record: Record) -> None:
                     *zip(*points, strict=True), marker="o", markersize=3.5, linewidth=1.6, color=colour, label=method
                 )
         clean(place, "zeros, of all weights", "held-out score", network)
-    legend(axes[0][0])
+    legend(axes[0])
     save(figure, "prune-reconstruction")
 
 
@@ -241,15 +255,11 @@ def criteria(record: Record) -> None:
     names, forms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("criterion", "pattern"))
     table = {(row["criterion"], row["pattern"]): row["gradual"] for row in rows}
     figure, axes = plt.subplots(figsize=(6, 3.6))
-    axes.imshow([[table[name, form] for form in forms] for name in names], cmap="Blues", aspect="auto", vmin=0, vmax=1)
+    rows = [[table[name, form] for form in forms] for name in names]
+    axes.imshow(rows, cmap="Blues", aspect="auto", vmin=0, vmax=2)  # light enough for dark numbers
     for (name, form), value in table.items():
         axes.annotate(
-            f"{value:.2f}",
-            (forms.index(form), names.index(name)),
-            ha="center",
-            va="center",
-            fontsize=7,
-            color="white" if value > 0.6 else "black",
+            f"{value:.2f}", (forms.index(form), names.index(name)), ha="center", va="center", fontsize=8, color="black"
         )
     axes.set_xticks(range(len(forms)), forms)
     axes.set_yticks(range(len(names)), names)
@@ -262,8 +272,8 @@ def patterns(record: Record) -> None:
     """How many times faster than dense each kind of layer is in the engine, by pattern."""
     kinds = list(dict.fromkeys(row["layer"] for row in record["rows"]))
     shown = ("elements", "block 4x1", "block 16x1", "block 1x16", "column", "channel")
-    figure, axes = plt.subplots(1, len(kinds), figsize=(2.9 * len(kinds), 3.2), squeeze=False, layout="constrained")
-    for place, kind in zip(axes[0], kinds, strict=True):
+    figure, axes = panels(len(kinds), layout="constrained")
+    for place, kind in zip(axes, kinds, strict=False):
         for pattern, colour in zip(shown, PALETTE, strict=False):
             found = [
                 row
@@ -279,22 +289,17 @@ def patterns(record: Record) -> None:
                 color=colour,
                 label=pattern,
             )
-        clean(place, "zeros, %", "times faster than dense" if place is axes[0][0] else "", kind)
+        clean(place, "zeros, %", "times faster than dense", kind)
         place.set_ylim(0)
-    figure.legend(
-        *axes[0][0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=len(shown),
-        frameon=False,
-        fontsize=8,
-        labelcolor=INK,
-    )
+        place.set_xticks((80, 85, 90, 95))
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=INK)
     save(figure, "prune-patterns")
 
 
 def once(record: Record) -> None:
     """Score of each task after transfer against the encoder's time in the engine, sparse and small."""
-    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.2))
+    figure, axes = panels(2)
     for place, task in zip(axes, ("package", "pairs"), strict=True):
         for row in (row for row in record["rows"] if row["encoder"] == "dense" or "8 bits" in row["encoder"]):
             colour = INK if row["encoder"] == "dense" else BLUE if "sparse" in row["encoder"] else RED
@@ -312,10 +317,10 @@ def once(record: Record) -> None:
             place.annotate(
                 row["encoder"],
                 (row["engine_ms"], row[task]),
-                fontsize=7,
+                fontsize=8,
                 color=INK,
                 textcoords="offset points",
-                xytext=(5, 3),
+                xytext=(5, -11 if "sparse" in row["encoder"] else 4),
             )
         clean(place, "ms in the engine", "held-out score", f"task: {task}")
         place.margins(x=0.2)

@@ -1,4 +1,4 @@
-"""README.md's generated parts, from the record of a demo: its picture, what it printed, what it made.
+"""README.md's generated parts, from the record of a demo: its pictures, what it printed, what it made.
 
 python scripts/readme.py [SUMMARY]    SUMMARY, the summary.json of a `make demo`, is kept as results/demo.json first
 """
@@ -8,29 +8,65 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from lilliput.report import formats
+from lilliput.report import page as report
 from lilliput.report import summary as summaries
 from lilliput.report.tables import front, markdown, reached
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "results" / "demo.json"
-PICTURES = {False: ROOT / "docs" / "images" / "demo.svg", True: ROOT / "docs" / "images" / "demo-dark.svg"}
+IMAGES = ROOT / "docs" / "images"
+PICTURES = {False: IMAGES / "demo.svg", True: IMAGES / "demo-dark.svg"}
+REPORTS = {False: IMAGES / "report.png", True: IMAGES / "report-dark.png"}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 def parts(summary: dict[str, Any]) -> dict[str, str]:
     """The text of each generated part."""
     verdict = summaries.verdict(summary)
-    light, dark = (PICTURES[mode].relative_to(ROOT).as_posix() for mode in (False, True))
-    picture = f"""<picture>
-  <source media="(prefers-color-scheme: dark)" srcset="{dark}">
-  <img alt="{verdict.replace('"', "'")}" src="{light}" width="800">
-</picture>
+    top = "The top of report.html: the result in a sentence, bytes, latency and accuracy before and after, the front."
+    return {
+        "picture": f"{shown(PICTURES, verdict)}\n\n{verdict}",
+        "report": shown(REPORTS, top),
+        "output": f"```text\n{printed(summary)}\n```",
+        "table": table(summary),
+    }
 
-{verdict}"""
-    return {"picture": picture, "output": f"```text\n{printed(summary)}\n```", "table": table(summary)}
+
+def shown(pictures: dict[bool, Path], alternative: str) -> str:
+    """A picture as HTML, its dark version on dark pages."""
+    light, dark = (pictures[mode].relative_to(ROOT).as_posix() for mode in (False, True))
+    return f"""<picture>
+  <source media="(prefers-color-scheme: dark)" srcset="{dark}">
+  <img alt="{alternative.replace('"', "'")}" src="{light}" width="800">
+</picture>"""
+
+
+def photograph(summary: dict[str, Any]) -> None:
+    """Take pictures of the top of the report as a browser shows it; where there is no browser they stay as they are."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    try:
+        from playwright.sync_api import sync_playwright
+    except ModuleNotFoundError:
+        browser = None
+    if browser is None:
+        print("readme: docs/images/report*.png stay as they are: playwright and a browser must be installed.")
+        return
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
+        path = Path(folder, "report.html")
+        path.write_text(report(summary), encoding="utf-8")
+        opened = driver.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
+        for dark, picture in REPORTS.items():
+            view = opened.new_page(viewport={"width": 1000, "height": 940}, color_scheme="dark" if dark else "light")
+            view.goto(path.as_uri())
+            view.wait_for_selector("#plot[data-drawn]")
+            view.wait_for_timeout(300)  # the plot is painted in the next frame
+            view.screenshot(path=picture)
+        opened.close()
 
 
 def printed(summary: dict[str, Any]) -> str:
@@ -177,6 +213,7 @@ def main() -> None:
     for dark, path in PICTURES.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(summary, path, key="packed_bytes", dark=dark)
+    photograph(summary)
     readme = ROOT / "README.md"
     readme.write_text(fill(readme.read_text(encoding="utf-8"), parts(summary) | engine() | anytime()), encoding="utf-8")
 

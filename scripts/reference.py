@@ -42,6 +42,8 @@ NOUNS = (
     "task",
 )
 TITLES = {"": "Nouns, recipes and training"}
+# A search for a word lists the pages that explain it before the entries that mention it.
+BEHIND = "---\nsearch:\n  boost: 0.2\n---\n\n"
 
 
 def modules() -> list[str]:
@@ -127,7 +129,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Called by mkdocs with the files of the site: adds the generated pages."""
     files.append(File.generated(config, "reference/index.md", content=index()))
     for module in modules():
-        files.append(File.generated(config, page(module), content=f"# {module}\n\n::: {module}\n"))
+        files.append(File.generated(config, page(module), content=f"{BEHIND}# {module}\n\n::: {module}\n"))
         hidden = File.generated(config, source(module), content=listing(module), inclusion=InclusionLevel.NOT_IN_NAV)
         files.append(hidden)
     return files

@@ -243,7 +243,7 @@ def dot(g: Graph) -> str:
         lines += [
             f'  {source} -> {n.name} [label="{w:.4g}", color="{c}", fontcolor="{c}"];'
             for source, w in n.edges
-            for c in ["#c0392b" if w > 0 else "#4a7bd0"]
+            for c in ["#c0392b" if w > 0 else "#3468c4"]
         ]
     lines += [f"  {s.source} -> {s.name} [style=dashed, constraint=false];" for s in g.states]
     for i, name in enumerate(g.outputs):

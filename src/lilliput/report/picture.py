@@ -67,7 +67,7 @@ def picture(summary: Summary, path: str | Path, key: str = "onnx_bytes", dark: b
     if drawn is None or key not in drawn.axes:
         raise ValueError(f"picture: {key} must be known for some finished point, got none. Use another key.")
     path, colour, quality, axis = Path(path), _COLOURS[dark], Quality.of(summary), drawn.axes[key]
-    settings: Any = {"svg.hashsalt": "lilliput", "font.size": 10, "font.family": "sans-serif"}
+    settings: Any = {"svg.hashsalt": "lilliput", "font.size": 13, "font.family": "sans-serif"}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(8, 4), layout="constrained", facecolor=colour["paper"])
         axes = figure.add_subplot(facecolor=colour["paper"])
@@ -87,7 +87,7 @@ def picture(summary: Summary, path: str | Path, key: str = "onnx_bytes", dark: b
                 xytext=(0, -12),
                 textcoords="offset points",
                 ha="right",
-                fontsize=9,
+                fontsize=12,
             )
         looks = {
             "tried": ("o", 14, colour["tried"], colour["paper"]),
