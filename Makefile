@@ -1,5 +1,6 @@
 # make demo             makes .venv, installs lilliput, shrinks a trained network and says where the report is
 # make test             the same .venv with what the tests need, then the whole test suite
+# make dist             wheel and source distribution into dist/, checked
 # Settings: VENV=.venv  PYTHON=python3.12  ARGS="for the demo or for pytest"  JOBS=2 (processes that run the tests)
 #           TORCH=torch==2.12.0 installs that one; TORCH= keeps the torch that .venv or PYTHON already has.
 
@@ -15,7 +16,7 @@ INSTALL = $(SCRIPTS)/python -m pip install --constraint $(VENV)/constraints.txt 
 
 export OMP_NUM_THREADS = 1
 
-.PHONY: demo test lint doctest examples evidence check-engine docs readme constraints clean
+.PHONY: demo test lint doctest examples evidence check-engine dist docs readme constraints clean
 
 demo: $(VENV)/demo.installed
 	$(SCRIPTS)/lilliput demo $(ARGS)
@@ -43,6 +44,8 @@ lint: $(VENV)/dev.installed
 	$(SCRIPTS)/ruff format --check --quiet .
 	$(SCRIPTS)/ruff check .
 	$(SCRIPTS)/mypy
+	$(SCRIPTS)/deptry src
+	$(SCRIPTS)/deptry --ignore DEP002,DEP004 bench evidence examples scripts tests
 
 doctest: $(VENV)/dev.installed
 	$(SCRIPTS)/python -m pytest --numprocesses $(JOBS) --doctest-modules src/lilliput
@@ -56,6 +59,12 @@ evidence: $(VENV)/dev.installed
 # Some minutes: other processors, sanitizers, threads, damaged files, DeepSparse. ARGS="fuzz --seconds 600" for one of them.
 check-engine: $(VENV)/check.installed
 	$(SCRIPTS)/python scripts/check_engine.py $(ARGS)
+
+# What a release uploads, built by the pinned tools; without network once they are installed.
+dist: $(VENV)/dev.installed
+	rm -rf dist
+	$(SCRIPTS)/python -m build --no-isolation
+	$(SCRIPTS)/twine check --strict dist/*
 
 docs: $(VENV)/docs.installed
 	$(SCRIPTS)/mkdocs build --strict $(ARGS)

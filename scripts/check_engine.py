@@ -276,7 +276,7 @@ def fuzz(work: Path, seconds: int, seed: int) -> Iterator[str]:
     """Damaged files for so long; what crashes, hangs or grows is kept. The same seed tries much the same files, so that
     a change is not blamed for what another seed would have found before it; 0 draws one."""
     if not has("atheris"):
-        raise Skipped("fuzz: pip install atheris (wheels for Linux and Python 3.11 to 3.13)")
+        raise Skipped("fuzz: pip install atheris (wheels for Linux on x86-64)")
     folder = work / "fuzz"
     folder.mkdir(parents=True, exist_ok=True)
     command = [

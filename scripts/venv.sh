@@ -5,17 +5,17 @@
 set -eu
 venv=$1 torch=${2-} python=${3-}
 
-supported='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
+supported='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))'
 if [ -z "$python" ]; then
-    for name in python3 python3.13 python3.12 python3.11; do
+    for name in python3 python3.14 python3.13 python3.12 python3.11; do
         if "$name" -c "$supported" >/dev/null 2>&1; then python=$name && break; fi
     done
 fi
 if ! "${python:-python3}" -c "$supported" >/dev/null 2>&1; then
     cat >&2 <<MISSING
-lilliput needs Python 3.11, 3.12 or 3.13; ${python:-python3} is missing or another version. Install it:
+lilliput needs Python 3.11 to 3.14; ${python:-python3} is missing or another version. Install it:
     Debian, Ubuntu    sudo apt-get install python3 python3-venv
-    macOS             brew install python@3.13
+    macOS             brew install python@3.14
 or name one that you have: make demo PYTHON=/path/to/python3.12
 MISSING
     exit 1

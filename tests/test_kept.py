@@ -90,3 +90,6 @@ def test_what_a_machine_offers() -> None:
     assert "torch" in rows["versions"].text and "workers" in rows["cores"].text
     assert rows["extra demo"].text == "installed" or "pip install 'lilliput[demo]'" in rows["extra demo"].text
     assert all(row.good or row.do for row in rows.values())
+    printed = " ".join(cli("doctor").stdout.split())
+    assert all(row.text in printed for row in rows.values() if row.what.startswith("extra ")), printed
+    assert "lilliput[mnist1d]" in cli("tasks").stdout

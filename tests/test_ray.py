@@ -162,5 +162,5 @@ def test_what_is_asked_for() -> None:
 
 def test_ray_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r"needs Ray, which is not installed. Run: pip install 'lilliput\[ray\]'"):
+    with pytest.raises(ImportError, match=r"workers='ray://head' needs .*'ray'.* Run: pip install 'lilliput\[ray\]'"):
         hire(nn.Linear(2, 2), "ray://head")

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lilliput.errors import StoreError
 from lilliput.report import formats, tables
 from lilliput.report import summary as summaries
 from lilliput.report.formats import Quality
+from lilliput.report.page import _bokeh
 from lilliput.report.plan import every_point, plan, staircase
 
 pytestmark = pytest.mark.slow  # a real browser
@@ -313,7 +315,7 @@ def test_markdown_escapes_and_aligns() -> None:
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_picture(met: dict[str, Any], tmp_path: Path, dark: bool) -> None:
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib, of the extra lilliput[docs]")
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib, of the extra lilliput[pictures]")
     from lilliput.report.picture import picture
 
     once, again = (picture(met, tmp_path / name, dark=dark) for name in ("a.svg", "b.svg"))
@@ -475,6 +477,21 @@ def test_browser_copies_the_command(visit: Any, met: dict[str, Any]) -> None:
 def test_browser_page_without_a_plot(visit: Any) -> None:
     seen = visit({"task": "tiny", "dense": {"val": 0.9}, "met": False})
     assert seen.page.get_by_role("heading", level=1).inner_text().startswith("No point of tiny")
+
+
+@pytest.mark.parametrize("width", [1200, 375])
+def test_browser_page_without_bokeh(
+    visit: Any, met: dict[str, Any], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    _bokeh.cache_clear()
+    for module in [module for module in sys.modules if module.partition(".")[0] == "bokeh"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "bokeh", None)
+    seen = visit(met, width=width)
+    assert seen.page.get_by_text("pip install 'lilliput[report]'").is_visible()
+    assert seen.page.get_by_role("region", name="The front as a table").is_visible()
+    assert seen.page.locator("#plot, #axes").count() == 0 and len(seen.page.content()) < 500_000
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_the_dense_network_has_one_row_though_it_lies_on_the_front(met: dict[str, Any]) -> None:

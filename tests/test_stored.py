@@ -1,15 +1,17 @@
 """A stored tensor decodes to what its numbers say, and its size is a formula that needs no file."""
 
 import hashlib
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lilliput.stored import ans
 from lilliput.stored.base import limits
 from lilliput.stored.einsum import product
-from lilliput.stored.entropy import coded_bits, decode, encode
+from lilliput.stored.entropy import coded_bits, decode, encode, frequencies, levels
 from lilliput.stored.grid import Grid, half
 from lilliput.stored.plain import Plain
 from lilliput.stored.positions import position_bits
@@ -148,6 +150,11 @@ def test_entropy_coder_never_needs_more_than_its_formula(case):
     stream = encode(symbols, bits)
     assert stream.size == coded_bits(symbols, bits)
     assert np.array_equal(decode(stream, symbols.size, bits), symbols)
+    frequency = frequencies(levels(np.bincount(symbols, minlength=1 << bits)))
+    words = ans.push(symbols, frequency)
+    assert np.array_equal(words, ans.write(symbols, frequency)), "Python writes what the library writes"
+    again, empty = ans.pull(words, frequency, symbols.size)
+    assert empty and np.array_equal(again, symbols)
 
 
 def test_entropy_coder_costs_a_table_and_four_bytes_for_equal_symbols():
@@ -155,11 +162,16 @@ def test_entropy_coder_costs_a_table_and_four_bytes_for_equal_symbols():
     assert coded_bits(np.zeros(0, np.uint16), 4) > 0 and coded_bits(np.zeros(100, np.uint16), 9) > 900
 
 
-def test_a_stream_means_the_same_with_every_version_of_the_library():
+@pytest.mark.parametrize("library", [True, False])
+def test_a_stream_means_the_same_with_every_version_of_the_library_and_without_it(library, monkeypatch):
+    if not library:
+        monkeypatch.setitem(sys.modules, "constriction", None)
     digest = hashlib.sha256()
     for bits in range(1, 9):
         symbols = np.arange(3000) ** 2 // 7 % 2**bits // (1 + bits % 2)
-        digest.update(encode(symbols, bits).tobytes())
+        stream = encode(symbols, bits)
+        digest.update(stream.tobytes())
+        assert np.array_equal(decode(stream, 3000, bits), symbols)
     assert digest.hexdigest()[:16] == "a7595a7eb8078aae"
 
 
@@ -170,7 +182,10 @@ def test_entropy_coder_comes_close_to_the_entropy():
     assert entropy <= coded_bits(symbols, 1) < 1.02 * entropy
 
 
-def test_entropy_coder_refuses_a_changed_stream():
+@pytest.mark.parametrize("library", [True, False])
+def test_entropy_coder_refuses_a_changed_stream(library, monkeypatch):
+    if not library:
+        monkeypatch.setitem(sys.modules, "constriction", None)
     symbols = np.random.default_rng(0).integers(0, 4, 500).astype(np.uint16)
     stream = encode(symbols, 3)
     for at in range(40, stream.size, 97):
@@ -182,7 +197,10 @@ def test_entropy_coder_refuses_a_changed_stream():
             assert "damaged" in str(error)
 
 
-def test_entropy_coder_refuses_or_decodes_whatever_it_is_given():
+@pytest.mark.parametrize("library", [True, False])
+def test_entropy_coder_refuses_or_decodes_whatever_it_is_given(library, monkeypatch):
+    if not library:
+        monkeypatch.setitem(sys.modules, "constriction", None)
     rng = np.random.default_rng(0)
     for count in range(400):
         bits, stream = int(rng.integers(0, 20)), rng.integers(0, 2, int(rng.integers(0, 200))).astype(np.uint8)

@@ -37,8 +37,10 @@ def extra(name: str, who: str) -> Iterator[None]:
             as those of a damaged package, pass as they are.
 
     Example:
-        >>> with extra("report", "report: the chart"):
-        ...     import bokeh  # doctest: +SKIP
+        >>> with extra("report", "svg"):
+        ...     import absent
+        Traceback (most recent call last):
+        ModuleNotFoundError: svg needs the package 'absent', which is not installed. Run: pip install 'lilliput[report]'
     """
     try:
         yield

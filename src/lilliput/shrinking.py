@@ -245,7 +245,7 @@ def _run(job: Job, fresh: bool, finish_only: bool = False) -> Result:
     with Ending() as ending:
         try:
             result = search(job, ending, finish_only)
-        except (ExportError, NotSupported, Stopped, ValueError) as error:
+        except (ExportError, ImportError, NotSupported, Stopped, ValueError) as error:
             if fresh and not job.points:
                 shutil.rmtree(job.folder, ignore_errors=True)
             if isinstance(error, Stopped):

@@ -145,6 +145,7 @@ def _say(result: "Result", as_json: bool) -> None:
         print(json.dumps(result.summary, indent=1))
     else:
         from lilliput.report.account import told
+        from lilliput.report.page import lacking
         from lilliput.report.summary import verdict
         from lilliput.report.tables import front
 
@@ -152,7 +153,8 @@ def _say(result: "Result", as_json: bool) -> None:
         for line in (verdict(result.summary), *told(result.summary)):
             console.print(line, highlight=False, markup=False)
         page = result.folder.resolve() / "report.html"
-        console.print(f"report: {page}", highlight=False, soft_wrap=True, markup=False)
+        for line in filter(None, (f"report: {page}", lacking())):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
     if not result.met:
         fail(
             f"FloorNotMet: no point that was found meets the question. The nearest are in the report, the dense "
@@ -217,7 +219,8 @@ def tasks() -> None:
     for column in ("name", "what", "dense", "needs"):
         table.add_column(column)
     for name, entry in sorted(TASKS.items()):
-        table.add_row(name, entry.about, shown(entry.size_bytes), f"lilliput[{entry.needs}]" if entry.needs else "")
+        needs = escape(f"lilliput[{entry.needs}]") if entry.needs else ""
+        table.add_row(name, entry.about, shown(entry.size_bytes), needs)
     console.print(table)
 
 
@@ -283,6 +286,7 @@ def report(folder: Annotated[Path, typer.Argument(help="a folder that shrink wro
     Example: lilliput report lilliput-digits
     """
     with speaking():
-        from lilliput.report.page import write
+        from lilliput.report.page import lacking, write
 
-        console.print(str(write(folder)), highlight=False, soft_wrap=True, markup=False)
+        for line in filter(None, (str(write(folder)), lacking())):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from lilliput.cli.app import app, console, speaking
@@ -49,7 +50,7 @@ def _table(points: list[Any]) -> Table:
     table.add_column("point", overflow="fold")
     for point in points:
         sizes = [shown(int(point.row[name])) for name in ("packed_bytes", "onnx_bytes")]
-        table.add_row(point.key[:8], f"{point.row['val']:.4f}", *sizes, str(point.row["name"]))
+        table.add_row(point.key[:8], f"{point.row['val']:.4f}", *sizes, escape(str(point.row["name"])))
     return table
 
 
@@ -90,5 +91,6 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print it as dat
     table.add_column(no_wrap=True, style="dim")
     table.add_column(overflow="fold")
     for row in rows:
-        table.add_row(row.what, row.text if row.good else f"[yellow]{row.text}[/yellow] {row.do}")
+        text = escape(row.text)  # extras are written in brackets
+        table.add_row(row.what, text if row.good else f"[yellow]{text}[/yellow] {escape(row.do)}")
     console.print(table)

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from lilliput.extras import missing
+
 if TYPE_CHECKING:
     from rich.progress import Progress
     from torch import Tensor, nn
@@ -64,17 +66,14 @@ def package_file(package: str, *parts: str, install: str = "lilliput[demo]") -> 
         The path.
 
     Raises:
-        ImportError: With the install line, where the package or the file is missing.
+        ModuleNotFoundError: With the install line, where the package or the file is missing.
     """
     spec = find_spec(package)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder, *parts)
         if path.exists():
             return path
-    raise ImportError(
-        f"lilliput.data: the package {package!r} with {'/'.join(parts) or 'its files'} must be installed for this "
-        f"task, and is not. Run: pip install '{install}'"
-    )
+    raise missing("lilliput.data: this task", f"{package!r} with {'/'.join(parts) or 'its files'}", install)
 
 
 def cache_folder() -> Path:

@@ -1,6 +1,5 @@
 """Three networks on MNIST-1D: signals of forty values in ten classes."""
 
-import importlib
 import random
 from functools import cache
 
@@ -8,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lilliput.data import package_file, pretrained
+from lilliput.data import pretrained
+from lilliput.extras import extra
 from lilliput.nets.mnist1d import CNN, GRU, MLP
 from lilliput.task import Task, uniform
 
@@ -20,8 +20,8 @@ TASKS = {
 
 
 def _draw(**changes: int | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    package_file("mnist1d", "data.py", install="lilliput[mnist1d]")
-    generator = importlib.import_module("mnist1d.data")
+    with extra("mnist1d", "lilliput.data: this task"):
+        from mnist1d import data as generator
     arguments = generator.get_dataset_args()
     vars(arguments).update(changes)
     state, other = np.random.get_state(), random.getstate()

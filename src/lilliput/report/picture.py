@@ -1,4 +1,4 @@
-"""Draw the Pareto front as a picture for a README, by matplotlib (the extra ``lilliput[docs]``).
+"""Draw the Pareto front as a picture for a README, by matplotlib (the extra ``lilliput[pictures]``).
 
 python -m lilliput.report.picture DIR front.svg [--dark]
 """
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lilliput.extras import extra
 from lilliput.report import formats
 from lilliput.report import summary as summaries
 from lilliput.report.formats import Quality, Summary, known
@@ -55,14 +56,10 @@ def picture(summary: Summary, path: str | Path, key: str = "onnx_bytes", dark: b
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: no finished point has that cost.
     """
-    try:
+    with extra("pictures", "picture"):
         import matplotlib
         from matplotlib.figure import Figure
         from matplotlib.ticker import FixedFormatter, FixedLocator
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "picture: matplotlib must be installed, got none. Run `pip install lilliput[docs]`.", name=error.name
-        ) from error
     drawn = plan(summary)
     if drawn is None or key not in drawn.axes:
         raise ValueError(f"picture: {key} must be known for some finished point, got none. Use another key.")

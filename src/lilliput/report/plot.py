@@ -41,6 +41,9 @@ def _recipe(point: Mapping[str, Any]) -> str:
 
 def plot(summary: Summary, quality: Quality) -> dict[str, Any] | None:
     """The plot as a Bokeh JSON item, its three horizontal axes and its text alternative; None with nothing to draw."""
+    drawn = plan(summary)
+    if drawn is None:
+        return None
     from bokeh.embed import json_item
     from bokeh.models import (
         BoxZoomTool,
@@ -57,9 +60,6 @@ def plot(summary: Summary, quality: Quality) -> dict[str, Any] | None:
     )
     from bokeh.plotting import figure
 
-    drawn = plan(summary)
-    if drawn is None:
-        return None
     everything, axes, scale, sign, low, high, pad = (
         drawn.points,
         drawn.axes,

@@ -8,6 +8,7 @@ from typing import Any
 
 from onnx import ModelProto
 
+from lilliput.extras import extra
 from lilliput.onnx.session import Inputs, arrays
 from lilliput.registry import register
 
@@ -21,7 +22,7 @@ class OpenVinoSession:
         shapes: The sizes of inputs with free ones.
 
     Raises:
-        ImportError: Where OpenVINO is not installed.
+        ModuleNotFoundError: Where OpenVINO is not installed.
 
     Example:
         >>> OpenVinoSession("model.onnx")  # doctest: +SKIP
@@ -32,10 +33,8 @@ class OpenVinoSession:
     def __init__(
         self, model: str | Path | bytes | ModelProto, shapes: Mapping[str, Sequence[int]] | None = None
     ) -> None:
-        try:
+        with extra("openvino", "bench: the runtime openvino"):
             import openvino
-        except ImportError as error:
-            raise ImportError("bench: the runtime openvino must be installed. Run: pip install openvino") from error
         core = openvino.Core()
         read = core.read_model(
             str(model)

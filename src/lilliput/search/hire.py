@@ -18,6 +18,7 @@ def hire(model: nn.Module, workers: int | str | None = None, device: str = "cpu"
         device: where they train.
 
     Raises:
+        ModuleNotFoundError: for an address where Ray is not installed.
         ValueError: for another number or address, and for a cluster that does not answer.
     """
     workers = ask.workers(workers)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from lilliput.extras import extra
 from lilliput.search import share
 from lilliput.search.desk import Desk
 from lilliput.search.pool import Pool, Progress, WorkerDied, settle, takes_hint
@@ -149,18 +150,15 @@ class RayPool(Pool):
             "ray://local" for a cluster of this machine's cores that ends with the pool.
 
     Raises:
-        ValueError: where Ray is not installed, or no cluster answers.
+        ModuleNotFoundError: where Ray is not installed.
+        ValueError: where no cluster answers.
     """
 
     local = False
 
     def __init__(self, address: str) -> None:
-        try:
+        with extra("ray", f"shrink: workers={address!r}"):
             import ray
-        except ImportError as error:
-            raise ValueError(
-                f"shrink: workers={address!r} needs Ray, which is not installed. Run: pip install 'lilliput[ray]'"
-            ) from error
         self._ray, self._ours = ray, not ray.is_initialized()
         if self._ours:
             _connect(ray, address)

@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lilliput.errors import ExportError
+from lilliput.stored import ans
 from lilliput.stored.bits import Bits, from_bits, to_bits
 
 M = 1 << 12  # what frequencies add up to: few enough bits that no float64 in the library is ever rounded
-MODEL_BITS = 24  # the library's own precision
 LEVEL_BITS = 5
 MAX_BITS = 8
 # Logarithmic steps, written out: no machine's pow() may change what a file means.
@@ -52,9 +52,7 @@ def frequencies(level: Integers) -> Integers:
 
 def body_bits(counts: Integers, frequency: Integers) -> int:
     """The most bits that the library takes for `counts[s]` symbols s, without the table."""
-    n = frequency.size
-    edges = np.cumsum(frequency) * ((1 << MODEL_BITS) - n) // M + np.arange(1, n + 1)  # the library's rounding
-    information = math.fsum(counts * (MODEL_BITS - np.log2(np.diff(edges, prepend=0))))
+    information = math.fsum(counts * (ans.MODEL_BITS - np.log2(np.diff(ans.edges(frequency), prepend=0))))
     return 25 + math.ceil(information * (1 + math.log2(1 + 2**-7) / 31))
 
 
@@ -77,14 +75,10 @@ def encode(symbols: Integers, bits: int) -> Bits:
     Raises:
         ExportError: if the library takes more than `coded_bits`; what it then wrote could not be read.
     """
-    from constriction import stream as library  # here, so that sizes can be counted without it
-
     counts = np.bincount(symbols.ravel(), minlength=1 << bits)
     level = levels(counts)
     frequency = frequencies(level)
-    coder = library.stack.AnsCoder()
-    coder.encode_reverse(symbols.ravel().astype(np.int32), library.model.Categorical(frequency / M, perfect=False))
-    body = np.unpackbits(coder.get_compressed().astype("<u4").view(np.uint8), bitorder="little")
+    body = np.unpackbits(ans.write(symbols.ravel(), frequency).astype("<u4").view(np.uint8), bitorder="little")
     room = body_bits(counts, frequency)
     if body[room:].any():
         raise ExportError(f"encode: constriction must stay within {room} bits, and did not. Use its version 0.5.0.")
@@ -97,15 +91,9 @@ def decode(stream: Bits, count: int, bits: int) -> Integers:
     Raises:
         ValueError: if the stream is not one that `encode` writes.
     """
-    from constriction import stream as library
-
     table = LEVEL_BITS << bits
     if not 1 <= bits <= MAX_BITS or stream.size <= table or not stream[:table].any():
         raise ValueError(f"decode: {stream.size} bits must hold a table for {bits}-bit symbols. They are damaged.")
     frequency = frequencies(from_bits(stream[:table], LEVEL_BITS))
     words = np.packbits(np.pad(stream[table:], (0, (table - stream.size) % 32)), bitorder="little").view("<u4")
-    coder = library.stack.AnsCoder(np.trim_zeros(words, "b").astype(np.uint32))
-    symbols: Integers = coder.decode(library.model.Categorical(frequency / M, perfect=False), count)
-    if not coder.is_empty():
-        raise ValueError("decode: a coded stream must end where it began, and this one does not. It is damaged.")
-    return symbols
+    return ans.read(np.trim_zeros(words, "b").astype(np.uint32), frequency, count)

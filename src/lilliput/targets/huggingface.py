@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lilliput.extras import extra
 from lilliput.targets import Given
 from lilliput.targets.rows import column, columns, splits
 from lilliput.task import Task
@@ -48,12 +49,8 @@ def read(given: Given) -> tuple[nn.Module, Task]:
     Raises:
         ValueError: for a folder without a classifier, a table that is not given, and labels that the model lacks.
     """
-    try:
+    with extra("hf", "TARGET hf:"):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    except ImportError as error:
-        raise ImportError(
-            "TARGET: hf: must find the package transformers, and does not. Run: pip install transformers"
-        ) from error
     folder = Path(given.target.removeprefix(PREFIX))
     if not (folder / "config.json").is_file():
         raise ValueError(f"TARGET: {folder} must be a folder with config.json, as save_pretrained writes it.")

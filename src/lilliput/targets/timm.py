@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lilliput.extras import extra
 from lilliput.targets import Given
 from lilliput.targets.rows import splits
 from lilliput.task import Task
@@ -34,13 +35,9 @@ def read(given: Given) -> tuple[nn.Module, Task]:
     Raises:
         ValueError: for a name that timm lacks, a folder without pictures, and weights of another network.
     """
-    try:
+    with extra("timm", "TARGET timm:"):
         import timm
         from timm.data import resolve_model_data_config
-    except ImportError as error:
-        raise ImportError(
-            "TARGET: timm: must find the packages timm and pillow, and does not. Run: pip install timm pillow"
-        ) from error
     name = given.target.removeprefix(PREFIX)
     if given.data is None:
         raise ValueError(f"TARGET: {given.target} must come with --data FOLDER, a folder of pictures for each class.")
@@ -93,7 +90,8 @@ def _listed(folder: Path) -> tuple[dict[str, list[tuple[Path, int]]], list[str]]
 
 def _pictures(paths: list[Path], config: dict[str, Any]) -> Any:
     """Pictures as float32 (n, channels, height, width), in a file that is mapped, so that they may be many."""
-    from PIL import Image
+    with extra("timm", "TARGET timm:"):
+        from PIL import Image
 
     channels, height, width = config["input_size"]
     mean, spread = (np.array(config[key], np.float32)[:, None, None] for key in ("mean", "std"))
