@@ -15,6 +15,7 @@ from lilliput.code.base import codes
 from lilliput.code.masked import Masked
 from lilliput.errors import StoreError
 from lilliput.export.save import NAMES
+from lilliput.graph.heads import remove_heads
 from lilliput.recipe import Recipe
 from lilliput.runner import Runner
 from lilliput.search.apply import apply
@@ -196,7 +197,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
         lilliput.restore(tmp_path, nn.Sequential(*small(), nn.Linear(3, 3)))
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors must be there"):
         lilliput.restore(tmp_path / "nothing", small())
-    with pytest.raises(StoreError, match="must say which codes"):
+    with pytest.raises(StoreError, match="must have the tensors of the file"):
         lilliput.restore(GOLDEN / "whole", small())
     data = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
@@ -215,3 +216,36 @@ def test_a_code_that_is_not_installed_is_named(tmp_path: Path) -> None:
         save_file(tensors, path, {"lilliput": text.replace('"LowRank"', f'"{name}"')})
         with pytest.raises(KeyError, match=message):
             lilliput.restore(tmp_path, small())
+
+
+@pytest.mark.slow
+def test_a_model_of_hugging_face_is_saved_and_found_again_without_some_of_its_heads(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+        max_position_embeddings=12,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.BertForMaskedLM(config).eval()  # its last layer is tied to the embedding
+    ids = torch.randint(0, 30, (9, 7))
+    task = lilliput.Task("words", train=({"input_ids": ids}, ids), val=({"input_ids": ids}, ids),
+                         loss=lambda output, target: output.logits.square().mean(),
+                         metric=lambda output, target: output.logits.mean((1, 2)))  # fmt: skip
+    keep = {"bert.encoder.layer.0.attention.self": torch.tensor([0, 3]),
+            "bert.encoder.layer.1.attention.self": torch.tensor([1])}  # fmt: skip
+    small_model = remove_heads(model, task.example, keep)
+    small_model.save_pretrained(tmp_path)
+    fresh = transformers.AutoModelForMaskedLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    again = lilliput.restore(tmp_path, fresh)
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, small_model(input_ids=ids).logits)
+    assert again.bert.encoder.layer[1].attention.self.num_attention_heads == 1
+
+
+def test_attention_of_torch_that_lost_heads_needs_no_recipe(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True).eval(), torch.randn(2, 5, 8)
+    smaller = remove_heads(layer, x, {"self_attn": torch.tensor([0, 2, 3])})
+    lilliput.save(smaller, x[:1], tmp_path)
+    again = lilliput.restore(tmp_path, nn.TransformerEncoderLayer(8, 4, 16, batch_first=True))
+    torch.testing.assert_close(again(x), smaller(x))

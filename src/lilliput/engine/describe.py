@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 SHOWN = 24
@@ -15,7 +16,7 @@ SHOWN = 24
 def described(folder: Path) -> Iterator[Any]:
     """A table of the layers and a line on each file, for people."""
     facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    table = Table(title=f"{facts['model']} for {facts['target']}", title_justify="left")
+    table = Table(title=f"{escape(facts['model'])} for {facts['target']}", title_justify="left")
     for column in ("layer", "operator", "output", "non-zeros", "kernel", "bytes", "us"):
         table.add_column(
             column, justify="left" if column in ("layer", "operator", "output", "kernel") else "right", overflow="fold"
@@ -24,7 +25,9 @@ def described(folder: Path) -> Iterator[Any]:
     for layer in layers[:SHOWN]:
         kept = f"{layer['nonzeros']:,} of {layer['values']:,}" if layer.get("nonzeros") is not None else ""
         spent = f"{layer['ns'] / 1e3:.1f}" if layer.get("ns") else ""
-        table.add_row(layer["name"], layer["op"], layer["output"], kept, layer["kernel"], f"{layer['bytes']:,}", spent)
+        table.add_row(
+            escape(layer["name"]), layer["op"], layer["output"], kept, layer["kernel"], f"{layer['bytes']:,}", spent
+        )
     yield table
     if len(layers) > SHOWN:
         yield f"and {len(layers) - SHOWN} more layers, all in {folder / 'manifest.json'}"

@@ -13,6 +13,7 @@ from lilliput.code.base import codes, copy_model, realize
 from lilliput.errors import StoreError
 from lilliput.export.state import read_state, rebuilt
 from lilliput.files import recover
+from lilliput.graph.heads import resized
 from lilliput.onnx.load import load_onnx
 from lilliput.onnx.session import Session
 from lilliput.recipe import Recipe
@@ -25,10 +26,12 @@ def restore(folder: str | Path, model: nn.Module, task: Task | None = None) -> n
     """Give the coded network of a folder back, on top of the plain model that it was made from.
 
     The structural stages of recipe.toml are applied to the model again, without training; layers that are narrower in
-    the file become so. Then its codes are attached and its tensors loaded: nothing is encoded or calibrated again.
+    the file become so, and attention that has fewer heads. Then its codes are attached and its tensors loaded: nothing
+    is encoded or calibrated again. A folder that `save_pretrained` of Hugging Face wrote from a narrower model serves
+    too: its file describes no codes, and leaves out tensors that are tied to others.
 
     Args:
-        folder: what `lilliput.save`, `lilliput shrink` or `lilliput run` wrote.
+        folder: what `lilliput.save`, `lilliput shrink` or `lilliput run` wrote, or `save_pretrained`.
         model: the network that was given to them; it stays as it is.
         task: what structural stages need that look at data; without one they see an input of zeros.
 
@@ -64,7 +67,8 @@ def restore(folder: str | Path, model: nn.Module, task: Task | None = None) -> n
                 result = stage(result, task, None)  # type: ignore[arg-type]  # no stage of structure looks at it
             except Exception as error:  # whatever a stage raises: the file may fit the model without it
                 reasons.append(f"{type(stage).__name__} could not be applied again: {str(error)[:200]}")
-    _resize(result, shapes)
+    with resized(result, shapes):
+        _resize(result, shapes)
     try:
         return rebuilt(result, described, tensors)
     except StoreError as error:

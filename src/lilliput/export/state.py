@@ -53,11 +53,19 @@ def rebuilt(model: nn.Module, described: Mapping[str, Any], tensors: Mapping[str
         path, _, key = name.rpartition(".")
         if path in paths and "parametrizations" not in path and key not in paths[path]._parameters:
             paths[path].register_buffer(key, tensors[name].clone())
+    held = {_place(present[name]): name for name in tensors if name in present}
+    missing = present.keys() - tensors.keys()
+    tied = {name: tensors[held[at]] for name in missing if (at := _place(present[name])) in held and at[0]}
     try:
-        result.load_state_dict(tensors)
+        result.load_state_dict({**tensors, **tied})
     except RuntimeError as error:
         raise StoreError(f"restore: the model must have the tensors of the file, but: {error}") from error
     return result.eval()
+
+
+def _place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    """Where a tensor lies: the same for tensors that are tied."""
+    return tensor.data_ptr(), tuple(tensor.shape)
 
 
 def state_bytes(tensors: Mapping[str, Tensor], model: nn.Module | None = None) -> bytes:
@@ -69,11 +77,11 @@ def state_bytes(tensors: Mapping[str, Tensor], model: nn.Module | None = None) -
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, and the description of its codes.
+    """The tensors of a file, and the description of its codes: of none where another library has written it.
 
     Raises:
         FileNotFoundError: if there is none.
-        StoreError: if it is damaged, or was written without a description.
+        StoreError: if it is damaged, or of another version.
     """
     if not path.is_file():
         raise FileNotFoundError(f"restore: {path} must be there. Give a folder that lilliput has written.")
@@ -84,7 +92,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError) as error:
         raise StoreError(f"restore: {path.name} is damaged or cut short ({error}). Copy it again.") from error
     if text is None:
-        raise StoreError(f"restore: {path.name} must say which codes it holds, and does not. Write it again.")
+        return tensors, {"format": FORMAT, "codes": {}, "activations": {}}
     data: dict[str, Any] = json.loads(text)
     if data.get("format") != FORMAT:
         got = data.get("format")

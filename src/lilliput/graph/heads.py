@@ -1,7 +1,8 @@
 """Attention heads: find them, tell whether they can go, and make networks without some of them."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -309,11 +310,33 @@ def _narrow_(model: nn.Module, chosen: Iterable[Heads], keep: Mapping[str, Tenso
         for path in h.projections:
             slicing.narrow_(model.get_submodule(path), h.projected(keep[h.name]), None)
         slicing.narrow_(model.get_submodule(h.output), None, rows)
-        module = model.get_submodule(h.name)
-        for attribute in (*COUNTS, *SIZES):
-            old = getattr(module, attribute, None)
-            if isinstance(old, int) and old == (h.count if attribute in COUNTS else h.count * h.size):
-                setattr(module, attribute, len(keep[h.name]) * (1 if attribute in COUNTS else h.size))
+        _count_(model.get_submodule(h.name), h, len(keep[h.name]))
+
+
+def _count_(module: nn.Module, h: Heads, count: int) -> None:
+    """Write down how many heads an attention module has now."""
+    for attribute in (*COUNTS, *SIZES):
+        old = getattr(module, attribute, None)
+        if isinstance(old, int) and old == (h.count if attribute in COUNTS else h.count * h.size):
+            setattr(module, attribute, count * (1 if attribute in COUNTS else h.size))
+
+
+@contextmanager
+def resized(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
+    """Layers may get the sizes of a file inside; attention modules then have as many heads as their layers hold.
+
+    Args:
+        model: what changes, in place: attention of torch becomes `HeadAttention` where the file says so.
+        shapes: of the file's tensors, by name.
+    """
+    listed = [h for name, module in model.named_modules() if (h := _look(model, name, module)) is not None and h.size]
+    fewer = [h for h in listed if any(f"{path}.weight" in shapes for path in h.projections)]
+    _opened_(model, fewer)
+    yield
+    for h in fewer:
+        rows = len(cast(nn.Linear, model.get_submodule(h.projections[0])).weight) // (3 if h.fused else 1)
+        if rows != h.count * h.size and rows % h.size == 0:
+            _count_(model.get_submodule(h.name), h, rows // h.size)
 
 
 def opened(model: nn.Module, listed: Iterable[Heads]) -> nn.Module:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from lilliput.cost.measure import latency, machine
@@ -125,7 +126,7 @@ def compare(
     for (number, runtime), t in times.items():
         name = str(files[number])
         table.add_row(
-            name,
+            escape(name),
             *([runtime] if several else []),
             shown(Path(name).stat().st_size),
             f"{t.median_ms:.4f}",
