@@ -65,13 +65,16 @@ class Rounded:
         return sparse if sparse.storage().bits < grid.storage().bits else grid
 
 
-def rounded(weight: Tensor, metric: Metric, per: str, levels: Sequence[Level], sweeps: int = 2) -> list[Rounded]:
+def rounded(
+    weight: Tensor, metric: Metric, per: str | Sequence[str], levels: Sequence[Level], sweeps: int = 2
+) -> list[Rounded]:
     """Round a tensor on several grids, all those with a step side by side.
 
     Args:
         weight: the tensor.
         metric: what a change of it costs. With a full second moment the weights of a row make up for one another.
-        per: "tensor" for one step, or "channel" for one an output: then the outputs that count more have finer ones.
+        per: "tensor" for one step, or "channel" for one an output: then the outputs that count more have finer ones;
+            of all levels, or of each.
         levels: of each grid, its bits or its mean step.
         sweeps: how often every integer is looked at again.
 
@@ -88,18 +91,19 @@ def rounded(weight: Tensor, metric: Metric, per: str, levels: Sequence[Level], s
     flat = weight.detach().float().reshape(len(metric.rows), -1)
     weights = metric.rows.clamp_min(LEAST * float(metric.rows.mean()) + 1e-30)
     mean = weights.log().mean().exp()
-    even = torch.ones_like(weights) if per == "tensor" else (mean / weights).sqrt()
+    even = {"tensor": torch.ones_like(weights), "channel": (mean / weights).sqrt()}
+    kinds = [per] * len(levels) if isinstance(per, str) else list(per)
     scales, prices, most = [], [], []
-    for level in levels:
+    for kind, level in zip(kinds, levels, strict=True):
         coded = isinstance(level, float)
-        scale = _exact(level * even if coded else _fitted(flat, per, int(level)))
+        scale = _exact(level * even[kind] if coded else _fitted(flat, kind, int(level)))
         scales.append(scale)
         prices.append(RATE * mean * level**2 / (weights * scale.square()) if coded else torch.zeros_like(weights))
         most.append(2.0 ** ((MOST_BITS if coded else level) - 1) - 1)
     found = _descended(flat, metric, torch.stack(scales), torch.stack(prices), torch.tensor(most), sweeps)
     return [
-        Rounded(each, scale, per, _least(each) if isinstance(level, float) else level, metric.shape)
-        for level, each, scale in zip(levels, found, scales, strict=True)
+        Rounded(each, scale, kind, _least(each) if isinstance(level, float) else level, metric.shape)
+        for kind, level, each, scale in zip(kinds, levels, found, scales, strict=True)
     ]
 
 

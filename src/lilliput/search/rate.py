@@ -32,6 +32,9 @@ Cost = Callable[[Stored], float]
 GRID = "grid"  # the family of what Squeeze stores
 FINEST, STEPS = 0.11, 14  # the steps that are tried, of a tensor's spread, each the root of two times the one before
 NEGLIGIBLE = 32  # values of one dimension that are left in float16
+SWEEPS = {True: 0, False: 2}  # over the integers of each grid, by whether time is short: the order of the harms is much
+# the same without them
+BRIEF = 3.0  # times what measuring took, below which the time that is left is short
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,7 @@ def offers(
     priced: Cost = cost or (lambda stored: stored.cost("onnx" if file == "onnx" else "lil"))
     began = time.monotonic()
     listed = Offers(model, Harm.of(model, task, examples=examples, seed=seed), examples=examples)
+    took = time.monotonic() - began
     tensors = {n: t for n, t in parameter_names(model).items() if t.is_floating_point() and not reason(model, n)}
     weights = [name for name in find(model, who="rate") if name in tensors]
     measured = Measured(model, task, weights)
@@ -140,7 +144,7 @@ def offers(
     for name in sorted(weights, key=lambda name: -tensors[name].numel()):
         tensor = tensors[name].detach().float()
         first, remaining = time.monotonic(), seconds - (time.monotonic() - began)
-        share = remaining / max(1e-9, pace * left * 2 * (STEPS + 5)) if pace else 1.0
+        share = remaining / max(1e-9, pace * left * 2 * (STEPS + 5) if pace else BRIEF * took)
         codes = proposed(tensor, measured.of(name)) if share > 0.2 else []
         found = _grids(tensor, listed.harm.metrics[name], codes, share, priced)
         tried = len(found)
@@ -154,7 +158,8 @@ def offers(
         if tensor.dim() == 1 and tensor.numel() >= NEGLIGIBLE and name in listed.harm.metrics:
             metric = listed.harm.metrics[name]
             half = Option(priced(Plain(tensor.detach().half().numpy())), 0.0)
-            listed.options[name] = {None: half} | _rounded(tensor.detach().float(), metric, "tensor", [8, 6], priced)
+            found = _rounded(tensor.detach().float(), metric, [("tensor", 8), ("tensor", 6)], priced)
+            listed.options[name] = {None: half} | found
             listed.values += tensor.numel()
     return listed
 
@@ -166,19 +171,23 @@ def _grids(tensor: Tensor, metric: Metric, codes: list[Code], share: float, cost
     thin = 1 if share > 0.8 else min(4, math.ceil(1 / max(share, 0.25)))  # every how many steps
     spread = float(tensor.std(correction=0))
     steps = [spread * FINEST * math.sqrt(2) ** k for k in range(0, STEPS, thin)] if spread > 0 else []
-    found = _rounded(tensor, metric, "tensor", [*steps, *(widths if per == "tensor" else [])], cost)
-    if per == "channel":
-        found |= _rounded(tensor, metric, per, [*widths, *(steps if thin == 1 else [])], cost)
-    return found
+    levels: list[tuple[str, Level]] = [("tensor", step) for step in steps] + [(per, width) for width in widths]
+    if per == "channel" and thin == 1:
+        levels += [(per, step) for step in steps]
+    return _rounded(tensor, metric, levels, cost, SWEEPS[thin > 1])
 
 
-def _rounded(tensor: Tensor, metric: Metric, per: str, levels: list[Level], cost: Cost) -> dict[Hashable, Option]:
-    found: dict[Hashable, tuple[Option, float]] = {}
-    for level, result in zip(levels, rounded(tensor, metric, per, levels), strict=True):
+def _rounded(
+    tensor: Tensor, metric: Metric, levels: list[tuple[str, Level]], cost: Cost, sweeps: int = SWEEPS[False]
+) -> dict[Hashable, Option]:
+    """Grids with one step for the tensor or one for each channel, all of them side by side."""
+    found: dict[str, dict[Hashable, tuple[Option, float]]] = {}
+    every = rounded(tensor, metric, [per for per, _ in levels], [level for _, level in levels], sweeps)
+    for (per, level), result in zip(levels, every, strict=True):
         change = result.decode() - tensor
         form, harm = metric.form(change), metric.harm(change)
-        found[per, level] = Option(cost(result.stored()), form, level=(per, level)), harm
-    return _smoothed(found)
+        found.setdefault(per, {})[per, level] = Option(cost(result.stored()), form, level=(per, level)), harm
+    return {label: option for kind in found.values() for label, option in _smoothed(kind).items()}
 
 
 def _smoothed(found: dict[Hashable, tuple[Option, float]]) -> dict[Hashable, Option]:
