@@ -126,7 +126,7 @@ def _examples(job: Job, seconds: float) -> int:
     """On how many examples harms are measured, of which more predict better; the fewest where no clock has a say."""
     if job.clock.budget_s is None:
         return EXAMPLES[-1]
-    each = PASSES * float(job.dense.about["score_s"]) / job.task.size("val")
+    each = PASSES * job.took["score"] / job.task.size("val")
     return next((count for count in EXAMPLES if count * each <= MEASURING * seconds), EXAMPLES[-1])
 
 
