@@ -170,6 +170,15 @@ def test_the_bracket_closes_on_the_floor() -> None:
     assert bracket.low < 23.4 <= bracket.high < 1.16 * bracket.low and len(tried) < 8
 
 
+def test_one_that_may_be_taken_back_is_followed_by_a_safer_one() -> None:
+    bracket = Bracket(20.0)
+    assert bracket.next() == 20.0
+    bracket.saw(20.0, True, safe=False)
+    assert bracket.next() == pytest.approx(14.3, abs=0.1)
+    bracket.saw(14.3, True, safe=True)
+    assert bracket.next() == pytest.approx(34.0)  # then on, from the largest that holds
+
+
 def test_a_search_without_training_beats_8_bits_and_its_recipe_gives_its_file(tmp_path: Path) -> None:
     net, task = target()
     result = lilliput.shrink(net, task, floor="2%", trials=1, train=False, out=tmp_path / "out")

@@ -23,7 +23,6 @@ from lilliput.search.work import Shared, warm
 from lilliput.stage import Stage, calibration
 from lilliput.task import Task
 
-
 SOON = 20.0
 """Times what scoring val takes: with less time left, what lies between 8 bits and rate and distortion is made first."""
 

@@ -16,6 +16,9 @@ from lilliput.search.points import Point
 File = Literal["lil", "onnx"]
 START = {"lil": 20.0, "onnx": 7.0}  # times smaller: what most networks stand, by file
 STRIDE = 1.7  # to the next, while all hold the floor or none does
+BACK = 1.4  # to one that is safe, where the best is so close to the floor that it may be taken back at the end
+SAFE = 0.8  # of the floor: below it a bound is not taken back
+TRY = 10.0  # times what scoring val takes, that a network takes to be composed and judged
 CLOSE = {True: 1.15, False: 1.04}  # when two ratios lie so close, what lies between them gains too little for its time
 RATIOS = (1.5, 60.0)  # what is tried at most
 SPARED = 0.5  # of the floor, left for the luck of having been chosen
@@ -30,17 +33,26 @@ PRICING = {True: 0.1, False: 0.25}  # of that time, for what codes cost and harm
 
 @dataclass
 class Bracket:
-    """The ratio at which the floor is reached lies between `low`, which holds it, and `high`, which does not."""
+    """The ratio at which the floor is reached lies between `low`, which holds it, and `high`, which does not.
+
+    Once a network holds the floor that may be taken back, a smaller ratio comes next, so that there is something
+    between it and 8 bits.
+    """
 
     first: float
     close: float = CLOSE[True]
     low: float = 0.0
     high: float = math.inf
+    back: float = math.inf
+    safe: bool = False
 
     def next(self) -> float | None:
         """The ratio to try; None where nothing is left to find."""
         if not self.low and self.high == math.inf:
             return self.first
+        if self.low and not self.safe and self.back == math.inf:
+            self.back = self.low / BACK
+            return self.back
         if self.high == math.inf:
             ratio = self.low * STRIDE
             return ratio if ratio <= RATIOS[1] else None
@@ -49,8 +61,9 @@ class Bracket:
             return ratio if ratio >= RATIOS[0] else None
         return math.sqrt(self.low * self.high) if self.high / self.low > self.close else None
 
-    def saw(self, ratio: float, holds: bool) -> None:
+    def saw(self, ratio: float, holds: bool, safe: bool = True) -> None:
         """Take a result in."""
+        self.safe |= holds and safe
         if holds:
             self.low = max(self.low, ratio)
         else:
@@ -105,7 +118,9 @@ def points(job: Job, training: bool) -> Pieces:
     dense, bytes_ = job.dense, question.file_key
     target: File = "onnx" if question.file == "onnx" else "lil"
     size = _Size(max(0.0, float(dense.costs[bytes_]) - sum(s.cost(target) for s in dense.stored.values())))
-    bracket, last = Bracket(START[target], CLOSE[training]), 0.0
+    # Where there is time for few, the first is one that is safe.
+    several = until - job.clock.now >= 2 * TRY * job.took["score"]
+    bracket, last = Bracket(START[target] / (1 if several else BACK), CLOSE[training]), 0.0
     if question.max_bytes is not None:
         bracket.first = dense.onnx_bytes / question.max_bytes
     for number in range(MOST):
@@ -118,7 +133,7 @@ def points(job: Job, training: bool) -> Pieces:
         if point is None:
             bracket.saw(ratio, False)
             continue
-        bracket.saw(ratio, _holds(job, point))
+        bracket.saw(ratio, _holds(job, point), _safe(job, point))
         yield point
 
 
@@ -135,6 +150,12 @@ def _holds(job: Job, point: Point) -> bool:
     if job.question.max_bytes is not None:
         return not job.question.fits(point.costs)
     return job.lost(point) <= SPARED * job.question.points(job.dense.score.value)
+
+
+def _safe(job: Job, point: Point) -> bool:
+    """Whether a network will hardly be taken back, beside all points of the search."""
+    floor = job.question.floor
+    return floor is None or job.bound(point) <= SAFE * job.question.points(job.dense.score.value)
 
 
 def _point(job: Job, known: rate.Offers, size: _Size, ratio: float) -> Point | None:
