@@ -16,6 +16,8 @@ from lilliput.proposal import Known, Proposals, Refusal
 from lilliput.stage import Reference, Stage
 from lilliput.task import Task
 
+MAP, CLAMP = 200, 40
+"""Bytes of the operators that map ids, by bits and by a clamp: a short table is better left as it is."""
 STEPS = 16
 """How many shares of the rows are offered, each two thirds of the one before."""
 
@@ -107,11 +109,11 @@ def _option(
         held = score.cumsum(0)
         wanted = float(score.sort(descending=True).values[:count].sum())
         ahead = int((held < wanted * (1 - 1e-9)).sum()) + 1
-        best = dim * count + len(score) / 8
-        if dim * ahead <= best and ahead <= len(score) - 2:
+        whole, by_clamp, by_bits = dim * len(score), dim * ahead + CLAMP, dim * count + len(score) / 8 + MAP
+        if by_clamp <= by_bits and by_clamp < whole and ahead <= len(score) - 2:
             chosen.append((path, ahead))
             first.append(path)
-        elif best < dim * len(score) and count <= len(score) - 2:
+        elif by_bits < whole and count <= len(score) - 2:
             chosen.append((path, count))
     return (tuple(chosen), tuple(first)) if chosen else None
 

@@ -99,7 +99,7 @@ class SomeRows(Fewer):
         """The row of the shorter table for each id, from the bits."""
         # In a file this is one operator, where dividing by powers would be eight.
         powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=self.bits.device)
-        stays = (self.bits.unsqueeze(1) & powers).bool().flatten()[: self.num_embeddings].long()
+        stays = (self.bits.unsqueeze(1) & powers).bool().flatten().long()
         return stays.cumsum(0) * stays
 
     def row(self, ids: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ def clean(proto: ModelProto) -> ModelProto:
     """The same network in fewer bytes: no names of nodes, no notes, no attribute at its default, no constant twice."""
     proto = copied(proto)
     _simplify(proto)
+    _plain_lookups(proto)
     graph, shapes = proto.graph, {}
     for value in graph.value_info:
         shapes[value.name] = value
@@ -99,6 +100,33 @@ def _simplify(proto: ModelProto) -> None:
             spatial = sorted(n % 4 for n in numbers) == [2, 3]
             if spatial:
                 _become(node, "GlobalAveragePool")
+
+
+def _plain_lookups(proto: ModelProto) -> None:
+    """Gather for a GatherND whose places are numbers with an axis of their own, as exporters write `table[ids]`."""
+    graph = proto.graph
+    known = {t.name: t for t in graph.initializer if t.data_type == TensorProto.INT64}
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*graph.value_info, *graph.input)}
+    made = {node.output[0]: node for node in graph.node if node.op_type == "Unsqueeze" and len(node.input) == 2}
+    for node in graph.node:
+        places = (
+            made.get(node.input[1]) if node.op_type == "GatherND" and not any(a.i for a in node.attribute) else None
+        )
+        if places is None or places.input[1] not in known:
+            continue
+        axes = numpy_helper.to_array(known[places.input[1]]).ravel().tolist()
+        if axes in ([-1], [ranks.get(places.input[0])]):
+            node.op_type, node.input[1] = "Gather", places.input[0]
+            del node.attribute[:]
+    _without_unread(graph, "Unsqueeze")
+
+
+def _without_unread(graph: onnx.GraphProto, op_type: str) -> None:
+    """Take out operators of a kind whose outputs nothing reads."""
+    read = {name for node in every_node(graph) for name in node.input} | {value.name for value in graph.output}
+    kept = [node for node in graph.node if node.op_type != op_type or read & set(node.output)]
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def _become(node: NodeProto, op_type: str) -> None:
