@@ -155,3 +155,37 @@ def test_a_branch_that_only_training_sees_is_left_out_of_ours(tmp_path: Path) ->
     result = lilliput.shrink(trained, TASK, floor="30%", trials=2, budget=None, workers=1, out=tmp_path / "out")
     names = [point["name"] for point in result.summary["points"] if point["status"] == "done"]
     assert any("width" in name for name in names), result.summary["points"]
+
+
+class Inside(nn.Module):
+    """Casts in its forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.last(self.first(x).relu()).float()
+
+
+class Around(Inside):
+    """Casts around its forward pass."""
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.last(self.first(x).relu()).float()
+        return found
+
+
+@pytest.mark.parametrize("kind", [Inside, Around])
+def test_a_forward_pass_under_autocast_is_computed_in_float32(kind: type[nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(40, 8)
+    plain = nn.Sequential(model.first, nn.ReLU(), model.last)
+    found = adopted(model)
+    torch.testing.assert_close(found(x), plain(x))
+    assert not torch.equal(model(x), plain(x)), "the model itself casts as before"
+    y = plain(x).argmax(1)
+    task = lilliput.Task("cast", train=(x, y), val=(x, y))
+    assert lilliput.shrink(model, task, "20%", trials=1, train=False, workers=1, out=tmp_path / "o").met

@@ -1,5 +1,6 @@
 """Adopt: a network as people have it, made one that can be changed: unwrapped, in float32, its weights parameters."""
 
+import functools
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ def adopted(model: nn.Module) -> nn.Module:
 
     Wrappers that compute the same (torch.compile, DataParallel, Accelerate's, PEFT's adapters) are taken off, weights
     that other tensors are computed to (weight_norm, spectral_norm, torch.nn.utils.prune, parametrizations of others)
-    become plain parameters with the values that they have, and every float becomes float32. Codes of this package stay.
+    become plain parameters with the values that they have, and every float becomes float32: `torch.autocast` in a
+    forward pass is left out. Codes of this package stay.
 
     Args:
         model: the network; it stays as it is.
@@ -50,10 +52,38 @@ def adopted(model: nn.Module) -> nn.Module:
         del result._original_forward
     for module in result.modules():
         _permanent_(module)
+        if _casts(type(module)):
+            module.__class__ = _uncast(type(module))  # type: ignore[arg-type]  # mypy takes a class for unhashable
     for tensor in (*result.parameters(), *result.buffers()):
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             tensor.data = tensor.data.float()
     return result
+
+
+def _casts(kind: type) -> bool:
+    """Whether the forward pass of a class, or what else it does, names torch.autocast."""
+    functions = (
+        part for each in kind.__mro__ if not each.__module__.startswith("torch.") for part in vars(each).values()
+    )
+    codes = (code for part in functions if (code := getattr(part, "__code__", None)) is not None)
+    return any("autocast" in (*code.co_names, code.co_name.removeprefix("decorate_")) for code in codes)
+
+
+@functools.cache
+def _uncast(kind: type[nn.Module]) -> type[nn.Module]:
+    """The same class, whose forward pass computes in the precision of its weights: a file holds one precision."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **named: Any) -> Any:
+        enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+        torch.autocast.__enter__ = lambda cast: cast  # type: ignore[method-assign]
+        torch.autocast.__exit__ = lambda cast, *error: None  # type: ignore[method-assign]
+        try:
+            return kind.forward(self, *args, **named)
+        finally:
+            torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
