@@ -93,7 +93,7 @@ def why(summary: Summary) -> str:
     if summary.get("misses") or not summary.get("met", True) or floor(summary) is None or "near" not in summary:
         return ""
     if summary["near"]:
-        return f"None that was measured and is {cheaper(summary)} comes near the floor: see At most in the table of points."
+        return f"No {cheaper(summary)} point comes near the floor: see the column At most of the table of points."
     return f"No {cheaper(summary)} point was measured."
 
 

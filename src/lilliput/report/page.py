@@ -23,7 +23,6 @@ from lilliput.report import summary as summaries
 from lilliput.report.formats import Quality, Summary, known
 from lilliput.report.plan import plan
 from lilliput.report.plot import plot
-from lilliput.report.summary import cost
 from lilliput.report.terms import TERMS
 
 _HERE = Path(__file__).parent

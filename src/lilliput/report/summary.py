@@ -180,10 +180,8 @@ def answer(summary: Summary) -> str:
 
 def _unpromised(summary: Summary, quality: Quality, asked: Question) -> str:
     """The sentences where the dense network is all that can be promised, with the next best and what it would take."""
-    said = (
-        f"Nothing cheaper than the dense {summary['task']} could be promised: that it {quality.bounded(floor(summary))}"
-    )
-    said += " on new data is not shown for any other network, so the files are those of the dense one."
+    said = f"Nothing cheaper than the dense {summary['task']} could be promised to keep the floor of "
+    said += f"{quality.points(floor(summary))}, so the files are the dense network's."
     allowing = {row.get("key"): row["floor"] for row in summary.get("misses") or ()}  # rounded up to what can be typed
     for point in (summary.get("near") or ())[:1]:
         needed = quality.points(allowing.get(point.get("key"), point["drop_bound"]))

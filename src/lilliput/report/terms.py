@@ -32,7 +32,8 @@ TERMS = {
     "onnx": ("model.onnx", "The network as ONNX Runtime and other runtimes read it. Its integers have 4 or 8 bits."),
     "latency": (
         "latency",
-        "The median time of one input in ONNX Runtime. Networks run in turns, so that they share what slows them. Not every point is timed.",
+        "The median time of one input in ONNX Runtime. Networks run in turns, so that they share what slows them. Not "
+        "every point is timed.",
     ),
     "engine": ("in the engine", "The same in lilliput's engine: a C program whose kernels skip zeros."),
     "memory": ("memory", "The most bytes that a run needs at once: weights, inputs and what lies between layers."),
