@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import json
 import math
 import re
@@ -113,7 +114,7 @@ def test_a_metric_that_is_no_rate_keeps_its_unit(met: dict[str, Any]) -> None:
     met |= {"metric": "perplexity", "higher_is_better": False, "drop_test": 0.31, "drop_test_interval": [0.2, 0.42]}
     for point in [met["dense"], met["chosen"], *met["front"], *met["points"]]:
         point["val"] = None if point["val"] is None else 20 - 10 * point["val"]
-    assert "loses 0.31 in perplexity (95% interval 0.20 to 0.42)" in report.verdict(met)
+    assert "raises perplexity by 0.31 (95% interval 0.20 to 0.42)" in report.verdict(met)
     drawn = plan(met)
     assert drawn is not None and drawn.low > drawn.high, "better is drawn upwards"
     assert "points" not in report.page(met).split("What it costs")[1].split("</p>")[0]
@@ -162,7 +163,7 @@ def test_page_is_one_small_file_that_fetches_nothing(name: str) -> None:
     html = report.page(summary(name))
     assert len(html.encode()) < 2_000_000
     own = re.sub(r"<script>.*?</script>", "", html, flags=re.S)
-    assert not re.search(r"""(?:src|href)\s*=|url\(|@import|https?://""", own)
+    assert not re.search(r"""src\s*=|href="[^#]|url\(|@import|https?://""", own)
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', html)
     assert policy and "default-src 'none'" in policy[1] and "unsafe-eval" not in policy[1]
     assert "'unsafe-inline'" not in policy[1].split("script-src")[1].split(";")[0]
@@ -183,7 +184,7 @@ def test_page_has_every_part(met: dict[str, Any]) -> None:
 
 def test_page_of_a_floor_that_was_not_met(not_met: dict[str, Any]) -> None:
     html = report.page(not_met)
-    assert 'class="unmet"' in html and "files written are those of the dense model" in html
+    assert 'class="unmet"' in html and "files written are those of the dense network" in html
     assert "the dense network for ONNX Runtime" in html and "chosen network" not in html
 
 
@@ -489,7 +490,7 @@ def test_browser_page_without_bokeh(
     monkeypatch.setitem(sys.modules, "bokeh", None)
     seen = visit(met, width=width)
     assert seen.page.get_by_text("pip install 'lilliput[report]'").is_visible()
-    assert seen.page.get_by_role("region", name="The front as a table").is_visible()
+    assert seen.page.get_by_role("region", name="Table of points").is_visible()
     assert seen.page.locator("#plot, #axes").count() == 0 and len(seen.page.content()) < 500_000
     assert seen.page.evaluate("document.documentElement.scrollWidth") <= width
 
@@ -499,3 +500,245 @@ def test_the_dense_network_has_one_row_though_it_lies_on_the_front(met: dict[str
     rest = [point for point in met["front"] if point.get("name") != "dense"]
     rows = [tables.front(met | {"front": points}).row_count for points in (rest, [dense, *rest])]
     assert rows[0] == rows[1]
+
+
+# --- the page of real searches, for everybody -----------------------------------------------------------------------
+
+
+def tiny(metric: str = "accuracy", **groups: Any) -> tuple[Any, Any]:
+    """A network, and a task that it is nearly perfect at: what it says, and noise."""
+    import torch
+    from torch import nn
+
+    from lilliput import Task
+
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    x = torch.randn(700, 8, generator=generator)
+    net = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    with torch.no_grad():
+        y = net(x) + 0.05 * torch.randn(700, 4, generator=generator)
+    parts = slice(0, 200), slice(200, 450), slice(450, 700)
+    if metric == "mse":
+        return net, Task("tiny-mse", *((x[part], y[part]) for part in parts), loss="mse", metric="mse")
+    y = y.argmax(1)
+    return net, Task("tiny", *((x[part], y[part]) for part in parts), **groups)
+
+
+def tiny_onnx(folder: Path) -> tuple[Any, Any]:
+    import numpy as np
+    import torch
+
+    from lilliput.search.onnx_target import load_target
+
+    net, task = tiny()
+    x, y = task.split("val")
+    torch.onnx.export(net, (x[:2],), folder / "tiny.onnx", dynamic_shapes=({0: torch.export.Dim("n")},), verbose=False)
+    np.savez(folder / "data.npz", input=x.numpy(), targets=y.numpy())
+    return load_target(folder / "tiny.onnx", folder / "data.npz", [])
+
+
+LONG = "Llanfairpwllgwyngyllgogerychwyrndrobwllllantysiliogogogoch"
+SEARCHES: dict[str, dict[str, Any]] = {
+    "met": {"floor": "30%"},
+    "dense": {"floor": "0.05%", "train": False},
+    "unmet": {"max_bytes": 60, "train": False},
+    "parts": {"floor": "30%", "worst_class": "60%", "train": False},
+    "mse": {"floor": "30r", "train": False},
+    "onnx": {"floor": "30%"},
+}
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The folder of a search by its name, made once."""
+    import lilliput
+
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            place = tmp_path_factory.mktemp(name)
+            cities = ["Aarhus" if i % 3 else LONG for i in range(250)]
+            groups = {"groups": {"val": cities, "test": cities}} if name == "parts" else {}
+            model, task = tiny_onnx(place) if name == "onnx" else tiny("mse" if name == "mse" else "accuracy", **groups)
+            lilliput.shrink(model, task, trials=1, workers=1, out=place / "out", **SEARCHES[name])
+            made[name] = place / "out"
+        return made[name]
+
+    return folder
+
+
+OUTSIDE = """() => [...document.querySelectorAll("main *")].filter((part) => {
+  if (part.closest(".scroll, svg, .hidden, #plot")) return false;
+  const box = part.getBoundingClientRect();
+  return box.width && (box.left < 0 || box.right > document.documentElement.clientWidth + 1);
+}).map((part) => part.outerHTML.slice(0, 120))"""
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_nobody_is_shut_out(browser: Any, searched: Any, name: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    for scheme in ("light", "dark"):
+        for width in (1280, 390):
+            seen = Visit(browser, searched(name) / "report.html", scheme=scheme, width=width)
+            page = seen.page
+            for state in ("closed", "open"):
+                page.evaluate(
+                    "open => document.querySelectorAll('details').forEach(d => { d.open = open })", state == "open"
+                )
+                found = axe.Axe().run(page)
+                assert found.violations_count == 0, (scheme, width, state, found.generate_report())
+                assert page.evaluate("document.documentElement.scrollWidth") <= width, (scheme, width, state)
+                assert page.evaluate(OUTSIDE) == [], (scheme, width, state)
+            levels = [
+                int(tag[1]) for tag in page.evaluate("[...document.querySelectorAll('h1,h2,h3')].map(h => h.tagName)")
+            ]
+            assert levels[0] == 1 and 1 not in levels[1:], levels
+            assert all(after <= before + 1 for before, after in itertools.pairwise(levels)), levels
+            assert page.evaluate("document.documentElement.lang") == "en"
+            assert seen.complaints == []
+            seen.context.close()
+
+
+def test_what_was_asked_and_whether_it_was_met(searched: Any) -> None:
+    told = {
+        name: json.loads((searched(name) / "summary.json").read_text()) for name in ("met", "dense", "unmet", "mse")
+    }
+    met, dense, unmet, mse = told.values()
+    assert summaries.request(met) == (
+        "The smallest model.lil that loses at most 30.0 points of accuracy on new data with a probability of 90%, "
+        "found among 1 structures."
+    )
+    assert re.fullmatch(
+        r"Yes\. On new data it loses at most [\d.]+ points of accuracy with a probability of 90%\.",
+        summaries.answer(met),
+    )
+    assert summaries.answer(dense).startswith("Only by the dense network, which loses nothing")
+    assert report.verdict(dense).startswith(
+        "Nothing cheaper than the dense tiny could be promised to keep the floor of 0.05 points"
+    )
+    assert summaries.request(unmet) == "The best accuracy within 60 B of model.lil, found among 1 structures."
+    assert summaries.answer(unmet) == "No. The files are those of the dense network."
+    assert "that raises mse by at most" in summaries.request(mse) and "raises mse by at most" in summaries.answer(mse)
+    for summary in told.values():
+        html = report.page(summary)
+        for text in (summaries.request(summary), summaries.answer(summary)):
+            assert text in html
+
+
+def test_why_not_a_smaller_one(searched: Any) -> None:
+    summary = json.loads((searched("dense") / "summary.json").read_text())
+    assert summary["misses"], "8 bits are near a floor of 0.05%"
+    html = (searched("dense") / "report.html").read_text()
+    asked = html.split('id="h-asked"')[1].split("</section>")[0]
+    for miss in summary["misses"]:
+        assert f"<td>{miss['option']}</td>" in asked and miss["name"] in asked
+    first = summary["misses"][0]
+    assert f"With a floor of {Quality.of(summary).points(first['floor'])} it would be" in report.verdict(summary), (
+        "a floor that is named is large enough, so it is rounded up"
+    )
+    far = summary | {"misses": []}
+    assert "No smaller point comes near the floor" in report.page(far)
+    assert "No smaller point was measured" in report.page(far | {"near": []})
+
+
+def rows(page: Any, column: int) -> list[str]:
+    found: list[str] = page.evaluate(
+        "i => [...document.querySelector('table.sorts').tBodies[0].rows].map(row => row.cells[i].textContent)", column
+    )
+    return found
+
+
+def test_points_are_sorted_by_keyboard(visit: Any, met: dict[str, Any]) -> None:
+    page = visit(met).page
+    table = page.locator("table.sorts").first
+    heads = [head.inner_text().strip(" ▾▴") for head in table.locator("thead th").all()]
+    column = heads.index("latency")
+    assert table.locator("th[aria-sort]").inner_text().startswith("model.lil"), "the cost that was asked for"
+    button = table.get_by_role("button", name="latency")
+    button.focus()
+    for key, order, reverse in (("Enter", "descending", True), (" ", "ascending", False)):
+        page.keyboard.press(key)
+        assert table.locator("th").nth(column).get_attribute("aria-sort") == order
+        assert table.locator("th[aria-sort]").count() == 1
+        cells = rows(page, column)
+        times = [float(cell.removesuffix(" ms")) for cell in cells if cell != "–"]
+        assert len(times) > 3 and times == sorted(times, reverse=reverse)
+        assert "–" in cells and set(cells[len(times) :]) == {"–"}, "what was not measured stays last"
+        assert button.evaluate("button => document.activeElement === button")
+    assert button.evaluate("button => getComputedStyle(button).outlineStyle") == "solid", "the focus is visible"
+    table.get_by_role("button", name="point").press("Enter")
+    assert table.locator("th").first.get_attribute("aria-sort") == "ascending"
+    assert len(rows(page, 0)) == len([point for point in every_point(met) if formats.known(point.get("val"))])
+
+
+def test_the_tab_key_does_not_stop_in_the_chart(visit: Any, met: dict[str, Any]) -> None:
+    page = visit(met).page
+    page.set_viewport_size({"width": 700, "height": 900})
+    page.wait_for_timeout(300)
+    page.locator("#axes input:checked").focus()
+    for _ in range(8):
+        page.keyboard.press("Tab")
+        assert not page.evaluate("document.getElementById('plot').contains(document.activeElement)")
+    assert page.locator("#plot").get_attribute("role") == "img"
+    assert page.locator("#plot").get_attribute("aria-label").startswith(f"{len(every_point(met))} points")
+
+
+def test_terms_are_explained_where_they_stand(visit: Any, met: dict[str, Any]) -> None:
+    page = visit(met).page
+    tip = page.locator("#tip")
+    term = page.locator(".loss a.term").first
+    term.focus()
+    assert "luckily" not in tip.inner_text() and "validation split" in tip.inner_text()
+    page.keyboard.press("Escape")
+    assert tip.is_hidden()
+    term.hover()
+    assert tip.is_visible()
+    meaning = page.locator(f"#{term.get_attribute('aria-describedby')}")
+    assert meaning.inner_text() == tip.inner_text(), "and at the end of the page"
+    page.get_by_role("button", name="model.onnx").focus()
+    assert "ONNX Runtime" in tip.inner_text()
+
+
+def test_a_finger_opens_an_explanation_and_stays(visit: Any, met: dict[str, Any]) -> None:
+    page = visit(met, width=390, touch=True).page
+    page.locator(".loss a.term").first.tap()
+    assert page.locator("#tip").is_visible() and page.evaluate("location.hash") == ""
+    box = page.locator("#tip").bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 390
+
+
+def test_without_javascript_the_page_says_everything(browser: Any, searched: Any) -> None:
+    for width in (1280, 390):
+        context = browser.new_context(java_script_enabled=False, viewport={"width": width, "height": 900}, offline=True)
+        page = context.new_page()
+        page.goto((searched("parts") / "report.html").as_uri())
+        summary = json.loads((searched("parts") / "summary.json").read_text())
+        text = page.locator("main").inner_text()
+        assert report.verdict(summary) in text and summaries.request(summary) in text
+        assert "The chart needs JavaScript" in text and page.locator("#plot, .legend").first.is_hidden()
+        for point in [summary["dense"], summary["chosen"], *summary["front"]]:
+            assert f"{point['packed_bytes']:,} B" in text
+        assert page.locator("th button").count() == 0 and page.locator("#copy").is_hidden()
+        page.locator(".facts a.term, th a.term").first.click()
+        assert "#term-" in page.url, "a term leads to its explanation"
+        page.locator("summary").first.click()
+        assert page.locator("details table").first.is_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        context.close()
+
+
+def test_paper_has_all_of_it(browser: Any, searched: Any) -> None:
+    seen = Visit(browser, searched("parts") / "report.html", scheme="dark", width=700)
+    seen.page.emulate_media(media="print", color_scheme="dark")
+    seen.page.wait_for_timeout(200)
+    assert seen.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert seen.page.evaluate("getComputedStyle(document.querySelector('h1')).color") == "rgb(21, 24, 30)"
+    heights = seen.page.evaluate(
+        "[...document.querySelectorAll('details > :not(summary)')].map(part => part.offsetHeight)"
+    )
+    assert heights and min(heights) > 10, "what is folded is printed"
+    cut = "[...document.querySelectorAll('.scroll')].filter(box => box.scrollHeight > box.clientHeight + 1).length"
+    assert seen.page.evaluate(cut) == 0 and seen.page.locator("button:not(.sort):visible").count() == 0
+    seen.context.close()

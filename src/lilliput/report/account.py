@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lilliput.report import formats
-from lilliput.report.formats import Quality, Summary
+from lilliput.report.formats import Quality, Summary, duration
 from lilliput.report.summary import cost, floor, question, written
 
 BEST_AXES = 3
@@ -69,7 +69,7 @@ def unfinished(summary: Summary) -> str:
 
 def near(summary: Summary) -> str:
     """The nearest misses: `With --floor 1.1% it would be 53 times smaller, with 1.4% 80 times.`"""
-    rows = summary.get("misses") or []
+    rows = misses(summary)
     if not rows or floor(summary) is None:
         return ""
     asked = question(summary)
@@ -79,21 +79,34 @@ def near(summary: Summary) -> str:
     return text + "".join(f", with {row['option']} {formats.times(row['times'])} times" for row in rest) + "."
 
 
+def misses(summary: Summary) -> list[dict[str, Any]]:
+    """The nearest misses as rows, each with its score and the validation examples that might be enough for it."""
+    known, before = {point.get("key"): point for point in summary.get("near") or ()}, question(summary).before
+    return [
+        dict(known.get(row.get("key")) or {}, **row) | {"times": before(summary["dense"]) / row["price"]}
+        for row in summary.get("misses") or ()
+    ]
+
+
+def why(summary: Summary) -> str:
+    """Why there is no nearest miss below what was chosen; empty where there is one, or nothing was to be promised."""
+    if summary.get("misses") or not summary.get("met", True) or floor(summary) is None or "near" not in summary:
+        return ""
+    if summary["near"]:
+        return f"No {cheaper(summary)} point comes near the floor: see the column At most of the table of points."
+    return f"No {cheaper(summary)} point was measured."
+
+
+def cheaper(summary: Summary) -> str:
+    """What a point is that costs less: smaller, faster or cheaper."""
+    return {"size": "smaller", "latency": "faster"}.get(question(summary).objective, "cheaper")
+
+
 def brought(summary: Summary) -> str:
-    """Which axes brought most: `Width made it 4.0 times smaller in 2 minutes.`"""
+    """Which axes brought most: `What made it smaller: Narrow 4.0 times in 2 min.`"""
     rows = [row for row in summary.get("axes") or () if row["times"] > 1.005][:BEST_AXES]
     parts = [f"{row['axis']} {formats.times(row['times'])} times in {duration(row['seconds'])}" for row in rows]
-    return f"What brought most: {', '.join(parts)}." if parts else ""
-
-
-def duration(seconds: float) -> str:
-    """A time as it is typed.
-
-    Example:
-        >>> duration(42.3), duration(150), duration(600)
-        ('42 s', '2.5 min', '10 min')
-    """
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f}".removesuffix(".0") + " min"
+    return f"What made it {cheaper(summary)}: {', '.join(parts)}." if parts else ""
 
 
 def axes(summary: Summary) -> list[dict[str, str]]:

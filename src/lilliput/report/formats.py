@@ -72,6 +72,18 @@ def milliseconds(value: float | None) -> str:
     return f"{number(value)} ms" if known(value) else MISSING
 
 
+def duration(seconds: float) -> str:
+    """A time as it is typed.
+
+    Example:
+        >>> duration(42.3), duration(150), duration(600)
+        ('42 s', '2.5 min', '10 min')
+    """
+    if seconds < 1:
+        return f"{number(seconds, 1)} s"
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f}".removesuffix(".0") + " min"
+
+
 def percent(value: float | None, digits: int = 0) -> str:
     """A fraction as a percentage.
 
@@ -177,6 +189,22 @@ class Quality:
             return bare
         return f"{bare} point" if bare == "1.0" else f"{bare} points"
 
+    def bounded(self, drop: float | None) -> str:
+        """What a network does at most: an error rises, a score falls.
+
+        Example:
+            >>> Quality("accuracy", True, True).bounded(0.005), Quality("mse", False, False).bounded(0.42)
+            ('loses at most 0.5 points of accuracy', 'raises mse by at most 0.42')
+        """
+        if not self.higher_is_better:
+            return f"raises {self._named} by at most {self.points(drop)}"
+        of = "" if self.metric == "score" else f" of {self.metric}"
+        return f"loses at most {self.points(drop)}{of}"
+
+    @property
+    def _named(self) -> str:
+        return "the score" if self.metric == "score" else self.metric
+
     def interval(self, bounds: Iterable[float] | None) -> str:
         """`95% interval −0.1 to 0.5`, or an empty string where there is none."""
         ends = list(bounds or ())
@@ -191,11 +219,13 @@ class Quality:
         return dense - value if self.higher_is_better else value - dense
 
     def lost(self, drop: float, bounds: Iterable[float] | None = None) -> str:
-        """`loses 0.2 points of accuracy (95% interval −0.1 to 0.5)`."""
+        """`loses 0.2 points of accuracy (95% interval −0.1 to 0.5)`; of an error `raises mse by 0.2`."""
         interval = self.interval(bounds)
         of = "" if self.metric == "score" else f" of {self.metric}" if self.rate else f" in {self.metric}"
         if self.bare(drop).strip("0.−") == "":
             verb, amount = "loses nothing measurable", of
+        elif not self.higher_is_better:
+            verb, amount = ("raises" if drop > 0 else "lowers"), f" {self._named} by {self.points(abs(drop))}"
         else:
             verb, amount = ("loses" if drop > 0 else "gains"), f" {self.points(abs(drop))}{of}"
         return f"{verb}{amount}" + (f" ({interval})" if interval else "")
@@ -207,6 +237,8 @@ def setting(value: object) -> str:
     Example:
         >>> setting({"rule": "Distil", "temperature": 4.0}), setting([16, 32]), setting(True)
         ('Distil(temperature 4)', '16, 32', 'yes')
+        >>> setting([["fc.weight", 3], ["fc.bias", 6]])
+        'fc.weight 3, fc.bias 6'
     """
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -216,7 +248,8 @@ def setting(value: object) -> str:
         title, rest = titled(value)
         return f"{title}({rest})" if title and rest else title or rest
     if isinstance(value, list | tuple):
-        return ", ".join(map(setting, value))
+        rows = [" ".join(map(setting, one)) if isinstance(one, list | tuple) else setting(one) for one in value]
+        return ", ".join(rows)
     return MISSING if value is None else str(value)
 
 

@@ -21,9 +21,9 @@ from lilliput.files import write as write_file
 from lilliput.report import account, formats, sections
 from lilliput.report import summary as summaries
 from lilliput.report.formats import Quality, Summary, known
-from lilliput.report.plan import every_point, plan
+from lilliput.report.plan import plan
 from lilliput.report.plot import plot
-from lilliput.report.summary import cost
+from lilliput.report.terms import TERMS
 
 _HERE = Path(__file__).parent
 _FILES = {
@@ -35,6 +35,7 @@ _FILES = {
     "engine/libmodel.so": "the same, compiled for this machine; lilliput.Engine loads its folder",
     "summary.json": "the numbers behind this page",
 }
+_MISS = "a nearest miss, which this floor would allow"
 
 
 def page(source: str | Path | Summary) -> str:
@@ -65,7 +66,7 @@ def page(source: str | Path | Summary) -> str:
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.policies["json.dumps_kwargs"] = {}  # not sorted: Bokeh reads references in the order of its text
-    environment.globals.update(w=formats, cost=cost, floor=summaries.floor, q=quality)
+    environment.globals.update(w=formats, floor=summaries.floor, q=quality, terms=TERMS)
     return environment.get_template("page.html").render(
         s=summary,
         dense=summary["dense"],
@@ -73,6 +74,8 @@ def page(source: str | Path | Summary) -> str:
         met=bool(summary.get("met", True)),
         asked=summaries.question(summary),
         verdict=summaries.verdict(summary),
+        request=summaries.request(summary),
+        answer=summaries.answer(summary),
         style=(_HERE / "page.css").read_text("utf-8"),
         scripts=scripts,
         hashes=[_hash(text) for text in scripts],
@@ -84,14 +87,19 @@ def page(source: str | Path | Summary) -> str:
         measured=sections.measured(summary, point),
         shares=sections.shares(summary.get("shares") or {}),
         points=sections.table(summary, quality),
-        in_engine=any(known(point.get("engine_ms")) for point in every_point(summary)),
-        told=account.told(summary),
+        told=account.told({**summary, "misses": []}),  # they have a table of their own
         history=account.history(summary),
         brought=account.axes(summary),
-        misses=summary.get("misses") or [],
+        misses=(misses := account.misses(summary)),
+        more=any(known(row.get("examples_to_promise")) for row in misses),
+        why=account.why(summary),
+        cheaper=account.cheaper(summary),
         refused=account.refused(summary),
         failed=account.reasons(summary),
-        files=[(name, files[name], _FILES.get(name, "")) for name in sorted(files, key=_order)],
+        files=[
+            (name, files[name], _FILES.get(name, _MISS if name.startswith("nearest/") else ""))
+            for name in sorted(files, key=_order)
+        ],
     )
 
 
@@ -136,7 +144,8 @@ def _read(folder: Path) -> tuple[Summary, dict[str, int]]:
         raise ValueError(f"report: {path} must be JSON, got {error}. Run the job again with --resume.") from error
     if not isinstance(summary, dict):
         raise ValueError(f"report: {path} must hold an object, got {type(summary).__name__}. Run the job again.")
-    files = {entry.name: entry.stat().st_size for entry in folder.iterdir() if entry.is_file()}
+    places = [entry for name in ("*", "engine/*", "nearest/*/*") for entry in folder.glob(name) if entry.is_file()]
+    files = {entry.relative_to(folder).as_posix(): entry.stat().st_size for entry in places}
     return summary, {name: files[name] for name in files if name != "report.html" and not name.startswith(".")}
 
 

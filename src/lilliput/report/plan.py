@@ -11,7 +11,7 @@ from lilliput.report import summary as summaries
 from lilliput.report.formats import Quality, Summary, known
 from lilliput.report.summary import cost
 
-VIEWS = {"onnx_bytes": "model.onnx", "packed_bytes": "model.lil, packed", "latency_ms": "latency, one input"}
+VIEWS = {"onnx_bytes": "model.onnx", "packed_bytes": "model.lil", "latency_ms": "latency, one input"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ def plan(summary: Summary) -> Plan | None:
         return None
     scale, sign = (100.0 if quality.rate else 1.0), 1 if quality.higher_is_better else -1
     values = [point["val"] for point in points]
+    floor = summaries.floor(summary)
+    values += [] if floor is None else [summary["dense"]["val"] - sign * floor]  # the floor's line is in the picture
     low, high = scale * _lowest(summary, quality, values), scale * max(values, key=lambda value: sign * value)
     return Plan(points, axes, scale, sign, low, high, pad=0.07 * abs(high - low) or 0.01 * abs(high) or 1.0)
 
@@ -58,19 +60,23 @@ def every_point(summary: Summary) -> list[dict[str, Any]]:
     """Every point once, dense first, with its kind: dense, chosen (or nearest), front, tried."""
     described = summaries.shown(summary)
     chosen = "chosen" if summary.get("met", True) else "nearest"
-    out, seen = [dict(summary["dense"], kind="dense", name=summary["dense"].get("name") or "dense")], set()
+    dense = dict(summary["dense"], kind="dense", name=summary["dense"].get("name") or "dense")
+    out, seen = [dense], {_identity(dense)}
     groups = [
         (chosen, [described] if described else []),
         ("front", summary.get("front") or []),
-        ("tried", summary.get("points") or []),
+        ("tried", [*(summary.get("near") or []), *(summary.get("points") or [])]),  # the first knows more of a point
     ]
     for kind, points in groups:
         for point in points:
-            key = (point.get("name"), point.get("val"), cost(point, "onnx_bytes"), cost(point, "packed_bytes"))
-            if key not in seen:
+            if (key := _identity(point)) not in seen:
                 seen.add(key)
                 out.append(dict(point, kind=kind))
     return out
+
+
+def _identity(point: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (point.get("name"), point.get("val"), cost(point, "onnx_bytes"), cost(point, "packed_bytes"))
 
 
 def staircase(points: Sequence[Mapping[str, Any]], key: str, sign: int) -> list[tuple[float, float]]:

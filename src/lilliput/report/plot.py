@@ -24,7 +24,7 @@ def _facts(point: Mapping[str, Any], summary: Summary, quality: Quality) -> str:
     if drop is not None and point["kind"] != "dense":
         lines[0] += f", {quality.bare(abs(drop))} {'below' if drop >= 0 else 'above'} dense" if quality.rate else ""
     lines += [
-        f"model.onnx {formats.size(cost(point, 'onnx_bytes'))}, packed {formats.size(cost(point, 'packed_bytes'))}"
+        f"model.onnx {formats.size(cost(point, 'onnx_bytes'))}, model.lil {formats.size(cost(point, 'packed_bytes'))}"
     ]
     lines += [f"latency {formats.milliseconds(cost(point, 'latency_ms'))}"]
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from lilliput.report import summary as summaries
 from lilliput.report.formats import Quality, Summary, known
 from lilliput.report.plan import every_point
 from lilliput.report.summary import cost
+from lilliput.report.terms import TERMS
 
 
 def figures(summary: Summary, point: Mapping[str, Any] | None, quality: Quality) -> list[dict[str, str]]:
@@ -19,21 +20,23 @@ def figures(summary: Summary, point: Mapping[str, Any] | None, quality: Quality)
         return []
     dense, out, asked = summary["dense"], [], summaries.question(summary)
     rows = (
-        ("onnx_bytes", "model.onnx", formats.size, "smaller", "larger", "as large"),
-        ("packed_bytes", "model.lil", formats.size, "smaller", "larger", "as large"),
-        ("latency_ms", "latency, one input", formats.milliseconds, "faster", "slower", "as fast"),
-        ("engine_ms", "in lilliput's engine", formats.milliseconds, "faster", "slower", "as fast"),
-        ("peak_bytes", "memory of a run", formats.size, "less", "more", "as much"),
-        ("engine_peak_bytes", "memory in the engine", formats.size, "less", "more", "as much"),
+        ("onnx_bytes", "onnx", "model.onnx", formats.size, "smaller", "larger", "as large"),
+        ("packed_bytes", "lil", "model.lil", formats.size, "smaller", "larger", "as large"),
+        ("latency_ms", "latency", "latency, one input", formats.milliseconds, "faster", "slower", "as fast"),
+        ("engine_ms", "engine", "latency in the engine", formats.milliseconds, "faster", "slower", "as fast"),
+        ("peak_bytes", "memory", "memory of a run", formats.size, "less", "more", "as much"),
+        ("engine_peak_bytes", "memory", "memory in the engine", formats.size, "less", "more", "as much"),
     )
-    for key, label, text, better, worse, same in sorted(rows, key=lambda row: row[0] not in asked.keys):
+    for key, term, label, text, better, worse, same in sorted(rows, key=lambda row: row[0] not in asked.keys):
         # The file as given, in the runtime that it ran in.
         before = cost(dense, {"packed_bytes": "onnx_bytes", "engine_ms": "latency_ms"}.get(key, key))
         after = cost(point, key)
         if after is not None:
             change = formats.compared(formats.ratio(before, after), better, worse, same).replace(" times", "×")
             tone = "worse" if worse in change else "better"
-            out.append({"label": label, "now": text(after), "change": change, "was": text(before), "tone": tone})
+            out.append(
+                {"term": term, "label": label, "now": text(after), "change": change, "was": text(before), "tone": tone}
+            )
     split, label = ("test", "held-out test") if known(point.get("test")) else ("val", "validation")
     drop = quality.drop(dense.get(split), point.get(split))
     change = "" if drop is None else "unchanged" if drop == 0 else quality.points(abs(drop))
@@ -41,19 +44,23 @@ def figures(summary: Summary, point: Mapping[str, Any] | None, quality: Quality)
         change += " lower" if (drop > 0) == quality.higher_is_better else " higher"
     now, was = quality.score(point.get(split)), quality.score(dense.get(split))
     tone = "better" if drop is not None and drop < 0 else "worse"
-    return [*out, {"label": f"{quality.metric}, {label}", "now": now, "change": change, "was": was, "tone": tone}]
+    return [
+        *out,
+        {"term": "", "label": f"{quality.metric}, {label}", "now": now, "change": change, "was": was, "tone": tone},
+    ]
 
 
 def interval(summary: Summary, quality: Quality) -> dict[str, Any] | None:
     """The losses as rows over one axis; positions in percent of the axis."""
     losses = (
-        ("validation, as chosen", "ring", "drop_val"),
-        ("validation, corrected for the choice", "dot", "drop_corrected"),
-        ("test, read once", "diamond", "drop_test"),
+        ("validation", "ring", "drop_val"),
+        ("corrected", "dot", "drop_corrected"),
+        ("bound", "bar", "drop_bound"),
+        ("test", "diamond", "drop_test"),
     )
     shown = [
-        (label, mark, float(summary[key]), [float(end) for end in summary.get(f"{key}_interval") or () if known(end)])
-        for label, mark, key in losses
+        (term, mark, float(summary[key]), [float(end) for end in summary.get(f"{key}_interval") or () if known(end)])
+        for term, mark, key in losses
         if known(summary.get(key))
     ]
     if not shown:
@@ -71,14 +78,15 @@ def interval(summary: Summary, quality: Quality) -> dict[str, Any] | None:
 
     rows: list[dict[str, Any]] = [
         {
-            "label": label,
+            "term": term,
+            "label": TERMS[term][0],
             "mark": mark,
             "x": at(drop),
             "text": quality.points(drop),
             "span": [at(end) for end in ends] if len(ends) == 2 else None,
-            "note": quality.interval(ends).removeprefix("95% interval "),
+            "note": _sure(summary) if term == "bound" else quality.interval(ends).removeprefix("95% interval "),
         }
-        for label, mark, drop, ends in shown
+        for term, mark, drop, ends in shown
     ]
     unit = 100 if quality.rate else 1
     decimals = max(0, -math.floor(math.log10(step * unit) + 1e-9))
@@ -90,6 +98,10 @@ def interval(summary: Summary, quality: Quality) -> dict[str, Any] | None:
         "ticks": [(at(tick), formats.signed(f"{tick * unit:.{decimals}f}")) for tick in ticks],
         "alt": "; ".join(" ".join(filter(None, (row["label"], row["text"], row["note"]))) for row in rows),
     }
+
+
+def _sure(summary: Summary) -> str:
+    return f"with {100 * summary['sure']:g}%" if known(summary.get("sure")) else ""
 
 
 def layers(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -125,14 +137,19 @@ _COLUMNS = (
 )
 
 
-def _change(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None, key: str, text: Any) -> tuple[str, str]:
-    """(before, after) as text; the first is empty where nothing changed."""
+def _change(
+    old: Mapping[str, Any] | None, new: Mapping[str, Any] | None, key: str, text: Any
+) -> tuple[str, str, float | None]:
+    """(before, after, the number to sort by); the first is empty where nothing changed."""
     was, now = (
         formats.MISSING if layer is None or layer.get(key) is None else str(text(layer[key])) for layer in (old, new)
     )
+    value = (new or old or {}).get(key)
+    number = float(value) if known(value) else None
     if new is None:
-        return (was, "")
-    return ("", now) if was == now or old is None or (key == "rank" and was == formats.MISSING) else (was, now)
+        return (was, "", number)
+    same = was == now or old is None or (key == "rank" and was == formats.MISSING)
+    return ("" if same else was, now, number)
 
 
 def shares(shares: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -230,8 +247,47 @@ def measured(summary: Summary, point: Mapping[str, Any] | None) -> list[tuple[st
     return [(term, text) for term, text in out if text]
 
 
-def table(summary: Summary, quality: Quality) -> list[dict[str, Any]]:
-    """Dense, chosen and the front as rows, largest first: what the plot shows, for those who cannot hover."""
-    rows = [point for point in every_point(summary) if point["kind"] != "tried"]
-    rows.sort(key=lambda point: -(cost(point, "onnx_bytes") or 0))
-    return [dict(point, steps=formats.steps(point.get("recipe") or ())) for point in rows]
+def _bytes(value: float | None) -> str:
+    return f"{formats.count(value)} B" if known(value) else formats.MISSING
+
+
+_POINTS = (
+    ("packed_bytes", "lil", "model.lil", _bytes),
+    ("onnx_bytes", "onnx", "model.onnx", _bytes),
+    ("latency_ms", "latency", "latency", formats.milliseconds),
+    ("engine_ms", "engine", "in the engine", formats.milliseconds),
+    ("peak_bytes", "memory", "memory", _bytes),
+    ("engine_peak_bytes", "memory", "memory in the engine", _bytes),
+    ("macs", "macs", "multiply-adds", formats.count),
+    ("values", "values", "values", formats.count),
+)
+
+
+def table(summary: Summary, quality: Quality) -> dict[str, Any]:
+    """Every point with a score, dearest first: what the chart shows, for those who cannot hover.
+
+    Returns:
+        "columns" as (term, heading, whether the rows are sorted by it) and "rows" with "cells" of (text, number).
+    """
+    points = [point for point in every_point(summary) if known(point.get("val"))]
+    asked, dense = summaries.question(summary).keys, summary["dense"]
+    columns = [
+        column
+        for column in _POINTS
+        if any(cost(point, column[0]) for point in points) and (column[0] != "macs" or "macs" in asked)
+    ]
+    first = next((key for key, *_ in columns if key in asked), None)
+    points.sort(key=lambda point: -(cost(point, first) or 0) if first else 0)
+    bounds = [point.get("drop_bound", point.get("bound")) for point in points]
+    judged = any(map(known, bounds))
+    dense_chosen = (summary.get("chosen") or {}).get("name") == "dense"
+    rows = []
+    for point, bound in zip(points, bounds, strict=True):
+        drop = None if point["kind"] == "dense" else quality.drop(dense.get("val"), point.get("val"))
+        cells = [(quality.score(point["val"]), point["val"]), (quality.bare(drop), drop)]
+        cells += [(formats.MISSING, None) if drop is None else (quality.bare(bound), bound)] if judged else []
+        cells += [(text(value := cost(point, key)), value) for key, *_, text in columns]
+        tag = {"tried": "", "dense": "chosen" if dense_chosen else "", "front": "on the front"}
+        rows.append(dict(point, cells=cells, tag=tag.get(point["kind"], point["kind"])))
+    heads = [("", quality.metric, False), ("loss", "loss", False), *([("bound", "at most", False)] if judged else [])]
+    return {"columns": heads + [(term, name, key == first) for key, term, name, _ in columns], "rows": rows}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lilliput.report.formats import Quality, Summary, compared, count, known, milliseconds, ratio, size, times
+from lilliput.report.formats import Quality, Summary, compared, count, duration, known, milliseconds, ratio, size, times
 from lilliput.search.ask import Floor
 from lilliput.search.question import FILES, Question
 
@@ -131,15 +131,68 @@ def verdict(summary: Summary) -> str:
     return f"Nothing that was tried keeps {task} within {quality.points(floor(summary))} of the dense model{nearest}."
 
 
+def request(summary: Summary) -> str:
+    """What was asked, in one sentence.
+
+    Example:
+        >>> request({"task": "tiny", "dense": {"val": 0.9}, "floor": 0.01, "sure": 0.9, "budget_s": 300})
+        'The smallest model.lil that loses at most 1.0 point on new data with a probability of 90%, found within 5 min.'
+    """
+    asked, quality = question(summary), Quality.of(summary)
+    names = {"macs": "fewest multiply-adds", "memory": "least memory", "latency": "lowest latency"}
+    most = names.get(asked.objective)
+    what = f"The network with the {most}" if most else f"The smallest model.{asked.file}"
+    where = {"ort": " in ONNX Runtime", "engine": " in lilliput's engine"}.get(asked.runtime or "", "")
+    if asked.limits:
+        units = {"size": f"of model.{asked.file}", "latency": f"for one input{where}", "memory": f"of memory{where}"}
+        said = " and ".join(f"{written(asked, cost, most)} {units[cost]}" for cost, most in asked.limits)
+        text = f"The best {quality.metric} within {said}"
+    else:
+        text = what + (where if asked.objective in ("latency", "memory") else "")
+        text += "" if asked.floor is None else f" that {quality.bounded(floor(summary))} on new data"
+        text += f" with a probability of {100 * summary['sure']:g}%" if known(summary.get("sure")) else ""
+    if known(summary.get("worst_class")):
+        text += f", and in no class or group more than {quality.points(summary['worst_class'])}"
+    if known(summary.get("budget_s")):
+        return f"{text}, found within {duration(summary['budget_s'])}."
+    return f"{text}, found among {count(summary['trials'])} structures." if known(summary.get("trials")) else f"{text}."
+
+
+def answer(summary: Summary) -> str:
+    """Whether what was asked was met, and what is promised.
+
+    Example:
+        >>> answer({"task": "tiny", "dense": {"val": 0.9}, "floor": 0.01, "met": False})
+        'No. The files are those of the dense network.'
+    """
+    quality, point = Quality.of(summary), shown(summary)
+    if point is None or not summary.get("met", True):
+        return "No. The files are those of the dense network."
+    if question(summary).limits:
+        return "Yes."
+    if point.get("name") == "dense" and not known(point.get("engine_ms")):
+        return "Only by the dense network, which loses nothing: no cheaper one could be promised to keep the floor."
+    sure, bound = summary.get("sure"), summary.get("drop_bound")
+    if not (known(sure) and known(bound)):
+        return "Yes."
+    return f"Yes. On new data it {quality.bounded(bound)} with a probability of {100 * float(sure or 0):g}%."
+
+
 def _unpromised(summary: Summary, quality: Quality, asked: Question) -> str:
-    """The sentence where the dense network is all that can be promised, with the next best and what it would take."""
-    task, allowed = str(summary["task"]), quality.points(floor(summary))
-    said = f"Nothing cheaper than the dense {task} could be promised to lose at most {allowed}: its files are written."
+    """The sentences where the dense network is all that can be promised, with the next best and what it would take."""
+    said = f"Nothing cheaper than the dense {summary['task']} could be promised to keep the floor of "
+    said += f"{quality.points(floor(summary))}, so the files are the dense network's."
+    allowing = {row.get("key"): row["floor"] for row in summary.get("misses") or ()}  # rounded up to what can be typed
     for point in (summary.get("near") or ())[:1]:
-        price = compared(ratio(asked.before(summary["dense"]), asked.price(point)), "less", "more", "as much")
-        said += f" With a floor of {quality.points(point['drop_bound'])} it would be {point['name']}, {price}"
+        needed = quality.points(allowing.get(point.get("key"), point["drop_bound"]))
+        words = {"size": ("smaller", "larger", "as large"), "latency": ("faster", "slower", "as fast")}
+        price = compared(
+            ratio(asked.before(summary["dense"]), asked.price(point)),
+            *words.get(asked.objective, ("cheaper", "dearer", "as cheap")),
+        )
+        said += f" With a floor of {needed} it would be {price} ({point['name']})"
         more = point.get("examples_to_promise")
-        said += f"; about {more:,} validation examples might show that it keeps this one." if known(more) else "."
+        said += f"; about {more:,} validation examples might show that it keeps this floor." if known(more) else "."
     return said
 
 
