@@ -16,7 +16,7 @@ from lilliput.search.points import Point
 File = Literal["lil", "onnx"]
 START = {"lil": 20.0, "onnx": 7.0}  # times smaller: what most networks stand, by file
 STRIDE = 1.7  # to the next, while all hold the floor or none does
-BACK = 1.4  # to one that is safe, where the best is so close to the floor that it may be taken back at the end
+BACK = 1.3  # to one that is safe, where the best is so close to the floor that it may be taken back at the end
 SAFE = 0.8  # of the floor: below it a bound is not taken back
 TRY = 10.0  # times what scoring val takes, that a network takes to be composed and judged
 CLOSE = {True: 1.15, False: 1.04}  # when two ratios lie so close, what lies between them gains too little for its time
