@@ -1,5 +1,6 @@
 """One export, many variants: names, shapes, narrow types that cost no time, files that compute what the model does."""
 
+import inspect
 from collections import Counter
 
 import numpy as np
@@ -237,13 +238,27 @@ def test_inputs_are_checked_by_name_and_number(words):
         session.outputs(inputs["tokens"])
 
 
-def test_a_model_that_torch_cannot_export_is_an_export_error():
-    class Never(nn.Module):
-        def forward(self, x):
-            return x * 2 if float(x.sum()) > 0 else x
+class Branches(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else x
 
-    with pytest.raises(ExportError, match="could not export Never"):
-        trace(Never(), torch.zeros(1, 4))
+
+class Scaled(nn.Module):
+    def forward(self, x):
+        return x * float(x.abs().max())
+
+
+class Arrays(nn.Module):
+    def forward(self, x):
+        return torch.from_numpy(np.tanh(x.numpy()))
+
+
+@pytest.mark.parametrize("kind", [Branches, Scaled, Arrays])
+def test_a_model_that_torch_cannot_export_is_an_export_error_that_names_its_line(kind, capfd):
+    line = inspect.getsourcelines(kind.forward)[1] + 1
+    with pytest.raises(ExportError, match=rf"could not export {kind.__name__}: .*\(test_export.py, line {line}\)"):
+        trace(kind(), torch.zeros(1, 4))
+    assert capfd.readouterr() == ("", "")
 
 
 def test_from_onnx_folds_batch_norm_and_keeps_names(tmp_path):

@@ -17,6 +17,9 @@ from lilliput.graph import (
     skipped_blocks,
     student,
 )
+from lilliput.graph.stages import RemoveBlocks
+from lilliput.proposal import Known, Proposals
+from lilliput.task import Task
 
 
 class Block(nn.Module):
@@ -137,6 +140,32 @@ def test_torch_encoder_layers_are_deleted() -> None:
     small = remove_blocks(model, x, ["1.layers.0", "1.layers.2"])
     assert len(small[1].layers) == small[1].num_layers == 1 and len(model[1].layers) == 3
     assert torch.allclose(small(x), model[2](model[1].layers[1](model[0](x))), atol=1e-6)
+
+
+class Translator(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Transformer(8, 2, 2, 2, 16, batch_first=True)
+
+    def forward(self, source: Tensor, prefix: Tensor) -> Tensor:
+        read: Tensor = self.body(source, prefix)
+        return read
+
+
+def test_torch_decoder_layers_are_deleted_but_the_last_of_each_stack() -> None:
+    torch.manual_seed(0)
+    model, x = Translator().eval(), (torch.rand(6, 4, 8), torch.rand(6, 3, 8))
+    both = [f"body.{stack}.layers.{i}" for stack in ("encoder", "decoder") for i in (0, 1)]
+    example = tuple(part[:1] for part in x)
+    assert removable(model, example) == both
+    small = remove_blocks(model, example, ["body.decoder.layers.0"])
+    body = model.body
+    assert torch.allclose(small(*x), body.decoder.norm(body.decoder.layers[1](x[1], body.encoder(x[0]))), atol=1e-6)
+    task = Task("toy", train=(*x, x[1]), val=(*x, x[1]), loss="mse", metric="mse")
+    offered = RemoveBlocks.proposals(model, task, Known("size", None))
+    assert isinstance(offered, Proposals) and 1 <= len(offered.options) < 4
+    for stage in offered.options:
+        assert stage(model, task, None)(*x).shape == x[1].shape
 
 
 def test_the_inside_of_a_block_is_its_own_business() -> None:

@@ -110,6 +110,15 @@ def test_a_search_keeps_the_floor_of_the_worst_class(tmp_path: Path) -> None:
     assert "Who pays" in html and "class 3" in html
 
 
+@pytest.mark.parametrize("settings", [{"metric": "f1"}, {"loss": "mse", "metric": "mse"}])
+def test_a_floor_of_classes_that_no_outcome_tells_of_is_refused(settings: dict[str, str], tmp_path: Path) -> None:
+    targets = X if "loss" in settings else LABELS
+    made = Task("untold", train=(X, targets), val=(X, targets), **settings)
+    with pytest.raises(ValueError, match="worst_class must have classes or groups, and an outcome"):
+        lilliput.shrink(nn.Linear(4, 4), made, trials=1, budget=None, worst_class="3%", workers=1, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_takes_it(tmp_path: Path) -> None:
     command = [
         sys.executable,

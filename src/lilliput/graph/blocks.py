@@ -144,8 +144,8 @@ def remove_blocks(model: nn.Module, example: Any, names: Iterable[str]) -> nn.Mo
     """Copy a model without the named blocks.
 
     An `nn.Identity` (a `PassThrough` for calls with more arguments) takes the place of each. Other names stay as they
-    are, except in an `nn.TransformerEncoder`, whose forward looks into its first layer: there the entries are deleted
-    and the later ones move up.
+    are, except in an `nn.TransformerEncoder` or `nn.TransformerDecoder`, whose forward looks into its first layer:
+    there the entries are deleted and the later ones move up.
 
     Args:
         model: A model without codes.
@@ -184,7 +184,7 @@ def remove_blocks(model: nn.Module, example: Any, names: Iterable[str]) -> nn.Mo
 
 
 def _without_(model: nn.Module, seen: Mapping[str, Call], names: list[str]) -> None:
-    lists = {id(m.layers): m for m in model.modules() if isinstance(m, nn.TransformerEncoder)}
+    lists = {id(m.layers): m for m in model.modules() if isinstance(m, (nn.TransformerEncoder, nn.TransformerDecoder))}
     gone: dict[int, list[nn.Module]] = {}
     for name in names:
         parent, last = holders(model, name)
@@ -194,6 +194,6 @@ def _without_(model: nn.Module, seen: Mapping[str, Call], names: list[str]) -> N
         else:
             replace_(model, block, nn.Identity() if seen[name].plain else PassThrough(seen[name].in_tuple))
     for key, blocks in gone.items():
-        encoder = lists[key]
-        encoder.layers = nn.ModuleList(layer for layer in encoder.layers if layer not in blocks)
-        encoder.num_layers = len(encoder.layers)
+        stack = lists[key]
+        stack.layers = nn.ModuleList(layer for layer in stack.layers if layer not in blocks)
+        stack.num_layers = len(stack.layers)

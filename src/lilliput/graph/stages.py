@@ -126,6 +126,7 @@ class RemoveBlocks(Stage):
 
     structural: ClassVar[bool] = True
     moment: ClassVar[str] = "structure"
+    version: ClassVar[int] = 2
 
     def __call__(self, model: nn.Module, task: Task, reference: Reference | None) -> nn.Module:
         return remove_blocks(model, task.example, self.blocks)
@@ -149,7 +150,17 @@ class RemoveBlocks(Stage):
             for name in names
         }
         order = tuple(sorted(missed, key=missed.__getitem__))
+        while not _runs(model, example, order):  # each can go, but not the last one of a transformer's encoder
+            order = order[:-1]
         return Proposals(tuple(cls(order[:count]) for count in range(1, len(order) + 1)), len(order))
+
+
+def _runs(model: nn.Module, example: Any, blocks: tuple[str, ...]) -> bool:
+    try:
+        remove_blocks(model, example, blocks)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,11 @@ def quiet() -> Iterator[None]:
     """Nothing printed, logged or warned by a library inside."""
     level = logging.root.manager.disable
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             logging.disable(logging.CRITICAL)
             yield

@@ -107,6 +107,8 @@ def _flat(model: nn.Module) -> Iterator[list[str]]:
 
     @functools.wraps(whole)
     def forward(*inputs: Any, **named: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # torch tries again what has failed, in a way that loses the names
+            raise NotImplementedError
         outputs = whole(*inputs, **named)
         names[:] = output_names(outputs)
         return outputs if isinstance(outputs, torch.Tensor) else tuple(leaves(outputs))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.errors import ExportError, NotSupported, told
+from lilliput.search import parts
 from lilliput.search.onnx_target import OnnxModel
 from lilliput.task import Batch, Model, Score, Task, leaves, length, outline, predict, take
 
@@ -95,6 +96,24 @@ def _measurable(score: Score, task: Task) -> Score:
             "the outcome of each example to Score, or a function that measures some examples again."
         )
     return score
+
+
+def parted(task: Task, dense: Score) -> None:
+    """Check that what each class and group loses can be told.
+
+    Args:
+        task: names the classes and groups of val.
+        dense: the dense network's score on it.
+
+    Raises:
+        ValueError: without classes and groups, or where the metric gives no outcome for each example.
+    """
+    if not parts.rows(task, "val", dense, dense, sure=0.9):
+        raise ValueError(
+            "shrink: worst_class must have classes or groups, and an outcome of the metric for each example, got "
+            f"{task}. F1, IoU, AUC and perplexity are one number over all examples. Choose another metric, give groups= "
+            "to the task, or leave worst_class out."
+        )
 
 
 def _outputs(model: Model, task: Task, inputs: Any) -> Any:

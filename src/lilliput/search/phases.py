@@ -8,6 +8,7 @@ from functools import partial
 from torch import nn
 
 from lilliput.search import arithmetic, ask
+from lilliput.search.check import parted
 from lilliput.search.cores import count_workers
 from lilliput.search.deliver import arrived
 from lilliput.search.ending import Ending, Stopped
@@ -89,6 +90,8 @@ def _begin(job: Job, finish_only: bool) -> None:
     _say_what_is_old(job)
     made = None if finish_only else job.target.dense(job)
     if made is not None:
+        if job.question.worst is not None:
+            parted(job.task, made.score)
         made.divergence, job.press.dense = 0.0, made
     if not restore(job, made) and made is None:
         raise ValueError(
