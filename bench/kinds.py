@@ -1,12 +1,12 @@
 """Forty small networks of other people's kinds: how many each tool refuses or gets wrong: results/kinds.json.
 
-    python bench/kinds.py [KIND ...] [--tools lilliput nncf ...] [--peers-python PATH] [--trials N] [--again]
+    python bench/kinds.py [KIND ...] [--tools lilliput NNCF ...] [--peers-python PATH] [--trials N] [--again]
 
 Each tool takes its documented default route: `lilliput.shrink`, Torch-Pruning's magnitude pruner with half of the
 channels and 100 steps of fine-tuning, NNCF's `compress_weights`, torchao's `quantize_` with int8 weights. Each network
-and tool is a process of its own with a time limit. A result is right if it runs on batches of other sizes, loses at most
-the floor on data kept back (bench/held.py), and is at most 0.8 of the float32 bytes. A run that is on record for this
-commit (lilliput) or version (peers) is not repeated. The peers need an environment that has them beside lilliput:
+and tool is a process of its own with a time limit. A result is right if it runs on batches of other sizes, loses at
+most the floor on data kept back (bench/held.py), and is at most 0.8 of the float32 bytes. A run that is on record for
+this commit (lilliput) or version (peers) is not repeated. The peers need an environment that has them beside lilliput:
 
     python -m venv peers && peers/bin/pip install -e . nncf torchao transformers
 """
@@ -204,8 +204,12 @@ def process(python: str, name: str, tool: str, trials: int | None) -> dict[str, 
         worker = subprocess.Popen(
             command + (["--trials", str(trials)] if trials else []),
             env=os.environ | {"TMPDIR": folder, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")},
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, text=True,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            text=True,
+        )
         try:
             _, errors = worker.communicate(timeout=LIMIT)
             lines = errors.strip().splitlines() or [f"exit status {worker.returncode}"]
@@ -215,6 +219,8 @@ def process(python: str, name: str, tool: str, trials: int | None) -> dict[str, 
             worker.communicate()
             verdict = {"what": ENDLESS, "why": f"not done after {LIMIT} s"}
     load = {"load": start["load"], "load_after": machine()["load"]}
+    if tool == "lilliput" and trials is not None:
+        verdict["trials"] = trials
     return verdict | {"seconds": round(time.monotonic() - here, 1), **load}
 
 

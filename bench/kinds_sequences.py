@@ -315,7 +315,7 @@ KINDS: dict[str, Kind] = {
     "encoder-decoder": Kind(Translator, translations, chance=1 / WORDS, steps=300),
     "Hugging Face BERT": Kind(
         bert, masked, {"loss": bert_loss, "metric": bert_right}, chance=THIRD, last=("classifier",),
-        heads={f"bert.encoder.layer.{i}.attention.self.{name}": 2 for i in (0, 1) for name in ("query", "key", "value")},
+        heads={f"bert.encoder.layer.{i}.attention.self.{x}": 2 for i in (0, 1) for x in ("query", "key", "value")},
     ),
     "tagger with ignore_index": Kind(Tagger, tags, chance=THIRD),
     "attention pooling": Kind(Pooling, text, chance=THIRD),

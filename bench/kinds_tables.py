@@ -58,7 +58,7 @@ class Kind:
     after: Callable[[nn.Module], nn.Module] | None = None
 
     def job(self, seed: int = 0) -> tuple[nn.Module, Task, Task]:
-        """The trained network, its task, and a task whose test split is data kept back from whoever makes it smaller."""
+        """The trained network, its task, and the task with a test split, which no tool is given."""
         torch.manual_seed(seed)
         splits = {name: self.data(count) for name, count in SIZES.items()}
         given = Task("kind", train=splits["train"], val=splits["val"], **self.task)
