@@ -4,7 +4,7 @@
 
 Each tool takes its documented default route: `lilliput.shrink`, Torch-Pruning's magnitude pruner with half of the
 channels and 100 steps of fine-tuning, NNCF's `compress_weights`, torchao's `quantize_` with int8 weights. Each network
-and tool is a process of its own with a time limit. A result is right if it runs on batches of other sizes, loses at
+and tool has a process of its own with a time limit. A result is right if it runs on batches of other sizes, loses at
 most the floor on data kept back (bench/held.py), and is at most 0.8 of the float32 bytes. A run that is on record for
 this commit (lilliput) or version (peers) is not repeated. The peers need an environment that has them beside lilliput:
 
@@ -12,17 +12,20 @@ this commit (lilliput) or version (peers) is not repeated. The peers need an env
 """
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -195,33 +198,39 @@ def judge(small: Callable[..., Any], size: int, dense: nn.Module, task: Task) ->
 # ------------------------------------------------------------------------------------------------------------- record
 
 
-def process(python: str, name: str, tool: str, trials: int | None) -> dict[str, Any]:
-    """One attempt in a process of its own, with what it ran on."""
-    start, here = machine(), time.monotonic()
+def process(name: str, tool: str, trials: int | None) -> dict[str, Any]:
+    """One attempt in a process of its own, which ends with all that it started, and the load it ran beside."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kinds", TOOLS[tool][0].replace("-", "_")])
+    before, start = machine()["load"], time.monotonic()
+    receiver, sender = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        command = [python, __file__, name, "--tools", tool, "--answer", str(answer)]
-        worker = subprocess.Popen(
-            command + (["--trials", str(trials)] if trials else []),
-            env=os.environ | {"TMPDIR": folder, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-            text=True,
-        )
+        child = context.Process(target=answer, args=(sender, folder, name, tool, trials))
+        child.start()
+        sender.close()
         try:
-            _, errors = worker.communicate(timeout=LIMIT)
-            lines = errors.strip().splitlines() or [f"exit status {worker.returncode}"]
-            verdict = json.loads(answer.read_text()) if answer.exists() else {"what": REFUSED, "why": lines[-1][:300]}
-        except subprocess.TimeoutExpired:
-            os.killpg(worker.pid, signal.SIGKILL)
-            worker.communicate()
-            verdict = {"what": ENDLESS, "why": f"not done after {LIMIT} s"}
-    load = {"load": start["load"], "load_after": machine()["load"]}
-    if tool == "lilliput" and trials is not None:
-        verdict["trials"] = trials
-    return verdict | {"seconds": round(time.monotonic() - here, 1), **load}
+            done = receiver.poll(LIMIT)
+            verdict = receiver.recv() if done else {"what": ENDLESS, "why": f"not done after {LIMIT} s"}
+        except EOFError:
+            verdict = {"what": REFUSED, "why": "the process crashed"}
+        with contextlib.suppress(ProcessLookupError):  # of a session of its own, unless it has not come to that yet
+            os.killpg(child.pid or 0, signal.SIGKILL)
+        child.kill()
+        child.join()
+    return verdict | {"seconds": round(time.monotonic() - start, 1), "load": [before, machine()["load"]]}
+
+
+def answer(sender: Connection, folder: str, name: str, tool: str, trials: int | None) -> None:
+    """Attempt, quietly and with a folder of its own for files, and send the verdict."""
+    os.setsid()
+    os.environ |= {"TMPDIR": folder, "HF_HUB_OFFLINE": "1"}
+    tempfile.tempdir = folder
+    with open(os.devnull, "w") as nowhere:
+        for stream in (1, 2):
+            os.dup2(nowhere.fileno(), stream)
+    sender.send(vars(attempt(name, tool, trials)))
+    sender.close()
+    signal.pause()  # until the parent ends it together with its workers
 
 
 def read() -> dict[str, Any]:
@@ -264,37 +273,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("kinds", nargs="*", metavar="KIND", help="all without any")
     parser.add_argument("--tools", nargs="*", choices=list(TOOLS), default=list(TOOLS))
-    parser.add_argument("--peers-python", default=sys.executable, help="the Python that has the peers")
+    parser.add_argument("--peers-python", help="the Python that has the peers; this one without it")
     parser.add_argument("--trials", type=int, help="of lilliput's searches, in place of their seconds")
     parser.add_argument("--again", action="store_true", help="also what is on record")
-    parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     if unknown := sorted(set(asked.kinds) - set(KINDS)):
         parser.error(f"no network {', '.join(unknown)}; there are {', '.join(KINDS)}")
-    if asked.answer is not None:
-        verdict = attempt(asked.kinds[0], asked.tools[0], asked.trials)
-        asked.answer.write_text(json.dumps(vars(verdict)), encoding="utf-8")
-        return
     for tool in asked.tools:
-        python = sys.executable if tool == "lilliput" else asked.peers_python
-        of = commit() if tool == "lilliput" else release(python, TOOLS[tool][0])
+        if tool != "lilliput" and asked.peers_python:
+            command = [
+                asked.peers_python,
+                __file__,
+                *asked.kinds,
+                "--tools",
+                tool,
+                *(["--again"] if asked.again else []),
+            ]
+            subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, check=True)
+            continue
+        # The record is a tracked file, so that a "+" says nothing.
+        of = (commit() or "").rstrip("+") if tool == "lilliput" else version(TOOLS[tool][0])
+        trials = asked.trials if tool == "lilliput" else None
         for name in asked.kinds or KINDS:
             record = read()
             runs = {key: run for key, run in record["runs"].get(tool, {}).items() if run["of"] == of}
             if name in runs and not asked.again:
                 continue
-            runs[name] = process(python, name, tool, asked.trials) | {"of": of}
+            runs[name] = process(name, tool, trials) | {"of": of} | ({"trials": trials} if trials else {})
             record["runs"][tool] = {key: runs[key] for key in KINDS if key in runs}
             kept(record)
             print(f"{tool:14s} {name:34s} {runs[name]}", flush=True)
-
-
-def release(python: str, package: str) -> str:
-    """The version of a package that another Python has."""
-    code = f"from importlib.metadata import version; print(version({package!r}))"
-    return (
-        f"{package} {subprocess.run([python, '-c', code], capture_output=True, text=True, check=True).stdout.strip()}"
-    )
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Kind:
         data: count -> inputs and targets, drawn from torch's generator.
         task: settings of `lilliput.Task`: loss and metric.
         chance: what a guess reaches in the metric, whose best is 1.
-        last: the layers that make the outputs, whose width pruning must keep.
+        last: the layers that make outputs or codes, whose width pruning must keep.
         heads: how many heads the layers of self-written attention have.
         steps: of training.
         loss: (outputs, targets) -> loss of the training, where training shows other outputs than the task knows.
@@ -379,7 +379,7 @@ KINDS: dict[str, Kind] = {
     "regression (N, 1)": Kind(lambda: Net(outputs=1), number, NUMBERS),
     "regression that ends in ReLU": Kind(lambda: Amount(outputs=2), amounts, NUMBERS),
     "several yes-no labels": Kind(lambda: Net(outputs=4), labels, BITS, chance=0.5),
-    "auto-encoder": Kind(AutoEncoder, mixtures, NUMBERS, last=("decoder.2",)),
+    "auto-encoder": Kind(AutoEncoder, mixtures, NUMBERS, last=("encoder.2", "decoder.2")),
     "variational auto-encoder": Kind(
         VAE, mixtures, {"loss": elbo, "metric": explained}, last=("mean", "log_variance", "decoder.2")
     ),

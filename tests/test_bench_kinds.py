@@ -79,7 +79,7 @@ def test_a_tool_that_raises_refuses_in_its_own_words(monkeypatch: pytest.MonkeyP
 
 def test_a_run_that_does_not_end_is_ended_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kinds, "LIMIT", 0.2)
-    assert kinds.process(sys.executable, "MLP", "Torch-Pruning", None)["what"] == kinds.ENDLESS
+    assert kinds.process("MLP", "Torch-Pruning", None)["what"] == kinds.ENDLESS
 
 
 @pytest.mark.slow  # a process for each run
