@@ -35,6 +35,19 @@ class Last(nn.Module):
         return self.lstm(x)[0][:, -1]
 
 
+class Turned(nn.Module):
+    """Pairs of numbers turned by angles that are kept as complex numbers, as the rotary positions of Llama are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(16, 16), nn.Linear(16, 3)
+        self.register_buffer("phase", torch.polar(torch.ones(8), torch.arange(8.0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(self.inner(x).reshape(-1, 8, 2))
+        return self.out(torch.view_as_real(pairs * self.phase).flatten(1))
+
+
 def linear() -> nn.Module:
     return nn.Sequential(nn.Linear(512, 512, bias=False), nn.ReLU(), nn.Linear(512, 4))
 
@@ -195,3 +208,13 @@ def test_encode_attaches_any_code_and_is_plain_data() -> None:
         lilliput.Encode({"code": "LowRank", "ranks": 8})
     with pytest.raises(TypeError, match="Masked: a mask must be given"):
         lilliput.Encode({"code": "Masked"})
+
+
+def test_complex_numbers_are_saved_and_restored(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Turned().eval(), torch.randn(5, 16)
+    lilliput.attach(net, "inner.weight", lilliput.LowRank(2))
+    lilliput.save(net, x[:1], tmp_path)
+    expected = net(x).detach()
+    for made in (Session(tmp_path / "model.onnx"), lilliput.load(tmp_path), lilliput.restore(tmp_path, Turned())):
+        torch.testing.assert_close(made(x), expected, atol=1e-5, rtol=1e-5)

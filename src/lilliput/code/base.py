@@ -268,7 +268,8 @@ def _chain(module: nn.Module, attribute: str) -> Iterator[Code]:
 def pack(model: nn.Module) -> dict[str, Stored]:
     """Every parameter and buffer of a model as it goes into a file, by the name it has in the realized state_dict.
 
-    A tied tensor is stored under its first name; under the others it is `Shared`.
+    A tied tensor is stored under its first name; under the others it is `Shared`. Complex numbers are pairs
+    of real ones along a last axis.
     """
     packed: dict[str, Stored] = {}
     first: dict[int, str] = {}
@@ -282,17 +283,14 @@ def pack(model: nn.Module) -> dict[str, Stored]:
                     packed[prefix + name] = _pack(module, name) if one == prefix + name else Shared(one, packed[one])
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:
-                    packed[prefix + name] = Plain(_array(buffer, prefix + name))
+                    packed[prefix + name] = Plain(_array(buffer))
     return packed
 
 
-def _array(tensor: Tensor, name: str) -> Any:
-    """A tensor in a type that a file can hold."""
+def _array(tensor: Tensor) -> Any:
+    """A tensor in a type that files and graphs can hold: complex numbers are their real and imaginary parts."""
     if tensor.is_complex():
-        raise NotSupported(
-            f"pack: {name} must be real, got {tensor.dtype}. Keep its real and imaginary part as two "
-            "tensors (torch.view_as_real)."
-        )
+        tensor = torch.view_as_real(tensor.resolve_conj())
     if tensor.dtype in (torch.bfloat16, torch.float64):
         tensor = tensor.float()
     return tensor.detach().cpu().numpy()
@@ -304,7 +302,7 @@ def _pack(module: nn.Module, name: str) -> Stored:
         stored: Stored = holder[0].pack(*(_pack(holder, original) for original in original_names(holder)))
         return stored
     tensor = getattr(module, name)
-    return Plain(_array(tensor if tensor.is_complex() else tensor.float(), name))
+    return Plain(_array(tensor if tensor.is_complex() else tensor.float()))
 
 
 def storage(model: nn.Module) -> dict[str, Storage]:
