@@ -35,8 +35,8 @@ PRICING = {True: 0.1, False: 0.25}  # of that time, for what codes cost and harm
 class Bracket:
     """The ratio at which the floor is reached lies between `low`, which holds it, and `high`, which does not.
 
-    Once a network holds the floor that may be taken back, a smaller ratio comes next, so that there is something
-    between it and 8 bits.
+    Where nothing but networks that may be taken back holds the floor, a smaller ratio comes before it is too late, so
+    that there is something between them and 8 bits.
     """
 
     first: float
@@ -46,11 +46,15 @@ class Bracket:
     back: float = math.inf
     safe: bool = False
 
-    def next(self) -> float | None:
-        """The ratio to try; None where nothing is left to find."""
+    def next(self, late: bool = True) -> float | None:
+        """The ratio to try; None where nothing is left to find.
+
+        Args:
+            late: whether there may be no time for another.
+        """
         if not self.low and self.high == math.inf:
             return self.first
-        if self.low and not self.safe and self.back == math.inf:
+        if late and self.low and not self.safe and self.back == math.inf:
             self.back = self.low / BACK
             return self.back
         if self.high == math.inf:
@@ -124,7 +128,7 @@ def points(job: Job, training: bool) -> Pieces:
     if question.max_bytes is not None:
         bracket.first = dense.onnx_bytes / question.max_bytes
     for number in range(MOST):
-        ratio = bracket.next()
+        ratio = bracket.next(late=training or until - job.clock.now < 3 * last)
         if ratio is None or (number and until - job.clock.now < 1.3 * last):
             return
         began = time.monotonic()
