@@ -24,7 +24,8 @@ ROOMS = (
     ("recipe", "store", "record", "runner"),
     ("export", "engine", "runtimes"),
     ("search",),
-    ("report",),
+    ("targets",),
+    ("report", "track"),
     ("shrinking",),
     ("evidence", "cli"),
 )
