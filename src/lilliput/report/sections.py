@@ -145,7 +145,7 @@ def _change(
         formats.MISSING if layer is None or layer.get(key) is None else str(text(layer[key])) for layer in (old, new)
     )
     value = (new or old or {}).get(key)
-    number = float(value) if known(value) else None
+    number = float(value) if value is not None and known(value) else None
     if new is None:
         return (was, "", number)
     same = was == now or old is None or (key == "rank" and was == formats.MISSING)
