@@ -238,6 +238,26 @@ def test_inputs_are_checked_by_name_and_number(words):
         session.outputs(inputs["tokens"])
 
 
+class Continues(nn.Module):
+    """A causal mask, and torch is not told that it is one."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.embed, self.body = nn.Embedding(9, 8), nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, tokens):
+        return self.body(self.embed(tokens), nn.Transformer.generate_square_subsequent_mask(tokens.shape[1]))
+
+
+def test_a_causal_mask_need_not_be_called_one():
+    torch.manual_seed(0)
+    model, tokens = Continues().eval(), torch.arange(15).reshape(3, 5) % 9
+    with torch.no_grad():
+        expected = model(tokens)
+    assert torch.allclose(Session(trace(model, tokens[:1]).proto)(tokens), expected, atol=1e-5)
+
+
 class Branches(nn.Module):
     def forward(self, x):
         return x * 2 if x.sum() > 0 else x

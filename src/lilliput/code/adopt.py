@@ -17,6 +17,7 @@ def adopted(model: nn.Module) -> nn.Module:
     Wrappers that compute the same (torch.compile, DataParallel, Accelerate's, PEFT's adapters) are taken off, weights
     that other tensors are computed to (weight_norm, spectral_norm, torch.nn.utils.prune, parametrizations of others)
     become plain parameters with the values that they have, and every float becomes float32. Codes of this package stay.
+    `nn.TransformerEncoder` computes on padded batches, as exported files do, in place of nested tensors.
 
     Args:
         model: the network; it stays as it is.
@@ -50,6 +51,8 @@ def adopted(model: nn.Module) -> nn.Module:
         del result._original_forward
     for module in result.modules():
         _permanent_(module)
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
     for tensor in (*result.parameters(), *result.buffers()):
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             tensor.data = tensor.data.float()

@@ -111,8 +111,8 @@ def parted(task: Task, dense: Score) -> None:
     if not parts.rows(task, "val", dense, dense, sure=0.9):
         raise ValueError(
             "shrink: worst_class must have classes or groups, and an outcome of the metric for each example, got "
-            f"{task}. F1, IoU, AUC and perplexity are one number over all examples. Choose another metric, give groups= to the "
-            "task, or leave worst_class out."
+            f"{task}. F1, IoU, AUC and perplexity are one number over all examples. Choose another metric, give "
+            "groups= to the task, or leave worst_class out."
         )
 
 
