@@ -117,6 +117,30 @@ def test_zeros_of_torch_s_pruning_stay_zeros() -> None:
     assert int((adopted(model).get_parameter("0.weight") == 0).sum()) == 128
 
 
+class Padded(nn.Module):
+    """A transformer that is told what is padding: torch's own makes nested tensors of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.embed, self.body = nn.Embedding(9, 8), nn.TransformerEncoder(layer, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        read: Tensor = self.body(self.embed(tokens), src_key_padding_mask=tokens == 0)
+        return read
+
+
+def test_a_transformer_told_what_is_padding_is_exported() -> None:
+    torch.manual_seed(0)
+    model, tokens = Padded(), torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0], [1, 2, 3, 0]])
+    plain = adopted(model)
+    expected = model.eval()(tokens).detach()  # with gradients, where torch pads too
+    with torch.no_grad():
+        assert torch.allclose(plain(tokens), expected, atol=1e-5)
+    assert model.body.use_nested_tensor, "it stays as it is"
+    assert torch.allclose(Session(trace(plain, tokens[:1]).proto)(tokens), expected, atol=1e-5)
+
+
 def test_a_script_is_refused_by_what_it_is() -> None:
     with pytest.raises(ValueError, match="got a TorchScript module"):
         with pytest.warns(DeprecationWarning):

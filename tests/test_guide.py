@@ -29,7 +29,15 @@ def example(page: str, title: str) -> str:
     return code
 
 
-@pytest.mark.parametrize(("page", "title"), [(page, title) for page, titles in KINDS.items() for title in titles])
+SLOW = ("A tagger", "A language model", "A sequence-to-sequence model", "A segmenter")
+CASES = [
+    pytest.param(page, title, id=title, marks=[pytest.mark.slow] if title in SLOW else [])
+    for page, titles in KINDS.items()
+    for title in titles
+]
+
+
+@pytest.mark.parametrize(("page", "title"), CASES)
 def test_a_kind_of_model_is_shrunk(page: str, title: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     code = example(page, title)
     (model,) = [node for node in ast.parse(code).body if isinstance(node, ast.ClassDef)]

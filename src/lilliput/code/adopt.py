@@ -19,6 +19,8 @@ def adopted(model: nn.Module) -> nn.Module:
     that other tensors are computed to (weight_norm, spectral_norm, torch.nn.utils.prune, parametrizations of others)
     become plain parameters with the values that they have, and every float becomes float32: `torch.autocast` in a
     forward pass is left out. Codes of this package stay.
+    become plain parameters with the values that they have, and every float becomes float32. Codes of this package stay.
+    `nn.TransformerEncoder` computes on padded batches, as exported files do, in place of nested tensors.
 
     Args:
         model: the network; it stays as it is.
@@ -54,6 +56,8 @@ def adopted(model: nn.Module) -> nn.Module:
         _permanent_(module)
         if _casts(type(module)):
             module.__class__ = _uncast(type(module))  # type: ignore[arg-type]  # mypy takes a class for unhashable
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
     for tensor in (*result.parameters(), *result.buffers()):
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             tensor.data = tensor.data.float()

@@ -58,6 +58,7 @@ def trace(model: nn.Module, example: Inputs) -> Structure:
             torch.no_grad(),
             _lengths(model),
             _looked_up(model),
+            _masks(),
             padded(model),
             _flat(model) as outputs,
         ):
@@ -140,6 +141,24 @@ def _lengths(model: nn.Module) -> Iterator[None]:
     finally:
         for space in spaces:
             space.pop("len", None)
+
+
+@contextlib.contextmanager
+def _masks() -> Iterator[None]:
+    """Masks of torch's transformers as they are inside: torch looks into their values, for a faster causal kernel."""
+    module: Any = nn.modules.transformer
+    own = vars(module).get("_detect_is_causal_mask")
+
+    def said(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return bool(is_causal)
+
+    if own is not None:
+        module._detect_is_causal_mask = said
+    try:
+        yield
+    finally:
+        if own is not None:
+            module._detect_is_causal_mask = own
 
 
 @contextlib.contextmanager
