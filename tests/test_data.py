@@ -44,7 +44,7 @@ def test_every_entry_names_a_function_with_a_line_about_it() -> None:
 
 
 def test_a_missing_package_is_named_with_its_install_line() -> None:
-    with pytest.raises(ImportError, match=r"'no_such_package' with a\.csv .* pip install 'lilliput\[sentences\]'"):
+    with pytest.raises(ImportError, match=r"'no_such_package' with a\.csv, .* pip install 'lilliput\[sentences\]'"):
         package_file("no_such_package", "a.csv", install="lilliput[sentences]")
     with pytest.raises(ImportError, match=r"'numpy' with a\.csv"):
         package_file("numpy", "a.csv")

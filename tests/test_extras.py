@@ -93,6 +93,6 @@ def test_a_report_without_its_extra_has_the_table_and_says_what_to_install(monke
     assert "pip install 'lilliput[report]'" in lacking()
     html = page(summary)
     assert "The chart of report.html needs the package" in html and len(html) < 200_000
-    assert "<details open>" in html and summary["chosen"]["name"] in html
+    assert "<h3>All points</h3>" in html and summary["chosen"]["name"] in html
     small = page({"task": "tiny", "dense": {"val": 0.9}, "met": False})
     assert "The chart of" not in small, "there is nothing to draw"

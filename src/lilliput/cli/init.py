@@ -29,6 +29,7 @@ WEIGHTS = {
     ".safetensors": ("from safetensors.torch import load_file", "    model.load_state_dict(load_file({path!r}))\n"),
     "": ("", '    model.load_state_dict(torch.load({path!r}, map_location="cpu", weights_only=True))\n'),
 }
+ARRAYS = "    data = np.load({path!r}, allow_pickle=False)\n"
 TASK = """    task = lilliput.Task(
         {name!r},
 {splits}
@@ -140,7 +141,7 @@ def _arrays(path: Path) -> tuple[str, dict[str, str]]:
         raise ValueError(f"init: the file must exist, got {path}.")
     with zipfile.ZipFile(path) as whole:
         names = [name.removesuffix(".npy") for name in whole.namelist()]
-    read = f"    data = np.load({str(path)!r})\n"
+    read = ARRAYS.format(path=str(path))
     for x, y in PAIRS:
         for form in ("{0}_{1}", "{1}_{0}"):
             parts = {split: [form.format(part, split) for part in (x, y)] for split in SPLITS}

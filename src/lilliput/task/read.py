@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import tokenize
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ def source(part: Any) -> str:
     """The source text of a function or class, or its name where there is none to read."""
     try:
         return inspect.getsource(part)
-    except (TypeError, OSError):
+    except (TypeError, OSError, SyntaxError, tokenize.TokenError):  # it was made from a text that is no file
         return getattr(part, "__qualname__", repr(type(part)))
 
 
