@@ -51,6 +51,21 @@ def test_a_table_is_learned_and_found_again(tmp_path: Path, words: bool, metric:
         assert torch.equal(value, model.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("words", [True, False])
+def test_rows_without_a_value_to_predict_are_left_out(
+    tmp_path: Path, words: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = table(tmp_path / "sales.csv", 200, words)
+    monkeypatch.setattr("lilliput.targets.table.STEPS", (5, 5))
+    with file.open("a") as rows:
+        rows.write("30,Ulm,0.5,\nNA,Bern,0.1,NA\n")
+    _, task = opened(Given(str(file)))
+    assert task.metric_name == ("accuracy" if words else "r2")
+    assert sum(task.size(split) for split in ("train", "val", "test")) == 200
+    assert set(task.split("train")[0]) == {"numbers", "categories"}
+    assert task.split("train")[0]["numbers"].shape[1] == 2, "a missing number makes no category"
+
+
 @pytest.mark.slow
 def test_a_table_is_shrunk_from_the_command_line(tmp_path: Path) -> None:
     file = table(tmp_path / "sales.csv")

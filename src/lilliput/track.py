@@ -5,6 +5,7 @@ and point), each better point, and at the end what was chosen; none needs a netw
 well: it is given a dictionary, whose `event` is "tried", "best" or "end".
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,10 @@ def tensorboard(folder: str | Path) -> Callback:
     """
     with extra("tensorboard", "track"):
         from torch.utils.tensorboard import SummaryWriter
-    writer, count = SummaryWriter(str(folder)), _Count()
+    writer, steps = SummaryWriter(str(folder)), itertools.count()
 
     def callback(event: dict[str, Any]) -> None:
-        step = count()
+        step = next(steps)
         for name, value in numbers(event).items():
             writer.add_scalar(name, value, step)
         if event["event"] != "tried":
@@ -92,7 +93,7 @@ def mlflow(experiment: str | None = None, **settings: Any) -> Callback:
     """
     with extra("mlflow", "track"):
         import mlflow as library
-    count = _Count()
+    steps = itertools.count()
     if experiment is not None:
         library.set_experiment(experiment)
     own = library.active_run() is None
@@ -100,7 +101,7 @@ def mlflow(experiment: str | None = None, **settings: Any) -> Callback:
         library.start_run(**settings)
 
     def callback(event: dict[str, Any]) -> None:
-        library.log_metrics({name.replace("/", "."): value for name, value in numbers(event).items()}, step=count())
+        library.log_metrics({name.replace("/", "."): value for name, value in numbers(event).items()}, step=next(steps))
         if event["event"] == "end":
             library.log_params(_asked(event))
             for path in _files(event):
@@ -141,17 +142,6 @@ def wandb(**settings: Any) -> Callback:
                 run.finish()
 
     return callback
-
-
-class _Count:
-    """0, 1, 2 ..."""
-
-    def __init__(self) -> None:
-        self.next = 0
-
-    def __call__(self) -> int:
-        self.next += 1
-        return self.next - 1
 
 
 def _name(event: Mapping[str, Any]) -> str:

@@ -21,10 +21,12 @@ OPTIONS = ("label",)
 USUAL = ("label", "target", "y", "class")
 CLASSES = 20
 """A column of whole numbers with at most as many different values holds classes."""
+MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?"})
+"""What stands for a value that is not known, in small letters."""
 CATEGORIES = 5000
 """Values of a category that are told apart; rarer ones are one."""
 WIDTH, EPOCHS, STEPS = 128, 40, (500, 6000)
-VERSION = 1  # rises when the trained weights change
+VERSION = 2  # rises when the trained weights change
 
 
 class Tabular(nn.Module):
@@ -63,9 +65,9 @@ def reads(target: str) -> bool:
 def read(given: Given) -> tuple[nn.Module, Task]:
     """The trained network and its task: accuracy where the column holds classes, R2 where it holds numbers.
 
-    Numbers are scaled to mean 0 and variance 1 of the training rows, missing ones become the mean; values of categories
-    that training rows do not show are one. Weights are kept in the user's cache under a digest of the file, so that a
-    search that goes on finds the same network.
+    Rows without a value to predict are left out. Numbers are scaled to mean 0 and variance 1 of the training rows,
+    missing ones become the mean; values of categories that training rows do not show are one. Weights are kept in the
+    user's cache under a digest of the file, so that a search that goes on finds the same network.
 
     Raises:
         ValueError: for a table that cannot be read, or holds nothing to predict from.
@@ -73,8 +75,10 @@ def read(given: Given) -> tuple[nn.Module, Task]:
     path = Path(given.target)
     table = columns(path)
     name = column(table, given.label, USUAL, path)
+    known = [place for place, text in enumerate(table[name]) if not _missing(text)]
+    table = {each: [texts[place] for place in known] for each, texts in table.items()}
     texts = table.pop(name)
-    classes = _classes(texts)
+    classes = sorted(set(texts))
     if len(classes) < 2 or not table:
         raise ValueError(
             f"TARGET: column {name!r} of {path} must hold at least two values and not be the only one, got "
@@ -117,8 +121,8 @@ def _trained(model: nn.Module, task: Task, path: Path, name: str) -> tuple[nn.Mo
     return model.eval(), task
 
 
-def _classes(texts: list[str]) -> list[str]:
-    return sorted(set(texts))
+def _missing(text: str) -> bool:
+    return text.strip().lower() in MISSING
 
 
 def _told_apart(classes: list[str]) -> bool:
@@ -130,7 +134,7 @@ def _told_apart(classes: list[str]) -> bool:
 
 
 def _numbers(texts: list[str]) -> Tensor:
-    return torch.tensor([float(text) if text.strip() else math.nan for text in texts])
+    return torch.tensor([math.nan if _missing(text) else float(text) for text in texts])
 
 
 def _scaled(values: Tensor, train: Tensor) -> Tensor:
